@@ -1,0 +1,31 @@
+# Each target works on a fresh machine that has Python and nothing else: it makes .venv, installs, runs.
+PYTHON ?= python3
+BIN := .venv/bin
+INSTALLED := .venv/installed
+# Small models gain nothing from many threads, and a full suite on a shared machine loses.
+export OMP_NUM_THREADS ?= 2
+
+.PHONY: pretrain test test-slow lint format
+pretrain: $(INSTALLED)
+	$(BIN)/hf-mim pretrain training/recipes/digits_mae.yaml
+
+test: $(INSTALLED)
+	$(BIN)/python -m pytest
+
+test-slow: $(INSTALLED)
+	$(BIN)/python -m pytest -m slow --timeout 3600
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(INSTALLED)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+# torch first and by its exact version alone: a CPU build that is offered locally (2.13.0+cpu) is then taken.
+$(INSTALLED): setup.cfg pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install torch==2.13.0
+	$(BIN)/python -m pip install -c constraints.txt -e .[dev]
+	touch $@
