@@ -1,0 +1,1 @@
+"""Weights in and out: how other code names the tensors of our checkpoints."""

@@ -1,0 +1,77 @@
+"""Image classification and backbone, the same for the three methods.
+
+Mixins: they go before the method's `PreTrainedModel`, whose `base_model_prefix` names the encoder, so that weights
+load from a pretraining checkpoint with nothing but the classifier new.
+"""
+
+from torch import nn
+from transformers.backbone_utils import BackboneMixin, filter_output_hidden_states
+from transformers.modeling_outputs import BackboneOutput, ImageClassifierOutput
+from transformers.utils.generic import can_return_tuple
+
+
+class Classifier(nn.Module):
+    """Pooled features `[B, D]` → logits `[B, num_labels]`, through a BatchNorm without affine if asked."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.batch_norm = nn.BatchNorm1d(config.hidden_size, affine=False, eps=1e-6) if config.head_batch_norm else None
+        self.linear = nn.Linear(config.hidden_size, config.num_labels)
+
+    def forward(self, features):
+        return self.linear(features if self.batch_norm is None else self.batch_norm(features))
+
+
+class ClassificationHead:
+    """Encoder, pooling, classifier.
+
+    `config.pooling`, `pool_before_norm` and `head_batch_norm` make the three classifiers that MAE publishes:
+    ("mean", True, False) fine-tuned, ("cls", False, False) likewise, ("cls", False, True) linear probe.
+    """
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.num_labels = config.num_labels
+        setattr(self, self.base_model_prefix, self.encoder_class(config))
+        self.classifier = Classifier(config)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(self, pixel_values, labels=None, **kwargs) -> ImageClassifierOutput:
+        """Images `[B, C, H, W]` (and labels `[B]`) → logits `[B, num_labels]` (and the loss)."""
+        output = self.base_model(pixel_values, **kwargs)
+        logits = self.classifier(output.pooler_output)
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(labels, logits, self.config, **kwargs)
+        return ImageClassifierOutput(
+            loss=loss, logits=logits, hidden_states=output.hidden_states, attentions=output.attentions
+        )
+
+
+class BackboneHead(BackboneMixin):
+    """Feature maps `[B, D, rows, columns]` after chosen layers, each through the final norm."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        setattr(self, self.base_model_prefix, self.encoder_class(config))
+        self.num_features = [config.hidden_size] * (config.num_hidden_layers + 1)
+        self.post_init()
+
+    @can_return_tuple
+    @filter_output_hidden_states
+    def forward(self, pixel_values, **kwargs) -> BackboneOutput:
+        """Images `[B, C, H, W]` → one map for each of `config.out_features` ("stem", "stage1", …)."""
+        encoder = self.base_model
+        output = encoder(pixel_values, **kwargs)
+        grid = tuple(s // p for s, p in zip(pixel_values.shape[2:], self.config.patch_height_width, strict=True))
+        feature_maps = []
+        for name, tokens in zip(self.stage_names, output.hidden_states, strict=True):
+            if name in self.out_features:
+                tokens = encoder.norm(tokens)[:, self.config.num_prefix_tokens :]
+                feature_maps.append(tokens.transpose(1, 2).unflatten(-1, grid).contiguous())
+        return BackboneOutput(
+            feature_maps=tuple(feature_maps), hidden_states=output.hidden_states, attentions=output.attentions
+        )
+
+

@@ -1,0 +1,306 @@
+"""Latent MIM: towards latent masked image modeling (Wei, Gupta, Morgado, ECCV 2024, arXiv 2407.15837)."""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import initialization as init
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.utils import ModelOutput
+from transformers.utils.generic import can_return_tuple
+
+from .configuration_latent_mim import LatentMIMConfig
+from .heads import BackboneHead, ClassificationHead
+from .masking import gather, split_at_random
+from .positions import PositionEmbeddings
+from .target_encoder import TargetNetworkMixin, cosine
+from .vit import MLP, MIMPreTrainedModel, MultiHeadAttention, SelfAttention, ViTEncoder, spread
+
+
+@dataclass
+class LatentMIMOutput(ModelOutput):
+    """loss []; predictions and targets `[B, Nm, D]`, aligned with target_ids; context_ids `[B, Nv]`, target_ids
+    `[B, Nm]`, patch_offsets `[B, gh, gw, 2]`; metrics: detached scalars on the device."""
+
+    loss: torch.Tensor | None = None
+    predictions: torch.Tensor | None = None
+    targets: torch.Tensor | None = None
+    context_ids: torch.Tensor | None = None
+    target_ids: torch.Tensor | None = None
+    patch_offsets: torch.Tensor | None = None
+    metrics: dict[str, torch.Tensor] | None = None
+
+
+def patchify_with_gap(
+    pixel_values: torch.Tensor, patch_size: tuple[int, int], patch_offsets: torch.Tensor, gap: int
+) -> torch.Tensor:
+    """`[B, C, gh·(ph+gap), gw·(pw+gap)]` → `[B, N, P]`: from each cell the patch at its offset `[B, gh, gw, 2]` (row,
+    column, each in {0..gap}), flattened by row, column, channel (section 3.3)."""
+    batch, channels = pixel_values.shape[:2]
+    rows, columns = patch_offsets.shape[1:3]
+    cells = pixel_values.reshape(batch, channels, rows, patch_size[0] + gap, columns, patch_size[1] + gap)
+    device = pixel_values.device
+    image, row, column = (torch.arange(n, device=device) for n in (batch, rows, columns))
+    inside_rows = patch_offsets[..., 0, None, None] + torch.arange(patch_size[0], device=device)[:, None]
+    inside_columns = patch_offsets[..., 1, None, None] + torch.arange(patch_size[1], device=device)
+    patches = cells[
+        image[:, None, None, None, None],
+        :,
+        row[:, None, None, None],
+        inside_rows,
+        column[:, None, None],
+        inside_columns,
+    ]
+    return patches.reshape(batch, rows * columns, -1)
+
+
+def mean_pairwise_cosine(tokens: torch.Tensor) -> torch.Tensor:
+    """Mean cosine over the pairs of different tokens `[B, K, D]` of an image, averaged over the batch."""
+    tokens = F.normalize(tokens, dim=-1)
+    count = tokens.shape[1]
+    # The sum over all pairs is the squared length of the sum; the pairs of a token with itself are 1 each.
+    return ((tokens.sum(dim=1).square().sum(dim=-1) - count) / (count * (count - 1))).mean()
+
+
+def patch_discrimination(predictions: torch.Tensor, targets: torch.Tensor, temperature: float) -> torch.Tensor:
+    """InfoNCE among the patches of each image: predict the own target rather than another place's (section 3.2).
+
+    `[B, K, D]` each. Predictions are standardised over the tokens first. Scaled by 2·temperature; chance is
+    `2 · temperature · ln K`.
+    """
+    mean, std = predictions.mean(dim=1, keepdim=True), predictions.std(dim=1, keepdim=True)
+    predictions = F.normalize((predictions - mean) / (std + 1e-4), dim=-1)
+    logits = predictions @ F.normalize(targets, dim=-1).transpose(1, 2) / temperature
+    own_place = torch.arange(logits.shape[1], device=logits.device).expand(logits.shape[:2])
+    return 2 * temperature * F.cross_entropy(logits.flatten(0, 1), own_place.flatten())
+
+
+def normalized_l2(predictions: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Mean squared error against each target standardised by its own mean and unbiased variance."""
+    mean, variance = targets.mean(dim=-1, keepdim=True), targets.var(dim=-1, keepdim=True)
+    return F.mse_loss(predictions, (targets - mean) * (variance + 1e-6).rsqrt())
+
+
+class LatentMIMPreTrainedModel(MIMPreTrainedModel):
+    config_class = LatentMIMConfig
+    base_model_prefix = "encoder"
+    _keys_to_ignore_on_load_unexpected = [r"^decoder\.", r"^projector\.", r"^target_"]
+
+    @torch.no_grad()
+    def _init_weights(self, module):
+        super()._init_weights(module)
+        if isinstance(module, SimilarityTarget):
+            init.constant_(module.value, self.config.similarity_start)
+
+
+class LatentMIMModel(LatentMIMPreTrainedModel, ViTEncoder):
+    """The encoder of Latent MIM; its projector is not part of the features."""
+
+
+class Projector(nn.Module):
+    """The 3-layer head on both encoders: `D → width → width → D`, no bias, LayerNorm after each, GELU between."""
+
+    def __init__(self, config: LatentMIMConfig):
+        super().__init__()
+        widths = [config.hidden_size, config.projector_hidden_size, config.projector_hidden_size, config.hidden_size]
+        self.linears = nn.ModuleList(nn.Linear(i, o, bias=False) for i, o in zip(widths[:-1], widths[1:], strict=True))
+        self.norms = nn.ModuleList(nn.LayerNorm(width, eps=1e-5) for width in widths[1:])
+
+    def forward(self, tokens):
+        for linear, norm in zip(self.linears[:-1], self.norms[:-1], strict=True):
+            tokens = F.gelu(norm(linear(tokens)))
+        return self.norms[-1](self.linears[-1](tokens))
+
+
+class SimilarityTarget(nn.Module):
+    """The cosine that the similarity term pulls to; kept on the device, so that moving it costs no sync."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("value", torch.empty(()), persistent=False)
+
+
+class CrossAttention(MultiHeadAttention):
+    def __init__(self, config: LatentMIMConfig, width: int, heads: int):
+        super().__init__(config, width, heads)
+        self.q = nn.Linear(width, width)
+        self.kv = nn.Linear(width, 2 * width)
+
+    def forward(self, queries, memory):
+        return self.attend(self.q(queries), *self.kv(memory).chunk(2, dim=-1))
+
+
+class CrossAttentionLayer(GradientCheckpointingLayer):
+    """Self-attention among the queries → cross-attention to the visible tokens → MLP."""
+
+    def __init__(self, config: LatentMIMConfig, width: int, heads: int):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(width, eps=config.layer_norm_eps)
+        self.self_attention = SelfAttention(config, width, heads)
+        self.norm2_queries = nn.LayerNorm(width, eps=config.layer_norm_eps)
+        self.norm2_memory = nn.LayerNorm(width, eps=config.layer_norm_eps)
+        self.cross_attention = CrossAttention(config, width, heads)
+        self.norm3 = nn.LayerNorm(width, eps=config.layer_norm_eps)
+        self.mlp = MLP(config, width, 4 * width)
+
+    def forward(self, queries, memory, num_queries=None):
+        """With `num_queries`, only the last of them are computed."""
+        attended, _ = self.self_attention(self.norm1(queries), num_queries)
+        if num_queries is not None:
+            queries = queries[:, -num_queries:]
+        queries = queries + attended
+        queries = queries + self.cross_attention(self.norm2_queries(queries), self.norm2_memory(memory))[0]
+        return queries + self.mlp(self.norm3(queries))
+
+
+class LatentMIMDecoder(nn.Module):
+    """Mask queries, with visual cues, look at the visible latents and predict their own (section 3.4)."""
+
+    def __init__(self, config: LatentMIMConfig):
+        super().__init__()
+        width, heads = config.decoder_hidden_size, config.decoder_num_attention_heads
+        self.embed = nn.Linear(config.hidden_size, width)
+        self.mask_token = nn.Parameter(torch.empty(1, 1, width))
+        self.cls_token = nn.Parameter(torch.empty(1, 1, width)) if config.use_cls_token else None
+        self.position_embeddings = PositionEmbeddings(
+            config.grid_size, width, config.num_prefix_tokens, rescaled=config.rescaled_positions
+        )
+        self.layers = nn.ModuleList(
+            CrossAttentionLayer(config, width, heads) for _ in range(config.decoder_num_hidden_layers)
+        )
+        self.norm = nn.LayerNorm(width, eps=config.layer_norm_eps)
+        self.head = nn.Linear(width, config.hidden_size)
+
+    def visual_cues(self, visible, query_positions, visible_positions):
+        """Visible tokens `[B, Nv, Dd]`, weighted by how close their position codes are to each query's: `[B, Nm, Dd]`."""
+        closeness = query_positions @ visible_positions.transpose(1, 2) * query_positions.shape[-1] ** -0.5
+        return closeness.softmax(dim=-1) @ visible
+
+    def forward(self, latents, grid, context_ids, target_ids):
+        """Projected latents `[B, prefix + Nv, D]` → predictions `[B, Nm, D]`."""
+        table = self.position_embeddings(grid).to(self.mask_token.dtype)
+        num_prefix = self.position_embeddings.num_prefix_tokens
+        prefix, places = table[:num_prefix].expand(len(latents), -1, -1), table[num_prefix:]
+        context_positions, target_positions = places[context_ids], places[target_ids]
+
+        visible = self.embed(latents)
+        memory = visible + torch.cat([prefix, context_positions], dim=1)
+        cues = self.visual_cues(visible[:, num_prefix:], target_positions, context_positions)
+        queries = self.mask_token + cues + target_positions
+        if self.cls_token is not None:
+            queries = torch.cat([self.cls_token + prefix, queries], dim=1)
+        for layer in self.layers[:-1]:
+            queries = layer(queries, memory)
+        return self.head(self.norm(self.layers[-1](queries, memory, target_ids.shape[1])))
+
+
+class LatentMIMForPreTraining(TargetNetworkMixin, LatentMIMPreTrainedModel):
+    """Online encoder on the visible patches, EMA target on the masked ones, decoder between them."""
+
+    _keys_to_ignore_on_load_unexpected = None
+
+    def __init__(self, config: LatentMIMConfig):
+        super().__init__(config)
+        self.encoder = LatentMIMModel(config)
+        self.projector = Projector(config)
+        self.target_encoder = LatentMIMModel(config)
+        self.target_projector = Projector(config)
+        self.decoder = LatentMIMDecoder(config)
+        self.similarity_target = SimilarityTarget()
+        self.post_init()
+
+    def target_pairs(self):
+        return [(self.target_encoder, self.encoder), (self.target_projector, self.projector)]
+
+    def set_progress(self, progress: float):
+        """Move the similarity target along its cosine (section 3.2); call before each step."""
+        self.similarity_target.value.fill_(
+            cosine(self.config.similarity_start, self.config.similarity_end, progress)
+        )
+
+    def draw(self, pixel_values, patch_offsets=None):
+        """Cut images with gaps, at random offsets unless given → patches `[B, N, P]`, their grid, the offsets."""
+        gap, patch_size = self.config.patch_gap, self.config.patch_height_width
+        height, width = pixel_values.shape[2:]
+        if height % (patch_size[0] + gap) or width % (patch_size[1] + gap):
+            raise ValueError(
+                f"training images must have sides divisible by patch_size + patch_gap = "
+                f"{patch_size[0] + gap}×{patch_size[1] + gap}, got {height}×{width}; config.training_size is "
+                f"{self.config.training_size}"
+            )
+        if pixel_values.shape[1] != self.config.num_channels:
+            raise ValueError(
+                f"pixel_values must have num_channels={self.config.num_channels} channels, got {pixel_values.shape[1]}"
+            )
+        grid = (height // (patch_size[0] + gap), width // (patch_size[1] + gap))
+        if patch_offsets is None:
+            shape = (len(pixel_values), *grid, 2)
+            patch_offsets = torch.randint(max(gap, 1), shape, device=pixel_values.device)
+        return patchify_with_gap(pixel_values, patch_size, patch_offsets, gap), grid, patch_offsets
+
+    def loss(self, predictions, targets, visible):
+        """The loss and its parts, from float32 `[B, Nm, D]` twice and the projected visible tokens `[B, Nv, D]`."""
+        if self.config.loss_type == "patch_discrimination":
+            loss = patch_discrimination(predictions, targets, self.config.temperature)
+        else:
+            loss = normalized_l2(predictions, targets)
+        similarities = {
+            "similarity_predictions": mean_pairwise_cosine(predictions),
+            "similarity_visible": mean_pairwise_cosine(visible),
+        }
+        metrics = {self.config.loss_type: loss.detach()} | {k: v.detach() for k, v in similarities.items()}
+        if self.config.similarity_weight:
+            gaps = torch.stack(list(similarities.values())) - self.similarity_target.value
+            loss = loss + self.config.similarity_weight * gaps.square().sum()
+        return loss, metrics
+
+    @can_return_tuple
+    def forward(
+        self, pixel_values, context_ids=None, target_ids=None, patch_offsets=None, noise=None, **kwargs
+    ) -> LatentMIMOutput:
+        """Predict the target network's latents of masked patches.
+
+        Args:
+            pixel_values: normalised images `[B, C, gh·(ph+gap), gw·(pw+gap)]`: `config.training_size`.
+            context_ids, target_ids: `[B, Nv]` visible and `[B, Nm]` masked patches, raster indices; drawn if absent.
+            patch_offsets: `[B, gh, gw, 2]` row and column of each patch in its cell; drawn from {0..gap-1} if absent.
+            noise: `[B, N]` to draw the ids by: the patches with the smallest noise stay visible.
+        """
+        patches, grid, patch_offsets = self.draw(pixel_values, patch_offsets)
+        if context_ids is None:
+            noise = torch.rand(patches.shape[:2], device=patches.device) if noise is None else noise
+            context_ids, target_ids = split_at_random(noise, self.config.num_visible(grid))
+        num_prefix = self.config.num_prefix_tokens
+        with torch.no_grad():
+            targets = self.target_encoder.encode(gather(patches, target_ids), grid, target_ids)[:, num_prefix:]
+            targets = self.target_projector(targets).float()
+        latents = self.projector(self.encoder.encode(gather(patches, context_ids), grid, context_ids))
+        predictions = self.decoder(latents, grid, context_ids, target_ids)
+        loss, metrics = self.loss(predictions.float(), targets, latents[:, num_prefix:].float())
+        metrics |= {
+            "similarity_targets": mean_pairwise_cosine(targets),
+            "target_std": spread(targets),
+            "feature_std": spread(latents[:, num_prefix:]),
+        }
+        return LatentMIMOutput(
+            loss=loss,
+            predictions=predictions,
+            targets=targets,
+            context_ids=context_ids,
+            target_ids=target_ids,
+            patch_offsets=patch_offsets,
+            metrics=metrics,
+        )
+
+
+class LatentMIMForImageClassification(ClassificationHead, LatentMIMPreTrainedModel):
+    """The encoder of Latent MIM and a linear classifier."""
+
+    encoder_class = LatentMIMModel
+
+
+class LatentMIMBackbone(BackboneHead, LatentMIMPreTrainedModel):
+    """The encoder of Latent MIM as feature maps, for detection and segmentation."""
+
+    encoder_class = LatentMIMModel

@@ -1,0 +1,121 @@
+"""MAE: masked autoencoders are scalable vision learners (He et al., CVPR 2022, arXiv 2111.06377)."""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers.utils import ModelOutput
+from transformers.utils.generic import can_return_tuple
+
+from .configuration_mae import MAEConfig
+from .heads import BackboneHead, ClassificationHead
+from .masking import gather, split_at_random
+from .positions import PositionEmbeddings
+from .vit import MIMPreTrainedModel, ViTEncoder, run_layers, spread, vit_layers
+
+
+@dataclass
+class MAEOutput(ModelOutput):
+    """loss []; predictions and targets `[B, Nm, P]` (pixels by row, column, channel), aligned with target_ids;
+    context_ids `[B, Nv]`, target_ids `[B, Nm]`; metrics: detached scalars on the device."""
+
+    loss: torch.Tensor | None = None
+    predictions: torch.Tensor | None = None
+    targets: torch.Tensor | None = None
+    context_ids: torch.Tensor | None = None
+    target_ids: torch.Tensor | None = None
+    metrics: dict[str, torch.Tensor] | None = None
+
+
+def standardize(patches: torch.Tensor) -> torch.Tensor:
+    """Each patch `[..., P]` by its own mean and unbiased variance."""
+    return (patches - patches.mean(-1, keepdim=True)) * (patches.var(-1, keepdim=True) + 1e-6).rsqrt()
+
+
+class MAEPreTrainedModel(MIMPreTrainedModel):
+    config_class = MAEConfig
+    base_model_prefix = "encoder"
+    _keys_to_ignore_on_load_unexpected = [r"^decoder\."]
+
+
+class MAEModel(MAEPreTrainedModel, ViTEncoder):
+    """The encoder of MAE."""
+
+
+class MAEDecoder(nn.Module):
+    """Latents and mask tokens, each at its place → pixels of the masked patches."""
+
+    def __init__(self, config: MAEConfig):
+        super().__init__()
+        width = config.decoder_hidden_size
+        patch_height, patch_width = config.patch_height_width
+        self.embed = nn.Linear(config.hidden_size, width)
+        self.mask_token = nn.Parameter(torch.empty(1, 1, width))
+        self.position_embeddings = PositionEmbeddings(config.grid_size, width, config.num_prefix_tokens)
+        self.layers = vit_layers(config, width, config.decoder_num_hidden_layers, config.decoder_num_attention_heads)
+        self.norm = nn.LayerNorm(width, eps=config.layer_norm_eps)
+        self.head = nn.Linear(width, patch_height * patch_width * config.num_channels)
+
+    def forward(self, latents, grid, context_ids, target_ids):
+        """Latents `[B, prefix + Nv, D]` → predictions `[B, Nm, P]`.
+
+        Attention does not care for order, so tokens stay where they are: context first, masked after.
+        """
+        table = self.position_embeddings(grid).to(self.mask_token.dtype)
+        prefix = table[: self.position_embeddings.num_prefix_tokens]
+        places = table[len(prefix) :]
+        context = self.embed(latents) + torch.cat([prefix.expand(len(latents), -1, -1), places[context_ids]], dim=1)
+        tokens = torch.cat([context, self.mask_token + places[target_ids]], dim=1)
+        return self.head(self.norm(run_layers(self.layers, tokens, num_queries=target_ids.shape[1])))
+
+
+class MAEForPreTraining(MAEPreTrainedModel):
+    """Encoder on the visible patches, decoder, reconstruction loss on the masked patches."""
+
+    _keys_to_ignore_on_load_unexpected = None
+
+    def __init__(self, config: MAEConfig):
+        super().__init__(config)
+        self.encoder = MAEModel(config)
+        self.decoder = MAEDecoder(config)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(self, pixel_values, context_ids=None, target_ids=None, noise=None, **kwargs) -> MAEOutput:
+        """Reconstruct masked patches.
+
+        Args:
+            pixel_values: normalised images `[B, C, H, W]`.
+            context_ids, target_ids: `[B, Nv]` visible and `[B, Nm]` masked patches, raster indices; drawn if absent.
+            noise: `[B, N]` to draw them by: the patches with the smallest noise stay visible.
+        """
+        patches, grid = self.encoder.cut(pixel_values)
+        if context_ids is None:
+            noise = torch.rand(patches.shape[:2], device=patches.device) if noise is None else noise
+            context_ids, target_ids = split_at_random(noise, self.config.num_visible(grid))
+        latents = self.encoder.encode(gather(patches, context_ids), grid, context_ids)
+        predictions = self.decoder(latents, grid, context_ids, target_ids)
+        targets = gather(patches, target_ids).float()
+        if self.config.norm_pix_loss:
+            targets = standardize(targets)
+        return MAEOutput(
+            loss=F.mse_loss(predictions.float(), targets),
+            predictions=predictions,
+            targets=targets,
+            context_ids=context_ids,
+            target_ids=target_ids,
+            metrics={"feature_std": spread(latents)},
+        )
+
+
+class MAEForImageClassification(ClassificationHead, MAEPreTrainedModel):
+    """The encoder of MAE and a linear classifier."""
+
+    encoder_class = MAEModel
+
+
+class MAEBackbone(BackboneHead, MAEPreTrainedModel):
+    """The encoder of MAE as feature maps, for detection and segmentation."""
+
+    encoder_class = MAEModel

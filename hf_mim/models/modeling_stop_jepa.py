@@ -1,0 +1,186 @@
+"""StoP-JEPA: predicting masked tokens in stochastic locations (Bar et al., ICML 2024, arXiv 2308.00566).
+
+Without noise it is I-JEPA: self-supervised learning from images with a joint-embedding predictive architecture
+(Assran et al., CVPR 2023, arXiv 2301.08243).
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers.utils import ModelOutput
+from transformers.utils.generic import can_return_tuple
+
+from .configuration_stop_jepa import StopJepaConfig
+from .heads import BackboneHead, ClassificationHead
+from .masking import gather, sample_multi_block
+from .positions import PositionEmbeddings
+from .target_encoder import TargetNetworkMixin
+from .vit import MIMPreTrainedModel, ViTEncoder, run_layers, spread, vit_layers
+
+
+@dataclass
+class StopJepaOutput(ModelOutput):
+    """loss []; predictions and targets `[B, M, Nt, D]`, aligned with target_ids; context_ids `[B, Nc]`, target_ids
+    `[B, M, Nt]`; metrics: detached scalars on the device."""
+
+    loss: torch.Tensor | None = None
+    predictions: torch.Tensor | None = None
+    targets: torch.Tensor | None = None
+    context_ids: torch.Tensor | None = None
+    target_ids: torch.Tensor | None = None
+    metrics: dict[str, torch.Tensor] | None = None
+
+
+class StopJepaPreTrainedModel(MIMPreTrainedModel):
+    """The encoder that the papers evaluate, and that every head here starts from, is the *target*."""
+
+    config_class = StopJepaConfig
+    base_model_prefix = "target_encoder"
+    _keys_to_ignore_on_load_unexpected = [r"^encoder\.", r"^predictor\."]
+
+
+class StopJepaModel(StopJepaPreTrainedModel, ViTEncoder):
+    """The target encoder of I-JEPA or StoP-JEPA."""
+
+
+class StopJepaPredictor(nn.Module):
+    """Context features → the target encoder's tokens in each target block, one block a pass."""
+
+    def __init__(self, config: StopJepaConfig):
+        super().__init__()
+        width = config.predictor_hidden_size
+        self.config = config
+        self.embed = nn.Linear(config.hidden_size, width)
+        self.noise_embed = None
+        if config.position_noise_std and not config.tie_noise_projection:
+            self.noise_embed = nn.Linear(config.hidden_size, width, bias=False)
+        self.mask_token = nn.Parameter(torch.empty(1, 1, width)) if config.use_mask_token else None
+        self.position_embeddings = PositionEmbeddings(config.grid_size, width, learned=config.learned_positions)
+        self.layers = vit_layers(
+            config, width, config.predictor_num_hidden_layers, config.predictor_num_attention_heads
+        )
+        self.norm = nn.LayerNorm(width, eps=config.layer_norm_eps)
+        self.head = nn.Linear(width, config.hidden_size)
+
+    def project_noise(self, noise):
+        """A·n: noise in the encoder's width through the context's own projection (tied), its bias left out."""
+        weight = self.embed.weight if self.noise_embed is None else self.noise_embed.weight
+        return F.linear(noise.to(weight.dtype), weight)
+
+    def masked_tokens(self, positions, noise):
+        """m_j = A·n_j + ψ_j + m̃ for positions ψ `[B, M, Nt, Dp]`; noise `[B, M, Nt, D]` or None."""
+        tokens = positions
+        if noise is not None:
+            tokens = tokens + self.project_noise(noise)
+        if self.mask_token is not None:
+            return tokens + self.mask_token
+        # StoP as released: the projection's bias takes the place of m̃, where there is noise to project.
+        return tokens if noise is None else tokens + self.embed.bias
+
+    def context_tokens(self, features, positions, noise):
+        """c_i = A·(s_i + n_i) + ψ_i: `[B, Nc, D]` → `[B, 1 or M, Nc, Dp]`; noise `[B, M, Nc, D]` or None."""
+        tokens = (self.embed(features) + positions)[:, None]
+        return tokens if noise is None else tokens + self.project_noise(noise)
+
+    def forward(self, features, grid, context_ids, target_ids, position_noise=None, context_noise=None):
+        """Context features `[B, Nc, D]` → predictions `[B, M, Nt, D]`."""
+        table = self.position_embeddings(grid).to(self.embed.weight.dtype)
+        blocks, length = target_ids.shape[1:]
+        context = self.context_tokens(features, table[context_ids], context_noise).expand(-1, blocks, -1, -1)
+        masked = self.masked_tokens(table[target_ids], position_noise)
+        tokens = torch.cat([context, masked], dim=2).flatten(0, 1)
+        predictions = self.head(self.norm(run_layers(self.layers, tokens, num_queries=length)))
+        return predictions.unflatten(0, (-1, blocks))
+
+
+class StopJepaForPreTraining(TargetNetworkMixin, StopJepaPreTrainedModel):
+    """Context encoder, EMA target encoder of the whole image, predictor between them."""
+
+    _keys_to_ignore_on_load_unexpected = None
+
+    def __init__(self, config: StopJepaConfig):
+        super().__init__(config)
+        self.encoder = StopJepaModel(config)
+        self.target_encoder = StopJepaModel(config)
+        self.predictor = StopJepaPredictor(config)
+        self.post_init()
+
+    def target_pairs(self):
+        return [(self.target_encoder, self.encoder)]
+
+    def sample_masks(self, batch_size, grid, device):
+        """Context `[B, Nc]` and target `[B, M, Nt]` ids (I-JEPA, section 3)."""
+        config = self.config
+        return sample_multi_block(
+            batch_size,
+            grid,
+            num_targets=config.num_target_blocks,
+            target_scale=config.target_scale,
+            target_aspect_ratio=config.target_aspect_ratio,
+            context_scale=config.context_scale,
+            mask_trim=config.mask_trim,
+            block_range=config.block_range,
+            num_candidates=config.num_mask_candidates,
+            device=device,
+        )
+
+    def sample_noise(self, on: str, *shape, like):
+        """σ·n of `[*shape, D]` if tokens of that kind, "context" or "target", have noise; else None."""
+        if not self.config.position_noise_std or self.config.noise_on not in (on, "both"):
+            return None
+        noise = torch.randn(*shape, self.config.hidden_size, device=like.device, dtype=like.dtype)
+        return noise * self.config.position_noise_std
+
+    @can_return_tuple
+    def forward(
+        self, pixel_values, context_ids=None, target_ids=None, position_noise=None, context_noise=None, **kwargs
+    ) -> StopJepaOutput:
+        """Predict the target encoder's tokens in the target blocks.
+
+        Args:
+            pixel_values: normalised images `[B, C, H, W]`.
+            context_ids, target_ids: `[B, Nc]` context and `[B, M, Nt]` target patches, raster indices; drawn if absent.
+            position_noise: `[B, M, Nt, D]` for the masked tokens, σ applied; drawn if absent and the config has it.
+            context_noise: `[B, M, Nc, D]` for the context tokens, likewise.
+        """
+        patches, grid = self.encoder.cut(pixel_values)
+        if context_ids is None:
+            context_ids, target_ids = self.sample_masks(len(patches), grid, patches.device)
+        blocks = target_ids.shape[:2]
+        if position_noise is None:
+            position_noise = self.sample_noise("target", *target_ids.shape, like=pixel_values)
+        if context_noise is None:
+            context_noise = self.sample_noise("context", *blocks, context_ids.shape[1], like=pixel_values)
+
+        with torch.no_grad():
+            tokens = self.target_encoder.encode(patches, grid)
+            targets = gather(tokens, target_ids.flatten(1)).unflatten(1, target_ids.shape[1:]).float()
+            targets = F.layer_norm(targets, targets.shape[-1:])
+        features = self.encoder.encode(gather(patches, context_ids), grid, context_ids)
+        predictions = self.predictor(features, grid, context_ids, target_ids, position_noise, context_noise)
+        return StopJepaOutput(
+            loss=F.smooth_l1_loss(predictions.float(), targets),
+            predictions=predictions,
+            targets=targets,
+            context_ids=context_ids,
+            target_ids=target_ids,
+            metrics={
+                "target_std": spread(targets.flatten(1, 2)),
+                "feature_std": spread(features),
+                "context_share": targets.new_full((), context_ids.shape[1] / patches.shape[1]),
+            },
+        )
+
+
+class StopJepaForImageClassification(ClassificationHead, StopJepaPreTrainedModel):
+    """The target encoder and a linear classifier."""
+
+    encoder_class = StopJepaModel
+
+
+class StopJepaBackbone(BackboneHead, StopJepaPreTrainedModel):
+    """The target encoder as feature maps, for detection and segmentation."""
+
+    encoder_class = StopJepaModel

@@ -1,0 +1,79 @@
+"""Position tables for any grid.
+
+The three methods add a fixed sine-cosine code to each patch (MAE, appendix A.1; I-JEPA; Latent MIM). Their released
+tables agree on a layout that is easy to get wrong: the *column* code fills the first half of the width, the row code
+the second, `[sin w | cos w | sin h | cos h]`, with frequencies `10000^(-i / (D/4))`.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import initialization as init
+
+
+def sincos_table(grid: tuple[int, int], width: int, *, num_prefix_tokens: int = 0, rescaled: bool = False) -> torch.Tensor:
+    """Sine-cosine codes `[prefix + N, D]` (float32) of a `(rows, columns)` grid in raster order.
+
+    Rows of prefix tokens (CLS) are zero. Places are integers, or with `rescaled` Latent MIM's `linspace(0, 1, n) · n`,
+    whose steps are n/(n-1). `width` must be divisible by 4.
+    """
+    assert width % 4 == 0, f"width {width} is not divisible by 4"
+    rows, columns = (
+        torch.linspace(0, 1, n, dtype=torch.float64) * n if rescaled else torch.arange(n, dtype=torch.float64)
+        for n in grid
+    )
+    frequencies = 10000.0 ** -(torch.arange(width // 4, dtype=torch.float64) / (width // 4))
+    row_codes, column_codes = (
+        torch.cat([angles.sin(), angles.cos()], dim=-1)
+        for angles in (rows[:, None] * frequencies, columns[:, None] * frequencies)
+    )
+    table = torch.cat(
+        [
+            column_codes[None, :, :].expand(grid[0], -1, -1),
+            row_codes[:, None, :].expand(-1, grid[1], -1),
+        ],
+        dim=-1,
+    ).flatten(0, 1)
+    return F.pad(table, (0, 0, num_prefix_tokens, 0)).float()
+
+
+def resize_table(
+    table: torch.Tensor, old_grid: tuple[int, int], new_grid: tuple[int, int], num_prefix_tokens: int = 0
+) -> torch.Tensor:
+    """A `[prefix + N, D]` table resampled (bicubic) from `old_grid` to `new_grid`; prefix rows stay as they are."""
+    prefix, patches = table[:num_prefix_tokens], table[num_prefix_tokens:]
+    image = patches.float().reshape(1, *old_grid, -1).permute(0, 3, 1, 2)
+    image = F.interpolate(image, size=new_grid, mode="bicubic", align_corners=False)
+    return torch.cat([prefix, image.flatten(2)[0].T.to(table.dtype)])
+
+
+class PositionEmbeddings(nn.Module):
+    """The table of one network: frozen sine-cosine codes in a buffer, or a learned parameter.
+
+    The table is saved with the checkpoint, CLS row included: fine-tuned weights of others have changed theirs.
+    """
+
+    def __init__(
+        self, grid: tuple[int, int], width: int, num_prefix_tokens: int = 0, learned: bool = False, rescaled: bool = False
+    ):
+        super().__init__()
+        self.grid, self.width, self.num_prefix_tokens = tuple(grid), width, num_prefix_tokens
+        self.learned, self.rescaled = learned, rescaled
+        table = torch.empty(num_prefix_tokens + grid[0] * grid[1], width)
+        if learned:
+            self.table = nn.Parameter(table)
+        else:
+            self.register_buffer("table", table)
+
+    def init_weights(self):
+        if self.learned:
+            init.trunc_normal_(self.table, std=0.02)
+        else:
+            table = sincos_table(self.grid, self.width, num_prefix_tokens=self.num_prefix_tokens, rescaled=self.rescaled)
+            init.copy_(self.table, table.to(self.table))
+
+    def forward(self, grid: tuple[int, int]) -> torch.Tensor:
+        """The table `[prefix + N, D]` for a `(rows, columns)` grid, resampled where it is not the trained one."""
+        if tuple(grid) == self.grid:
+            return self.table
+        return resize_table(self.table, self.grid, grid, self.num_prefix_tokens)

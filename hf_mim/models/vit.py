@@ -1,0 +1,425 @@
+"""The vision transformer (ViT) that the three methods share: config base, encoder, layers, initialisation.
+
+Pre-norm blocks, one fused `qkv` projection, a final LayerNorm. Patches are cut before they are embedded, so that a
+masked patch costs nothing: `encode` takes only the patches that the encoder is to see.
+"""
+
+from typing import ClassVar, Literal
+
+import torch
+from huggingface_hub.dataclasses import strict
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import initialization as init
+from transformers.activations import ACT2FN
+from transformers.backbone_utils import BackboneConfigMixin
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.output_capturing import capture_outputs
+
+from .masking import gather
+from .positions import PositionEmbeddings
+
+# width, depth, heads, MLP width
+SIZES = {
+    "tiny": (192, 12, 3, 768),
+    "small": (384, 12, 6, 1536),
+    "base": (768, 12, 12, 3072),
+    "large": (1024, 24, 16, 4096),
+    "huge": (1280, 32, 16, 5120),
+    "giant": (1408, 40, 16, 6144),
+}
+
+
+def pair(size: int | list[int] | tuple[int, int]) -> tuple[int, int]:
+    """An int or `(height, width)` as `(height, width)`."""
+    return (size, size) if isinstance(size, int) else tuple(size)
+
+
+def check_width(width_name: str, width: int, heads_name: str, heads: int):
+    """Raise ValueError unless a transformer of this width can have these heads and sine-cosine positions."""
+    if heads < 1 or width % heads or width % 4:
+        raise ValueError(
+            f"{width_name} must be divisible by {heads_name} and by 4 (for the position table), "
+            f"got {width_name}={width} with {heads_name}={heads}"
+        )
+
+
+@strict
+class MIMConfig(BackboneConfigMixin, PreTrainedConfig):
+    """What the encoders of the three methods have in common.
+
+    Args:
+        size: sets width, depth, heads and MLP width; each of them can be set apart.
+        image_size: side in pixels, or (height, width), that the encoder sees at evaluation.
+        patch_size: likewise.
+        intermediate_size: MLP width; 4 × `hidden_size` where that was set apart.
+        drop_path_rate: stochastic depth of the last layer, growing linearly from 0; only in train mode.
+        use_cls_token: a learned CLS token goes before the patch tokens.
+        pooling: what `pooler_output` and the classifier read: the mean of the patch tokens, or the CLS token.
+        pool_before_norm: pool first and apply the final norm to the pooled vector (MAE's fine-tuning); else pool the
+            normalised tokens.
+        head_batch_norm: the classifier standardises its input by a BatchNorm without affine (MAE's linear probe).
+
+    Raises:
+        ValueError: sizes that do not divide, or an option outside its range; in one line that names the field.
+    """
+
+    initialization: ClassVar[str] = "xavier"
+    mask_token_std: ClassVar[float] = 0.02
+    rescaled_positions: ClassVar[bool] = False
+
+    size: Literal["tiny", "small", "base", "large", "huge", "giant"] = "base"
+    image_size: int | list[int] | tuple[int, int] = 224
+    patch_size: int | list[int] | tuple[int, int] = 16
+    num_channels: int = 3
+    hidden_size: int | None = None
+    num_hidden_layers: int | None = None
+    num_attention_heads: int | None = None
+    intermediate_size: int | None = None
+    layer_norm_eps: float | int = 1e-6
+    hidden_act: str = "gelu"
+    drop_path_rate: float | int = 0.0
+    use_cls_token: bool = True
+    pooling: Literal["mean", "cls"] = "mean"
+    pool_before_norm: bool = False
+    head_batch_norm: bool = False
+    _out_features: list[str] | None = None
+    _out_indices: list[int] | None = None
+
+    def __post_init__(self, **kwargs):
+        width, depth, heads, mlp = SIZES.get(self.size, SIZES["base"])  # a wrong size fails its type check
+        if self.intermediate_size is None:
+            self.intermediate_size = mlp if self.hidden_size in (None, width) else 4 * self.hidden_size
+        self.hidden_size = width if self.hidden_size is None else self.hidden_size
+        self.num_hidden_layers = depth if self.num_hidden_layers is None else self.num_hidden_layers
+        self.num_attention_heads = heads if self.num_attention_heads is None else self.num_attention_heads
+        self.stage_names = ["stem"] + [f"stage{i}" for i in range(1, self.num_hidden_layers + 1)]
+        self.set_output_features_output_indices(
+            out_indices=kwargs.pop("out_indices", None), out_features=kwargs.pop("out_features", None)
+        )
+        super().__post_init__(**kwargs)
+
+    def validate_sizes(self):
+        for name in ("image_size", "patch_size"):
+            value = getattr(self, name)
+            if len(pair(value)) != 2 or min(pair(value)) < 1:
+                raise ValueError(f"{name} must be a positive int or (height, width), got {value}")
+        for side, patch in zip(self.image_height_width, self.patch_height_width, strict=True):
+            if side % patch:
+                raise ValueError(
+                    f"image_size must be divisible by patch_size, got image_size={self.image_size} with "
+                    f"patch_size={self.patch_size}; {max(side // patch, 1) * patch} would be right for {side}"
+                )
+        for name in ("num_channels", "num_hidden_layers", "intermediate_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        check_width("hidden_size", self.hidden_size, "num_attention_heads", self.num_attention_heads)
+
+    def validate_options(self):
+        if not 0 <= self.drop_path_rate < 1:
+            raise ValueError(f"drop_path_rate must be in [0, 1), got {self.drop_path_rate}")
+        if self.hidden_act not in ACT2FN:
+            raise ValueError(f"hidden_act must be one of {sorted(ACT2FN)}, got {self.hidden_act!r}")
+        if self.pooling == "cls" and not self.use_cls_token:
+            raise ValueError("pooling='cls' needs use_cls_token=True; without a CLS token use pooling='mean'")
+
+    @property
+    def image_height_width(self) -> tuple[int, int]:
+        return pair(self.image_size)
+
+    @property
+    def patch_height_width(self) -> tuple[int, int]:
+        return pair(self.patch_size)
+
+    @property
+    def grid_size(self) -> tuple[int, int]:
+        """Rows and columns of patches at `image_size`."""
+        return tuple(i // p for i, p in zip(self.image_height_width, self.patch_height_width, strict=True))
+
+    @property
+    def training_size(self) -> tuple[int, int]:
+        """(height, width) in pixels that the pretraining model takes."""
+        return self.image_height_width
+
+    @property
+    def num_prefix_tokens(self) -> int:
+        return int(self.use_cls_token)
+
+    @property
+    def learned_positions(self) -> bool:
+        return False
+
+
+def patchify(pixel_values: torch.Tensor, patch_size: tuple[int, int]) -> torch.Tensor:
+    """`[B, C, H, W]` → `[B, N, P]`: patches in raster order, each flattened by row, column, channel."""
+    batch, channels, height, width = pixel_values.shape
+    patch_height, patch_width = patch_size
+    if height % patch_height or width % patch_width:
+        raise ValueError(f"image sides must be divisible by patch_size {patch_size}, got images of {height}×{width}")
+    rows, columns = height // patch_height, width // patch_width
+    patches = pixel_values.reshape(batch, channels, rows, patch_height, columns, patch_width)
+    return patches.permute(0, 2, 4, 3, 5, 1).reshape(batch, rows * columns, -1)
+
+
+def unpatchify(patches: torch.Tensor, patch_size: tuple[int, int], grid: tuple[int, int]) -> torch.Tensor:
+    """`[B, N, P]` → `[B, C, H, W]`, the inverse of `patchify`."""
+    batch, (rows, columns), (patch_height, patch_width) = patches.shape[0], grid, patch_size
+    patches = patches.reshape(batch, rows, columns, patch_height, patch_width, -1)
+    return patches.permute(0, 5, 1, 3, 2, 4).reshape(batch, -1, rows * patch_height, columns * patch_width)
+
+
+def spread(tokens: torch.Tensor) -> torch.Tensor:
+    """How much the images of a batch differ, from `[B, tokens, D]`: the standard deviation over images of their mean
+    token, averaged over dimensions; a detached scalar. It goes to 0 when the features collapse."""
+    return tokens.detach().float().mean(dim=1).std(dim=0, correction=0).mean()
+
+
+def eager_attention(module, query, key, value, attention_mask=None, scaling=None, dropout=0.0, **kwargs):
+    """Attention written out, for when the weights are wanted: `[B, heads, Q, d]` → `[B, Q, heads, d]`, weights."""
+    weights = (query @ key.transpose(2, 3) * scaling).softmax(dim=-1, dtype=torch.float32).to(query.dtype)
+    return (weights @ value).transpose(1, 2), weights
+
+
+class MultiHeadAttention(nn.Module):
+    """Heads and the attention backend; subclasses make queries, keys and values."""
+
+    is_causal = False
+
+    def __init__(self, config: MIMConfig, width: int, heads: int):
+        super().__init__()
+        self.config, self.heads = config, heads
+        self.scaling = (width // heads) ** -0.5
+        self.proj = nn.Linear(width, width)
+
+    def attend(self, query, key, value, **kwargs):
+        """Three `[B, tokens, D]` → `[B, Q, D]` and the attention weights, where the backend gives them."""
+        query, key, value = (x.unflatten(-1, (self.heads, -1)).transpose(1, 2) for x in (query, key, value))
+        interface = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
+        output, weights = interface(self, query, key, value, None, dropout=0.0, scaling=self.scaling, **kwargs)
+        return self.proj(output.flatten(2)), weights
+
+
+class SelfAttention(MultiHeadAttention):
+    def __init__(self, config: MIMConfig, width: int, heads: int):
+        super().__init__(config, width, heads)
+        self.qkv = nn.Linear(width, 3 * width)
+
+    def forward(self, hidden_states, num_queries=None, **kwargs):
+        """All tokens are read; only the last `num_queries` of them (default all) are computed."""
+        if num_queries is None:
+            return self.attend(*self.qkv(hidden_states).chunk(3, dim=-1), **kwargs)
+        width = hidden_states.shape[-1]
+        weight_q, weight_kv = self.qkv.weight.split([width, 2 * width])
+        bias_q, bias_kv = self.qkv.bias.split([width, 2 * width])
+        query = nn.functional.linear(hidden_states[:, -num_queries:], weight_q, bias_q)
+        return self.attend(query, *nn.functional.linear(hidden_states, weight_kv, bias_kv).chunk(2, dim=-1), **kwargs)
+
+
+class MLP(nn.Module):
+    def __init__(self, config: MIMConfig, width: int, intermediate_size: int):
+        super().__init__()
+        self.fc1 = nn.Linear(width, intermediate_size)
+        self.act = ACT2FN[config.hidden_act]
+        self.fc2 = nn.Linear(intermediate_size, width)
+
+    def forward(self, hidden_states):
+        return self.fc2(self.act(self.fc1(hidden_states)))
+
+
+def mark_residual_branches(depth: int, *linears: nn.Linear):
+    """Note on the last Linear of each residual branch how deep it stands (from 1): I-JEPA initialises by it."""
+    for module in linears:
+        module.residual_depth = depth
+
+
+class ViTLayer(GradientCheckpointingLayer):
+    """Pre-norm transformer block; `depth` counts from 1."""
+
+    def __init__(self, config: MIMConfig, width, heads, intermediate_size, depth: int, drop_path_rate: float = 0.0):
+        super().__init__()
+        self.drop_path_rate = drop_path_rate
+        self.norm1 = nn.LayerNorm(width, eps=config.layer_norm_eps)
+        self.attention = SelfAttention(config, width, heads)
+        self.norm2 = nn.LayerNorm(width, eps=config.layer_norm_eps)
+        self.mlp = MLP(config, width, intermediate_size)
+        mark_residual_branches(depth, self.attention.proj, self.mlp.fc2)
+
+    def drop_path(self, branch):
+        """Stochastic depth: leave the branch out for a random share of the images."""
+        if not self.training or self.drop_path_rate == 0:
+            return branch
+        kept = torch.rand(branch.shape[0], 1, 1, device=branch.device) >= self.drop_path_rate
+        return branch * kept / (1 - self.drop_path_rate)
+
+    def forward(self, hidden_states, num_queries=None, **kwargs):
+        """`[B, tokens, D]` → `[B, tokens, D]`, or with `num_queries` only the last of them."""
+        attended, _ = self.attention(self.norm1(hidden_states), num_queries, **kwargs)
+        if num_queries is not None:
+            hidden_states = hidden_states[:, -num_queries:]
+        hidden_states = hidden_states + self.drop_path(attended)
+        return hidden_states + self.drop_path(self.mlp(self.norm2(hidden_states)))
+
+
+def vit_layers(config: MIMConfig, width, depth, heads, intermediate_size=None, drop_path_rate=0.0) -> nn.ModuleList:
+    """A stack of blocks, their drop path rate growing linearly from 0."""
+    rates = [drop_path_rate * i / max(depth - 1, 1) for i in range(depth)]
+    mlp = intermediate_size or 4 * width
+    return nn.ModuleList(ViTLayer(config, width, heads, mlp, i, rate) for i, rate in enumerate(rates, start=1))
+
+
+def run_layers(layers: nn.ModuleList, hidden_states: torch.Tensor, num_queries: int) -> torch.Tensor:
+    """Through all blocks; the last computes only the last `num_queries` tokens, which are what is read."""
+    for layer in layers[:-1]:
+        hidden_states = layer(hidden_states)
+    return layers[-1](hidden_states, num_queries=num_queries)
+
+
+class ViTEmbeddings(nn.Module):
+    """Patches `[B, K, P]` and their places `[B, K]` → tokens `[B, prefix + K, D]`."""
+
+    def __init__(self, config: MIMConfig):
+        super().__init__()
+        patch_height, patch_width = config.patch_height_width
+        self.projection = nn.Linear(patch_height * patch_width * config.num_channels, config.hidden_size)
+        self.cls_token = nn.Parameter(torch.empty(1, 1, config.hidden_size)) if config.use_cls_token else None
+        self.position_embeddings = PositionEmbeddings(
+            config.grid_size,
+            config.hidden_size,
+            config.num_prefix_tokens,
+            learned=config.learned_positions,
+            rescaled=config.rescaled_positions,
+        )
+
+    def forward(self, patches, grid, patch_ids=None):
+        table = self.position_embeddings(grid).to(self.projection.weight.dtype)
+        prefix = 0 if self.cls_token is None else self.cls_token.shape[1]
+        places = table[prefix:] if patch_ids is None else table[prefix:][patch_ids]
+        tokens = self.projection(patches.to(self.projection.weight.dtype)) + places
+        if self.cls_token is None:
+            return tokens
+        return torch.cat([(self.cls_token + table[:prefix]).expand(len(tokens), -1, -1), tokens], dim=1)
+
+
+class MIMPreTrainedModel(PreTrainedModel):
+    """Flags and initialisation for every model here. A method adds `config_class` and `base_model_prefix`."""
+
+    main_input_name = "pixel_values"
+    input_modalities = ("image",)
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["ViTLayer"]
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+    _can_record_outputs = {"hidden_states": ViTLayer, "attentions": SelfAttention}
+
+    @torch.no_grad()
+    def _init_weights(self, module):
+        if isinstance(module, nn.Linear):
+            if self.config.initialization == "xavier":
+                init.xavier_uniform_(module.weight)
+            else:
+                init.trunc_normal_(module.weight, std=self._normal_std(module))
+            if module.bias is not None:
+                init.zeros_(module.bias)
+        elif isinstance(module, PositionEmbeddings):
+            module.init_weights()
+        else:
+            super()._init_weights(module)  # norms
+        if isinstance(getattr(module, "cls_token", None), nn.Parameter):
+            init.normal_(module.cls_token, std=0.02)
+        if isinstance(getattr(module, "mask_token", None), nn.Parameter):
+            init.normal_(module.mask_token, std=self.config.mask_token_std)
+
+    def _normal_std(self, linear: nn.Linear) -> float:
+        """I-JEPA's .02, divided by sqrt(2·depth) where a residual branch ends.
+
+        The patch embedding's .02 was chosen for 16×16×3 = 768 inputs. It is scaled by its fan-in, so that a patch of
+        any size speaks as loud against its position: with 4×4×3 inputs, .02 leaves an untrained encoder at 25.6 % on
+        CIFAR-10 (20-NN) where its content alone is worth 31 %.
+        """
+        if getattr(linear, "is_patch_embedding", False):
+            return 0.02 * (768 / linear.in_features) ** 0.5
+        return 0.02 / (2 * getattr(linear, "residual_depth", 0.5)) ** 0.5
+
+    # A method without a target or a schedule has nothing to do in the two calls that training adds.
+    def set_progress(self, progress: float):
+        """Tell the model how far training is, in [0, 1]; call before each step."""
+
+    def update_target(self, progress: float):
+        """Let the target follow; call after each optimizer step."""
+
+
+class ViTEncoder(MIMPreTrainedModel):
+    """The encoder of the contract: what `AutoModel` loads from a checkpoint of any of the three methods."""
+
+    def __init__(self, config: MIMConfig):
+        super().__init__(config)
+        self.embeddings = ViTEmbeddings(config)
+        self.embeddings.projection.is_patch_embedding = True
+        self.layers = vit_layers(
+            config,
+            config.hidden_size,
+            config.num_hidden_layers,
+            config.num_attention_heads,
+            config.intermediate_size,
+            config.drop_path_rate,
+        )
+        self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.post_init()
+
+    def encode(self, patches, grid, patch_ids=None, **kwargs):
+        """Patches `[B, K, P]` at `patch_ids [B, K]` of a `(rows, columns)` grid (default: all, in raster order) →
+        normalised tokens `[B, prefix + K, D]`."""
+        return self.norm(self.residual_stream(patches, grid, patch_ids, **kwargs))
+
+    def residual_stream(self, patches, grid, patch_ids=None, **kwargs):
+        """As `encode`, before the final norm."""
+        hidden_states = self.embeddings(patches, grid, patch_ids)
+        for layer in self.layers:
+            hidden_states = layer(hidden_states, None, **kwargs)
+        return hidden_states
+
+    def cut(self, pixel_values) -> tuple[torch.Tensor, tuple[int, int]]:
+        """Images `[B, C, H, W]` → patches `[B, N, P]` and their grid."""
+        if pixel_values.shape[1] != self.config.num_channels:
+            raise ValueError(
+                f"pixel_values must have num_channels={self.config.num_channels} channels, got {pixel_values.shape[1]}"
+            )
+        patch_size = self.config.patch_height_width
+        grid = tuple(side // patch for side, patch in zip(pixel_values.shape[2:], patch_size, strict=True))
+        return patchify(pixel_values, patch_size), grid
+
+    def pool(self, tokens):
+        """Tokens `[B, prefix + K, D]` → `[B, D]`, by `config.pooling`."""
+        return tokens[:, 0] if self.config.pooling == "cls" else tokens[:, self.config.num_prefix_tokens :].mean(dim=1)
+
+    @merge_with_config_defaults
+    @capture_outputs(tie_last_hidden_states=False)
+    def forward(self, pixel_values, patch_ids=None, **kwargs) -> BaseModelOutputWithPooling:
+        """Encode images: every patch in raster order, or only those named. Never masks, in train mode too.
+
+        Args:
+            pixel_values: normalised images `[B, C, H, W]`, sides divisible by the patch size; positions are resampled
+                for a grid that is not the trained one.
+            patch_ids: `[B, K]` raster indices of the patches to see.
+
+        Returns:
+            `last_hidden_state [B, prefix + N, D]` after the final norm, `pooler_output [B, D]`, and on request
+            `hidden_states` (the residual stream before each layer and after the last, before the final norm) and
+            `attentions` (needs `attn_implementation="eager"`).
+
+        Raises:
+            ValueError: a channel count or a side that does not fit the config.
+        """
+        patches, grid = self.cut(pixel_values)
+        if patch_ids is not None:
+            patches = gather(patches, patch_ids)
+        stream = self.residual_stream(patches, grid, patch_ids, **kwargs)
+        tokens = self.norm(stream)
+        pooled = self.norm(self.pool(stream)) if self.config.pool_before_norm else self.pool(tokens)
+        return BaseModelOutputWithPooling(last_hidden_state=tokens, pooler_output=pooled)
