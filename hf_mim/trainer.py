@@ -178,6 +178,8 @@ class MIMTrainer(Trainer):
     loss_is_scaled_for_ga = False
 
     def __init__(self, model, args: MIMTrainingArguments, train_dataset=None, augment=None, **kwargs):
+        if not isinstance(args, MIMTrainingArguments):
+            raise ValueError(f"args must be MIMTrainingArguments, got {type(args).__name__}")
         check_data(args, train_dataset)
         super().__init__(model, args, train_dataset=train_dataset, **kwargs)
         vars(model.config).pop("use_cache", None)  # Trainer's word to text models; it would go into config.json

@@ -1,0 +1,136 @@
+"""Two gloo ranks on the CPU. Run as a script by torchrun, this file trains and leaves behind what the tests compare."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent))
+from test_trainer import METHODS, Images, Stream, arguments, assert_same_weights, fixed_ids, make_model
+
+from hf_mim.trainer import MIMTrainer
+
+SHARED = dict(max_steps=3, train_sampling_strategy="sequential", adam_epsilon=1e-3, learning_rate=0.01)
+
+
+def make_shared_model(method):
+    return make_model(method, **({"similarity_weight": 0.0} if method == "latent_mim" else {}))
+
+
+def train_on_given_masks(folder, method, batch_size):
+    """A few steps in which nothing is random; on two ranks with half the batch each, or in one process."""
+    model = make_shared_model(method)
+    args = arguments(folder, per_device_train_batch_size=batch_size, gradient_accumulation_steps=2, **SHARED)
+    MIMTrainer(model, args, Images(model, **fixed_ids(model))).train()
+    return model
+
+
+def train_on_drawn_masks(folder, **kwargs):
+    """Returns the trainer, the masks of each step and the metrics of each step on this rank."""
+    model, masks, metrics = make_model("mae"), [], []
+
+    def record(module, args, output):
+        masks.append(output.context_ids.tolist())
+        metrics.append(output.metrics["feature_std"].item())
+
+    model.register_forward_hook(record)
+    args = arguments(folder, max_steps=6, save_strategy="steps", save_steps=3, logging_steps=6)
+    args.logging_first_step = False
+    trainer = MIMTrainer(model, args, Images(model, 20))
+    trainer.train(**kwargs)
+    return trainer, masks, metrics
+
+
+def stream_first_pixels(folder):
+    """Which images of a stream this rank was given, told by their first pixel."""
+    model, seen = make_model("mae"), []
+    model.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.extend(kwargs["pixel_values"][:, 0, 0, 0].tolist()), with_kwargs=True
+    )
+    MIMTrainer(model, arguments(folder, max_steps=3), Stream(Images(model, 24))).train()
+    return seen
+
+
+def main(folder):
+    rank = int(os.environ["RANK"])
+    for method in METHODS:
+        model = train_on_given_masks(folder / "equal", method, batch_size=2)
+        torch.save(model.state_dict(), folder / f"{method}_{rank}.pt")
+    straight, masks, metrics = train_on_drawn_masks(folder / "run")
+    resumed, later_masks, _ = train_on_drawn_masks(
+        folder / "run", resume_from_checkpoint=str(folder / "run/checkpoint-3")
+    )
+    assert_same_weights(straight.model, resumed.model)
+    found = dict(
+        masks=masks,
+        later_masks=later_masks,
+        metrics=metrics,
+        log=straight.state.log_history,
+        learning_rate=arguments(folder, learning_rate=None, base_lr=1e-3).learning_rate,
+        streamed=stream_first_pixels(folder / "stream"),
+    )
+    (folder / f"found_{rank}.json").write_text(json.dumps(found))
+    torch.distributed.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory):
+    """The folder in which two ranks have left their weights and findings, and the findings of both."""
+    folder = tmp_path_factory.mktemp("ranks")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", __file__]
+    root = Path(__file__).parents[1]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)}
+    done = subprocess.run([*command, str(folder)], env=environment, capture_output=True, text=True, timeout=110)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return folder, [json.loads((folder / f"found_{rank}.json").read_text()) for rank in (0, 1)]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_two_ranks_equal_one_process_with_the_joint_batch(ranks, tmp_path, method):
+    folder, _ = ranks
+    alone = train_on_given_masks(tmp_path, method, batch_size=4)
+    before = make_shared_model(method)
+    with pytest.raises(AssertionError):
+        assert_same_weights(alone, before, tolerance=1e-3)
+    for rank in (0, 1):
+        together = make_shared_model(method)
+        together.load_state_dict(torch.load(folder / f"{method}_{rank}.pt"))
+        assert_same_weights(alone, together, tolerance=1e-6)
+
+
+def test_ranks_draw_different_masks(ranks):
+    _, (first, second) = ranks
+    assert all(ours != theirs for ours, theirs in zip(first["masks"], second["masks"], strict=True))
+
+
+def test_resumed_ranks_go_on_with_their_own_masks(ranks):
+    _, found = ranks  # that the weights are equal too, the ranks have checked themselves
+    for rank in found:
+        assert rank["later_masks"] == rank["masks"][3:]
+
+
+def test_logged_metrics_are_means_over_ranks(ranks):
+    _, (first, second) = ranks
+    metrics = first["metrics"] + second["metrics"]
+    for rank in (first, second):
+        assert rank["log"][0]["feature_std"] == pytest.approx(sum(metrics) / 12, rel=1e-5)
+    assert sum(first["metrics"]) != pytest.approx(sum(second["metrics"]), rel=1e-4)
+
+
+def test_base_lr_counts_the_images_of_all_ranks(ranks):
+    _, found = ranks
+    assert [rank["learning_rate"] for rank in found] == [pytest.approx(1e-3 * 2 * 4 / 256)] * 2
+
+
+def test_ranks_share_a_stream_without_overlap(ranks):
+    _, (first, second) = ranks
+    assert len(set(first["streamed"])) == len(set(second["streamed"])) == 12
+    assert not set(first["streamed"]) & set(second["streamed"])
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
