@@ -1,0 +1,26 @@
+"""Images in: sources, crops in the workers, augmentation on the device, the embedded digits."""
+
+from .augment import IMAGENET_MEAN, IMAGENET_STD, DeviceAugment, channel_statistics, gaussian_blur
+from .crop import CenterCrop, RandomCrop, WholeImage
+from .dataset import BrokenImagesError, ImageDataset, ImageStream, check_broken
+from .decode import ImageFormatError
+from .digits import digits
+from .sources import load_images
+
+__all__ = [
+    "IMAGENET_MEAN",
+    "IMAGENET_STD",
+    "BrokenImagesError",
+    "CenterCrop",
+    "DeviceAugment",
+    "ImageDataset",
+    "ImageFormatError",
+    "ImageStream",
+    "RandomCrop",
+    "WholeImage",
+    "channel_statistics",
+    "check_broken",
+    "digits",
+    "gaussian_blur",
+    "load_images",
+]

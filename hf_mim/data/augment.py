@@ -1,0 +1,141 @@
+"""Augmentation on the device, a whole batch at a time: no loop over images, no wait for the device."""
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from .decode import LUMINANCE
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+class DeviceAugment(nn.Module):
+    """uint8 [B, C, h, w] on the device -> flipped, greyed, blurred, normalised float32 [B, C, h, w].
+
+    Flip alone is the recipe of MAE and Latent MIM; StoP (arXiv 2308.00566) adds grayscale and blur. Each image draws
+    for itself, from torch's default generator of its device. In `eval()` mode it only normalises.
+
+    Args:
+        mean, std: one value for each channel, for pixels scaled to [0, 1].
+        flip_probability: of a left-right flip.
+        grayscale_probability: of replacing the three channels by their luminance (.299, .587, .114).
+        blur_probability: of a Gaussian blur whose standard deviation, in pixels, is drawn uniformly from `blur_sigma`.
+    """
+
+    def __init__(
+        self,
+        mean: Sequence[float] = IMAGENET_MEAN,
+        std: Sequence[float] = IMAGENET_STD,
+        flip_probability: float = 0.5,
+        grayscale_probability: float = 0.0,
+        blur_probability: float = 0.0,
+        blur_sigma: tuple[float, float] = (0.1, 2.0),
+    ):
+        super().__init__()
+        if not mean or len(mean) != len(std):
+            raise ValueError(f"mean and std need one value for each channel, not {len(mean)} and {len(std)} values")
+        if min(std) <= 0:
+            raise ValueError(f"std must be positive, not {list(std)}")
+        probabilities = dict(flip=flip_probability, grayscale=grayscale_probability, blur=blur_probability)
+        for name, probability in probabilities.items():
+            if not 0 <= probability <= 1:
+                raise ValueError(f"{name}_probability must lie in [0, 1], not {probability!r}")
+        if grayscale_probability and len(mean) not in (1, 3):
+            raise ValueError(f"grayscale_probability must be 0 for images of {len(mean)} channels, not 3 or 1")
+        if not 0 < blur_sigma[0] <= blur_sigma[1]:
+            raise ValueError(f"blur_sigma must be two positive numbers, the smaller first, not {blur_sigma!r}")
+        self.flip_probability = flip_probability
+        self.grayscale_probability = grayscale_probability if len(mean) == 3 else 0.0  # one channel is grey already
+        self.blur_probability = blur_probability
+        self.blur_sigma = tuple(blur_sigma)
+        mean, std = torch.tensor(mean, dtype=torch.float64), torch.tensor(std, dtype=torch.float64)
+        # (x / 255 - mean) / std = x * scale + shift
+        self.register_buffer("scale", (1 / (255 * std)).float().view(1, -1, 1, 1), persistent=False)
+        self.register_buffer("shift", (-mean / std).float().view(1, -1, 1, 1), persistent=False)
+        self.register_buffer("luminance", torch.tensor(LUMINANCE).view(1, -1, 1, 1), persistent=False)
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        if self.training and self.flip_probability:
+            pixel_values = torch.where(
+                self._drawn(pixel_values, self.flip_probability), pixel_values.flip(-1), pixel_values
+            )
+        if not self.training or not (self.grayscale_probability or self.blur_probability):
+            return self.normalize(pixel_values)
+        images = pixel_values.float()
+        if self.grayscale_probability:
+            grey = (images * self.luminance.to(images.device)).sum(1, keepdim=True)
+            images = torch.where(self._drawn(images, self.grayscale_probability), grey, images)
+        if self.blur_probability:
+            low, high = self.blur_sigma
+            sigma = low + (high - low) * torch.rand(len(images), device=images.device)
+            images = torch.where(self._drawn(images, self.blur_probability), gaussian_blur(images, sigma), images)
+        return self.normalize(images)
+
+    def normalize(self, pixel_values: Tensor) -> Tensor:
+        """(x / 255 - mean) / std, for x in 0..255 (uint8 or float) [B, C, h, w], as float32."""
+        if pixel_values.shape[-3] != self.scale.shape[1]:
+            channels = self.scale.shape[1]
+            raise ValueError(f"mean and std are for {channels} channels, but pixel_values has {pixel_values.shape[-3]}")
+        if self.scale.device != pixel_values.device:
+            self.to(pixel_values.device)
+        return torch.addcmul(self.shift, pixel_values.float(), self.scale)
+
+    def denormalize(self, pixel_values: Tensor) -> Tensor:
+        """The inverse of `normalize`, rounded and clipped to uint8."""
+        images = (pixel_values.float() - self.shift.to(pixel_values.device)) / self.scale.to(pixel_values.device)
+        return images.round().clamp(0, 255).to(torch.uint8)
+
+    @staticmethod
+    def _drawn(images: Tensor, probability: float) -> Tensor:
+        """[B, 1, 1, 1] of bools: which images are chosen."""
+        return torch.rand(len(images), 1, 1, 1, device=images.device) < probability
+
+
+def gaussian_blur(images: Tensor, sigma: Tensor) -> Tensor:
+    """Blur each image with its own sigma, in pixels: float [B, C, h, w], [B] -> float [B, C, h, w].
+
+    The kernel is not cut off, and is renormalised at the border. A blur along one axis is one square matrix for each
+    image, so that the batch is two batched matrix products.
+    """
+    with torch.autocast(images.device.type, enabled=False):
+        rows = _blur_matrix(images.shape[-2], sigma)[:, None]
+        columns = _blur_matrix(images.shape[-1], sigma)[:, None]
+        return rows @ images.float() @ columns.mT
+
+
+def _blur_matrix(side: int, sigma: Tensor) -> Tensor:
+    """[B, side, side]; row i holds the weights of a Gaussian centred on pixel i. The softmax normalises them."""
+    places = torch.arange(side, device=sigma.device, dtype=torch.float32)
+    distance = places[:, None] - places
+    return torch.softmax(-(distance**2) / (2 * sigma.float()[:, None, None] ** 2), dim=-1)
+
+
+def channel_statistics(
+    images: Iterable[dict], num_images: int = 1024, seed: int = 0
+) -> tuple[list[float], list[float]]:
+    """(mean, std) of each channel for pixels scaled to [0, 1], from a random sample of an `ImageDataset`.
+
+    The deviation is over all pixels of all sampled images. Of an `ImageStream`, the first `num_images` are taken.
+    """
+    total = square = count = 0
+    for sample in _sampled(images, num_images, seed):
+        pixels = sample["pixel_values"].to(torch.float64).flatten(1) / 255
+        total, square, count = total + pixels.sum(1), square + pixels.square().sum(1), count + pixels.shape[1]
+    if not count:
+        raise ValueError("images has no image to take the channels' mean and std from")
+    mean = total / count
+    # A channel that never varies would be divided by zero.
+    std = (square / count - mean.square()).clamp(min=0).sqrt().clamp(min=1 / 255)
+    return mean.tolist(), std.tolist()
+
+
+def _sampled(images, num_images: int, seed: int):
+    if not hasattr(images, "__len__"):
+        for _, sample in zip(range(num_images), images, strict=False):
+            yield sample
+        return
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
+    for index in order[:num_images].tolist():
+        yield images[index]

@@ -1,0 +1,231 @@
+"""Torch datasets over image columns: one decode and one crop in the worker, to `uint8 [C, h, w]`.
+
+Crops are keyed on (seed, epoch, image), never on the draws so far: a resumed run, or one with other workers, sees the
+same ones.
+An image that cannot be decoded is skipped, counted and remembered in shared memory, where the main process reads it.
+"""
+
+import logging
+import zlib
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from datasets import Dataset, IterableDataset
+from datasets.distributed import split_dataset_by_node
+from torch import Tensor
+from torch.utils.data import get_worker_info
+
+from .crop import RandomCrop, crop_rng, load_crop
+from .decode import BrokenImage, decoding
+
+logger = logging.getLogger(__name__)
+
+MAX_BROKEN = 0.01  # above this share of broken images a run stops
+_MAX_REPLACEMENTS = 64
+_MAX_WORKERS = 256
+_NAMES_BYTES = 4096  # for each worker of a stream
+_MIN_STREAMED = 1000  # before this many, one broken image says nothing about the share
+
+
+class BrokenImagesError(ValueError):
+    """Too many images of the data cannot be decoded."""
+
+
+class _Images:
+    """What the map-style and the streamed dataset share."""
+
+    def __init__(self, images, size, num_channels=3, crop=None, labels=False, seed=0):
+        self.size = (size, size) if isinstance(size, int) else tuple(size)
+        if len(self.size) != 2 or min(self.size) < 1:
+            raise ValueError(f"size must be a positive int or (height, width), not {size!r}")
+        if num_channels < 1:
+            raise ValueError(f"num_channels must be at least 1, not {num_channels!r}")
+        columns = images.column_names
+        if columns is not None:
+            for column in ["image"] + ["label"] * labels:
+                if column not in columns:
+                    known = ", ".join(columns)
+                    raise ValueError(f"images has no column {column!r} but {known}; load_images finds and names it")
+        self.images, self.num_channels, self.labels, self.seed = images, num_channels, labels, seed
+        self.crop = RandomCrop() if crop is None else crop
+        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
+
+    def set_epoch(self, epoch: int):
+        """Crops of another epoch. Seen by running workers too."""
+        self._epoch.fill_(int(epoch))
+
+    def _sample(self, value, label, key: int, name: str) -> dict:
+        rng = crop_rng(self.seed, int(self._epoch), key)
+        with decoding(name):
+            sample = {"pixel_values": load_crop(value, self.crop, self.size, self.num_channels, rng)}
+        if self.labels:
+            sample["labels"] = -1 if label is None else int(label)
+        return sample
+
+
+class ImageDataset(_Images, torch.utils.data.Dataset):
+    """Map-style: `dataset[i]` is `{"pixel_values": uint8 [C, h, w]}`, with `labels: int` when asked for.
+
+    Args:
+        images: a `datasets.Dataset` from `load_images`.
+        size: of the crops, an int or (height, width).
+        num_channels: images of other modes are converted, see `decode.py`.
+        crop: `RandomCrop` (default), `CenterCrop` or `WholeImage`.
+        labels: whether to give the `label` column.
+        seed: of the crops; see `set_epoch`.
+
+    Raises:
+        ValueError: at once, when the columns are missing or the first image cannot become `num_channels`.
+    """
+
+    def __init__(self, images: Dataset, size, num_channels: int = 3, crop=None, labels: bool = False, seed: int = 0):
+        super().__init__(images, size, num_channels, crop, labels, seed)
+        if len(images) == 0:
+            raise ValueError("images is empty")
+        feature = images.features["image"]
+        if getattr(feature, "decode", False):
+            self.images = images.cast_column("image", type(feature)(mode=feature.mode, decode=False))
+        self._broken = torch.zeros(len(images), dtype=torch.uint8).share_memory_()
+        self[0]  # a wrong num_channels shows here, not in a worker an hour later
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> dict:
+        return self.__getitems__([index])[0]
+
+    def __getitems__(self, indices: list[int]) -> list[dict]:
+        """A batch: what DataLoader calls. One look-up in the Arrow table for all rows."""
+        rows = self.images[[int(index) for index in indices]]
+        labels = rows["label"] if self.labels else [None] * len(indices)
+        return [
+            self._sample_or_other(index, value, label)
+            for index, value, label in zip(indices, rows["image"], labels, strict=True)
+        ]
+
+    def _sample_or_other(self, index: int, value, label) -> dict:
+        """This image, or where it is broken, another one drawn by its key."""
+        first, rng = index, None
+        for _ in range(_MAX_REPLACEMENTS):
+            if not self._broken[index]:
+                try:
+                    return self._sample(value, label, index, self.name(index, value))
+                except BrokenImage as error:
+                    self._broken[index] = 1
+                    logger.warning("Skipped a broken image: %s", error)
+            rng = rng or crop_rng(self.seed, int(self._epoch), -1 - first)
+            index = int(rng.random() * len(self))
+            row = self.images[index]
+            value, label = row["image"], row["label"] if self.labels else None
+        raise BrokenImagesError(_broken_message(self.num_broken(), len(self), self.broken(limit=5)))
+
+    def name(self, index: int, value=None) -> str:
+        """The file name of an image, or "image 12" where the source gives none."""
+        value = self.images[index]["image"] if value is None else value
+        path = value.get("path") if isinstance(value, dict) else None
+        return path or f"image {index}"
+
+    def num_images(self) -> int:
+        """How many images the share of broken ones refers to."""
+        return len(self)
+
+    def num_broken(self) -> int:
+        """How many images have been found broken so far, by all workers."""
+        return int(self._broken.sum(dtype=torch.int64))
+
+    def broken(self, limit: int | None = None) -> list[str]:
+        """The names of the first `limit` broken images."""
+        return [self.name(index) for index in self._broken.nonzero().flatten()[:limit].tolist()]
+
+
+class ImageStream(_Images, torch.utils.data.IterableDataset):
+    """Streamed: the samples of `ImageDataset`, in the order of a `datasets.IterableDataset`. Shuffle that one before.
+
+    Crops are keyed on (seed, epoch, checksum of the image), so they do not depend on how many workers share the stream.
+    Broken images are left out. Arguments as `ImageDataset`'s.
+    """
+
+    def __init__(self, images: IterableDataset, size, num_channels=3, crop=None, labels=False, seed=0):
+        super().__init__(images, size, num_channels, crop, labels, seed)
+        # One row for each worker, so that no two write the same place.
+        self._seen = torch.zeros(_MAX_WORKERS, dtype=torch.int64).share_memory_()
+        self._broken = torch.zeros(_MAX_WORKERS, dtype=torch.int64).share_memory_()
+        self._names = torch.zeros(_MAX_WORKERS, _NAMES_BYTES, dtype=torch.uint8).share_memory_()
+
+    def set_epoch(self, epoch: int):
+        """Crops, and where the stream is shuffled its order, of another epoch."""
+        super().set_epoch(epoch)
+        self.images.set_epoch(int(epoch))
+
+    @property
+    def num_shards(self) -> int:
+        """Into how many parts the stream can be divided among ranks and workers."""
+        return self.images.num_shards
+
+    def split(self, rank: int, world_size: int) -> "ImageStream":
+        """The part of the stream that one rank reads, so that no rank decodes another's images."""
+        part = split_dataset_by_node(self.images, rank=rank, world_size=world_size)
+        return ImageStream(part, self.size, self.num_channels, self.crop, self.labels, self.seed)
+
+    def __iter__(self) -> Iterator[dict]:
+        info = get_worker_info()
+        worker = info.id if info else 0
+        for row in self.images:
+            value = row["image"]
+            name = (value.get("path") if isinstance(value, dict) else None) or f"image {int(self._seen[worker])}"
+            self._seen[worker] += 1
+            try:
+                sample = self._sample(value, row.get("label"), _checksum(value), name)
+            except BrokenImage as error:
+                logger.warning("Skipped a broken image: %s", error)
+                self._remember(worker, name)
+                check_broken(self)  # here too: a stream of nothing but broken images never gives a batch
+                continue
+            yield sample
+
+    def _remember(self, worker: int, name: str):
+        self._broken[worker] += 1
+        names = _text(self._names[worker]) + name.encode() + b"\n"
+        if len(names) <= _NAMES_BYTES:
+            self._names[worker, : len(names)] = torch.frombuffer(bytearray(names), dtype=torch.uint8)
+
+    def num_images(self) -> int:
+        """How many images have been seen, at least 1000: the share of broken ones means nothing before."""
+        return max(int(self._seen.sum()), _MIN_STREAMED)
+
+    def num_broken(self) -> int:
+        """How many images have been found broken so far, by all workers."""
+        return int(self._broken.sum())
+
+    def broken(self, limit: int | None = None) -> list[str]:
+        """The names of the first `limit` broken images; of many, not all are kept."""
+        return b"".join(_text(names) for names in self._names).decode(errors="replace").splitlines()[:limit]
+
+
+def check_broken(images: ImageDataset | ImageStream, max_share: float = MAX_BROKEN):
+    """Cheap enough for every step.
+
+    Raises:
+        BrokenImagesError: more than `max_share` of the images are broken. One line that names the first twenty.
+    """
+    broken, total = images.num_broken(), images.num_images()
+    if broken > max_share * total:
+        raise BrokenImagesError(_broken_message(broken, total, images.broken(limit=20)))
+
+
+def _broken_message(broken: int, total: int, names: list[str]) -> str:
+    more = f" and {broken - len(names)} more" if broken > len(names) else ""
+    return f"{broken} of {total} images cannot be decoded; repair or remove them: {', '.join(names)}{more}"
+
+
+def _checksum(value) -> int:
+    if isinstance(value, dict):
+        value = value["bytes"] if value.get("bytes") is not None else value.get("path") or ""
+    if isinstance(value, str):
+        value = value.encode()
+    return zlib.crc32(value if isinstance(value, bytes) else np.ascontiguousarray(value))
+
+
+def _text(names: Tensor) -> bytes:
+    return names.numpy().tobytes().rstrip(b"\0")

@@ -1,0 +1,91 @@
+"""Which files of a folder are images or tables, to which split each belongs, and which class a folder stands for."""
+
+import os
+import re
+from pathlib import Path, PurePath
+
+IMAGE_EXTENSIONS = frozenset(
+    ".jpg .jpeg .jpe .jfif .png .webp .bmp .dib .gif .tif .tiff .ppm .pgm .pbm .pnm .tga .jp2 .ico .avif .npy".split()
+)
+TABLE_EXTENSIONS = {".parquet": "parquet", ".arrow": "arrow", ".tar": "webdataset"}  # extension -> builder in datasets
+
+_SPLIT_WORDS = {
+    "train": ("train", "training"),
+    "validation": ("validation", "valid", "val", "dev"),
+    "test": ("test", "testing", "eval", "evaluation"),
+}
+_SPLIT_OF_WORD = {word: split for split, words in _SPLIT_WORDS.items() for word in words}
+
+
+def canonical_split(name: str) -> str:
+    """ "val" -> "validation", "training" -> "train"; other names as they are."""
+    return _SPLIT_OF_WORD.get(name.lower(), name)
+
+
+def find_files(folder: Path, extensions) -> list[str]:
+    """Paths relative to the folder, sorted, of all files below it with one of the extensions, in upper or lower case.
+
+    Hidden files and folders are left out; links are followed, each folder once.
+    """
+    found, visited = [], set()
+    for parent, folders, names in os.walk(folder, followlinks=True):
+        real = os.path.realpath(parent)
+        if real in visited:
+            folders.clear()
+            continue
+        visited.add(real)
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        below = os.path.relpath(parent, folder)
+        for name in sorted(names):
+            if not name.startswith(".") and os.path.splitext(name)[1].lower() in extensions:
+                found.append(name if below == "." else os.path.join(below, name))
+    return found
+
+
+def table_splits(paths: list[str]) -> dict[str, list[str]]:
+    """Split -> files, by the words in each file's name or else its folders' ("train-00000-of-2.parquet", "val/0.tar").
+
+    A file that names no split is training data.
+    """
+    splits: dict[str, list[str]] = {}
+    for path in paths:
+        pure = PurePath(path)
+        parts = [pure.stem, *reversed(pure.parts[:-1])]
+        words = (word for part in parts for word in re.split(r"[^a-z]+", part.lower()))
+        split = next((_SPLIT_OF_WORD[word] for word in words if word in _SPLIT_OF_WORD), "train")
+        splits.setdefault(split, []).append(path)
+    return splits
+
+
+def image_splits(paths: list[str]) -> dict[str, list[tuple[str, str | None]]]:
+    """Split -> (path, class or None) of images in a folder.
+
+    Top folders that are all named after splits ("train", "val") are splits; otherwise all images are "train". The class
+    is the next folder below, as in torchvision's ImageFolder, so "cat/2023/1.jpg" is a cat. Folders that hold all
+    images (of an unpacked archive) are passed over. A split in which some image has no class folder has no classes.
+    """
+    entries = [(PurePath(path).parts, path) for path in paths]
+    splits: dict[str, list] = {}
+    shared = _shared_depth([parts for parts, _ in entries])
+    entries = [(parts[shared:], path) for parts, path in entries]
+    if all(len(parts) > 1 and parts[0].lower() in _SPLIT_OF_WORD for parts, _ in entries):
+        for parts, path in entries:
+            splits.setdefault(canonical_split(parts[0]), []).append((parts[1:], path))
+    else:
+        splits["train"] = entries
+    return {split: _with_classes(entries) for split, entries in splits.items()}
+
+
+def _shared_depth(parts: list[tuple[str, ...]]) -> int:
+    """How many leading folders all the paths share, up to a folder named after a split."""
+    first, depth = parts[0], 0
+    while all(len(other) > depth + 1 and other[depth] == first[depth] for other in parts):
+        if first[depth].lower() in _SPLIT_OF_WORD:
+            break
+        depth += 1
+    return depth
+
+
+def _with_classes(entries: list[tuple[tuple[str, ...], str]]) -> list[tuple[str, str | None]]:
+    has_classes = all(len(parts) > 1 for parts, _ in entries)
+    return [(path, parts[0] if has_classes else None) for parts, path in entries]

@@ -1,0 +1,175 @@
+"""Any collection of images becomes one dataset: a column `image`, undecoded, and `label` where there are labels."""
+
+import os
+import re
+from pathlib import Path
+
+import datasets
+from datasets import ClassLabel, Dataset, DatasetDict, Features, IterableDataset
+from datasets import Image as ImageFeature
+from datasets.exceptions import DatasetsError
+
+from .columns import prepare_columns
+from .decode import BrokenImage, decoding, open_image
+from .digits import digits
+from .files import IMAGE_EXTENSIONS, TABLE_EXTENSIONS, canonical_split, find_files, image_splits, table_splits
+
+_HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?(:[\w.-]+)?")
+_MAX_SHARDS = 64  # into which a local source is divided for streaming
+_NUM_PROBED = 16  # images opened to see whether any can be read
+
+
+def load_images(
+    source: str | os.PathLike | Dataset | IterableDataset,
+    split: str = "train",
+    streaming: bool = False,
+    image_column: str | None = None,
+    label_column: str | None = None,
+) -> Dataset | IterableDataset:
+    """Load the images of any source, not yet decoded.
+
+    Args:
+        source: "digits" (embedded, works offline), or a local path: a folder of images with or without class folders,
+            a Parquet or Arrow file or WebDataset tar or a folder of them, a `save_to_disk` folder; or the name of a
+            dataset on the Hub ("owner/name", or "owner/name:config"); or a dataset already loaded.
+        split: "train", "validation" ("val"), "test", or what the source calls it. In a local folder, by the words in
+            the names of files or top folders; what names no split is "train".
+        streaming: read while training instead of preparing first; gives an `IterableDataset`.
+        image_column: found when left out: the one image column, or the one of several that is called "image".
+        label_column: likewise: the class column, a column called "label", or the class folders.
+
+    Returns:
+        A dataset with the columns `image` ({"bytes", "path"}, or arrays) and, where there are labels, `label` (int
+        class ids, with their names in `features["label"].names` where known; -1 is unknown).
+
+    Raises:
+        ValueError: in one line: nothing there, nothing readable, no such split or column (with those that there are).
+    """
+    if isinstance(source, Dataset | IterableDataset):
+        dataset = source
+    elif str(source) == "digits":
+        dataset = _pick_split(dict(zip(("train", "test"), digits(), strict=True)), split, source)
+    elif not str(source).strip():
+        raise ValueError('source is empty; give a folder, a file, the name of a dataset on the Hub, or "digits"')
+    elif (path := Path(source).expanduser()).exists():
+        dataset = _load_local(path, split, streaming)
+    else:
+        dataset = _load_hub(str(source), split, streaming)
+    dataset = prepare_columns(dataset, image_column, label_column)
+    if streaming and isinstance(dataset, Dataset):
+        dataset = dataset.to_iterable_dataset(num_shards=min(len(dataset), _MAX_SHARDS))
+    _check_readable(dataset, source)
+    return dataset
+
+
+def _load_local(path: Path, split: str, streaming: bool) -> Dataset | IterableDataset:
+    if path.is_dir() and ((path / "dataset_dict.json").exists() or (path / "state.json").exists()):
+        return _load_saved(path, split)
+    if path.is_file():
+        if path.suffix.lower() not in TABLE_EXTENSIONS:
+            known = ", ".join(TABLE_EXTENSIONS)
+            raise ValueError(f"source {str(path)!r} must be a folder or a file of type {known}, not {path.suffix!r}")
+        return _load_tables(path.parent, [path.name], split, streaming)
+    files = find_files(path, IMAGE_EXTENSIONS | TABLE_EXTENSIONS.keys())
+    tables = [name for name in files if Path(name).suffix.lower() in TABLE_EXTENSIONS]
+    images = [name for name in files if Path(name).suffix.lower() in IMAGE_EXTENSIONS]
+    if tables and len(tables) >= len(images):  # a picture beside tables, or an archive beside pictures, is no data
+        return _load_tables(path, tables, split, streaming)
+    if images:
+        return _load_folder(path, images, split)
+    raise ValueError(f"source {str(path)!r} holds no images, nor {', '.join(TABLE_EXTENSIONS)} files")
+
+
+def _load_saved(path: Path, split: str) -> Dataset:
+    """A folder written by `save_to_disk`."""
+    with _one_line_errors(path):
+        saved = datasets.load_from_disk(str(path))
+    return _pick_split(saved, split, path) if isinstance(saved, DatasetDict) else saved
+
+
+def _load_folder(folder: Path, paths: list[str], split: str) -> Dataset:
+    """A folder of image files: only their paths are read here."""
+    splits = image_splits(paths)
+    entries = _pick_split(splits, split, folder)
+    files = [str(folder / path) for path, _ in entries]
+    # The names of all splits together, so that a class has the same id in each.
+    names = sorted({name for entries in splits.values() for _, name in entries if name is not None})
+    features = Features(image=ImageFeature(decode=False))
+    if entries[0][1] is None or len(names) < 2:
+        return Dataset.from_dict({"image": files}, features=features)
+    ids = {name: number for number, name in enumerate(names)}
+    features["label"] = ClassLabel(names=names)
+    return Dataset.from_dict({"image": files, "label": [ids[name] for _, name in entries]}, features=features)
+
+
+def _load_tables(folder: Path, paths: list[str], split: str, streaming: bool) -> Dataset | IterableDataset:
+    """Parquet or Arrow files or tars; of a mixture, the kind that most files have."""
+    kinds = [TABLE_EXTENSIONS[Path(path).suffix.lower()] for path in paths]
+    kind = max(sorted(set(kinds)), key=kinds.count)
+    splits = table_splits([path for path, found in zip(paths, kinds, strict=True) if found == kind])
+    if len(paths) == 1 and split == "train":
+        splits = {"train": paths}  # whatever a single file is called, it is what the user wants to train on
+    files = [str(folder / path) for path in _pick_split(splits, split, folder)]
+    with _one_line_errors(folder):
+        return datasets.load_dataset(kind, data_files={"train": files}, split="train", streaming=streaming)
+
+
+def _load_hub(name: str, split: str, streaming: bool) -> Dataset | IterableDataset:
+    if not _HUB_NAME.fullmatch(name):
+        raise ValueError(f"source {name!r} does not exist, and is no name of a dataset on the Hub")
+    name, _, config = name.partition(":")
+    with _one_line_errors(name, "no local path, and from the Hub"):
+        return datasets.load_dataset(name, config or None, split=split, streaming=streaming)
+
+
+def _pick_split(splits: dict, split: str, source):
+    for name in (split, canonical_split(split)):
+        if name in splits:
+            return splits[name]
+    for name in splits:
+        if canonical_split(name) == canonical_split(split):
+            return splits[name]
+    raise ValueError(f"split {split!r} is not in source {str(source)!r}; it has {', '.join(sorted(splits))}")
+
+
+class _one_line_errors:
+    """What the datasets library raises, as one ValueError line that names the source."""
+
+    def __init__(self, source, where: str = ""):
+        self.where = f"source {str(source)!r}: {where + ': ' if where else ''}"
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, error, traceback):
+        if isinstance(error, DatasetsError | ValueError | OSError | RuntimeError):
+            while error.__cause__ is not None:  # the first cause says what is wrong with the data
+                error = error.__cause__
+            reason = next(iter(str(error).strip().splitlines()), "") or type(error).__name__
+            raise ValueError(self.where + reason) from error
+
+
+def _check_readable(dataset: Dataset | IterableDataset, source):
+    """At least one of a few images opens."""
+    error = None
+    for row in _probe(dataset):
+        try:
+            with decoding("its first images"):
+                open_image(row["image"])
+            return
+        except BrokenImage as broken:
+            error = broken
+    reason = f": {error}" if error else "; it is empty"
+    raise ValueError(f"source {_short(source)!r} holds no image that can be read{reason}")
+
+
+def _probe(dataset: Dataset | IterableDataset):
+    if isinstance(dataset, IterableDataset):
+        yield from dataset.take(_NUM_PROBED)
+    else:
+        for index in range(0, len(dataset), max(1, len(dataset) // _NUM_PROBED)):
+            yield dataset[index]
+
+
+def _short(source) -> str:
+    return str(source) if isinstance(source, str | os.PathLike) else type(source).__name__
