@@ -152,9 +152,7 @@ def to_ours(state: dict[str, torch.Tensor], table: list[Row]) -> dict[str, torch
     return _rename(state, [(theirs, ours, layout) for ours, theirs, layout in table], change_layout)
 
 
-def to_theirs(
-    state: dict[str, torch.Tensor], table: list[Row], patch_size: tuple[int, int]
-) -> dict[str, torch.Tensor]:
+def to_theirs(state: dict[str, torch.Tensor], table: list[Row], patch_size: tuple[int, int]) -> dict[str, torch.Tensor]:
     """The inverse of `to_ours`; `patch_size` (height, width) gives the convolution its shape."""
 
     def change_layout(tensor, layout):

@@ -73,5 +73,3 @@ class BackboneHead(BackboneMixin):
         return BackboneOutput(
             feature_maps=tuple(feature_maps), hidden_states=output.hidden_states, attentions=output.attentions
         )
-
-

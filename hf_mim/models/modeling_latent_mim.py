@@ -56,11 +56,10 @@ def patchify_with_gap(
 
 
 def mean_pairwise_cosine(tokens: torch.Tensor) -> torch.Tensor:
-    """Mean cosine over the pairs of different tokens `[B, K, D]` of an image, averaged over the batch."""
-    tokens = F.normalize(tokens, dim=-1)
-    count = tokens.shape[1]
-    # The sum over all pairs is the squared length of the sum; the pairs of a token with itself are 1 each.
-    return ((tokens.sum(dim=1).square().sum(dim=-1) - count) / (count * (count - 1))).mean()
+    """Mean cosine over all pairs of tokens `[B, K, D]` of an image, a token with itself among them, as released;
+    averaged over the batch. From 1/K for orthogonal tokens to 1 for equal ones."""
+    # The mean over pairs is the squared length of the mean.
+    return F.normalize(tokens, dim=-1).mean(dim=1).square().sum(dim=-1).mean()
 
 
 def patch_discrimination(predictions: torch.Tensor, targets: torch.Tensor, temperature: float) -> torch.Tensor:
@@ -173,7 +172,7 @@ class LatentMIMDecoder(nn.Module):
         self.head = nn.Linear(width, config.hidden_size)
 
     def visual_cues(self, visible, query_positions, visible_positions):
-        """Visible tokens `[B, Nv, Dd]`, weighted by how close their position codes are to each query's: `[B, Nm, Dd]`."""
+        """Visible tokens `[B, Nv, Dd]` weighted by how close their places are to each query's: `[B, Nm, Dd]`."""
         closeness = query_positions @ visible_positions.transpose(1, 2) * query_positions.shape[-1] ** -0.5
         return closeness.softmax(dim=-1) @ visible
 
@@ -215,9 +214,7 @@ class LatentMIMForPreTraining(TargetNetworkMixin, LatentMIMPreTrainedModel):
 
     def set_progress(self, progress: float):
         """Move the similarity target along its cosine (section 3.2); call before each step."""
-        self.similarity_target.value.fill_(
-            cosine(self.config.similarity_start, self.config.similarity_end, progress)
-        )
+        self.similarity_target.value.fill_(cosine(self.config.similarity_start, self.config.similarity_end, progress))
 
     def draw(self, pixel_values, patch_offsets=None):
         """Cut images with gaps, at random offsets unless given → patches `[B, N, P]`, their grid, the offsets."""

@@ -11,7 +11,7 @@ from torch import nn
 from transformers import initialization as init
 
 
-def sincos_table(grid: tuple[int, int], width: int, *, num_prefix_tokens: int = 0, rescaled: bool = False) -> torch.Tensor:
+def sincos_table(grid: tuple[int, int], width: int, num_prefix_tokens: int = 0, rescaled: bool = False) -> torch.Tensor:
     """Sine-cosine codes `[prefix + N, D]` (float32) of a `(rows, columns)` grid in raster order.
 
     Rows of prefix tokens (CLS) are zero. Places are integers, or with `rescaled` Latent MIM's `linspace(0, 1, n) · n`,
@@ -54,7 +54,12 @@ class PositionEmbeddings(nn.Module):
     """
 
     def __init__(
-        self, grid: tuple[int, int], width: int, num_prefix_tokens: int = 0, learned: bool = False, rescaled: bool = False
+        self,
+        grid: tuple[int, int],
+        width: int,
+        num_prefix_tokens: int = 0,
+        learned: bool = False,
+        rescaled: bool = False,
     ):
         super().__init__()
         self.grid, self.width, self.num_prefix_tokens = tuple(grid), width, num_prefix_tokens
@@ -69,7 +74,7 @@ class PositionEmbeddings(nn.Module):
         if self.learned:
             init.trunc_normal_(self.table, std=0.02)
         else:
-            table = sincos_table(self.grid, self.width, num_prefix_tokens=self.num_prefix_tokens, rescaled=self.rescaled)
+            table = sincos_table(self.grid, self.width, self.num_prefix_tokens, self.rescaled)
             init.copy_(self.table, table.to(self.table))
 
     def forward(self, grid: tuple[int, int]) -> torch.Tensor:

@@ -29,9 +29,9 @@ def check_momentum(config):
 class TargetNetworkMixin:
     """For pretraining models with EMA targets; goes before the `PreTrainedModel` in the bases.
 
-    The model names its `(target, online)` modules in `target_pairs()`. The target equals the online network at the start, never
-    gets a gradient, is always in evaluation mode (no drop path), and stays in float32 when the rest is loaded in half
-    precision: in bfloat16 with momentum .999 it would never move.
+    The model names its `(target, online)` modules in `target_pairs()`. The target equals the online network at the
+    start, never gets a gradient, is always in evaluation mode (no drop path), and stays in float32 when the rest is
+    loaded in half precision: in bfloat16 with momentum .999 it would never move.
     """
 
     _keep_in_fp32_modules_strict = ["target_encoder", "target_projector"]

@@ -242,7 +242,9 @@ def test_mae_classifiers_give_the_same_logits(logits):
     table, options, not_in_this_file = CLASSIFIERS[logits]
     weights = {k: v for k, v in weights.items() if not k.startswith(not_in_this_file)}
     if logits == "logits_linear_probe":
-        weights = {k.replace("head.weight", "head.1.weight").replace("head.bias", "head.1.bias"): v for k, v in weights.items()}
+        weights = {
+            k.replace("head.weight", "head.1.weight").replace("head.bias", "head.1.bias"): v for k, v in weights.items()
+        }
     ours = hf_mim.MAEConfig(
         image_size=config["image_size"], num_labels=config["num_labels"], **encoder_sizes(config), **options
     )

@@ -1,0 +1,116 @@
+"""Claims of StoP and I-JEPA, on tiny models."""
+
+import pytest
+import torch
+
+import hf_mim
+
+SIZES = dict(image_size=32, patch_size=4, hidden_size=48, num_hidden_layers=2, num_attention_heads=3)
+PREDICTOR = dict(predictor_hidden_size=24, predictor_num_hidden_layers=2)
+
+
+def make(**changes):
+    torch.manual_seed(0)
+    return hf_mim.StopJepaForPreTraining(hf_mim.StopJepaConfig(**SIZES | PREDICTOR | changes))
+
+
+def images(count=4, seed=0):
+    return torch.randn(count, 3, 32, 32, generator=torch.Generator().manual_seed(seed))
+
+
+def test_zero_noise_is_i_jepa():
+    """With σ = 0 nothing is drawn but the masks, and given noise of zeros changes nothing."""
+    model = make(position_noise_std=0.0).eval()
+    first = model(images())
+    given = dict(context_ids=first.context_ids, target_ids=first.target_ids)
+    assert torch.equal(model(images(), **given).loss, model(images(), **given).loss)
+    zeros = torch.zeros_like(first.targets)
+    assert torch.equal(model(images(), **given, position_noise=zeros).loss, first.loss)
+
+
+@pytest.mark.parametrize(("noise_on", "target", "context"), [("target", 1, 0), ("context", 0, 1), ("both", 1, 1)])
+def test_noise_goes_where_the_config_says_fresh_for_every_image_block_and_token(noise_on, target, context):
+    model = make(noise_on=noise_on)
+    seen = {}
+
+    def record(module, args, output):
+        seen["target"], seen["context"] = args[4:6]
+
+    model.predictor.register_forward_hook(record)
+    output = model(images(16))
+    for name, expected, length in (
+        ("target", target, output.target_ids.shape[2]),
+        ("context", context, output.context_ids.shape[1]),
+    ):
+        assert (seen[name] is not None) == bool(expected)
+        if expected:
+            assert seen[name].shape == (16, 4, length, 48)
+            assert abs(seen[name].std() / 0.25 - 1) < 0.02
+            assert len(seen[name].flatten().unique()) > 0.99 * seen[name].numel()
+
+
+def test_context_noise_enters_the_projection_beside_the_features():
+    model = make(noise_on="context").predictor
+    features, noise = torch.randn(2, 5, 48), torch.randn(2, 4, 5, 48)
+    positions = torch.randn(2, 5, 24)
+    ours = model.context_tokens(features, positions, noise)
+    expected = model.embed(features[:, None] + noise) + positions[:, None]
+    torch.testing.assert_close(ours, expected)
+
+
+def test_masked_tokens_follow_the_papers_equation():
+    noise, positions = torch.randn(2, 4, 6, 48), torch.randn(2, 4, 6, 24)
+    paper = make(use_mask_token=True).predictor
+    torch.nn.init.normal_(paper.embed.bias)
+    torch.testing.assert_close(
+        paper.masked_tokens(positions, noise), noise @ paper.embed.weight.T + positions + paper.mask_token
+    )
+    released = make(use_mask_token=False).predictor
+    torch.nn.init.normal_(released.embed.bias)
+    torch.testing.assert_close(released.masked_tokens(positions, noise), released.embed(noise) + positions)
+    assert torch.equal(released.masked_tokens(positions, None), positions)
+
+
+@pytest.mark.slow
+def test_an_untied_projection_shrinks_while_the_tied_one_does_not():
+    """Section 3.2: noise that reaches the loss only through its own projection trains that projection to zero."""
+    norms = {}
+    for tied in (True, False):
+        model = make(tie_noise_projection=tied, position_noise_std=1.0, momentum_start=0.99)
+        predictor = model.predictor
+        weight = predictor.embed.weight if tied else predictor.noise_embed.weight
+        with torch.no_grad():
+            weight.normal_(std=0.15)
+        start = weight.abs().sum().item()
+        optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=3e-3)
+        for step in range(150):
+            loss = model(structured_images(32, step)).loss
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            model.update_target(step / 150)
+        norms[tied] = weight.abs().sum().item() / start
+    assert norms[False] < 0.5 and norms[True] > 0.8, norms
+
+
+def structured_images(count, seed):
+    """Smooth random images: something to predict from the context."""
+    coarse = torch.randn(count, 3, 4, 4, generator=torch.Generator().manual_seed(seed))
+    return torch.nn.functional.interpolate(coarse, size=32, mode="bicubic") * 2
+
+
+def test_target_update_is_the_moving_average_of_the_momentum_schedule():
+    model = make(momentum_start=0.9, momentum_end=1.0)
+    assert [round(model.momentum(p), 6) for p in (0, 0.5, 1)] == [0.9, 0.95, 1.0]
+    with torch.no_grad():
+        for p in model.encoder.parameters():
+            p.add_(torch.randn_like(p))
+    expected = [
+        0.95 * t + 0.05 * o for t, o in zip(model.target_encoder.parameters(), model.encoder.parameters(), strict=True)
+    ]
+    model.update_target(0.5)
+    for t, e in zip(model.target_encoder.parameters(), expected, strict=True):
+        torch.testing.assert_close(t, e)
+    before = [t.clone() for t in model.target_encoder.parameters()]
+    model.update_target(1.0)
+    assert all(torch.equal(t, b) for t, b in zip(model.target_encoder.parameters(), before, strict=True))
