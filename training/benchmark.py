@@ -1,0 +1,168 @@
+"""Measure what this project claims to be fast, on the machine it runs on.
+
+    python training/benchmark.py data --source FOLDER            # loading: one core, against a plain PIL pipeline
+    python training/benchmark.py step                            # full training steps of the three methods
+
+Each command prints a table and, with --json PATH, writes its numbers there.
+"""
+
+import argparse
+import io
+import json
+import os
+import platform
+import time
+from pathlib import Path
+
+from benchmark_step import add_step
+
+
+def add_data(subcommands):
+    parser = subcommands.add_parser("data", help="images/s of one core, against a plain PIL pipeline on the same crops")
+    parser.add_argument("--source", required=True, help='a folder of images, or anything load_images takes ("digits")')
+    parser.add_argument("--split", default="train")
+    parser.add_argument("--size", type=int, default=224, help="side of the crops")
+    parser.add_argument("--scale", type=float, nargs=2, default=(0.2, 1.0), help="share of the area that a crop takes")
+    parser.add_argument("--num_images", type=int, default=256, help="how many images of the source to use at most")
+    parser.add_argument("--repeats", type=int, default=5, help="the fastest of so many rounds counts")
+    parser.set_defaults(run=benchmark_data)
+
+
+def benchmark_data(args) -> dict:
+    """Both pipelines on one core, on the same bytes in memory, the same boxes, in turns; then how their crops differ.
+
+    The plain pipeline is decode, crop, bicubic resize, flip, float, normalise, image by image. Ours is the worker's
+    part, to uint8; "+ augment" adds flip and normalisation in batches of 64 on this same core, where a GPU does them.
+    """
+    import torch
+
+    from hf_mim.data import DeviceAugment, ImageDataset, RandomCrop, load_images
+    from hf_mim.data.crop import crop_rng, draft_reduction
+
+    torch.set_num_threads(1)
+    images = load_images(args.source, args.split)
+    images = images.select(range(min(len(images), args.num_images)))
+    crop, size = RandomCrop(scale=tuple(args.scale)), (args.size, args.size)
+    ours = ImageDataset(in_memory(images), size, crop=crop)
+    encoded, indices = [row["bytes"] for row in ours.images["image"]], list(range(len(images)))
+    boxes = [crop.box(*upright_size(data), size, crop_rng(0, 0, index)) for index, data in enumerate(encoded)]
+    augment = DeviceAugment()
+
+    def worker():
+        return ours.__getitems__(indices)
+
+    def worker_and_augment():
+        for start in range(0, len(indices), 64):
+            batch = ours.__getitems__(indices[start : start + 64])
+            augment(torch.stack([sample["pixel_values"] for sample in batch]))
+
+    def plain():
+        for data, box in zip(encoded, boxes, strict=True):
+            plain_pipeline(data, box, size)
+
+    seconds = fastest({"plain": plain, "ours": worker, "ours + augment": worker_and_augment}, args.repeats)
+    rates = {name: len(indices) / value for name, value in seconds.items()}
+    result = {
+        "images_per_second": {name: round(rate, 1) for name, rate in rates.items()},
+        "speedup": round(rates["ours"] / rates["plain"], 2),
+        "speedup_with_augment": round(rates["ours + augment"] / rates["plain"], 2),
+        "images": len(indices),
+        "size": args.size,
+        "scale": list(args.scale),
+    }
+    errors = {False: [], True: []}
+    for sample, data, box in zip(worker(), encoded, boxes, strict=True):
+        difference = (sample["pixel_values"].int() - plain_crop(data, box, size).int()).abs().float().mean().item()
+        drafted = data[:2] == b"\xff\xd8" and draft_reduction(box, size) > 1
+        errors[drafted].append(difference)
+    print(f"{len(indices)} images, crops of {args.size} x {args.size}, scale {tuple(args.scale)}, one core\n")
+    print(f"{'pipeline':<18}{'images/s':>10}{'ms/image':>10}{'speedup':>10}")
+    for name, rate in rates.items():
+        print(f"{name:<18}{rate:>10.0f}{1000 / rate:>10.2f}{rate / rates['plain']:>9.2f}x")
+    print("\nmean absolute difference of a crop to the plain one, in grey levels")
+    for drafted, name in ((False, "decoded in full"), (True, "draft")):
+        if errors[drafted]:
+            mean, worst = sum(errors[drafted]) / len(errors[drafted]), max(errors[drafted])
+            print(f"{name:<18}{len(errors[drafted]):>6} crops, mean {mean:.2f}, worst {worst:.2f}")
+            result[f"difference_{name.replace(' ', '_')}"] = {
+                "crops": len(errors[drafted]),
+                "mean": mean,
+                "worst": worst,
+            }
+    return result
+
+
+def in_memory(images):
+    """The same images with their bytes in the table, so that the disk is not measured."""
+    from datasets import Dataset, Features
+    from datasets import Image as ImageFeature
+
+    # Without a path: datasets drops the bytes of files that it finds on the disk.
+    rows = [{"bytes": row["bytes"] or Path(row["path"]).read_bytes(), "path": None} for row in images["image"]]
+    return Dataset.from_dict({"image": rows}, features=Features(image=ImageFeature(decode=False)))
+
+
+def upright_size(data: bytes) -> tuple[int, int]:
+    from PIL import Image, ImageOps
+
+    return ImageOps.exif_transpose(Image.open(io.BytesIO(data))).size
+
+
+def plain_crop(data: bytes, box, size):
+    """uint8 [3, h, w] by PIL alone."""
+    import numpy as np
+    import torch
+    from PIL import Image, ImageOps
+
+    image = ImageOps.exif_transpose(Image.open(io.BytesIO(data)).convert("RGB"))
+    image = image.crop(box).resize(size[::-1], Image.Resampling.BICUBIC)
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+
+
+def plain_pipeline(data: bytes, box, size):
+    """What torchvision's transforms compute, image by image: float32 [3, h, w]."""
+    import torch
+
+    pixels = plain_crop(data, box, size)
+    pixels = pixels.flip(-1) if torch.rand(()) < 0.5 else pixels
+    pixels = pixels.contiguous().float().div(255)
+    mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+    return (pixels - mean[:, None, None]) / std[:, None, None]
+
+
+def fastest(functions: dict, repeats: int) -> dict[str, float]:
+    """Processor seconds of the fastest of `repeats` rounds; in each round all functions take their turn."""
+    seconds = dict.fromkeys(functions, float("inf"))
+    for _ in range(repeats):
+        for name, function in functions.items():
+            start = time.process_time()
+            function()
+            seconds[name] = min(seconds[name], time.process_time() - start)
+    return seconds
+
+
+def machine() -> dict:
+    """What a number means nothing without."""
+    import torch
+
+    versions = {"python": platform.python_version(), "torch": torch.__version__}
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
+    return versions | {"device": device, "cores": os.cpu_count(), "vector": torch.backends.cpu.get_cpu_capability()}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    subcommands = parser.add_subparsers(required=True, metavar="COMMAND")
+    for add in (add_data, add_step):
+        add(subcommands)
+    for subcommand in subcommands.choices.values():
+        subcommand.add_argument("--json", type=Path, help="write the numbers here too")
+    args = parser.parse_args()
+    result = args.run(args)
+    if args.json:
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+        args.json.write_text(json.dumps({"machine": machine(), **result}, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
