@@ -1,0 +1,159 @@
+"""`benchmark.py step`: images/s, FLOPs and share of the matrix ceiling of full training steps.
+
+A step is forward with drawn masks, backward, AdamW, target update, on one batch that is on the device already.
+transformers' ViTMAEForPreTraining runs beside MAE with the same sizes, masks and loss; its position tables, zero from a
+config, are filled with MAE's, so that both do the same work.
+"""
+
+import statistics
+import time
+
+METHODS = ("mae", "latent_mim", "stop_jepa")
+
+
+def add_step(subcommands):
+    parser = subcommands.add_parser("step", help="images/s, FLOPs and share of the matrix ceiling of a training step")
+    parser.add_argument("--methods", nargs="+", default=[*METHODS, "transformers_mae"])
+    parser.add_argument("--size", default="base", help="tiny, small, base, large, huge or giant")
+    parser.add_argument("--image_size", type=int, default=224)
+    parser.add_argument("--patch_size", type=int, default=16)
+    parser.add_argument("--batch_size", type=int, default=8)
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"], help="of the autocast")
+    parser.add_argument("--compile", action="store_true", help="torch.compile the model")
+    parser.add_argument("--steps", type=int, default=10, help="timed steps; the methods take turns")
+    parser.add_argument("--warmup", type=int, default=2, help="steps before them")
+    parser.set_defaults(run=benchmark_step)
+
+
+def benchmark_step(args) -> dict:
+    import torch
+
+    device, dtype = torch.device(args.device), getattr(torch, args.dtype)
+    ceiling = matrix_ceiling(device, dtype)
+    runs = {}
+    for method in args.methods:
+        torch.manual_seed(0)
+        model, images = contestant(method, args)
+        flops = count_flops(model, images)
+        runs[method] = flops, training_step(model.to(device).train(), images.to(device), dtype, args.compile)
+    seconds = {method: [] for method in runs}
+    for round_ in range(args.warmup + args.steps):
+        for method, (_, step) in runs.items():
+            elapsed = timed(step, device)
+            if round_ >= args.warmup:
+                seconds[method].append(elapsed)
+    medians = {method: statistics.median(times) for method, times in seconds.items()}
+    mode = "compiled" if args.compile else "eager"
+    print(f"ViT-{args.size}/{args.patch_size}, {args.image_size} px, batch {args.batch_size}, {args.dtype}, {mode}")
+    print(f"matrix ceiling {ceiling / 1e12:.3f} TFLOP/s; median of {args.steps} steps\n")
+    print(f"{'method':<20}{'images/s':>10}{'GFLOP/image':>14}{'of ceiling':>12}{'speed':>8}")
+    result = {"matrix_ceiling_tflops": ceiling / 1e12, "mode": mode, "methods": {}}
+    result |= {name: getattr(args, name) for name in ("size", "patch_size", "image_size", "batch_size", "dtype")}
+    for method, (flops, _) in runs.items():
+        rate = args.batch_size / medians[method]
+        share, speed = flops * rate / ceiling, medians[args.methods[-1]] / medians[method]
+        print(f"{method:<20}{rate:>10.2f}{flops / 1e9:>14.2f}{share:>11.1%}{speed:>7.2f}x")
+        result["methods"][method] = {
+            "images_per_second": rate,
+            "gflop_per_image": flops / 1e9,
+            "share_of_ceiling": share,
+            "speed_over_" + args.methods[-1]: speed,
+            "seconds": seconds[method],
+        }
+    return result
+
+
+def contestant(method: str, args):
+    """A pretraining model on the CPU and a batch for it."""
+    import torch
+
+    import hf_mim
+
+    sizes = dict(size=args.size, image_size=args.image_size, patch_size=args.patch_size)
+    if method == "transformers_mae":
+        return filled_transformers_mae(hf_mim.MAEConfig(**sizes)), torch.randn(
+            args.batch_size, 3, args.image_size, args.image_size
+        )
+    config_class, model_class = {
+        "mae": (hf_mim.MAEConfig, hf_mim.MAEForPreTraining),
+        "latent_mim": (hf_mim.LatentMIMConfig, hf_mim.LatentMIMForPreTraining),
+        "stop_jepa": (hf_mim.StopJepaConfig, hf_mim.StopJepaForPreTraining),
+    }[method]
+    config = config_class(**sizes)
+    return model_class(config), torch.randn(args.batch_size, 3, *config.training_size)
+
+
+def filled_transformers_mae(config):
+    """transformers' MAE of the same sizes, with the position tables that it leaves at zero."""
+    from transformers import ViTMAEConfig, ViTMAEForPreTraining
+
+    from hf_mim.models.positions import sincos_table
+
+    names = ("image_size", "patch_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
+    names += ("layer_norm_eps", "mask_ratio", "norm_pix_loss", "decoder_hidden_size", "decoder_num_hidden_layers")
+    names += ("decoder_num_attention_heads",)
+    theirs = {name: getattr(config, name) for name in names}
+    model = ViTMAEForPreTraining(ViTMAEConfig(**theirs, decoder_intermediate_size=4 * config.decoder_hidden_size))
+    for table in (model.vit.embeddings.position_embeddings, model.decoder.decoder_pos_embed):
+        table.data.copy_(sincos_table(config.grid_size, table.shape[-1], num_prefix_tokens=1)[None])
+    return model
+
+
+def training_step(model, images, dtype, compiled: bool):
+    """One full step as a function without arguments."""
+    import torch
+
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=1e-5, weight_decay=0.05, fused=images.is_cuda)
+    forward = torch.compile(model) if compiled else model
+    update_target = getattr(model, "update_target", lambda progress: None)
+
+    def step():
+        with torch.autocast(images.device.type, dtype, enabled=dtype != torch.float32):
+            loss = forward(images).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        update_target(0.5)
+
+    return step
+
+
+def count_flops(model, images) -> float:
+    """FLOPs of the matrix products of a step, forward and backward, per image; counted, a multiply-add as two."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    # The counter knows no fused attention of the CPU. (transformers' decoder has a config of its own.)
+    configs = {id(module.config): module.config for module in model.modules() if hasattr(module, "config")}
+    for config in configs.values():
+        config._attn_implementation = "eager"
+    few = images[:2]
+    with FlopCounterMode(display=False) as counter:
+        model(few).loss.backward()
+    model.zero_grad()
+    for config in configs.values():
+        config._attn_implementation = "sdpa"
+    return counter.get_total_flops() / len(few)
+
+
+def matrix_ceiling(device, dtype) -> float:
+    """FLOP/s of the best of a few square matrix products."""
+    import torch
+
+    side = 8192 if device.type == "cuda" else 2048
+    a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
+    timed(lambda: a @ b, device)
+    return 2 * side**3 / min(timed(lambda: a @ b, device) for _ in range(5))
+
+
+def timed(function, device) -> float:
+    """Seconds of one call, with all that it set off on the device."""
+    import torch
+
+    synchronize = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    synchronize()
+    start = time.perf_counter()
+    function()
+    synchronize()
+    return time.perf_counter() - start
