@@ -21,6 +21,8 @@ def prepare_columns(dataset, image_column: str | None, label_column: str | None)
         if column is not None and column not in features:
             raise ValueError(f"{argument}={column!r} is not a column; there are {', '.join(features)}")
     image_column = image_column or _find_image(features)
+    if not (_is_encoded(features[image_column]) or _is_array(features[image_column])):
+        raise ValueError(f"image_column={image_column!r} must hold images, not {features[image_column]}")
     label_column = label_column or _find_label(features, image_column)
     columns = {image_column: "image"} | ({label_column: "label"} if label_column else {})
     dataset = dataset.select_columns(list(columns))
@@ -40,7 +42,7 @@ def _find_image(features) -> str:
     if len(found) > 1:
         found = [name for name in IMAGE_NAMES if name in found][:1]
     if not found:
-        raise ValueError(f"no image column can be told; set image_column to one of {', '.join(features)}")
+        raise ValueError(f"no image column is to be found; set image_column to one of {', '.join(features)}")
     return found[0]
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.data import get_worker_info
 
 from .crop import RandomCrop, crop_rng, load_crop
-from .decode import BrokenImage, decoding
+from .decode import BrokenImage, decoding, image_name
 
 logger = logging.getLogger(__name__)
 
@@ -123,8 +123,7 @@ class ImageDataset(_Images, torch.utils.data.Dataset):
     def name(self, index: int, value=None) -> str:
         """The file name of an image, or "image 12" where the source gives none."""
         value = self.images[index]["image"] if value is None else value
-        path = value.get("path") if isinstance(value, dict) else None
-        return path or f"image {index}"
+        return image_name(value, f"image {index}")
 
     def num_images(self) -> int:
         """How many images the share of broken ones refers to."""
@@ -173,7 +172,7 @@ class ImageStream(_Images, torch.utils.data.IterableDataset):
         worker = info.id if info else 0
         for row in self.images:
             value = row["image"]
-            name = (value.get("path") if isinstance(value, dict) else None) or f"image {int(self._seen[worker])}"
+            name = image_name(value, f"image {int(self._seen[worker])}")
             self._seen[worker] += 1
             try:
                 sample = self._sample(value, row.get("label"), _checksum(value), name)

@@ -16,7 +16,7 @@ import struct
 import zlib
 
 import numpy as np
-from PIL import Image, JpegImagePlugin
+from PIL import Image, JpegImagePlugin, UnidentifiedImageError
 
 from .tiff import is_multiband_tiff, read_multiband_tiff
 
@@ -53,9 +53,16 @@ def decoding(name: str):
         yield
     except ImageFormatError as error:
         raise ImageFormatError(f"{name}: {error}") from None
+    except UnidentifiedImageError as error:
+        raise BrokenImage(f"{name}: not an image, or of an unknown format") from error
     except _DECODE_ERRORS as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise BrokenImage(f"{name}: {reason}") from error
+
+
+def image_name(value, otherwise: str) -> str:
+    """The path that a value of an image column carries, or else `otherwise`."""
+    return (value.get("path") if isinstance(value, dict) else None) or otherwise
 
 
 def open_image(value) -> Image.Image | np.ndarray:

@@ -2,6 +2,7 @@
 
 import os
 import re
+import tarfile
 from pathlib import Path
 
 import datasets
@@ -10,7 +11,7 @@ from datasets import Image as ImageFeature
 from datasets.exceptions import DatasetsError
 
 from .columns import prepare_columns
-from .decode import BrokenImage, decoding, open_image
+from .decode import BrokenImage, decoding, image_name, open_image
 from .digits import digits
 from .files import IMAGE_EXTENSIONS, TABLE_EXTENSIONS, canonical_split, find_files, image_splits, table_splits
 
@@ -110,7 +111,7 @@ def _load_tables(folder: Path, paths: list[str], split: str, streaming: bool) ->
     if len(paths) == 1 and split == "train":
         splits = {"train": paths}  # whatever a single file is called, it is what the user wants to train on
     files = [str(folder / path) for path in _pick_split(splits, split, folder)]
-    with _one_line_errors(folder):
+    with _one_line_errors(folder / paths[0] if len(paths) == 1 else folder):
         return datasets.load_dataset(kind, data_files={"train": files}, split="train", streaming=streaming)
 
 
@@ -142,7 +143,7 @@ class _one_line_errors:
         return self
 
     def __exit__(self, kind, error, traceback):
-        if isinstance(error, DatasetsError | ValueError | OSError | RuntimeError):
+        if isinstance(error, DatasetsError | ValueError | OSError | RuntimeError | tarfile.TarError):
             while error.__cause__ is not None:  # the first cause says what is wrong with the data
                 error = error.__cause__
             reason = next(iter(str(error).strip().splitlines()), "") or type(error).__name__
@@ -154,11 +155,11 @@ def _check_readable(dataset: Dataset | IterableDataset, source):
     error = None
     for row in _probe(dataset):
         try:
-            with decoding("its first images"):
+            with decoding(image_name(row["image"], "its first image")):
                 open_image(row["image"])
             return
         except BrokenImage as broken:
-            error = broken
+            error = error or broken
     reason = f": {error}" if error else "; it is empty"
     raise ValueError(f"source {_short(source)!r} holds no image that can be read{reason}")
 
