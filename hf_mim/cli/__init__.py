@@ -1,0 +1,110 @@
+"""The command line: `hf-mim pretrain [RECIPE.yaml] [--argument value ...]`.
+
+A folder, because each part is of use alone: `recipe.py` (what a run is), `values.py` (text and YAML to typed values),
+`help.py`, `pretrain.py` (the run itself), `readout.py` (its k-NN accuracy). A user's mistake is one line on stderr and
+exit status 2, before anything is trained or written.
+"""
+
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from accelerate import PartialState
+from huggingface_hub.errors import StrictDataclassError
+from transformers.utils import logging
+
+from hf_mim.cli.help import pretrain_help
+from hf_mim.cli.recipe import Recipe, field_type
+from hf_mim.cli.values import read_yaml
+from hf_mim.data import BrokenImagesError, ImageFormatError
+
+USAGE = """\
+usage: hf-mim COMMAND ...
+
+  pretrain    pretrain MAE, Latent MIM or StoP-JEPA on images
+
+hf-mim COMMAND --help lists its arguments."""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run a command; returns the exit status."""
+    command, *arguments = (sys.argv[1:] if argv is None else argv) or ["--help"]
+    if command in ("-h", "--help"):
+        print(USAGE)
+        return 0
+    if command not in COMMANDS:
+        return _fail(f"unknown command {command}; there is {', '.join(COMMANDS)}")
+    return COMMANDS[command](arguments)
+
+
+def pretrain_command(arguments: list[str]) -> int:
+    """`hf-mim pretrain`."""
+    if {"-h", "--help"} & set(arguments):
+        print(pretrain_help())
+        return 0
+    from hf_mim.cli.pretrain import Pretraining  # after --help, which needs none of it
+
+    logging.disable_progress_bar()  # those of loading and saving; the training has its own
+    try:
+        run = Pretraining(read_recipe(arguments))
+    except (ValueError, OSError, RuntimeError, ImportError, StrictDataclassError) as error:
+        return _fail(one_line(error))
+    try:
+        run()
+    except (BrokenImagesError, ImageFormatError) as error:
+        return _fail(one_line(error))
+    finally:
+        PartialState().destroy_process_group()
+    return 0
+
+
+COMMANDS = {"pretrain": pretrain_command}
+
+
+def read_recipe(arguments: list[str]) -> Recipe:
+    """The recipe that a command line asks for: its RECIPE.yaml, or with `--resume` that of the run folder, under it."""
+    path, given = parse(arguments)
+    if path is None and given.get("resume") in (True, "true") and "output_dir" in given:
+        held = Path(given["output_dir"]) / "recipe.yaml"
+        path = held if held.is_file() else None
+    return Recipe.resolve((read_yaml(path) if path else {}) | given)
+
+
+def parse(arguments: list[str]) -> tuple[str | None, dict[str, Any]]:
+    """`[RECIPE] --name value --name=value --flag` → the recipe's path and the values, as text or True."""
+    path, given, rest = None, {}, list(arguments)
+    while rest:
+        word = rest.pop(0)
+        if not word.startswith("--"):
+            if path is not None:
+                raise ValueError(f"{word!r} is one argument too many after the recipe {path}")
+            path = word
+            continue
+        name, has_value, value = word[2:].partition("=")
+        name = name.replace("-", "_")
+        is_flag = field_type(name) is bool
+        if not has_value:
+            value = True
+            if rest and not rest[0].startswith("--") and (not is_flag or rest[0].lower() in ("true", "false")):
+                value = rest.pop(0)
+            elif not is_flag:
+                raise ValueError(f"{name} needs a value")
+        given[name] = value
+    return path, given
+
+
+def one_line(error: BaseException) -> str:
+    """What is wrong, without what strict dataclasses and DataLoader workers wrap around it."""
+    while isinstance(error, StrictDataclassError) and error.__cause__ is not None:
+        error = error.__cause__
+    text = str(error).strip()
+    if "Original Traceback" in text:
+        text = text.splitlines()[-1].partition(": ")[2]
+    return " ".join(text.split()) or type(error).__name__
+
+
+def _fail(message: str) -> int:
+    if os.environ.get("RANK", "0") == "0":  # once, however many processes there are
+        print(f"error: {message}", file=sys.stderr)
+    return 2

@@ -1,0 +1,196 @@
+"""One pretraining run, from a `Recipe` to a run folder: what `hf-mim pretrain` and `training/pretrain.py` do.
+
+    run = Pretraining(recipe)  # checks everything, loads the data, builds the model; writes nothing
+    run()                      # trains, saves, draws, measures
+
+The run folder is the checkpoint (config, weights, image processor) with `recipe.yaml`, `trainer_state.json`,
+`loss.png`, for MAE `reconstructions.png`, and where the images have labels `knn.json`.
+"""
+
+import math
+import os
+from pathlib import Path
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import set_seed
+from datasets import Dataset
+from transformers import AutoModelForPreTraining, PreTrainedConfig
+from transformers.trainer_utils import get_last_checkpoint
+from transformers.utils import logging
+
+import hf_mim  # noqa: F401 (registers the models)
+from hf_mim.cli.readout import Readout, find_test_split, fixed_view, load_split
+from hf_mim.cli.recipe import Recipe, RunArguments, model_fields
+from hf_mim.cli.values import read_yaml
+from hf_mim.data import DeviceAugment, ImageDataset, ImageStream, RandomCrop, channel_statistics
+from hf_mim.trainer import MIMTrainer, MIMTrainingArguments
+from hf_mim.visualize import plot_reconstructions, plot_training
+
+NUM_PICTURES = 8
+
+
+class Pretraining:
+    """A run that is ready to start. Raises ValueError, before anything is written, if the recipe cannot work."""
+
+    def __init__(self, recipe: Recipe):
+        self.recipe, run = recipe, recipe.run
+        config = recipe.config()
+        args = training_arguments(recipe)
+        self.folder = Path(args.output_dir)
+        self.checkpoint = check_run_folder(self.folder, recipe)
+        with args.main_process_first(desc="loading the images"):
+            self.images = load_split(run, "dataset", run.train_split)
+            train_images = training_images(self.images, run, config, args.seed)
+            self.augment = device_augment(recipe, train_images, config)
+            self.readout = Readout.find(self.images, run, config) if run.knn else None
+            eval_images = None if args.eval_strategy == "no" else evaluation_images(run, config)
+        steps = number_of_steps(args, train_images)
+        if 0 < steps < args.warmup_steps:  # Trainer would find out after it has begun
+            raise ValueError(
+                f"warmup_steps must be at most the {steps} steps of the run, or below 1 as a share of them, "
+                f"not {args.warmup_steps:g}"
+            )
+        if "logging_steps" not in recipe.training:
+            args.logging_steps = min(args.logging_steps, max(1, steps // 20))  # a short run is to have a curve too
+        set_seed(args.seed)
+        model = AutoModelForPreTraining.from_config(config)
+        self.trainer = MIMTrainer(
+            model, args, train_dataset=train_images, eval_dataset=eval_images, augment=self.augment
+        )
+
+    def __call__(self):
+        """Train, then fill the run folder and say what came out."""
+        trainer, main = self.trainer, self.trainer.is_world_process_zero()
+        PartialState().wait_for_everyone()  # every rank has looked into the folder by now
+        if main:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self.recipe.save(self.folder / "recipe.yaml")
+        trainer.train(resume_from_checkpoint=self.checkpoint)
+        trainer.save_model()
+        trainer.save_state()
+        if main:
+            self.finish()
+
+    def finish(self):
+        """Image processor, pictures and k-NN accuracy into the run folder; on the main process only."""
+        model = self.trainer.accelerator.unwrap_model(self.trainer.model).eval()
+        image_processor(model.config, self.recipe.run).save_pretrained(self.folder)
+        plot_training(self.trainer.state.log_history, self.folder / "loss.png")
+        if self.recipe.run.method == "mae":
+            view = fixed_view(self.images, model.config, NUM_PICTURES)
+            images = torch.stack([sample["pixel_values"] for sample in view]).to(model.device)
+            plot_reconstructions(model, images, self.augment, self.folder / "reconstructions.png")
+        if self.readout is not None:
+            set_seed(self.trainer.args.seed)
+            untrained = AutoModelForPreTraining.from_config(model.config).to(model.device).eval()
+            self.readout.measure(model, untrained, self.augment, self.trainer.args, self.folder)
+        print(
+            f"\nThe checkpoint is in {self.folder}. Three lines of Python load its encoder:\n\n"
+            "    import hf_mim\n"
+            "    from transformers import AutoModel\n"
+            f'    model = AutoModel.from_pretrained("{self.folder}")'
+        )
+
+
+def training_arguments(recipe: Recipe) -> MIMTrainingArguments:
+    """The recipe's; several processes without an accelerator talk by gloo."""
+    settings = dict(recipe.training)
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not torch.accelerator.is_available():
+        settings = {"use_cpu": True, "ddp_backend": "gloo"} | settings
+    return MIMTrainingArguments(**settings)
+
+
+def check_run_folder(folder: Path, recipe: Recipe) -> str | None:
+    """The checkpoint to resume from, None to start anew. Raises ValueError if the folder holds another run."""
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"output_dir must be a folder, and {folder} is a file")
+    held = [name for name in ("recipe.yaml", "config.json", "trainer_state.json") if (folder / name).exists()]
+    last = get_last_checkpoint(str(folder)) if folder.is_dir() else None
+    if not recipe.run.resume:
+        if held or last:
+            what = held[0] if held else Path(last).name
+            raise ValueError(
+                f"output_dir {folder} holds another run ({what}); go on with it by --resume, or give another"
+            )
+        return None
+    if "recipe.yaml" not in held:
+        raise ValueError(f"output_dir {folder} holds no run to resume (no recipe.yaml)")
+    before = Recipe.resolve(read_yaml(folder / "recipe.yaml"))
+    if before.run.method != recipe.run.method:
+        raise ValueError(f"method is {recipe.run.method}, but the run in {folder} has {before.run.method}")
+    old, new = before.config(), recipe.config()
+    for name in model_fields(recipe.run.method):
+        if getattr(old, name) != getattr(new, name):
+            raise ValueError(f"{name} is {getattr(new, name)}, but the run in {folder} has {getattr(old, name)}")
+    return last
+
+
+def number_of_steps(args: MIMTrainingArguments, images: ImageDataset | ImageStream) -> int:
+    """Optimizer steps of the run, as Trainer counts them; -1 if nothing says how many."""
+    if args.max_steps > 0 or not isinstance(images, ImageDataset):
+        return args.max_steps
+    batches = len(images) // (args.per_device_train_batch_size * args.world_size)
+    return math.ceil(args.num_train_epochs * max(1, math.ceil(batches / args.gradient_accumulation_steps)))
+
+
+def training_images(images, run: RunArguments, config: PreTrainedConfig, seed: int) -> ImageDataset | ImageStream:
+    """Random crops of the size that the method trains on; a stream is shuffled within its buffer."""
+    try:
+        crop = RandomCrop(run.crop_scale, run.crop_ratio)
+    except ValueError as error:
+        raise ValueError(f"crop_{error}") from None
+    if isinstance(images, Dataset):
+        return ImageDataset(images, config.training_size, config.num_channels, crop, seed=seed)
+    images = images.shuffle(seed=seed, buffer_size=run.shuffle_buffer)
+    return ImageStream(images, config.training_size, config.num_channels, crop, seed=seed)
+
+
+def evaluation_images(run: RunArguments, config: PreTrainedConfig) -> ImageDataset | ImageStream:
+    """Test images in the size that the method trains on, for `eval_loss`."""
+    images, _ = find_test_split(run)
+    if images is None:
+        raise ValueError(f"eval_strategy needs test_dataset: {run.dataset} has no validation or test split")
+    return fixed_view(images, config, run.knn_test_images, size=config.training_size)
+
+
+def device_augment(recipe: Recipe, images: ImageDataset | ImageStream, config: PreTrainedConfig) -> DeviceAugment:
+    """Augmentation and normalisation. A mean and std that were not given are measured, and noted in the recipe."""
+    run = recipe.run
+    if run.image_mean is None:
+        mean, std = channel_statistics(images)
+        run.image_mean, run.image_std = [round(x, 4) for x in mean], [round(x, 4) for x in std]
+    if len(run.image_mean) != config.num_channels:
+        raise ValueError(f"image_mean must have {config.num_channels} values (num_channels), not {run.image_mean}")
+    return DeviceAugment(
+        run.image_mean,
+        run.image_std,
+        run.flip_probability,
+        run.grayscale_probability,
+        run.blur_probability,
+        run.blur_sigma,
+    )
+
+
+def image_processor(config: PreTrainedConfig, run: RunArguments):
+    """The `ViTImageProcessor` that makes an image the encoder's input: whole, resized, normalised as in the run.
+
+    It takes pictures of any mode for 3 channels, grey ones for 1. PIL resizes images of up to 4 channels; for
+    others the arrays have to come in the right size, with `input_data_format` given.
+    """
+    height, width = config.image_height_width
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # importing it warns that torchvision is missing; without, it works by PIL
+    try:
+        from transformers import ViTImageProcessor
+
+        return ViTImageProcessor(
+            size={"height": height, "width": width},
+            resample=3,  # bicubic
+            do_resize=config.num_channels <= 4,
+            do_convert_rgb=config.num_channels == 3,
+            image_mean=list(run.image_mean),
+            image_std=list(run.image_std),
+        )
+    finally:
+        logging.set_verbosity(verbosity)

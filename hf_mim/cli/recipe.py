@@ -1,0 +1,219 @@
+"""A run's settings: a YAML file and a command line become checked, typed arguments of run, model and training.
+
+Settings are flat: one name, one meaning. They are those of the run (`RunArguments`), of the method's config class and
+of `MIMTrainingArguments`. The command line goes over the file, the file over the defaults; these are the classes' own,
+under `DEFAULTS`, `METHOD_DEFAULTS`, and for the embedded digits `DIGITS_DEFAULTS`.
+"""
+
+import dataclasses
+import difflib
+import os
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, get_type_hints
+
+import yaml
+from transformers import PreTrainedConfig
+
+from hf_mim.cli.values import convert
+from hf_mim.models.configuration_latent_mim import LatentMIMConfig
+from hf_mim.models.configuration_mae import MAEConfig
+from hf_mim.models.configuration_stop_jepa import StopJepaConfig
+from hf_mim.trainer import MIMTrainingArguments
+
+CONFIGS = {"mae": MAEConfig, "latent_mim": LatentMIMConfig, "stop_jepa": StopJepaConfig}
+
+DEFAULTS = {
+    "num_train_epochs": 100,
+    "warmup_steps": 0.05,
+    "per_device_train_batch_size": 64,
+    "per_device_eval_batch_size": 64,
+    "dataloader_num_workers": min(4, os.cpu_count() or 1),
+    "save_total_limit": 1,
+}
+# What the papers' optimisation differs in from MAE's, which is the default of `MIMTrainingArguments` (methods: README).
+METHOD_DEFAULTS = {
+    "mae": {},
+    "latent_mim": {"start_lr_ratio": 0.25, "final_lr_ratio": 0.25},
+    "stop_jepa": {
+        "crop_scale": (0.3, 1.0),
+        "base_lr": 1e-4,
+        "start_lr_ratio": 0.25,
+        "final_lr_ratio": 0.125,
+        "weight_decay": 0.04,
+        "weight_decay_end": 0.4,
+        "adam_beta2": 0.999,
+    },
+}
+DIGITS_DEFAULTS = {}
+ENCODER_SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
+
+# Fields of TrainingArguments that would do nothing here.
+NOT_OFFERED = {"do_train", "do_eval", "do_predict", "resume_from_checkpoint", "local_rank"}
+SECRET = {"hub_token"}
+# Defaults that decide what a run gives; they are written down, so that a later version's do not change it.
+RECORDED = (
+    "base_lr",
+    "learning_rate",
+    "start_lr_ratio",
+    "final_lr_ratio",
+    "weight_decay",
+    "weight_decay_end",
+    "adam_beta1",
+    "adam_beta2",
+    "max_grad_norm",
+    "gradient_accumulation_steps",
+    "seed",
+)
+
+
+@dataclass
+class RunArguments:
+    """What a run is made of beside the model and the training. `help` texts are what `--help` prints."""
+
+    method: Literal["mae", "latent_mim", "stop_jepa"] = field(default="mae", metadata={"help": "the method"})
+    dataset: str = field(
+        default="digits",
+        metadata={
+            "help": "a folder of images, Parquet or Arrow files, WebDataset tars, a save_to_disk folder, the name of a "
+            'dataset on the Hub (owner/name or owner/name:config), or "digits" (embedded)'
+        },
+    )
+    train_split: str = field(default="train", metadata={"help": "the split to train on"})
+    test_dataset: str | None = field(default=None, metadata={"help": "images for the k-NN test; default: dataset"})
+    test_split: str | None = field(
+        default=None, metadata={"help": "their split; default: validation or test, else training images are used"}
+    )
+    image_column: str | None = field(default=None, metadata={"help": "default: found by its type"})
+    label_column: str | None = field(
+        default=None, metadata={"help": "default: found by its type; needed for no method"}
+    )
+    streaming: bool = field(default=False, metadata={"help": "read while training; needs max_steps"})
+    shuffle_buffer: int = field(
+        default=1000, metadata={"help": "images of a stream that are held in each worker, to draw from at random"}
+    )
+    crop_scale: tuple[float, float] = field(default=(0.2, 1.0), metadata={"help": "a crop's share of the image's area"})
+    crop_ratio: tuple[float, float] = field(
+        default=(0.75, 1.3333), metadata={"help": "a crop's width / height over that of image_size"}
+    )
+    flip_probability: float = field(default=0.5, metadata={"help": "of a left-right flip"})
+    grayscale_probability: float = field(default=0.0, metadata={"help": "of turning an image grey"})
+    blur_probability: float = field(default=0.0, metadata={"help": "of a Gaussian blur"})
+    blur_sigma: tuple[float, float] = field(default=(0.1, 2.0), metadata={"help": "its standard deviation, in pixels"})
+    image_mean: list[float] | None = field(
+        default=None, metadata={"help": "of each channel, pixels in [0, 1]; default: measured on 1,024 images"}
+    )
+    image_std: list[float] | None = field(default=None, metadata={"help": "likewise"})
+    knn: bool = field(
+        default=True, metadata={"help": "measure the features at the end by 20-NN, where there are labels"}
+    )
+    knn_train_images: int = field(default=10_000, metadata={"help": "at most so many labelled images to vote"})
+    knn_test_images: int = field(default=2_000, metadata={"help": "at most so many to classify"})
+    resume: bool = field(default=False, metadata={"help": "go on with the run in output_dir, by its own recipe.yaml"})
+
+    def __post_init__(self):
+        if not self.dataset:
+            raise ValueError('dataset must be given: a folder, files, the name of a dataset on the Hub, or "digits"')
+        if (self.image_mean is None) != (self.image_std is None):
+            raise ValueError("image_mean and image_std must be given together")
+        for name in ("knn_train_images", "knn_test_images", "shuffle_buffer"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+
+
+def model_fields(method: str) -> dict[str, Any]:
+    """Name → type of the arguments of a method's config class that are its own, not transformers'."""
+    inherited = {f.name for f in dataclasses.fields(PreTrainedConfig)}
+    own = [f for f in dataclasses.fields(CONFIGS[method]) if f.name not in inherited]
+    return {f.name: f.type for f in own if not f.name.startswith("_")}
+
+
+RUN_FIELDS = get_type_hints(RunArguments)
+TRAINING_FIELDS = {
+    f.name: get_type_hints(MIMTrainingArguments)[f.name]
+    for f in dataclasses.fields(MIMTrainingArguments)
+    if f.name not in NOT_OFFERED
+}
+ALL_FIELDS = {name: hint for method in CONFIGS for name, hint in model_fields(method).items()}
+ALL_FIELDS |= TRAINING_FIELDS | RUN_FIELDS
+
+
+@dataclass
+class Recipe:
+    """A resolved run: every argument typed, defaults filled in. `model` and `training` are keyword arguments."""
+
+    run: RunArguments
+    model: dict[str, Any]
+    training: dict[str, Any]
+
+    @classmethod
+    def resolve(cls, given: dict[str, Any]) -> "Recipe":
+        """Settings as given, by file or command line, over the defaults. Raises ValueError for what is wrong."""
+        given = {name: convert(name, value, field_type(name)) for name, value in given.items()}
+        method = given.get("method", "mae")
+        for name in given:
+            if name not in RUN_FIELDS | TRAINING_FIELDS | model_fields(method):
+                owners = " and ".join(other for other in CONFIGS if name in model_fields(other))
+                raise ValueError(f"{name} is an argument of {owners}, not of method {method}")
+        defaults = DEFAULTS | METHOD_DEFAULTS[method]
+        if given.get("dataset", RunArguments.dataset) == "digits":
+            defaults |= DIGITS_DEFAULTS
+        if "size" in given:  # it would do nothing beside the sizes that the digits' defaults set apart
+            defaults = {name: value for name, value in defaults.items() if name not in ENCODER_SIZES}
+        settings = {name: convert(name, value, field_type(name)) for name, value in (defaults | given).items()}
+        run, model, training = (
+            {name: settings[name] for name in names if name in settings}
+            for names in (RUN_FIELDS, model_fields(method), TRAINING_FIELDS)
+        )
+        recipe = cls(RunArguments(**run), model, training)
+        if not recipe.training.get("output_dir"):
+            recipe.training["output_dir"] = recipe._fresh_folder()
+        return recipe
+
+    def _fresh_folder(self) -> str:
+        """runs/<dataset>_<method>, numbered from the second run on."""
+        if self.run.resume:
+            raise ValueError("resume needs output_dir: the folder of the run to go on with")
+        source = re.sub(r"\W+", "_", Path(self.run.dataset).stem).strip("_")
+        folder = Path("runs") / f"{source}_{self.run.method}"
+        number = 1
+        while (path := folder if number == 1 else folder.with_name(f"{folder.name}_{number}")).exists():
+            number += 1
+        return str(path)
+
+    def config(self):
+        """The method's config, checked."""
+        return CONFIGS[self.run.method](**self.model)
+
+    def settings(self) -> dict[str, dict[str, Any]]:
+        """All that decides the run, by section: what `Recipe.resolve` makes the same recipe from."""
+        run = {name: value for name, value in vars(self.run).items() if value is not None and name != "resume"}
+        config = self.config()
+        model = {name: getattr(config, name) for name in model_fields(self.run.method)}
+        recorded = {name: getattr(MIMTrainingArguments, name, None) for name in RECORDED} | self.training
+        training = {name: value for name, value in recorded.items() if value is not None and name not in SECRET}
+        return {"run": run, "model": model, "training": training}
+
+    def save(self, path: Path):
+        """Write `settings` as YAML, so that `hf-mim pretrain` can run it again."""
+        sections = [
+            f"# {title}\n" + yaml.safe_dump(_plain(section), sort_keys=False, default_flow_style=None)
+            for title, section in self.settings().items()
+        ]
+        Path(path).write_text("\n".join(sections))
+
+
+def field_type(name: str):
+    """The type of an argument. Raises ValueError for a name that there is not, with the nearest."""
+    if name in ALL_FIELDS:
+        return ALL_FIELDS[name]
+    nearest = difflib.get_close_matches(name, ALL_FIELDS, n=1, cutoff=0.5)
+    raise ValueError(f"unknown argument {name}" + (f"; did you mean {nearest[0]}?" if nearest else ""))
+
+
+def _plain(value):
+    """Tuples as lists, which is what YAML has."""
+    if isinstance(value, dict):
+        return {name: _plain(item) for name, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, tuple | list) else value

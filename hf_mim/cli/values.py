@@ -1,0 +1,131 @@
+"""Text and YAML to typed values: what `HfArgumentParser` leaves open (`1e-4` in YAML, pairs on the command line)."""
+
+import re
+import types
+from enum import Enum
+from pathlib import Path
+from typing import Any, Literal, Union, get_args, get_origin
+
+import yaml
+
+WORDS = {
+    bool: "true or false",
+    int: "a whole number",
+    float: "a number",
+    str: "text",
+    dict: "a mapping",
+    list: "a list like 1,2",
+    tuple: "a pair like 1,2",
+    types.NoneType: "none",
+}
+# What a value that is of another type raises on conversion.
+NOT_THIS = (ValueError, TypeError, OverflowError, StopIteration, yaml.YAMLError)
+
+
+class YamlLoader(yaml.SafeLoader):
+    """YAML 1.2's reading of plain words: `no` is text, `1e-4` a number."""
+
+
+YamlLoader.yaml_implicit_resolvers = {
+    first: [
+        (tag, pattern) for tag, pattern in resolvers if tag not in ("tag:yaml.org,2002:bool", "tag:yaml.org,2002:float")
+    ]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+YamlLoader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"^(true|True|false|False)$"), list("tTfF"))
+YamlLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(\d+\.\d*|\.\d+|\d+(?=[eE]))([eE][-+]?\d+)?$|^[-+]?\.(inf|Inf|INF)$|^\.(nan|NaN|NAN)$"),
+    list("-+0123456789."),
+)
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """The settings in a file. Raises ValueError, in one line, if it is no file, no YAML, or no flat mapping."""
+    path = Path(path)
+    if path.is_dir():
+        raise ValueError(f"the recipe must be a YAML file, and {path} is a folder; images go to --dataset {path}")
+    if not path.is_file():
+        raise ValueError(f"there is no recipe {path}")
+    try:
+        settings = yaml.load(path.read_text(), YamlLoader)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"the recipe {path} is no YAML: {' '.join(str(error).split())}") from None
+    settings = {} if settings is None else settings
+    if not isinstance(settings, dict) or not all(isinstance(name, str) for name in settings):
+        raise ValueError(f"the recipe {path} must consist of lines like `name: value`")
+    return settings
+
+
+def convert(name: str, value: Any, hint: Any) -> Any:
+    """A value of YAML or of the command line as the type that the argument has.
+
+    Pairs and lists may be written `64,96`; none, true and false by these words. Raises ValueError, naming the argument.
+    """
+    try:
+        return _as(value, hint)
+    except NOT_THIS:
+        raise ValueError(f"{name} must be {describe(hint)}, not {value!r}") from None
+
+
+def describe(hint: Any) -> str:
+    """A type in words, for error messages."""
+    kind, arguments = get_origin(hint) or hint, get_args(hint)
+    if kind in (Union, types.UnionType):
+        words = [describe(argument) for argument in _alternatives(arguments)]
+        return " or ".join(word for word in dict.fromkeys(words) if word != "a whole number" or "a number" not in words)
+    if kind is Literal:
+        return f"one of {', '.join(map(str, arguments))}"
+    if _is_enum(kind):
+        return f"one of {', '.join(member.value for member in kind)}"
+    return WORDS[kind]
+
+
+def _as(value: Any, hint: Any) -> Any:
+    kind, arguments = get_origin(hint) or hint, get_args(hint)
+    if kind in (Union, types.UnionType):
+        return _as_first_that_fits(value, _alternatives(arguments))
+    if kind is Literal:
+        return next(argument for argument in arguments if str(value) == str(argument))
+    if _is_enum(kind):
+        return kind(str(value)).value
+    if kind is types.NoneType and str(value).lower() in ("none", "null"):
+        return None
+    if kind in (tuple, list):
+        items = re.sub(r"[][() ]", "", value).split(",") if isinstance(value, str) else value
+        if not isinstance(items, list | tuple) or (kind is tuple and len(items) != len(arguments)):
+            raise ValueError
+        return kind(_as(item, arguments[0]) for item in items)
+    if kind is bool and str(value).lower() in ("true", "false"):
+        return str(value).lower() == "true"
+    if kind in (int, float) and not isinstance(value, bool):
+        number = float(value)
+        if kind is int and number != int(number):
+            raise ValueError
+        return kind(number)
+    if kind is dict:
+        value = yaml.load(value, YamlLoader) if isinstance(value, str) else value
+    if kind is str and isinstance(value, int | float) and not isinstance(value, bool):
+        value = str(value)
+    if kind in (str, dict) and isinstance(value, kind):
+        return value
+    raise ValueError
+
+
+def _as_first_that_fits(value: Any, alternatives: list[Any]) -> Any:
+    for alternative in alternatives:
+        try:
+            return _as(value, alternative)
+        except NOT_THIS:
+            continue
+    raise ValueError
+
+
+def _alternatives(arguments: tuple) -> list[Any]:
+    """The types of a union. Beside an enum, `str` is only a way to write its members."""
+    spelled = any(_is_enum(argument) for argument in arguments)
+    return [argument for argument in arguments if not (spelled and argument is str)]
+
+
+def _is_enum(kind: Any) -> bool:
+    return isinstance(kind, type) and issubclass(kind, Enum)
