@@ -5,14 +5,13 @@ No callback keeps anything that a checkpoint would have to hold: what they do fo
 
 import time
 
-from accelerate.utils import set_seed
+from accelerate.utils import gather_object, set_seed
 from transformers import TrainerCallback
 from transformers.trainer_callback import ProgressCallback
-from transformers.utils import logging
+from transformers.trainer_utils import has_length
 
 from hf_mim import schedules
-
-logger = logging.get_logger(__name__)
+from hf_mim.data.dataset import MAX_BROKEN, BrokenImagesError, check_broken
 
 
 class TargetUpdate(TrainerCallback):
@@ -51,15 +50,38 @@ class RankSeeds(TrainerCallback):
 class DatasetEpoch(TrainerCallback):
     """Tells the training data which epoch begins, so that its crops can depend on (seed, epoch, index) alone.
 
-    Accelerate does this only in a single process and only until a resume skips batches.
+    Accelerate does this for streams, but for map-style data only in a single process and until a resume skips batches.
     """
 
     def __init__(self, train_dataset):
         self.train_dataset = train_dataset
 
     def on_epoch_begin(self, args, state, control, **kwargs):
-        if hasattr(self.train_dataset, "set_epoch"):
+        if has_length(self.train_dataset) and hasattr(self.train_dataset, "set_epoch"):
             self.train_dataset.set_epoch(int(state.epoch))
+
+
+class BrokenImages(TrainerCallback):
+    """Stops the run, at the next log, when more than 1 % of the images cannot be decoded.
+
+    The workers skip them and name each one. Of map-style data each process reads only its share, so they put their
+    lists together; of a stream each process judges its own part.
+    """
+
+    def __init__(self, train_dataset):
+        self.train_dataset = train_dataset
+
+    def on_log(self, args, state, control, **kwargs):
+        data = self.train_dataset
+        if not hasattr(data, "num_broken"):
+            return
+        if args.world_size == 1 or not has_length(data):
+            return check_broken(data)
+        names = sorted(set(gather_object(data.broken())))
+        if len(names) > MAX_BROKEN * len(data):
+            raise BrokenImagesError(
+                f"{len(names)} of {len(data)} images cannot be decoded; repair or remove them: {', '.join(names[:20])}"
+            )
 
 
 class Throughput(TrainerCallback):

@@ -10,13 +10,19 @@ import re
 from dataclasses import dataclass, field
 
 import torch
+from accelerate.data_loader import prepare_data_loader
 from torch import nn
+from torch.utils.data import DataLoader
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_callback import ProgressCallback
 from transformers.trainer_utils import has_length
+from transformers.utils import logging
 
 from hf_mim import schedules
-from hf_mim.callbacks import DatasetEpoch, MIMProgress, RankSeeds, TargetUpdate, Throughput, WeightDecay
+from hf_mim.callbacks import BrokenImages, DatasetEpoch, MIMProgress, RankSeeds, TargetUpdate, Throughput, WeightDecay
+from hf_mim.data import ImageStream
+
+logger = logging.get_logger(__name__)
 
 # Learned tokens and position tables: a decay would pull them to zero, which says nothing about what they fit.
 UNDECAYED_NAMES = re.compile(r"(^|\.)(\w+_tokens?|position_embeddings?)(\.|$)")
@@ -62,8 +68,6 @@ class MIMTrainingArguments(TrainingArguments):
     ddp_find_unused_parameters: bool | None = field(
         default=False, metadata={"help": "Search for parameters without a gradient; no model here has any."}
     )
-    # The only buffers are constant tables, the same on all ranks.
-    ddp_broadcast_buffers: bool | None = field(default=False, metadata={"help": "Send buffers from rank 0 each step."})
 
     def __post_init__(self):
         self._check_numbers()
@@ -78,6 +82,8 @@ class MIMTrainingArguments(TrainingArguments):
             if self.auto_find_batch_size:
                 raise ValueError("auto_find_batch_size needs learning_rate: base_lr cannot follow the batch it finds")
             self.learning_rate = self.base_lr * self.images_per_step / 256
+        if super().n_gpu > 1:
+            logger.warning(f"Using one of {super().n_gpu} GPUs; `torchrun --nproc_per_node={super().n_gpu}` uses all.")
         if self.data_seed is None:
             self.data_seed = self.seed  # the order of the data must not depend on the ranks' own RNG
         if self.dataloader_num_workers == 0:
@@ -165,28 +171,30 @@ class MIMTrainer(Trainer):
         model: one of hf_mim's `...ForPreTraining`.
         args: `MIMTrainingArguments`.
         train_dataset: gives `{"pixel_values": [C, h, w]}`; whatever else it gives (ids, noise) goes to the model, but
-            `labels` do not. Without a length (a stream) it needs `max_steps`.
+            `labels` do not. Without a length (a stream) it needs `max_steps`. Of an `ImageStream` each rank reads only
+            its part; any other stream is read in full by all ranks, which take turns with its batches.
         augment: called on the device with the batch, uint8 `[B, C, h, w]`, returns what the model takes, float
             `[B, C, H, W]`; a module follows the model's train and eval mode. None: `pixel_values` are float already.
         kwargs: as for `transformers.Trainer`; on an `eval_dataset`, every `eval_loss` is measured on the same masks.
 
     Raises:
-        ValueError: data without length and no `max_steps`, or less than one batch of data.
+        ValueError: data without length and no `max_steps`, without `pixel_values`, or less than one batch of it.
     """
-
-    # The loss is a mean over the images of a batch, with or without labels in it: Trainer has to divide it.
-    loss_is_scaled_for_ga = False
 
     def __init__(self, model, args: MIMTrainingArguments, train_dataset=None, augment=None, **kwargs):
         if not isinstance(args, MIMTrainingArguments):
             raise ValueError(f"args must be MIMTrainingArguments, got {type(args).__name__}")
         check_data(args, train_dataset)
+        if args.world_size > 1 and isinstance(train_dataset, ImageStream):
+            train_dataset = train_dataset.split(args.process_index, args.world_size)
         super().__init__(model, args, train_dataset=train_dataset, **kwargs)
         vars(model.config).pop("use_cache", None)  # Trainer's word to text models; it would go into config.json
-        self.model_accepts_loss_kwargs = False  # `num_items_in_batch` counts labels, which pretraining has none of
+        # The loss is a mean over a batch: Trainer has to divide it under accumulation, labels in the data or not.
+        self.model_accepts_loss_kwargs = False
         self.augment = augment.to(args.device) if isinstance(augment, nn.Module) else augment
         self.means, self.throughput = ScalarMeans(), Throughput()
-        for callback in (RankSeeds(), DatasetEpoch(train_dataset), TargetUpdate(), WeightDecay(), self.throughput):
+        for_data = DatasetEpoch(train_dataset), BrokenImages(train_dataset)
+        for callback in (RankSeeds(), *for_data, TargetUpdate(), WeightDecay(), self.throughput):
             self.add_callback(callback)
         if self.pop_callback(ProgressCallback) is not None:
             self.add_callback(MIMProgress())
@@ -209,6 +217,8 @@ class MIMTrainer(Trainer):
         if "loss" in logs:
             logs |= self.means.pop(self.accelerator)
             logs["images_per_second"] = self.throughput.read()
+            if broken := getattr(self.train_dataset, "num_broken", int)():
+                logs["broken_images"] = broken  # found by this process
         logs.pop("total_flos", None)
         super().log(logs, start_time)
 
@@ -249,6 +259,30 @@ class MIMTrainer(Trainer):
             self._created_lr_scheduler = True
         return self.lr_scheduler
 
+    def get_train_dataloader(self):
+        """As Trainer's; but an ImageStream, of which each rank has its part, must not be divided again."""
+        if self.args.world_size == 1 or not isinstance(self.train_dataset, ImageStream):
+            return super().get_train_dataloader()
+        loader = DataLoader(
+            self.train_dataset,
+            batch_size=self._train_batch_size,
+            collate_fn=self.data_collator,
+            drop_last=self.args.dataloader_drop_last,
+            num_workers=self.args.dataloader_num_workers,
+            pin_memory=self.args.dataloader_pin_memory,
+            persistent_workers=self.args.dataloader_persistent_workers,
+            prefetch_factor=self.args.dataloader_prefetch_factor,
+        )
+        return prepare_data_loader(
+            loader,
+            device=self.args.device,
+            num_processes=1,
+            process_index=0,
+            put_on_device=True,
+            dispatch_batches=False,
+            non_blocking=self.args.accelerator_config.non_blocking,
+        )
+
     def get_eval_dataloader(self, eval_dataset=None):
         """Every image counts in an evaluation: the smaller last batch too."""
         dropped, self.args.dataloader_drop_last = self.args.dataloader_drop_last, False
@@ -276,4 +310,8 @@ def check_data(args: MIMTrainingArguments, train_dataset):
         raise ValueError(
             f"per_device_train_batch_size × processes must be at most the {len(train_dataset)} images of "
             f"train_dataset, got {args.per_device_train_batch_size} × {args.world_size}"
+        )
+    elif "pixel_values" not in (sample := train_dataset[0]):
+        raise ValueError(
+            f"train_dataset must give 'pixel_values', got {sorted(sample)}; hf_mim.data.ImageDataset makes them"
         )

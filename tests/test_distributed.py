@@ -10,8 +10,18 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
-from test_trainer import METHODS, Images, Stream, arguments, assert_same_weights, fixed_ids, make_model
+from test_trainer import (
+    METHODS,
+    Images,
+    Stream,
+    arguments,
+    assert_same_weights,
+    fixed_ids,
+    image_column,
+    make_model,
+)
 
+from hf_mim.data import BrokenImagesError, DeviceAugment, ImageDataset, ImageStream
 from hf_mim.trainer import MIMTrainer
 
 SHARED = dict(max_steps=3, train_sampling_strategy="sequential", adam_epsilon=1e-3, learning_rate=0.01)
@@ -45,14 +55,24 @@ def train_on_drawn_masks(folder, **kwargs):
     return trainer, masks, metrics
 
 
-def stream_first_pixels(folder):
+def stream_first_pixels(folder, make_stream, augment=None):
     """Which images of a stream this rank was given, told by their first pixel."""
     model, seen = make_model("mae"), []
     model.register_forward_pre_hook(
         lambda module, args, kwargs: seen.extend(kwargs["pixel_values"][:, 0, 0, 0].tolist()), with_kwargs=True
     )
-    MIMTrainer(model, arguments(folder, max_steps=3), Stream(Images(model, 24))).train()
+    MIMTrainer(model, arguments(folder, max_steps=3), make_stream(model), augment=augment).train()
     return seen
+
+
+def train_on_broken_images(folder):
+    """Three of 200 images are broken, of which rank 0 meets two and rank 1 one. Returns what the run ends with."""
+    images = ImageDataset(image_column(200, broken=[0, 5, 9]), size=24)
+    args = arguments(folder, train_sampling_strategy="sequential", logging_steps=1)
+    try:
+        MIMTrainer(make_model("mae"), args, images, augment=DeviceAugment()).train()
+    except BrokenImagesError as error:
+        return str(error)
 
 
 def main(folder):
@@ -71,9 +91,16 @@ def main(folder):
         metrics=metrics,
         log=straight.state.log_history,
         learning_rate=arguments(folder, learning_rate=None, base_lr=1e-3).learning_rate,
-        streamed=stream_first_pixels(folder / "stream"),
+        streamed=stream_first_pixels(folder / "stream", lambda model: Stream(Images(model, 24))),
+        image_stream=stream_first_pixels(
+            folder / "image_stream",
+            lambda model: ImageStream(image_column(24).to_iterable_dataset(num_shards=2), size=24),
+            augment=DeviceAugment().eval(),
+        ),
+        broken=train_on_broken_images(folder / "broken"),
     )
     (folder / f"found_{rank}.json").write_text(json.dumps(found))
+    torch.distributed.barrier()
     torch.distributed.destroy_process_group()
 
 
@@ -126,10 +153,19 @@ def test_base_lr_counts_the_images_of_all_ranks(ranks):
     assert [rank["learning_rate"] for rank in found] == [pytest.approx(1e-3 * 2 * 4 / 256)] * 2
 
 
-def test_ranks_share_a_stream_without_overlap(ranks):
+@pytest.mark.parametrize("stream", ["streamed", "image_stream"])
+def test_ranks_share_a_stream_without_overlap(ranks, stream):
     _, (first, second) = ranks
-    assert len(set(first["streamed"])) == len(set(second["streamed"])) == 12
-    assert not set(first["streamed"]) & set(second["streamed"])
+    assert len(set(first[stream])) == len(set(second[stream])) == 12
+    assert not set(first[stream]) & set(second[stream])
+
+
+def test_ranks_count_broken_images_together(ranks):
+    _, found = ranks
+    for rank in found:
+        assert (
+            rank["broken"].startswith("3 of 200 images cannot be decoded") and "0.png, 5.png, 9.png" in rank["broken"]
+        )
 
 
 if __name__ == "__main__":

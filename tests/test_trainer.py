@@ -1,10 +1,13 @@
 """What MIMTrainer claims, on tiny models of the three methods."""
 
 import copy
+import io
 import json
 import math
 from itertools import pairwise
 
+import datasets
+import PIL.Image
 import pytest
 import torch
 from torch import nn
@@ -20,6 +23,7 @@ from hf_mim import (
     StopJepaForPreTraining,
 )
 from hf_mim.callbacks import Throughput
+from hf_mim.data import BrokenImagesError, DeviceAugment, ImageDataset, ImageStream
 from hf_mim.trainer import MIMTrainer, MIMTrainingArguments
 
 TINY = dict(image_size=24, patch_size=4, hidden_size=32, num_hidden_layers=2, num_attention_heads=2)
@@ -56,6 +60,17 @@ class Images(torch.utils.data.Dataset):
         else:
             image = torch.randn(self.shape, generator=generator)
         return {"pixel_values": image} | {name: value(index) for name, value in self.extra.items()}
+
+
+def image_column(length: int, broken=()):
+    """What load_images gives: undecoded images, here grey PNGs of another shade each, some of them no PNG at all."""
+    rows = []
+    for index in range(length):
+        file = io.BytesIO(b"no image" if index in broken else b"")
+        if index not in broken:
+            PIL.Image.new("L", (24, 24), index).save(file, "png")
+        rows.append({"bytes": file.getvalue(), "path": f"{index}.png"})
+    return datasets.Dataset.from_dict({"image": rows}).cast_column("image", datasets.Image(decode=False))
 
 
 class Stream(torch.utils.data.IterableDataset):
@@ -472,3 +487,27 @@ def test_less_than_one_batch_of_data_is_refused(tmp_path):
     model = make_model("mae")
     with pytest.raises(ValueError, match="^per_device_train_batch_size .* at most the 3 images"):
         MIMTrainer(model, arguments(tmp_path), Images(model, 3))
+
+
+def test_data_without_pixels_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"^train_dataset must give 'pixel_values', got \['image'\]"):
+        MIMTrainer(make_model("mae"), arguments(tmp_path), image_column(8))
+
+
+def test_one_percent_of_broken_images_is_survived_and_more_is_not(tmp_path):
+    def run(length):
+        images = ImageDataset(image_column(length, broken=[2]), size=24)
+        args = arguments(tmp_path, train_sampling_strategy="sequential", max_steps=2)
+        trainer = MIMTrainer(make_model("mae"), args, images, augment=DeviceAugment())
+        trainer.train()
+        return trainer.state.log_history[0]["broken_images"]
+
+    assert run(100) == 1
+    with pytest.raises(BrokenImagesError, match=r"^1 of 99 images cannot be decoded; .*: 2\.png$"):
+        run(99)
+
+
+def test_images_stream_into_training(tmp_path):
+    stream = ImageStream(image_column(10).to_iterable_dataset(num_shards=2), size=24)
+    trainer = MIMTrainer(make_model("mae"), arguments(tmp_path), stream, augment=DeviceAugment())
+    assert trainer.train().global_step == 8
