@@ -131,9 +131,9 @@ def _array_to_channels(array: np.ndarray, num_channels: int) -> np.ndarray:
         array = array[..., None]
     if array.ndim != 3 or array.size == 0:
         raise ImageFormatError(f"an array image must be [h, w], [h, w, C] or [C, h, w], not {list(array.shape)}")
-    # Which side are the channels? The one that has the count asked for, or else the shorter one.
+    # Which side are the channels? The one that has the count asked for, or else the one that looks like a count.
     first, last = array.shape[0], array.shape[2]
-    if last != num_channels and (first == num_channels or first < last):
+    if last != num_channels and (first == num_channels or (first < last and last not in MODES)):
         array = array.transpose(1, 2, 0)
     array = to_uint8(array)
     found = array.shape[2]
