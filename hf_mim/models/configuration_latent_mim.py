@@ -5,8 +5,8 @@ from typing import ClassVar, Literal
 from huggingface_hub.dataclasses import strict
 
 from .configuration_mae import check_decoder, check_mask_ratio, fill_decoder_sizes
+from .configuration_vit import MIMConfig
 from .target_encoder import check_momentum
-from .vit import MIMConfig
 
 
 @strict

@@ -2,7 +2,7 @@
 
 from huggingface_hub.dataclasses import strict
 
-from .vit import MIMConfig, check_width
+from .configuration_vit import MIMConfig, check_width
 
 
 @strict

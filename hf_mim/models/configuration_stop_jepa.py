@@ -4,9 +4,9 @@ from typing import ClassVar, Literal
 
 from huggingface_hub.dataclasses import strict
 
+from .configuration_vit import MIMConfig, check_width
 from .masking import check_blocks
 from .target_encoder import check_momentum
-from .vit import MIMConfig, check_width
 
 
 @strict

@@ -1,0 +1,138 @@
+"""Configuration that the three methods share: what makes a ViT encoder."""
+
+from typing import ClassVar, Literal
+
+from huggingface_hub.dataclasses import strict
+from transformers import PreTrainedConfig
+from transformers.activations import ACT2FN
+from transformers.backbone_utils import BackboneConfigMixin
+
+# width, depth, heads, MLP width
+SIZES = {
+    "tiny": (192, 12, 3, 768),
+    "small": (384, 12, 6, 1536),
+    "base": (768, 12, 12, 3072),
+    "large": (1024, 24, 16, 4096),
+    "huge": (1280, 32, 16, 5120),
+    "giant": (1408, 40, 16, 6144),
+}
+
+
+def pair(size: int | list[int] | tuple[int, int]) -> tuple[int, int]:
+    """An int or `(height, width)` as `(height, width)`."""
+    return (size, size) if isinstance(size, int) else tuple(size)
+
+
+def check_width(width_name: str, width: int, heads_name: str, heads: int):
+    """Raise ValueError unless a transformer of this width can have these heads and sine-cosine positions."""
+    if heads < 1 or width % heads or width % 4:
+        raise ValueError(
+            f"{width_name} must be divisible by {heads_name} and by 4 (for the position table), "
+            f"got {width_name}={width} with {heads_name}={heads}"
+        )
+
+
+@strict
+class MIMConfig(BackboneConfigMixin, PreTrainedConfig):
+    """What the encoders of the three methods have in common.
+
+    Args:
+        size: sets width, depth, heads and MLP width; each of them can be set apart.
+        image_size: side in pixels, or (height, width), that the encoder sees at evaluation.
+        patch_size: likewise.
+        intermediate_size: MLP width; 4 × `hidden_size` where that was set apart.
+        drop_path_rate: stochastic depth of the last layer, growing linearly from 0; only in train mode.
+        use_cls_token: a learned CLS token goes before the patch tokens.
+        pooling: what `pooler_output` and the classifier read: the mean of the patch tokens, or the CLS token.
+        pool_before_norm: pool first and apply the final norm to the pooled vector (MAE's fine-tuning); else pool the
+            normalised tokens.
+        head_batch_norm: the classifier standardises its input by a BatchNorm without affine (MAE's linear probe).
+
+    Raises:
+        ValueError: sizes that do not divide, or an option outside its range; in one line that names the field.
+    """
+
+    initialization: ClassVar[str] = "xavier"
+    mask_token_std: ClassVar[float] = 0.02
+    rescaled_positions: ClassVar[bool] = False
+
+    size: Literal["tiny", "small", "base", "large", "huge", "giant"] = "base"
+    image_size: int | list[int] | tuple[int, int] = 224
+    patch_size: int | list[int] | tuple[int, int] = 16
+    num_channels: int = 3
+    hidden_size: int | None = None
+    num_hidden_layers: int | None = None
+    num_attention_heads: int | None = None
+    intermediate_size: int | None = None
+    layer_norm_eps: float | int = 1e-6
+    hidden_act: str = "gelu"
+    drop_path_rate: float | int = 0.0
+    use_cls_token: bool = True
+    pooling: Literal["mean", "cls"] = "mean"
+    pool_before_norm: bool = False
+    head_batch_norm: bool = False
+    _out_features: list[str] | None = None
+    _out_indices: list[int] | None = None
+
+    def __post_init__(self, **kwargs):
+        width, depth, heads, mlp = SIZES.get(self.size, SIZES["base"])  # a wrong size fails its type check
+        if self.intermediate_size is None:
+            self.intermediate_size = mlp if self.hidden_size in (None, width) else 4 * self.hidden_size
+        self.hidden_size = width if self.hidden_size is None else self.hidden_size
+        self.num_hidden_layers = depth if self.num_hidden_layers is None else self.num_hidden_layers
+        self.num_attention_heads = heads if self.num_attention_heads is None else self.num_attention_heads
+        self.stage_names = ["stem"] + [f"stage{i}" for i in range(1, self.num_hidden_layers + 1)]
+        self.set_output_features_output_indices(
+            out_indices=kwargs.pop("out_indices", None), out_features=kwargs.pop("out_features", None)
+        )
+        super().__post_init__(**kwargs)
+
+    def validate_sizes(self):
+        for name in ("image_size", "patch_size"):
+            value = getattr(self, name)
+            if len(pair(value)) != 2 or min(pair(value)) < 1:
+                raise ValueError(f"{name} must be a positive int or (height, width), got {value}")
+        for side, patch in zip(self.image_height_width, self.patch_height_width, strict=True):
+            if side % patch:
+                raise ValueError(
+                    f"image_size must be divisible by patch_size, got image_size={self.image_size} with "
+                    f"patch_size={self.patch_size}; {max(side // patch, 1) * patch} would be right for {side}"
+                )
+        for name in ("num_channels", "num_hidden_layers", "intermediate_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        check_width("hidden_size", self.hidden_size, "num_attention_heads", self.num_attention_heads)
+
+    def validate_options(self):
+        if not 0 <= self.drop_path_rate < 1:
+            raise ValueError(f"drop_path_rate must be in [0, 1), got {self.drop_path_rate}")
+        if self.hidden_act not in ACT2FN:
+            raise ValueError(f"hidden_act must be one of {sorted(ACT2FN)}, got {self.hidden_act!r}")
+        if self.pooling == "cls" and not self.use_cls_token:
+            raise ValueError("pooling='cls' needs use_cls_token=True; without a CLS token use pooling='mean'")
+
+    @property
+    def image_height_width(self) -> tuple[int, int]:
+        return pair(self.image_size)
+
+    @property
+    def patch_height_width(self) -> tuple[int, int]:
+        return pair(self.patch_size)
+
+    @property
+    def grid_size(self) -> tuple[int, int]:
+        """Rows and columns of patches at `image_size`."""
+        return tuple(i // p for i, p in zip(self.image_height_width, self.patch_height_width, strict=True))
+
+    @property
+    def training_size(self) -> tuple[int, int]:
+        """(height, width) in pixels that the pretraining model takes."""
+        return self.image_height_width
+
+    @property
+    def num_prefix_tokens(self) -> int:
+        return int(self.use_cls_token)
+
+    @property
+    def learned_positions(self) -> bool:
+        return False
