@@ -21,7 +21,7 @@ from test_trainer import (
     make_model,
 )
 
-from hf_mim.data import BrokenImagesError, DeviceAugment, ImageDataset, ImageStream
+from hf_mim.data import BrokenImagesError, DeviceAugment, ImageDataset, ImageStream, WholeImage
 from hf_mim.trainer import MIMTrainer
 
 SHARED = dict(max_steps=3, train_sampling_strategy="sequential", adam_epsilon=1e-3, learning_rate=0.01)
@@ -94,7 +94,7 @@ def main(folder):
         streamed=stream_first_pixels(folder / "stream", lambda model: Stream(Images(model, 24))),
         image_stream=stream_first_pixels(
             folder / "image_stream",
-            lambda model: ImageStream(image_column(24).to_iterable_dataset(num_shards=2), size=24),
+            lambda model: ImageStream(image_column(24).to_iterable_dataset(num_shards=2), size=24, crop=WholeImage()),
             augment=DeviceAugment().eval(),
         ),
         broken=train_on_broken_images(folder / "broken"),

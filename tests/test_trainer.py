@@ -8,6 +8,7 @@ from itertools import pairwise
 
 import datasets
 import PIL.Image
+import PIL.ImageChops
 import pytest
 import torch
 from torch import nn
@@ -63,12 +64,13 @@ class Images(torch.utils.data.Dataset):
 
 
 def image_column(length: int, broken=()):
-    """What load_images gives: undecoded images, here grey PNGs of another shade each, some of them no PNG at all."""
+    """What load_images gives: undecoded images, here gradients that get brighter, some of them no PNG at all."""
     rows = []
     for index in range(length):
         file = io.BytesIO(b"no image" if index in broken else b"")
         if index not in broken:
-            PIL.Image.new("L", (24, 24), index).save(file, "png")
+            image = PIL.Image.linear_gradient("L").resize((24, 24))
+            PIL.ImageChops.add(image, PIL.Image.new("L", (24, 24), index)).save(file, "png")
         rows.append({"bytes": file.getvalue(), "path": f"{index}.png"})
     return datasets.Dataset.from_dict({"image": rows}).cast_column("image", datasets.Image(decode=False))
 
@@ -412,6 +414,17 @@ def test_resumed_training_equals_uninterrupted_training_to_the_bit(tmp_path, met
     assert_same_weights(straight.model, resumed.model)
     losses = [[e["loss"] for e in t.state.log_history if e["step"] == 10 and "loss" in e] for t in (straight, resumed)]
     assert losses[0] == losses[1] and len(losses[0]) == 1
+
+
+def test_resume_is_exact_with_random_crops_in_workers(tmp_path):
+    def run(**kwargs):
+        images = ImageDataset(image_column(20), size=24)  # 5 steps an epoch
+        args = arguments(tmp_path, max_steps=9, save_strategy="steps", save_steps=7, dataloader_num_workers=2)
+        trainer = MIMTrainer(make_model("mae"), args, images, augment=DeviceAugment())
+        trainer.train(**kwargs)
+        return trainer.model
+
+    assert_same_weights(run(), run(resume_from_checkpoint=str(tmp_path / "checkpoint-7")))
 
 
 def test_data_is_told_each_epoch_also_after_a_resume(tmp_path):
