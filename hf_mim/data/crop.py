@@ -152,5 +152,5 @@ def _to_tensor(pixels: np.ndarray) -> torch.Tensor:
 
 def _resize_pixels(pixels: np.ndarray, box: Box, size: tuple[int, int]) -> torch.Tensor:
     left, top, right, bottom = box
-    part = _to_tensor(pixels[top:bottom, left:right])
+    part = _to_tensor(np.require(pixels[top:bottom, left:right], requirements="W"))  # torch warns of read-only memory
     return F.interpolate(part[None], size, mode="bicubic", antialias=True)[0].contiguous()

@@ -1,0 +1,158 @@
+"""Augmentation against the same thing computed by hand, image by image."""
+
+import numpy as np
+import pytest
+import torch
+
+from hf_mim.data import DeviceAugment, ImageDataset, WholeImage, channel_statistics, digits, gaussian_blur
+from hf_mim.data.augment import IMAGENET_MEAN, IMAGENET_STD
+
+
+@pytest.fixture
+def batch():
+    return torch.from_numpy(np.random.RandomState(0).randint(0, 256, (64, 3, 12, 20), dtype=np.uint8))
+
+
+def plain(**options):
+    """Mean 0 and std 1/255, so that the output is in grey levels."""
+    return DeviceAugment((0, 0, 0), (1 / 255,) * 3, **{"flip_probability": 0, **options})
+
+
+def test_normalisation_is_the_mean_and_deviation_of_each_channel(batch):
+    expected = (batch.numpy() / 255 - np.reshape(IMAGENET_MEAN, (3, 1, 1))) / np.reshape(IMAGENET_STD, (3, 1, 1))
+    augment = DeviceAugment(flip_probability=0)
+    for found in (augment(batch), augment.normalize(batch), augment.normalize(batch.float()), augment.eval()(batch)):
+        assert found.dtype == torch.float32
+        np.testing.assert_allclose(found, expected, atol=2e-6)
+
+
+def test_normalisation_leaves_its_input_alone_and_is_undone_to_the_bit(batch):
+    before, augment = batch.clone(), DeviceAugment()
+    floats = batch.float()
+    assert torch.equal(augment.denormalize(augment.normalize(floats)), before)
+    assert torch.equal(floats, before.float()) and torch.equal(batch, before)
+
+
+def test_each_image_is_flipped_or_left_exactly(batch):
+    torch.manual_seed(0)
+    before, found = batch.clone(), plain(flip_probability=0.5)(batch).round().to(torch.uint8)
+    same = (found == before).flatten(1).all(1)
+    flipped = (found == before.flip(-1)).flatten(1).all(1)
+    assert (same ^ flipped).all() and 20 < flipped.sum() < 44
+    assert torch.equal(batch, before)
+    assert torch.equal(plain(flip_probability=1)(batch).round().to(torch.uint8), before.flip(-1))
+
+
+def test_flip_follows_its_probability():
+    ramp = torch.tensor([0, 255], dtype=torch.uint8).expand(4000, 3, 1, 2)
+    torch.manual_seed(0)
+    assert abs((plain(flip_probability=0.3)(ramp)[:, 0, 0, 0] > 0).float().mean() - 0.3) < 0.03
+
+
+def test_grayscale_is_the_luminance_in_all_channels(batch):
+    torch.manual_seed(0)
+    found = plain(grayscale_probability=0.2)(batch).numpy()
+    luminance = np.einsum("bchw,c->bhw", batch.numpy().astype(float), [0.299, 0.587, 0.114])
+    grey = np.abs(found - luminance[:, None]).max((1, 2, 3)) < 1e-3
+    same = np.abs(found - batch.numpy()).max((1, 2, 3)) < 1e-3
+    assert (grey ^ same).all() and 5 < grey.sum() < 22
+
+
+def convolved(image, sigma):
+    """A direct convolution of one channel [h, w] in float64, the kernel renormalised at the border."""
+    height, width = image.shape
+    out = np.empty((height, width))
+    for row in range(height):
+        for column in range(width):
+            squares = (np.arange(height)[:, None] - row) ** 2 + (np.arange(width) - column) ** 2
+            kernel = np.exp(-squares / (2 * sigma**2))
+            out[row, column] = (kernel * image).sum() / kernel.sum()
+    return out
+
+
+def test_blur_equals_a_direct_convolution_with_each_images_own_sigma(batch):
+    sigma = torch.tensor([0.1, 0.7, 1.3, 2.0])
+    found = gaussian_blur(batch[:4].float(), sigma).numpy()
+    for image in range(4):
+        for channel in range(3):
+            expected = convolved(batch[image, channel].numpy().astype(float), float(sigma[image]))
+            np.testing.assert_allclose(found[image, channel], expected, atol=1e-3)
+
+
+def test_blurred_images_are_some_with_sigmas_across_the_range():
+    """A single white pixel tells sigma: its share after the blur is 1 / (2 pi sigma^2), on a large image."""
+    images = torch.zeros(400, 3, 33, 33, dtype=torch.uint8)
+    images[:, :, 16, 16] = 255
+    torch.manual_seed(0)
+    peak = plain(blur_probability=0.5, blur_sigma=(1.0, 2.0))(images)[:, 0, 16, 16] / 255
+    assert 160 < (peak < 0.99).sum() < 240
+    sigma = (1 / (2 * torch.pi * peak[peak < 0.99])).sqrt()
+    assert 0.99 < sigma.min() < 1.1 and 1.9 < sigma.max() < 2.01 and abs(sigma.mean() - 1.5) < 0.06
+
+
+def test_draws_follow_the_default_generator(batch):
+    augment = DeviceAugment(grayscale_probability=0.5, blur_probability=0.5)
+    outputs = []
+    for seed in (0, 0, 1):
+        torch.manual_seed(seed)
+        outputs.append(augment(batch))
+    assert torch.equal(outputs[0], outputs[1]) and not torch.equal(outputs[0], outputs[2])
+
+
+def test_eval_only_normalises(batch):
+    augment = DeviceAugment(flip_probability=1, grayscale_probability=1, blur_probability=1).eval()
+    assert torch.equal(augment(batch), augment.normalize(batch))
+
+
+def test_blur_keeps_float32_under_autocast(batch):
+    images, sigma = batch[:2].float(), torch.tensor([1.0, 2.0])
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(gaussian_blur(images, sigma), gaussian_blur(images.clone(), sigma))
+        found = gaussian_blur(images, sigma)
+    assert torch.equal(found, gaussian_blur(images, sigma)) and found.dtype == torch.float32
+
+
+@pytest.mark.parametrize("channels", [1, 10])
+def test_other_channel_counts_are_flipped_blurred_and_normalised(channels):
+    images = torch.randint(0, 256, (4, channels, 8, 12), dtype=torch.uint8)
+    mean = [0.1 * (channel + 1) for channel in range(channels)]
+    augment = DeviceAugment(mean, [0.5] * channels, flip_probability=1, blur_probability=1)
+    assert augment(images).shape == images.shape
+    expected = (images.float() / 255 - torch.tensor(mean).view(-1, 1, 1)) / 0.5
+    torch.testing.assert_close(augment.normalize(images), expected)
+    with pytest.raises(ValueError, match=f"{channels} channels, but pixel_values has 3"):
+        augment(torch.zeros(1, 3, 8, 8, dtype=torch.uint8))
+
+
+def test_impossible_augmentation_is_refused_by_name():
+    for options, word in (
+        (dict(flip_probability=2), "flip_probability"),
+        (dict(blur_probability=-1), "blur_probability"),
+        (dict(blur_sigma=(0, 1)), "blur_sigma"),
+        (dict(mean=(0.5,), std=(0.5, 0.5)), "mean and std"),
+        (dict(mean=(0.5,), std=(0,)), "std"),
+        (dict(mean=(0.5,) * 10, std=(0.5,) * 10, grayscale_probability=0.2), "grayscale_probability"),
+    ):
+        with pytest.raises(ValueError, match=word):
+            DeviceAugment(**options)
+
+
+def test_channel_statistics_are_those_of_the_pixels():
+    images = ImageDataset(digits()[1], 32, num_channels=1, crop=WholeImage())
+    pixels = np.stack([images[index]["pixel_values"].numpy() for index in range(len(images))]) / 255
+    mean, std = channel_statistics(images, num_images=10_000)
+    np.testing.assert_allclose([mean[0], std[0]], [pixels.mean(), pixels.std()], rtol=1e-9)
+    sampled = channel_statistics(images, num_images=100, seed=1)
+    assert sampled == channel_statistics(images, num_images=100, seed=1) != channel_statistics(images, 100, seed=2)
+    assert abs(sampled[0][0] - pixels.mean()) < 0.02
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_the_device_is_never_waited_for(batch):
+    augment = DeviceAugment(grayscale_probability=0.2, blur_probability=0.5).cuda()
+    batch = batch.cuda()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        augment(batch)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

@@ -1,0 +1,45 @@
+"""The benchmark of loading runs, measures what it says, and shows the crops to be right."""
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture
+def benchmark():
+    path = Path(__file__).parents[2] / "training" / "benchmark.py"
+    spec = importlib.util.spec_from_file_location("benchmark", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def run(benchmark, monkeypatch, *arguments) -> dict:
+    monkeypatch.setattr(sys, "argv", ["benchmark.py", *map(str, arguments)])
+    benchmark.main()
+    return json.loads(Path(arguments[-1]).read_text())
+
+
+def test_data_counts_full_and_drafted_crops_of_a_folder(benchmark, monkeypatch, tmp_path, picture, capsys):
+    for number in range(4):
+        picture(200, 160, seed=number).save(tmp_path / f"{number}.jpg", quality=95)
+        picture(200, 160, seed=number).save(tmp_path / f"{number}.png")
+    options = ("--size", 16, "--repeats", 1, "--json", tmp_path / "results" / "data.json")
+    result = run(benchmark, monkeypatch, "data", "--source", tmp_path, *options)
+    full, drafted = result["difference_decoded_in_full"], result["difference_draft"]
+    assert (full["crops"], drafted["crops"], result["images"]) == (4, 4, 8)
+    assert full["worst"] < 1 and drafted["worst"] < 4
+    assert result["images_per_second"].keys() == {"plain", "ours", "ours + augment"}
+    assert result["machine"]["cores"] >= 1
+    assert "speedup" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_loading_is_faster_than_a_plain_pipeline(benchmark, monkeypatch, shared_data, tmp_path):
+    options = ("--source", shared_data / "jpeg_fullsize", "--json", tmp_path / "data.json")
+    result = run(benchmark, monkeypatch, "data", *options)
+    assert result["speedup"] > 1.3
+    assert result["difference_decoded_in_full"]["worst"] < 1 and result["difference_draft"]["worst"] < 4
