@@ -306,6 +306,11 @@ def check_data(args: MIMTrainingArguments, train_dataset):
     if not has_length(train_dataset):
         if args.max_steps <= 0:
             raise ValueError("max_steps must be given for a train_dataset without a length, such as a stream")
+        if isinstance(train_dataset, ImageStream) and args.world_size > 1 and args.gradient_accumulation_steps > 1:
+            raise ValueError(  # the ranks' parts end at different batches; one would be a step behind, and hang
+                f"gradient_accumulation_steps must be 1 for a stream on several processes, "
+                f"got {args.gradient_accumulation_steps}"
+            )
     elif args.dataloader_drop_last and len(train_dataset) < args.per_device_train_batch_size * args.world_size:
         raise ValueError(
             f"per_device_train_batch_size × processes must be at most the {len(train_dataset)} images of "

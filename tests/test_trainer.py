@@ -5,6 +5,7 @@ import io
 import json
 import math
 from itertools import pairwise
+from types import SimpleNamespace
 
 import datasets
 import PIL.Image
@@ -25,7 +26,7 @@ from hf_mim import (
 )
 from hf_mim.callbacks import Throughput
 from hf_mim.data import BrokenImagesError, DeviceAugment, ImageDataset, ImageStream
-from hf_mim.trainer import MIMTrainer, MIMTrainingArguments
+from hf_mim.trainer import MIMTrainer, MIMTrainingArguments, check_data
 
 TINY = dict(image_size=24, patch_size=4, hidden_size=32, num_hidden_layers=2, num_attention_heads=2)
 METHODS = ["mae", "latent_mim", "stop_jepa"]
@@ -488,6 +489,13 @@ def test_stream_needs_max_steps(tmp_path):
     model = make_model("mae")
     with pytest.raises(ValueError, match="^max_steps must be given"):
         MIMTrainer(model, arguments(tmp_path, max_steps=-1, num_train_epochs=2), Stream(Images(model)))
+
+
+def test_accumulation_over_a_stream_on_several_ranks_is_refused():
+    stream = ImageStream(image_column(4).to_iterable_dataset(), size=24)
+    args = SimpleNamespace(max_steps=5, world_size=2, gradient_accumulation_steps=3)
+    with pytest.raises(ValueError, match="^gradient_accumulation_steps must be 1 .* got 3$"):
+        check_data(args, stream)
 
 
 def test_stream_trains_past_its_end(tmp_path):
