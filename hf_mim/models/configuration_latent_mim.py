@@ -55,17 +55,14 @@ class LatentMIMConfig(MIMConfig):
         if self.projector_hidden_size is None:
             self.projector_hidden_size = 16 * self.hidden_size // 3
 
-    def validate_decoder(self):
+    def validate_fields(self):
+        super().validate_fields()
         check_decoder(self)
         if self.projector_hidden_size < 1:
             raise ValueError(f"projector_hidden_size must be at least 1, got {self.projector_hidden_size}")
-
-    def validate_mask(self):
         check_mask_ratio(self.mask_ratio, self.num_visible(self.grid_size), self.grid_size)
         if self.patch_gap < 0:
             raise ValueError(f"patch_gap must be 0 or more pixels, got {self.patch_gap}")
-
-    def validate_loss(self):
         if self.temperature <= 0:
             raise ValueError(f"temperature must be above 0, got {self.temperature}")
         if self.similarity_weight < 0:

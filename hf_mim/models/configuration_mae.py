@@ -31,10 +31,9 @@ class MAEConfig(MIMConfig):
         super().__post_init__(**kwargs)
         fill_decoder_sizes(self)
 
-    def validate_decoder(self):
+    def validate_fields(self):
+        super().validate_fields()
         check_decoder(self)
-
-    def validate_mask(self):
         check_mask_ratio(self.mask_ratio, self.num_visible(self.grid_size), self.grid_size)
 
     def num_visible(self, grid: tuple[int, int]) -> int:

@@ -21,11 +21,11 @@ class StopJepaConfig(MIMConfig):
         use_mask_token: masked tokens carry a learned token: I-JEPA's token, and m̃ of StoP's paper. StoP's released
             code has none; the projection's bias stands in for it there.
         position_embedding: "sincos" tables, or "learned" ones.
-        num_target_blocks, target_scale, target_aspect_ratio, context_scale: multi-block masks (I-JEPA, section 3).
+        num_targets, target_scale, target_aspect_ratio, context_scale: multi-block masks (I-JEPA, section 3).
         mask_trim: contexts are cut to the batch's smallest at "random", or by "raster" order as released.
         block_range: block corners over the whole grid ("inclusive"), or never in the last row and column
             ("exclusive"), as released.
-        num_mask_candidates: masks drawn for each image, of which the one with the largest context is kept.
+        num_candidates: masks drawn for each image, of which the one with the largest context is kept.
         predictor_hidden_size: 384 in the paper; half the encoder's width by default where that is less.
         predictor_num_hidden_layers: by default 6 up to ViT-Base, 12 above (I-JEPA, appendix A).
         predictor_num_attention_heads: as the encoder by default.
@@ -43,13 +43,13 @@ class StopJepaConfig(MIMConfig):
     tie_noise_projection: bool = True
     use_mask_token: bool = True
     position_embedding: Literal["sincos", "learned"] = "sincos"
-    num_target_blocks: int = 4
+    num_targets: int = 4
     target_scale: list[float] | tuple[float, float] = (0.15, 0.2)
     target_aspect_ratio: list[float] | tuple[float, float] = (0.75, 1.5)
     context_scale: list[float] | tuple[float, float] = (0.85, 1.0)
     mask_trim: Literal["random", "raster"] = "random"
     block_range: Literal["inclusive", "exclusive"] = "inclusive"
-    num_mask_candidates: int = 4
+    num_candidates: int = 4
     predictor_hidden_size: int | None = None
     predictor_num_hidden_layers: int | None = None
     predictor_num_attention_heads: int | None = None
@@ -66,7 +66,8 @@ class StopJepaConfig(MIMConfig):
         if self.predictor_num_attention_heads is None:
             self.predictor_num_attention_heads = self.num_attention_heads
 
-    def validate_predictor(self):
+    def validate_fields(self):
+        super().validate_fields()
         check_width(
             "predictor_hidden_size",
             self.predictor_hidden_size,
@@ -75,24 +76,18 @@ class StopJepaConfig(MIMConfig):
         )
         if self.predictor_num_hidden_layers < 1:
             raise ValueError(f"predictor_num_hidden_layers must be at least 1, got {self.predictor_num_hidden_layers}")
-
-    def validate_noise(self):
         if self.position_noise_std < 0:
             raise ValueError(f"position_noise_std must be 0 or more, got {self.position_noise_std}")
         if self.use_cls_token:
             raise ValueError("use_cls_token must be False: I-JEPA and StoP have no CLS token")
         check_momentum(self)
+        check_blocks(self.grid_size, **self.masking)
 
-    def validate_blocks(self):
-        if self.num_mask_candidates < 1:
-            raise ValueError(f"num_mask_candidates must be at least 1, got {self.num_mask_candidates}")
-        check_blocks(
-            self.grid_size,
-            num_targets=self.num_target_blocks,
-            target_scale=self.target_scale,
-            target_aspect_ratio=self.target_aspect_ratio,
-            context_scale=self.context_scale,
-        )
+    @property
+    def masking(self) -> dict:
+        """Arguments of `sample_multi_block`."""
+        names = ("num_targets", "target_scale", "target_aspect_ratio", "context_scale")
+        return {name: getattr(self, name) for name in (*names, "mask_trim", "block_range", "num_candidates")}
 
     @property
     def learned_positions(self) -> bool:

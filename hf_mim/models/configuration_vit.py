@@ -87,7 +87,8 @@ class MIMConfig(BackboneConfigMixin, PreTrainedConfig):
         )
         super().__post_init__(**kwargs)
 
-    def validate_sizes(self):
+    # One validator, extended by the methods: several would run in the order of their names.
+    def validate_fields(self):
         for name in ("image_size", "patch_size"):
             value = getattr(self, name)
             if len(pair(value)) != 2 or min(pair(value)) < 1:
@@ -102,8 +103,6 @@ class MIMConfig(BackboneConfigMixin, PreTrainedConfig):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         check_width("hidden_size", self.hidden_size, "num_attention_heads", self.num_attention_heads)
-
-    def validate_options(self):
         if not 0 <= self.drop_path_rate < 1:
             raise ValueError(f"drop_path_rate must be in [0, 1), got {self.drop_path_rate}")
         if self.hidden_act not in ACT2FN:

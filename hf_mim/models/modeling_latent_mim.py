@@ -15,7 +15,7 @@ from .heads import BackboneHead, ClassificationHead
 from .masking import gather, split_at_random
 from .positions import PositionEmbeddings
 from .target_encoder import TargetNetworkMixin, cosine
-from .vit import MLP, MIMPreTrainedModel, MultiHeadAttention, SelfAttention, ViTEncoder, spread
+from .vit import MLP, MIMPreTrainedModel, MultiHeadAttention, SelfAttention, ViTEncoder, are_ids_absent, spread
 
 
 @dataclass
@@ -265,7 +265,7 @@ class LatentMIMForPreTraining(TargetNetworkMixin, LatentMIMPreTrainedModel):
             noise: `[B, N]` to draw the ids by: the patches with the smallest noise stay visible.
         """
         patches, grid, patch_offsets = self.draw(pixel_values, patch_offsets)
-        if context_ids is None:
+        if are_ids_absent(context_ids, target_ids):
             noise = torch.rand(patches.shape[:2], device=patches.device) if noise is None else noise
             context_ids, target_ids = split_at_random(noise, self.config.num_visible(grid))
         num_prefix = self.config.num_prefix_tokens

@@ -12,7 +12,7 @@ from .configuration_mae import MAEConfig
 from .heads import BackboneHead, ClassificationHead
 from .masking import gather, split_at_random
 from .positions import PositionEmbeddings
-from .vit import MIMPreTrainedModel, ViTEncoder, run_layers, spread, vit_layers
+from .vit import MIMPreTrainedModel, ViTEncoder, are_ids_absent, run_layers, spread, vit_layers
 
 
 @dataclass
@@ -91,7 +91,7 @@ class MAEForPreTraining(MAEPreTrainedModel):
             noise: `[B, N]` to draw them by: the patches with the smallest noise stay visible.
         """
         patches, grid = self.encoder.cut(pixel_values)
-        if context_ids is None:
+        if are_ids_absent(context_ids, target_ids):
             noise = torch.rand(patches.shape[:2], device=patches.device) if noise is None else noise
             context_ids, target_ids = split_at_random(noise, self.config.num_visible(grid))
         latents = self.encoder.encode(gather(patches, context_ids), grid, context_ids)

@@ -17,7 +17,7 @@ from .heads import BackboneHead, ClassificationHead
 from .masking import gather, sample_multi_block
 from .positions import PositionEmbeddings
 from .target_encoder import TargetNetworkMixin
-from .vit import MIMPreTrainedModel, ViTEncoder, run_layers, spread, vit_layers
+from .vit import MIMPreTrainedModel, ViTEncoder, are_ids_absent, run_layers, spread, vit_layers
 
 
 @dataclass
@@ -110,22 +110,6 @@ class StopJepaForPreTraining(TargetNetworkMixin, StopJepaPreTrainedModel):
     def target_pairs(self):
         return [(self.target_encoder, self.encoder)]
 
-    def sample_masks(self, batch_size, grid, device):
-        """Context `[B, Nc]` and target `[B, M, Nt]` ids (I-JEPA, section 3)."""
-        config = self.config
-        return sample_multi_block(
-            batch_size,
-            grid,
-            num_targets=config.num_target_blocks,
-            target_scale=config.target_scale,
-            target_aspect_ratio=config.target_aspect_ratio,
-            context_scale=config.context_scale,
-            mask_trim=config.mask_trim,
-            block_range=config.block_range,
-            num_candidates=config.num_mask_candidates,
-            device=device,
-        )
-
     def sample_noise(self, on: str, *shape, like):
         """σ·n of `[*shape, D]` if tokens of that kind, "context" or "target", have noise; else None."""
         if not self.config.position_noise_std or self.config.noise_on not in (on, "both"):
@@ -146,8 +130,10 @@ class StopJepaForPreTraining(TargetNetworkMixin, StopJepaPreTrainedModel):
             context_noise: `[B, M, Nc, D]` for the context tokens, likewise.
         """
         patches, grid = self.encoder.cut(pixel_values)
-        if context_ids is None:
-            context_ids, target_ids = self.sample_masks(len(patches), grid, patches.device)
+        if are_ids_absent(context_ids, target_ids):
+            context_ids, target_ids = sample_multi_block(
+                len(patches), grid, device=patches.device, **self.config.masking
+            )
         blocks = target_ids.shape[:2]
         if position_noise is None:
             position_noise = self.sample_noise("target", *target_ids.shape, like=pixel_values)

@@ -38,6 +38,14 @@ def unpatchify(patches: torch.Tensor, patch_size: tuple[int, int], grid: tuple[i
     return patches.permute(0, 5, 1, 3, 2, 4).reshape(batch, -1, rows * patch_height, columns * patch_width)
 
 
+def are_ids_absent(context_ids, target_ids) -> bool:
+    """Whether masks have to be drawn. Raises ValueError if only one kind of ids is given."""
+    if (context_ids is None) != (target_ids is None):
+        given, missing = ("target_ids", "context_ids") if context_ids is None else ("context_ids", "target_ids")
+        raise ValueError(f"context_ids and target_ids must be given together, got {given} without {missing}")
+    return context_ids is None
+
+
 def spread(tokens: torch.Tensor) -> torch.Tensor:
     """How much the images of a batch differ, from `[B, tokens, D]`: the standard deviation over images of their mean
     token, averaged over dimensions; a detached scalar. It goes to 0 when the features collapse."""
