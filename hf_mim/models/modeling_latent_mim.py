@@ -197,8 +197,6 @@ class LatentMIMDecoder(nn.Module):
 class LatentMIMForPreTraining(TargetNetworkMixin, LatentMIMPreTrainedModel):
     """Online encoder on the visible patches, EMA target on the masked ones, decoder between them."""
 
-    _keys_to_ignore_on_load_unexpected = None
-
     def __init__(self, config: LatentMIMConfig):
         super().__init__(config)
         self.encoder = LatentMIMModel(config)
@@ -208,6 +206,7 @@ class LatentMIMForPreTraining(TargetNetworkMixin, LatentMIMPreTrainedModel):
         self.decoder = LatentMIMDecoder(config)
         self.similarity_target = SimilarityTarget()
         self.post_init()
+        self._keys_to_ignore_on_load_unexpected = set()  # post_init takes over the encoder's
 
     def target_pairs(self):
         return [(self.target_encoder, self.encoder), (self.target_projector, self.projector)]

@@ -73,13 +73,12 @@ class MAEDecoder(nn.Module):
 class MAEForPreTraining(MAEPreTrainedModel):
     """Encoder on the visible patches, decoder, reconstruction loss on the masked patches."""
 
-    _keys_to_ignore_on_load_unexpected = None
-
     def __init__(self, config: MAEConfig):
         super().__init__(config)
         self.encoder = MAEModel(config)
         self.decoder = MAEDecoder(config)
         self.post_init()
+        self._keys_to_ignore_on_load_unexpected = set()  # post_init takes over the encoder's
 
     @can_return_tuple
     def forward(self, pixel_values, context_ids=None, target_ids=None, noise=None, **kwargs) -> MAEOutput:

@@ -98,14 +98,13 @@ class StopJepaPredictor(nn.Module):
 class StopJepaForPreTraining(TargetNetworkMixin, StopJepaPreTrainedModel):
     """Context encoder, EMA target encoder of the whole image, predictor between them."""
 
-    _keys_to_ignore_on_load_unexpected = None
-
     def __init__(self, config: StopJepaConfig):
         super().__init__(config)
         self.encoder = StopJepaModel(config)
         self.target_encoder = StopJepaModel(config)
         self.predictor = StopJepaPredictor(config)
         self.post_init()
+        self._keys_to_ignore_on_load_unexpected = set()  # post_init takes over the encoder's
 
     def target_pairs(self):
         return [(self.target_encoder, self.encoder)]

@@ -34,7 +34,7 @@ class TargetNetworkMixin:
     loaded in half precision: in bfloat16 with momentum .999 it would never move.
     """
 
-    _keep_in_fp32_modules_strict = ["target_encoder", "target_projector"]
+    _keep_in_fp32_modules_strict = ["position_embeddings", "target_encoder", "target_projector"]
 
     @torch.no_grad()
     def initialize_weights(self):

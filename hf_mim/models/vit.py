@@ -185,6 +185,7 @@ class MIMPreTrainedModel(PreTrainedModel):
     input_modalities = ("image",)
     supports_gradient_checkpointing = True
     _no_split_modules = ["ViTLayer"]
+    _keep_in_fp32_modules_strict = ["position_embeddings"]  # a checkpoint must not lose digits of its tables
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_flex_attn = True

@@ -292,14 +292,29 @@ def test_half_precision_models_load_with_their_target_in_float32(method, tmp_pat
     model = METHODS[method][1](make_config(method))
     model.save_pretrained(tmp_path)
     half = AutoModelForPreTraining.from_pretrained(tmp_path, dtype=torch.bfloat16)
-    dtypes = {name.split(".")[0]: p.dtype for name, p in half.named_parameters()}
-    assert all(d == (torch.float32 if n.startswith("target_") else torch.bfloat16) for n, d in dtypes.items())
+    for name, p in half.named_parameters():
+        assert p.dtype == (torch.float32 if name.startswith("target_") else torch.bfloat16), name
+    for name, module in tables(half).items():
+        assert torch.equal(module.table, model.get_submodule(name).table)
     images = torch.randn(2, 3, *model.config.training_size)
     output = drawn(half, images)
     assert output.loss.dtype == torch.float32
     output.loss.backward()
     torch.testing.assert_close(output.loss, drawn(model.eval(), images).loss, rtol=0.05, atol=0)
     half.update_target(0.5)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_checkpoint_with_more_layers_than_the_model_does_not_load_unnoticed(method, tmp_path):
+    model = METHODS[method][1](make_config(method))
+    model.save_pretrained(tmp_path)
+    depth = "predictor_num_hidden_layers" if method == "stop_jepa" else "decoder_num_hidden_layers"
+    shallow = {"num_hidden_layers": 1, depth: 1}
+    _, info = AutoModelForPreTraining.from_pretrained(tmp_path, **shallow, output_loading_info=True)
+    network = depth.split("_")[0]
+    assert any(key.startswith(f"{network}.layers.1.") for key in info["unexpected_keys"])
+    _, info = AutoModel.from_pretrained(tmp_path, num_hidden_layers=1, output_loading_info=True)
+    assert any("layers.1." in key for key in info["unexpected_keys"])
 
 
 @pytest.mark.parametrize("method", METHODS)
