@@ -273,7 +273,8 @@ class LatentMIMForPreTraining(TargetNetworkMixin, LatentMIMPreTrainedModel):
             targets = self.target_projector(targets).float()
         latents = self.projector(self.encoder.encode(gather(patches, context_ids), grid, context_ids))
         predictions = self.decoder(latents, grid, context_ids, target_ids)
-        loss, metrics = self.loss(predictions.float(), targets, latents[:, num_prefix:].float())
+        with torch.autocast(pixel_values.device.type, enabled=False):  # logits of bfloat16 would be off by 1 %
+            loss, metrics = self.loss(predictions.float(), targets, latents[:, num_prefix:].float())
         metrics |= {
             "similarity_targets": mean_pairwise_cosine(targets),
             "target_std": spread(targets),

@@ -7,6 +7,7 @@ import torch
 from transformers import AutoBackbone, AutoModel, AutoModelForImageClassification, AutoModelForPreTraining
 
 import hf_mim
+from hf_mim.models.modeling_latent_mim import patch_discrimination
 from hf_mim.models.positions import PositionEmbeddings, sincos_table
 from hf_mim.models.vit import patchify, unpatchify
 
@@ -302,6 +303,25 @@ def test_half_precision_models_load_with_their_target_in_float32(method, tmp_pat
     output.loss.backward()
     torch.testing.assert_close(output.loss, drawn(model.eval(), images).loss, rtol=0.05, atol=0)
     half.update_target(0.5)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_under_autocast_the_loss_is_computed_in_float32(method):
+    torch.manual_seed(0)
+    model = METHODS[method][1](make_config(method))
+    images = torch.randn(3, 3, *model.config.training_size)
+    loss, _ = gradients(model, images)
+    with torch.autocast("cpu", torch.bfloat16):
+        output = drawn(model, images)
+    predictions, targets = output.predictions, output.targets
+    assert predictions.dtype == torch.bfloat16 and targets.dtype == output.loss.dtype == torch.float32
+    if method == "latent_mim":
+        expected = patch_discrimination(predictions.float(), targets, model.config.temperature)
+        assert torch.equal(output.metrics["patch_discrimination"], expected.detach())
+    else:
+        function = torch.nn.functional.mse_loss if method == "mae" else torch.nn.functional.smooth_l1_loss
+        assert torch.equal(output.loss, function(predictions.float(), targets))
+    torch.testing.assert_close(output.loss, loss, rtol=0.03, atol=0)
 
 
 @pytest.mark.parametrize("method", METHODS)
