@@ -157,6 +157,12 @@ def test_channels_that_cannot_match_are_refused_by_name(value, num_channels):
             pixels(value, num_channels)
 
 
+def test_16_bits_are_scaled_by_their_full_range_and_rounded():
+    values = np.array([0, 128, 129, 200 * 257, 65535], dtype=np.uint16)
+    assert to_uint8(values).tolist() == to_uint8(values.astype(np.int64)).tolist() == [0, 0, 1, 200, 255]
+    assert to_uint8(values[:3]).tolist() == [0, 0, 1]  # a dark image stays dark
+
+
 @pytest.mark.parametrize("values", [[-1.0, 0.5], [0, 70000], [0.5, float("nan")], [1j, 0]])
 def test_values_without_a_known_range_are_refused(values):
     with pytest.raises(ImageFormatError):
