@@ -2,10 +2,12 @@
 
 import io
 import struct
+import sys
 import zlib
 
 import numpy as np
 import pytest
+import tifffile
 from PIL import Image
 
 from hf_mim.data.crop import WholeImage, crop_rng, load_crop
@@ -146,6 +148,15 @@ def test_tiffs_of_many_bands_in_8_bits_and_floats_are_read():
     bands = np.random.RandomState(0).randint(0, 256, (6, 5, 7)).astype(np.uint8)
     np.testing.assert_array_equal(pixels(tiff(bands), 7, size=(6, 5)), bands)
     np.testing.assert_array_equal(pixels(tiff(bands.astype(np.float32) / 255), 7, size=(6, 5)), bands)
+
+
+def test_tiled_tiffs_of_many_bands_are_read_and_without_tifffile_an_error_says_what_to_install(monkeypatch):
+    bands, file = np.random.RandomState(0).randint(0, 256, (20, 24, 6)).astype(np.uint8), io.BytesIO()
+    tifffile.imwrite(file, bands, tile=(16, 16), photometric="minisblack", planarconfig="contig")
+    np.testing.assert_array_equal(pixels(file.getvalue(), 6, size=(20, 24)), bands)
+    monkeypatch.setitem(sys.modules, "tifffile", None)
+    with pytest.raises(ImportError, match=r"pip install hf-mim\[tiff\]"):
+        pixels(file.getvalue(), 6)
 
 
 @pytest.mark.parametrize(
