@@ -23,6 +23,14 @@ def prepare_columns(dataset, image_column: str | None, label_column: str | None)
     image_column = image_column or _find_image(features)
     if not (_is_encoded(features[image_column]) or _is_array(features[image_column])):
         raise ValueError(f"image_column={image_column!r} must hold images, not {features[image_column]}")
+    if (
+        isinstance(dataset, IterableDataset)
+        and label_column
+        and "string" in getattr(features[label_column], "dtype", "")
+    ):
+        raise ValueError(
+            f"label_column={label_column!r} holds names, whose ids are known only when all are read: streaming=False"
+        )
     label_column = label_column or _find_label(features, image_column)
     columns = {image_column: "image"} | ({label_column: "label"} if label_column else {})
     dataset = dataset.select_columns(list(columns))

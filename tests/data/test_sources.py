@@ -223,3 +223,12 @@ def test_bad_sources_are_refused_in_one_line_that_says_why(tmp_path, table, pict
     assert raised(load_images, table.remove_columns("image")).endswith("one of label")
     (tmp_path / "broken.parquet").write_bytes(b"no parquet")
     assert "broken.parquet" in raised(load_images, tmp_path / "broken.parquet")
+
+
+def test_streamed_labels_that_are_names_are_left_out_or_where_asked_for_refused(tmp_path, pictures):
+    rows = {"image": [{"bytes": png(image), "path": None} for image in pictures], "label": ["cat", "dog"] * 3}
+    Dataset.from_dict(rows).to_parquet(tmp_path / "train.parquet")
+    assert load_images(tmp_path, streaming=True).column_names == ["image"]
+    assert load_images(tmp_path)["label"] == [0, 1] * 3
+    with pytest.raises(ValueError, match="label_column='label' holds names.*streaming=False"):
+        load_images(tmp_path, streaming=True, label_column="label")
