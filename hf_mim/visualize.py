@@ -86,7 +86,7 @@ def plot_reconstructions(model, images: Tensor, augment: DeviceAugment, path: st
         line[0].set_ylabel(title, color=INK)
         for ax, picture in zip(line, pictures.cpu(), strict=True):
             shown = picture[:3] if len(picture) >= 3 else picture[:1]
-            ax.imshow(shown.permute(1, 2, 0), cmap="gray", vmin=0, vmax=255, interpolation="nearest")
+            ax.imshow(shown.permute(1, 2, 0).numpy(), cmap="gray", vmin=0, vmax=255, interpolation="nearest")
             ax.set(xticks=[], yticks=[])
             ax.spines[:].set_visible(False)
     figure.savefig(path, dpi=120)

@@ -68,7 +68,7 @@ def read_recipe(arguments: list[str]) -> Recipe:
     if path is None and given.get("resume") in (True, "true") and "output_dir" in given:
         held = Path(given["output_dir"]) / "recipe.yaml"
         path = held if held.is_file() else None
-    return Recipe.resolve((read_yaml(path) if path else {}) | given)
+    return Recipe.resolve(read_yaml(path) if path else {}, given)
 
 
 def parse(arguments: list[str]) -> tuple[str | None, dict[str, Any]]:

@@ -1,0 +1,318 @@
+"""`hf-mim pretrain` from the command line to the run folder."""
+
+import io
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from datasets import Array3D, Dataset, Features, Value
+from PIL import Image
+from safetensors.torch import load_file
+from transformers import AutoImageProcessor, AutoModel, AutoModelForPreTraining
+
+from hf_mim.cli import main
+from hf_mim.cli.values import read_yaml
+from hf_mim.data import DeviceAugment, ImageDataset, WholeImage, load_images
+
+SMALL = (
+    "--hidden_size 16 --num_hidden_layers 1 --num_attention_heads 2 --per_device_train_batch_size 32 --use_cpu".split()
+)
+TINY_RUN = [*SMALL, "--max_steps", "4", "--knn_train_images", "200", "--knn_test_images", "100"]
+REPOSITORY = Path(__file__).parents[2]
+ENVIRONMENT = os.environ | {"PYTHONPATH": str(REPOSITORY)}
+
+
+def run(*arguments):
+    assert main(["pretrain", *map(str, arguments)]) == 0
+
+
+def same_weights(a, b):
+    a, b = load_file(a / "model.safetensors"), load_file(b / "model.safetensors")
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def fails_with(capsys, *arguments):
+    """The one line on stderr of a command that is to fail before it writes anything."""
+    before = sorted(Path().rglob("*"))
+    assert main(["pretrain", *map(str, arguments)]) == 2
+    assert sorted(Path().rglob("*")) == before
+    lines = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("Retrying")]
+    assert len(lines) == 1 and lines[0].startswith("error: "), lines
+    return lines[0].removeprefix("error: ")
+
+
+@pytest.fixture(scope="module")
+def mae_run(tmp_path_factory):
+    """A finished run of MAE on the digits, and what it printed."""
+    folder = tmp_path_factory.mktemp("runs") / "mae"
+    command = [sys.executable, "-m", "hf_mim.cli", "pretrain", *TINY_RUN, "--output_dir", str(folder)]
+    done = subprocess.run(command, cwd=REPOSITORY, env=ENVIRONMENT, capture_output=True, text=True, check=True)
+    return folder, done.stdout
+
+
+def test_a_run_folder_is_complete(mae_run):
+    folder, _ = mae_run
+    files = "config.json model.safetensors preprocessor_config.json recipe.yaml trainer_state.json loss.png".split()
+    assert {*files, "reconstructions.png", "knn.json"} <= {path.name for path in folder.iterdir()}
+    state = json.loads((folder / "trainer_state.json").read_text())
+    assert state["global_step"] == 4
+    assert sum("loss" in entry for entry in state["log_history"]) == 4  # short runs have a curve too
+    assert Image.open(folder / "loss.png").width > 300
+
+
+def test_the_end_compares_trained_untrained_and_raw_pixels(mae_run):
+    folder, printed = mae_run
+    result = json.loads((folder / "knn.json").read_text())
+    assert (result["k"], result["train_images"], result["test_images"]) == (20, 200, 100)
+    assert result["data"]["test_images_seen_in_pretraining"] is False
+    accuracies = {"trained": result["accuracy"], **result["baselines"]}
+    assert list(accuracies) == ["trained", "untrained", "raw pixels"]
+    for name, accuracy in accuracies.items():
+        assert re.search(rf"{name} +{100 * accuracy:.1f} %", printed)
+    assert result["baselines"]["raw pixels"] > 0.8
+
+
+def test_the_three_lines_printed_load_the_encoder_in_a_fresh_process_offline(mae_run, tmp_path):
+    _, printed = mae_run
+    lines = [line.strip() for line in printed.splitlines() if line.startswith("    ")][-3:]
+    script = "\n".join([*lines, "print(type(model).__name__, model.config.hidden_size)"])
+    offline = ENVIRONMENT | {"HF_HUB_OFFLINE": "1"}
+    done = subprocess.run([sys.executable, "-c", script], cwd=REPOSITORY, env=offline, capture_output=True, text=True)
+    assert done.stdout.split() == ["MAEModel", "16"], done.stderr
+
+
+def test_the_recipe_in_a_run_folder_repeats_the_run_to_the_bit(mae_run, tmp_path):
+    folder, _ = mae_run
+    run(folder / "recipe.yaml", "--output_dir", tmp_path / "again")
+    assert same_weights(folder, tmp_path / "again")
+    first, second = (read_yaml(path / "recipe.yaml") for path in (folder, tmp_path / "again"))
+    assert first.pop("output_dir") != second.pop("output_dir")
+    assert first == second
+
+
+def test_the_saved_processor_gives_what_the_evaluation_saw(mae_run):
+    folder, _ = mae_run
+    recipe = read_yaml(folder / "recipe.yaml")
+    images = load_images("digits", "test")
+    pixels = torch.stack(
+        [sample["pixel_values"] for sample in ImageDataset(images.select(range(8)), 32, 1, WholeImage())]
+    )
+    expected = DeviceAugment(recipe["image_mean"], recipe["image_std"]).normalize(pixels)
+    processor = AutoImageProcessor.from_pretrained(folder)
+    pictures = [Image.open(io.BytesIO(image["bytes"])) for image in images[:8]["image"]]
+    torch.testing.assert_close(processor(pictures, return_tensors="pt")["pixel_values"], expected)
+
+
+def test_a_second_run_into_the_same_folder_is_refused(mae_run, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(mae_run[0], "first")
+    before = {path: path.stat().st_mtime_ns for path in Path("first").iterdir()}
+    message = fails_with(capsys, *TINY_RUN, "--output_dir", "first")
+    assert message.startswith("output_dir first holds another run") and "--resume" in message
+    assert {path: path.stat().st_mtime_ns for path in Path("first").iterdir()} == before
+    message = fails_with(capsys, *TINY_RUN, "--output_dir", "first", "--resume", "--hidden_size", "32")
+    assert message == "hidden_size is 32, but the run in first has 16"
+    Path("empty").mkdir()
+    assert "no run to resume" in fails_with(capsys, "--output_dir", "empty", "--resume")
+
+
+def test_a_resumed_run_ends_as_one_that_was_never_interrupted(tmp_path):
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    options = [*TINY_RUN, "--save_steps", 2, "--save_total_limit", 5, "--knn", "false", "--seed", 3]
+    run(*options, "--output_dir", whole)
+    broken.mkdir()
+    shutil.copytree(whole / "checkpoint-2", broken / "checkpoint-2")
+    shutil.copy(whole / "recipe.yaml", broken / "recipe.yaml")
+    run("--output_dir", broken, "--resume")
+    assert same_weights(whole, broken)
+    assert not (broken / "knn.json").exists()
+
+
+@pytest.mark.parametrize("method", ["latent_mim", "stop_jepa"])
+def test_the_other_methods_fill_their_run_folders_and_load(tmp_path, method):
+    folder = tmp_path / method
+    run("--method", method, *TINY_RUN, "--output_dir", folder)
+    assert (folder / "knn.json").exists() and (folder / "loss.png").exists()
+    assert not (folder / "reconstructions.png").exists()
+    model, encoder = AutoModelForPreTraining.from_pretrained(folder), AutoModel.from_pretrained(folder)
+    for name, weight in model.base_model.state_dict().items():
+        assert torch.equal(weight, encoder.state_dict()[name])
+
+
+def make_pictures(folder, count=80, formats=("png", "jpg", "bmp", "gif"), modes=("RGB", "L", "RGBA", "P")):
+    """Nested class folders, sizes, formats and modes mixed."""
+    random = np.random.default_rng(0)
+    for index in range(count):
+        kind = index % len(formats)
+        path = folder / "photos" / ("cats" if index % 2 else "dogs") / f"{index}.{formats[kind]}"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        height, width = random.integers(20, 60, 2)
+        mode = modes[index // 4 % len(modes)]
+        picture = Image.fromarray(random.integers(0, 256, (height, width, 3), dtype=np.uint8))
+        picture.convert("RGB" if formats[kind] in ("jpg", "bmp") and mode in ("RGBA", "P") else mode).save(path)
+    return folder
+
+
+OWN_IMAGES = "--image_size 16,32 --patch_size 8 --max_steps 2 --dataloader_num_workers 0".split()
+
+
+def test_a_folder_of_ones_own_images_with_a_broken_file(tmp_path, capsys, caplog):
+    pictures = make_pictures(tmp_path / "pictures", count=150)
+    (pictures / "photos" / "cats" / "broken.jpg").write_bytes(b"no jpeg")
+    options = [*SMALL, *OWN_IMAGES, "--num_train_epochs", 1, "--max_steps", -1]
+    run("--dataset", pictures, *options, "--output_dir", tmp_path / "run")
+    assert "broken.jpg" in caplog.text
+    assert "seen in pretraining without their labels" in capsys.readouterr().out
+    data = json.loads((tmp_path / "run" / "knn.json").read_text())
+    assert data["num_classes"] == 2 and data["data"]["test_images_seen_in_pretraining"] is True
+    assert data["train_images"] + data["test_images"] == 151
+    processor = AutoImageProcessor.from_pretrained(tmp_path / "run")
+    for mode in ("RGB", "L", "RGBA", "P", "CMYK"):
+        picture = Image.new("RGB", (40, 30)).convert(mode)
+        assert processor(picture, return_tensors="pt")["pixel_values"].shape == (1, 3, 16, 32)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_more_than_one_broken_file_in_a_hundred_stops_the_run_with_one_line(tmp_path, capsys, workers):
+    pictures = make_pictures(tmp_path / "pictures")
+    for index in range(8):
+        (pictures / "photos" / "cats" / f"broken{index}.jpg").write_bytes(b"no jpeg")
+    options = [*SMALL, *OWN_IMAGES, "--max_steps", 20, "--dataloader_num_workers", workers]
+    assert (
+        main(["pretrain", "--dataset", str(pictures), *map(str, options), "--output_dir", str(tmp_path / "run")]) == 2
+    )
+    error = [line for line in capsys.readouterr().err.splitlines() if "error: " in line]
+    assert len(error) == 1 and "cannot be decoded" in error[0] and "broken" in error[0]
+
+
+def test_ten_channels_from_arrays_to_processor(tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (40, 10, 16, 16), dtype=np.uint8)
+    features = Features(image=Array3D((10, 16, 16), "uint8"), label=Value("int64"))
+    Dataset.from_dict({"image": list(pixels), "label": [0, 1] * 20}, features).save_to_disk(tmp_path / "bands")
+    options = [*SMALL, *OWN_IMAGES, "--image_size", 16, "--num_channels", 10]
+    run("--dataset", tmp_path / "bands", *options, "--output_dir", tmp_path / "run")
+    assert (tmp_path / "run" / "reconstructions.png").exists()
+    processor = AutoImageProcessor.from_pretrained(tmp_path / "run")
+    inputs = processor(list(pixels[:2]), input_data_format="channels_first", return_tensors="pt")
+    assert inputs["pixel_values"].shape == (2, 10, 16, 16)
+    mean, std = (torch.tensor(x).view(10, 1, 1) for x in (processor.image_mean, processor.image_std))
+    torch.testing.assert_close(inputs["pixel_values"][1], (torch.tensor(pixels[1]) / 255 - mean) / std)
+    assert AutoModel.from_pretrained(tmp_path / "run")(**inputs).last_hidden_state.shape == (2, 5, 16)
+
+
+def test_a_stream_is_pretrained_on_and_measured(tmp_path):
+    options = [*TINY_RUN, "--streaming", "--dataloader_num_workers", 0, "--max_steps", 2]
+    run(*options, "--output_dir", tmp_path / "run")
+    assert json.loads((tmp_path / "run" / "knn.json").read_text())["test_images"] == 100
+
+
+def test_eval_loss_is_measured_on_test_images(tmp_path):
+    options = [*TINY_RUN, "--method", "latent_mim", "--eval_strategy", "steps", "--eval_steps", 2, "--knn", "false"]
+    run(*options, "--output_dir", tmp_path / "run")
+    log = json.loads((tmp_path / "run" / "trainer_state.json").read_text())["log_history"]
+    assert [entry["step"] for entry in log if "eval_loss" in entry] == [2, 4]
+
+
+BAD_INPUT = [
+    ("--dataset missing/folder/of/images", "dataset 'missing/folder/of/images'"),
+    ("--dataset empty", "dataset 'empty' holds no images"),
+    ("--dataset file.txt", "dataset 'file.txt' must be a folder or a file"),
+    ("--image_column pixels", "image_column='pixels' is not a column; there are image, label"),
+    ("--train_split half", "split 'half' is not in dataset 'digits'; it has test, train"),
+    ("--test_dataset empty", "test_dataset 'empty' holds no images"),
+    ("--test_split half", "split 'half' is not in dataset 'digits'"),
+    ("--image_size 33", "image_size must be divisible by patch_size, got image_size=33 with patch_size=8; 32"),
+    ("--hidden_size 30 --num_attention_heads 4", "hidden_size must be divisible by num_attention_heads"),
+    ("--hidden_size 18 --num_attention_heads 3", "hidden_size must be divisible by num_attention_heads and by 4"),
+    ("--mask_ratio 1", "mask_ratio must leave between 1 and 15 of the 16 patches visible"),
+    ("--mask_ratio 0", "mask_ratio must leave between 1 and 15 of the 16 patches visible"),
+    ("--method stop_jepa --image_size 12,160 --patch_size 4", "target_scale="),
+    ("--method stop_jepa --mask_ratio 0.5", "mask_ratio is an argument of mae and latent_mim, not of method stop_jepa"),
+    ("--method jepa", "method must be one of mae, latent_mim, stop_jepa, not 'jepa'"),
+    ("--mask_ration 0.5", "unknown argument mask_ration; did you mean mask_ratio?"),
+    ("wrong_key.yaml", "unknown argument mask_ration; did you mean mask_ratio?"),
+    ("no.yaml", "there is no recipe no.yaml"),
+    ("empty", "the recipe must be a YAML file, and empty is a folder; images go to --dataset empty"),
+    ("broken.yaml", "the recipe broken.yaml is no YAML"),
+    ("list.yaml", "the recipe list.yaml must consist of lines like `name: value`"),
+    ("wrong_key.yaml list.yaml", "'list.yaml' is one argument too many"),
+    ("--base_lr", "base_lr needs a value"),
+    ("--base_lr 0", "base_lr must be above 0"),
+    ("--num_channels 10", "image 0: num_channels=10, but the image has 1"),
+    ("--crop_scale 0,1", "crop_scale must be two positive numbers"),
+    ("--flip_probability 2", "flip_probability must lie in [0, 1]"),
+    ("--image_mean 0.5", "image_mean and image_std must be given together"),
+    ("--image_mean .5,.5 --image_std .2,.2", "image_mean must have 1 values (num_channels), not [0.5, 0.5]"),
+    ("--warmup_steps 5000", "warmup_steps must be at most the 880 steps of the run"),
+    ("--per_device_train_batch_size 5000", "per_device_train_batch_size"),
+    ("--streaming", "max_steps must be given"),
+    ("--output_dir file.txt", "output_dir must be a folder, and file.txt is a file"),
+    ("--resume", "resume needs output_dir"),
+    ("null.yaml", "dataset must be given: a folder, files, the name of a dataset on the Hub"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "message"), BAD_INPUT, ids=[arguments for arguments, _ in BAD_INPUT])
+def test_mistakes_are_one_line_before_anything_is_written(arguments, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("empty").mkdir()
+    Path("file.txt").write_text("text")
+    Path("wrong_key.yaml").write_text("mask_ration: 0.5\n")
+    Path("broken.yaml").write_text("a: [1\n")
+    Path("list.yaml").write_text("- 1\n")
+    Path("null.yaml").write_text("dataset: null\n")
+    assert fails_with(capsys, *arguments.split()).startswith(message)
+
+
+def test_the_program_lists_its_commands_and_refuses_others(capsys):
+    assert main([]) == 0 and "pretrain" in capsys.readouterr().out
+    assert main(["train"]) == 2
+    assert capsys.readouterr().err == "error: unknown command train; there is pretrain\n"
+
+
+@pytest.mark.slow
+def test_cli_accelerate_and_torchrun_do_the_same(tmp_path):
+    script = [str(REPOSITORY / "training" / "pretrain.py")]
+    bin_folder = Path(sys.executable).parent
+    launchers = {
+        "cli": [sys.executable, "-m", "hf_mim.cli", "pretrain"],
+        "accelerate": [str(bin_folder / "accelerate"), "launch", "--cpu", "--num_processes", "1", *script],
+        "torchrun": [str(bin_folder / "torchrun"), "--standalone", "--nproc_per_node", "1", *script],
+    }
+    for name, launcher in launchers.items():
+        subprocess.run(
+            [*launcher, *TINY_RUN, "--output_dir", str(tmp_path / name)], cwd=REPOSITORY, env=ENVIRONMENT, check=True
+        )
+    assert same_weights(tmp_path / "cli", tmp_path / "accelerate")
+    assert same_weights(tmp_path / "cli", tmp_path / "torchrun")
+
+
+@pytest.mark.slow
+def test_two_ranks_write_one_run_folder(tmp_path):
+    torchrun = Path(sys.executable).parent / "torchrun"
+    command = [str(torchrun), "--standalone", "--nproc_per_node", "2", "training/pretrain.py", *TINY_RUN]
+    done = subprocess.run(
+        [*command, "--output_dir", str(tmp_path / "run")],
+        cwd=REPOSITORY,
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("Three lines of Python") == 1
+    assert (tmp_path / "run" / "knn.json").exists()
+    failed = subprocess.run(
+        [*command, "--output_dir", str(tmp_path / "run")],
+        cwd=REPOSITORY,
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+    )
+    assert failed.returncode != 0 and failed.stderr.count("error: output_dir") == 1
