@@ -217,7 +217,7 @@ class MIMTrainer(Trainer):
         if "loss" in logs:
             logs |= self.means.pop(self.accelerator)
             logs["images_per_second"] = self.throughput.read()
-            if broken := getattr(self.train_dataset, "num_broken", int)():
+            if broken := hasattr(self.train_dataset, "num_broken") and self.train_dataset.num_broken():
                 logs["broken_images"] = broken  # found by this process
         logs.pop("total_flos", None)
         super().log(logs, start_time)

@@ -34,8 +34,8 @@ def benchmark_step(args) -> dict:
     runs = {}
     for method in args.methods:
         torch.manual_seed(0)
+        flops = count_flops(method, args)
         model, images = contestant(method, args)
-        flops = count_flops(model, images)
         runs[method] = flops, training_step(model.to(device).train(), images.to(device), dtype, args.compile)
     seconds = {method: [] for method in runs}
     for round_ in range(args.warmup + args.steps):
@@ -120,21 +120,27 @@ def training_step(model, images, dtype, compiled: bool):
     return step
 
 
-def count_flops(model, images) -> float:
-    """FLOPs of the matrix products of a step, forward and backward, per image; counted, a multiply-add as two."""
+def count_flops(method: str, args, draws: int = 20) -> float:
+    """FLOPs of the matrix products of a step, forward and backward, per image; counted, a multiply-add as two.
+
+    On the meta device, which computes nothing; but Latent MIM switches autocast, which meta has not. StoP's masks differ
+    in size: the mean of several draws.
+    """
+    import torch
     from torch.utils.flop_counter import FlopCounterMode
 
+    with torch.device("cpu" if method == "latent_mim" else "meta"):
+        model, images = contestant(method, args)
+    images = images if images.is_meta else images[:2]
     # The counter knows no fused attention of the CPU. (transformers' decoder has a config of its own.)
-    configs = {id(module.config): module.config for module in model.modules() if hasattr(module, "config")}
-    for config in configs.values():
-        config._attn_implementation = "eager"
-    few = images[:2]
+    for module in model.modules():
+        if hasattr(module, "config"):
+            module.config._attn_implementation = "eager"
+    draws = draws if method == "stop_jepa" else 1
     with FlopCounterMode(display=False) as counter:
-        model(few).loss.backward()
-    model.zero_grad()
-    for config in configs.values():
-        config._attn_implementation = "sdpa"
-    return counter.get_total_flops() / len(few)
+        for _ in range(draws):
+            model(images).loss.backward()
+    return counter.get_total_flops() / draws / len(images)
 
 
 def matrix_ceiling(device, dtype) -> float:

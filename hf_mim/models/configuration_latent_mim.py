@@ -4,7 +4,7 @@ from typing import ClassVar, Literal
 
 from huggingface_hub.dataclasses import strict
 
-from .configuration_mae import check_decoder, check_mask_ratio, fill_decoder_sizes
+from .configuration_mae import check_decoder, fill_decoder_sizes, num_visible
 from .configuration_vit import MIMConfig
 from .target_encoder import check_momentum
 
@@ -54,24 +54,26 @@ class LatentMIMConfig(MIMConfig):
         fill_decoder_sizes(self)
         if self.projector_hidden_size is None:
             self.projector_hidden_size = 16 * self.hidden_size // 3
+        self.check_fields()
 
-    def validate_fields(self):
-        super().validate_fields()
+    def check_fields(self):
+        super().check_fields()
         check_decoder(self)
         if self.projector_hidden_size < 1:
             raise ValueError(f"projector_hidden_size must be at least 1, got {self.projector_hidden_size}")
-        check_mask_ratio(self.mask_ratio, self.num_visible(self.grid_size), self.grid_size)
+        self.num_visible(self.grid_size)
         if self.patch_gap < 0:
             raise ValueError(f"patch_gap must be 0 or more pixels, got {self.patch_gap}")
-        if self.temperature <= 0:
+        if not self.temperature > 0:
             raise ValueError(f"temperature must be above 0, got {self.temperature}")
-        if self.similarity_weight < 0:
+        if not self.similarity_weight >= 0:
             raise ValueError(f"similarity_weight must be 0 or more, got {self.similarity_weight}")
         check_momentum(self)
 
     def num_visible(self, grid: tuple[int, int]) -> int:
-        """Patches that stay visible on a grid."""
-        return round(grid[0] * grid[1] * (1 - self.mask_ratio))
+        """Patches that stay visible on a grid. Raises ValueError unless at least 1 does and 2 are masked: predictions
+        are standardised over the masked ones."""
+        return num_visible(self.mask_ratio, grid, rounding=round, least_masked=2)
 
     @property
     def training_size(self) -> tuple[int, int]:

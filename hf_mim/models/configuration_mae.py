@@ -1,5 +1,8 @@
 """Configuration of MAE (He et al., CVPR 2022, arXiv 2111.06377)."""
 
+import math
+from collections.abc import Callable
+
 from huggingface_hub.dataclasses import strict
 
 from .configuration_vit import MIMConfig, check_width
@@ -30,15 +33,18 @@ class MAEConfig(MIMConfig):
     def __post_init__(self, **kwargs):
         super().__post_init__(**kwargs)
         fill_decoder_sizes(self)
+        self.check_fields()
 
-    def validate_fields(self):
-        super().validate_fields()
+    def check_fields(self):
+        super().check_fields()
         check_decoder(self)
-        check_mask_ratio(self.mask_ratio, self.num_visible(self.grid_size), self.grid_size)
+        self.num_visible(self.grid_size)
+        if self.norm_pix_loss and self.num_channels * math.prod(self.patch_height_width) < 2:
+            raise ValueError("norm_pix_loss must be False for patches of a single value, which have no variance")
 
     def num_visible(self, grid: tuple[int, int]) -> int:
-        """Patches that stay visible on a grid."""
-        return int(grid[0] * grid[1] * (1 - self.mask_ratio))
+        """Patches that stay visible on a grid. Raises ValueError if that is none or all."""
+        return num_visible(self.mask_ratio, grid, rounding=int)
 
 
 def fill_decoder_sizes(config):
@@ -61,11 +67,13 @@ def check_decoder(config):
         raise ValueError(f"decoder_num_hidden_layers must be at least 1, got {config.decoder_num_hidden_layers}")
 
 
-def check_mask_ratio(mask_ratio: float, num_visible: int, grid: tuple[int, int]):
-    """Raise ValueError for a ratio that keeps nothing or everything."""
+def num_visible(mask_ratio: float, grid: tuple[int, int], rounding: Callable, least_masked: int = 1) -> int:
+    """How many patches of a grid stay visible. Raises ValueError for a ratio that keeps nothing or everything."""
     num_patches = grid[0] * grid[1]
-    if not 0 < num_visible < num_patches:
+    visible = rounding(num_patches * (1 - mask_ratio)) if 0 <= mask_ratio <= 1 else 0
+    if not 1 <= visible <= num_patches - least_masked:
         raise ValueError(
-            f"mask_ratio must leave between 1 and {num_patches - 1} of the {num_patches} patches visible, "
-            f"got {mask_ratio}, which leaves {max(0, min(num_visible, num_patches))}"
+            f"mask_ratio must leave between 1 and {num_patches - least_masked} of the {num_patches} patches visible, "
+            f"got {mask_ratio}, which leaves {visible}"
         )
+    return visible

@@ -1,5 +1,6 @@
 """Configuration of StoP-JEPA (Bar et al., ICML 2024, arXiv 2308.00566) and of I-JEPA, its case without noise."""
 
+import math
 from typing import ClassVar, Literal
 
 from huggingface_hub.dataclasses import strict
@@ -15,9 +16,9 @@ class StopJepaConfig(MIMConfig):
 
     Args:
         position_noise_std: standard deviation σ of the positional noise, drawn in the encoder's width; 0 is I-JEPA.
-        noise_on: which tokens have it; the paper's Table 4 compares them, "target" is its best.
+        noise_on: which tokens have it; of the three, "target" is the paper's best.
         tie_noise_projection: noise goes through the predictor's input projection, as it must: trained apart, the
-            projection shrinks to zero and the noise with it (section 3.2 of the paper).
+            projection shrinks to zero and the noise with it.
         use_mask_token: masked tokens carry a learned token: I-JEPA's token, and m̃ of StoP's paper. StoP's released
             code has none; the projection's bias stands in for it there.
         position_embedding: "sincos" tables, or "learned" ones.
@@ -44,9 +45,9 @@ class StopJepaConfig(MIMConfig):
     use_mask_token: bool = True
     position_embedding: Literal["sincos", "learned"] = "sincos"
     num_targets: int = 4
-    target_scale: list[float] | tuple[float, float] = (0.15, 0.2)
-    target_aspect_ratio: list[float] | tuple[float, float] = (0.75, 1.5)
-    context_scale: list[float] | tuple[float, float] = (0.85, 1.0)
+    target_scale: list[float | int] | tuple[float | int, float | int] = (0.15, 0.2)
+    target_aspect_ratio: list[float | int] | tuple[float | int, float | int] = (0.75, 1.5)
+    context_scale: list[float | int] | tuple[float | int, float | int] = (0.85, 1.0)
     mask_trim: Literal["random", "raster"] = "random"
     block_range: Literal["inclusive", "exclusive"] = "inclusive"
     num_candidates: int = 4
@@ -59,15 +60,17 @@ class StopJepaConfig(MIMConfig):
 
     def __post_init__(self, **kwargs):
         super().__post_init__(**kwargs)
-        if self.predictor_hidden_size is None:
-            self.predictor_hidden_size = min(384, self.hidden_size // 2)
         if self.predictor_num_hidden_layers is None:
             self.predictor_num_hidden_layers = 6 if self.num_hidden_layers <= 12 else 12
         if self.predictor_num_attention_heads is None:
             self.predictor_num_attention_heads = self.num_attention_heads
+        if self.predictor_hidden_size is None:
+            step = math.lcm(4, self.predictor_num_attention_heads)
+            self.predictor_hidden_size = max(step, min(384, self.hidden_size // 2) // step * step)
+        self.check_fields()
 
-    def validate_fields(self):
-        super().validate_fields()
+    def check_fields(self):
+        super().check_fields()
         check_width(
             "predictor_hidden_size",
             self.predictor_hidden_size,
@@ -76,7 +79,7 @@ class StopJepaConfig(MIMConfig):
         )
         if self.predictor_num_hidden_layers < 1:
             raise ValueError(f"predictor_num_hidden_layers must be at least 1, got {self.predictor_num_hidden_layers}")
-        if self.position_noise_std < 0:
+        if not self.position_noise_std >= 0:
             raise ValueError(f"position_noise_std must be 0 or more, got {self.position_noise_std}")
         if self.use_cls_token:
             raise ValueError("use_cls_token must be False: I-JEPA and StoP have no CLS token")

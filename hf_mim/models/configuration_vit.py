@@ -49,7 +49,8 @@ class MIMConfig(BackboneConfigMixin, PreTrainedConfig):
         head_batch_norm: the classifier standardises its input by a BatchNorm without affine (MAE's linear probe).
 
     Raises:
-        ValueError: sizes that do not divide, or an option outside its range; in one line that names the field.
+        ValueError: sizes that do not divide, or a value outside its range; in one line that names the field.
+        StrictDataclassFieldValidationError: a value of the wrong type.
     """
 
     initialization: ClassVar[str] = "xavier"
@@ -87,8 +88,9 @@ class MIMConfig(BackboneConfigMixin, PreTrainedConfig):
         )
         super().__post_init__(**kwargs)
 
-    # One validator, extended by the methods: several would run in the order of their names.
-    def validate_fields(self):
+    def check_fields(self):
+        """Raise ValueError for values that do not fit. The methods extend it and call it when all is filled in: by
+        `@strict`'s own `validate_` hooks it would come wrapped, on two lines."""
         for name in ("image_size", "patch_size"):
             value = getattr(self, name)
             if len(pair(value)) != 2 or min(pair(value)) < 1:

@@ -5,8 +5,8 @@ and appendix A.1) and StoP (arXiv 2308.00566). Neither loops over images.
 
 Statistics of `sample_multi_block` with I-JEPA's scales, measured over 1,000 (14x14) and 500 (8x8) batches of 256.
 Share: of the grid in the context after trimming to the smallest of the batch, on average and in the worst batch. The
-frequencies are those of a patch being in the context, or in any of the four targets. The first line is the released
-sampler: `mask_trim="raster", block_range="exclusive", num_candidates=1`; 4 candidates are the default.
+frequencies are those of a patch being in the context, or in any of the four targets. The first line has the released
+sampler's biases: `mask_trim="raster", block_range="exclusive", num_candidates=1`; 4 candidates are the default.
 
     grid    candidates  share  worst   in the context: corner  edge  centre   in a target: corner  edge  centre
     14x14   released     .24    .09    top row .75, bottom row .00            .06 at the top, .00 in the last row
@@ -130,13 +130,13 @@ def check_blocks(
     for name, count in (("num_targets", num_targets), ("num_candidates", num_candidates)):
         if count < 1:
             raise ValueError(f"{name} must be at least 1, not {count}")
-    for name, (low, high), most in (
+    for name, bounds, most in (
         ("target_scale", target_scale, 1),
         ("context_scale", context_scale, 1),
         ("target_aspect_ratio", target_aspect_ratio, math.inf),
     ):
-        if not 0 < low <= high <= most:
-            raise ValueError(f"{name} must be (low, high) with 0 < low <= high <= {most}, not ({low}, {high})")
+        if len(bounds) != 2 or not 0 < bounds[0] <= bounds[1] <= most:
+            raise ValueError(f"{name} must be (low, high) with 0 < low <= high <= {most}, not {tuple(bounds)}")
     rows, columns = grid
     if block_range == "exclusive" and min(grid) < 2:
         raise ValueError(f"block_range='exclusive' needs two rows and columns of patches, not {rows}x{columns}")

@@ -36,7 +36,7 @@ def patchify_with_gap(
     pixel_values: torch.Tensor, patch_size: tuple[int, int], patch_offsets: torch.Tensor, gap: int
 ) -> torch.Tensor:
     """`[B, C, gh·(ph+gap), gw·(pw+gap)]` → `[B, N, P]`: from each cell the patch at its offset `[B, gh, gw, 2]` (row,
-    column, each in {0..gap}), flattened by row, column, channel (section 3.3)."""
+    column, each in {0..gap}), flattened by row, column, channel."""
     batch, channels = pixel_values.shape[:2]
     rows, columns = patch_offsets.shape[1:3]
     cells = pixel_values.reshape(batch, channels, rows, patch_size[0] + gap, columns, patch_size[1] + gap)
@@ -63,7 +63,7 @@ def mean_pairwise_cosine(tokens: torch.Tensor) -> torch.Tensor:
 
 
 def patch_discrimination(predictions: torch.Tensor, targets: torch.Tensor, temperature: float) -> torch.Tensor:
-    """InfoNCE among the patches of each image: predict the own target rather than another place's (section 3.2).
+    """InfoNCE among the patches of each image: predict the own target rather than another place's.
 
     `[B, K, D]` each. Predictions are standardised over the tokens first. Scaled by 2·temperature; chance is
     `2 · temperature · ln K`.
@@ -154,7 +154,7 @@ class CrossAttentionLayer(GradientCheckpointingLayer):
 
 
 class LatentMIMDecoder(nn.Module):
-    """Mask queries, with visual cues, look at the visible latents and predict their own (section 3.4)."""
+    """Mask queries, with visual cues, look at the visible latents and predict their own."""
 
     def __init__(self, config: LatentMIMConfig):
         super().__init__()
@@ -212,7 +212,7 @@ class LatentMIMForPreTraining(TargetNetworkMixin, LatentMIMPreTrainedModel):
         return [(self.target_encoder, self.encoder), (self.target_projector, self.projector)]
 
     def set_progress(self, progress: float):
-        """Move the similarity target along its cosine (section 3.2); call before each step."""
+        """Move the similarity target along its cosine; call before each step."""
         self.similarity_target.value.fill_(cosine(self.config.similarity_start, self.config.similarity_end, progress))
 
     def draw(self, pixel_values, patch_offsets=None):
@@ -253,7 +253,7 @@ class LatentMIMForPreTraining(TargetNetworkMixin, LatentMIMPreTrainedModel):
 
     @can_return_tuple
     def forward(
-        self, pixel_values, context_ids=None, target_ids=None, patch_offsets=None, noise=None, **kwargs
+        self, pixel_values, context_ids=None, target_ids=None, patch_offsets=None, noise=None
     ) -> LatentMIMOutput:
         """Predict the target network's latents of masked patches.
 

@@ -81,7 +81,7 @@ class MAEForPreTraining(MAEPreTrainedModel):
         self._keys_to_ignore_on_load_unexpected = set()  # post_init takes over the encoder's
 
     @can_return_tuple
-    def forward(self, pixel_values, context_ids=None, target_ids=None, noise=None, **kwargs) -> MAEOutput:
+    def forward(self, pixel_values, context_ids=None, target_ids=None, noise=None) -> MAEOutput:
         """Reconstruct masked patches.
 
         Args:
@@ -104,7 +104,7 @@ class MAEForPreTraining(MAEPreTrainedModel):
             targets=targets,
             context_ids=context_ids,
             target_ids=target_ids,
-            metrics={"feature_std": spread(latents)},
+            metrics={"feature_std": spread(latents[:, self.config.num_prefix_tokens :])},
         )
 
 

@@ -23,13 +23,16 @@ from .vit import MIMPreTrainedModel, ViTEncoder, are_ids_absent, run_layers, spr
 @dataclass
 class StopJepaOutput(ModelOutput):
     """loss []; predictions and targets `[B, M, Nt, D]`, aligned with target_ids; context_ids `[B, Nc]`, target_ids
-    `[B, M, Nt]`; metrics: detached scalars on the device."""
+    `[B, M, Nt]`; position_noise `[B, M, Nt, D]` and context_noise `[B, M, Nc, D]`, where there was any; metrics:
+    detached scalars on the device."""
 
     loss: torch.Tensor | None = None
     predictions: torch.Tensor | None = None
     targets: torch.Tensor | None = None
     context_ids: torch.Tensor | None = None
     target_ids: torch.Tensor | None = None
+    position_noise: torch.Tensor | None = None
+    context_noise: torch.Tensor | None = None
     metrics: dict[str, torch.Tensor] | None = None
 
 
@@ -98,6 +101,8 @@ class StopJepaPredictor(nn.Module):
 class StopJepaForPreTraining(TargetNetworkMixin, StopJepaPreTrainedModel):
     """Context encoder, EMA target encoder of the whole image, predictor between them."""
 
+    _can_compile_fullgraph = False  # masks are drawn outside of any graph: their length is data
+
     def __init__(self, config: StopJepaConfig):
         super().__init__(config)
         self.encoder = StopJepaModel(config)
@@ -118,7 +123,7 @@ class StopJepaForPreTraining(TargetNetworkMixin, StopJepaPreTrainedModel):
 
     @can_return_tuple
     def forward(
-        self, pixel_values, context_ids=None, target_ids=None, position_noise=None, context_noise=None, **kwargs
+        self, pixel_values, context_ids=None, target_ids=None, position_noise=None, context_noise=None
     ) -> StopJepaOutput:
         """Predict the target encoder's tokens in the target blocks.
 
@@ -151,6 +156,8 @@ class StopJepaForPreTraining(TargetNetworkMixin, StopJepaPreTrainedModel):
             targets=targets,
             context_ids=context_ids,
             target_ids=target_ids,
+            position_noise=position_noise,
+            context_noise=context_noise,
             metrics={
                 "target_std": spread(targets.flatten(1, 2)),
                 "feature_std": spread(features),

@@ -42,7 +42,9 @@ class TargetNetworkMixin:
         super().initialize_weights()
         for target, online in self.target_pairs():
             for t, o in zip(target.parameters(), online.parameters(), strict=True):
-                init.copy_(t, o.to(t.dtype))  # leaves a loaded target alone
+                if getattr(t, "_is_hf_initialized", False):  # loaded: from a checkpoint of the encoder, it alone
+                    init.copy_(o, t.to(o.dtype))  # leaves what was loaded alone
+                init.copy_(t, o.to(t.dtype))
             target.requires_grad_(False).eval()
 
     def train(self, mode: bool = True):

@@ -214,11 +214,11 @@ class MIMPreTrainedModel(PreTrainedModel):
     def _normal_std(self, linear: nn.Linear) -> float:
         """I-JEPA's .02, divided by sqrt(2·depth) where a residual branch ends.
 
-        The patch embedding's .02 was chosen for 16×16×3 = 768 inputs. It is scaled by its fan-in, so that a patch of
-        any size speaks as loud against its position: with 4×4×3 inputs, .02 leaves an untrained encoder at 25.6 % on
-        CIFAR-10 (20-NN) where its content alone is worth 31 %.
+        The patch embedding's .02 was chosen for 16×16×3 = 768 inputs (and 14×14×3). Below that it is scaled by its
+        fan-in, so that a small patch speaks as loud against its position: with 4×4×3 inputs, .02 leaves an untrained
+        encoder at 25.6 % on CIFAR-10 (20-NN), where xavier leaves it at 31 %.
         """
-        if getattr(linear, "is_patch_embedding", False):
+        if getattr(linear, "is_patch_embedding", False) and linear.in_features < 14 * 14 * 3:
             return 0.02 * (768 / linear.in_features) ** 0.5
         return 0.02 / (2 * getattr(linear, "residual_depth", 0.5)) ** 0.5
 

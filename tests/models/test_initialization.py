@@ -75,6 +75,25 @@ def test_target_equals_the_encoder_at_the_start():
                 assert torch.equal(t, o) and t.data_ptr() != o.data_ptr()
 
 
+def test_pretraining_goes_on_from_a_checkpoint_of_the_encoder_alone(tmp_path):
+    torch.manual_seed(0)
+    encoder = hf_mim.StopJepaModel(hf_mim.StopJepaConfig(**SIZES))
+    encoder.save_pretrained(tmp_path)
+    model = hf_mim.StopJepaForPreTraining.from_pretrained(tmp_path)
+    for network in (model.target_encoder, model.encoder):
+        for name, tensor in encoder.state_dict().items():
+            assert torch.equal(network.state_dict()[name], tensor), name
+    assert all(p.requires_grad for p in model.encoder.parameters())
+
+
+def test_the_published_patch_sizes_keep_the_published_initialisation():
+    for patch_size, image_size in ((16, 64), (14, 56)):
+        torch.manual_seed(0)
+        sizes = SIZES | dict(patch_size=patch_size, image_size=image_size)
+        model = hf_mim.StopJepaModel(hf_mim.StopJepaConfig(**sizes))
+        assert abs(model.embeddings.projection.weight.std() / 0.02 - 1) < 0.01
+
+
 def test_a_checkpoint_without_tables_or_target_gets_them(tmp_path):
     from safetensors.torch import load_file, save_file
 

@@ -7,9 +7,10 @@ import torch
 from transformers import AutoBackbone, AutoModel, AutoModelForImageClassification, AutoModelForPreTraining
 
 import hf_mim
+from hf_mim.models import vit
 from hf_mim.models.modeling_latent_mim import patch_discrimination
 from hf_mim.models.positions import PositionEmbeddings, sincos_table
-from hf_mim.models.vit import patchify, unpatchify
+from hf_mim.models.vit import MLP, patchify, unpatchify
 
 SIZES = dict(hidden_size=48, num_hidden_layers=2, num_attention_heads=3)
 METHODS = {
@@ -52,6 +53,12 @@ def case(request):
 def drawn(model, images, seed=1):
     torch.manual_seed(seed)
     return model(images)
+
+
+def given_back(output):
+    """What a pass has drawn, to be given to another."""
+    drawn_names = ("context_ids", "target_ids", "patch_offsets", "position_noise", "context_noise")
+    return {name: output[name] for name in drawn_names if name in output}
 
 
 def tables(model):
@@ -127,6 +134,18 @@ def test_meta_device_models_have_the_same_tensors(case):
     assert all(t.is_meta for t in empty.state_dict().values())
 
 
+def count_calls(model, kind):
+    """How often each module of a kind is called, by name."""
+    calls = {name: 0 for name, module in model.named_modules() if isinstance(module, kind)}
+    for name in calls:
+
+        def count(module, args, name=name):
+            calls[name] += 1
+
+        model.get_submodule(name).register_forward_pre_hook(count)
+    return calls
+
+
 def gradients(model, images):
     model.zero_grad()
     loss = drawn(model.train(), images).loss
@@ -134,12 +153,15 @@ def gradients(model, images):
     return loss.detach(), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
 
 
-def test_eager_attention_equals_sdpa(case):
+def test_eager_attention_equals_sdpa(case, monkeypatch):
     model, images = case
     assert model.config._attn_implementation == "sdpa"
     loss, grads = gradients(model, images)
     model.set_attn_implementation("eager")
+    calls = []
+    monkeypatch.setattr(vit, "eager_attention", lambda *a, f=vit.eager_attention, **k: calls.append(1) or f(*a, **k))
     eager_loss, eager_grads = gradients(model, images)
+    assert len(calls) == sum(isinstance(module, vit.MultiHeadAttention) for module in model.modules())
     torch.testing.assert_close(eager_loss, loss, rtol=1e-5, atol=0)
     for name in grads:
         torch.testing.assert_close(eager_grads[name], grads[name], rtol=1e-3, atol=1e-6)
@@ -149,7 +171,10 @@ def test_gradient_checkpointing_changes_nothing(case):
     model, images = case
     loss, grads = gradients(model, images)
     model.activation_checkpointing_enable()
+    calls = count_calls(model, MLP)
     checkpointed_loss, checkpointed_grads = gradients(model, images)
+    frozen = [name for name in calls if name.startswith("target_")]  # without gradients there is nothing to recompute
+    assert all(count == 1 + (name not in frozen) for name, count in calls.items()), calls
     assert torch.equal(checkpointed_loss, loss)
     assert all(torch.equal(checkpointed_grads[name], grads[name]) for name in grads)
 
@@ -157,15 +182,12 @@ def test_gradient_checkpointing_changes_nothing(case):
 @pytest.mark.parametrize("method", METHODS)
 def test_given_ids_reproduce_a_drawn_pass(method):
     torch.manual_seed(0)
-    config = make_config(method)
+    config = make_config(method, **dict(noise_on="both") if method == "stop_jepa" else {})
     model = METHODS[method][1](config)
     images = torch.randn(2, 3, *config.training_size)
-    if method == "stop_jepa":
-        config.position_noise_std = 0.0
     first = drawn(model, images)
-    given = {k: first[k] for k in ("context_ids", "target_ids", "patch_offsets") if k in first}
-    assert torch.equal(drawn(model, images, seed=2)["loss"], first.loss) is False
-    assert torch.equal(model(images, **given).loss, first.loss)
+    assert not torch.equal(drawn(model, images, seed=2).loss, first.loss)
+    assert torch.equal(model(images, **given_back(first)).loss, first.loss)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -342,10 +364,7 @@ def test_models_compile_without_graph_breaks_when_ids_are_given(method):
     torch.manual_seed(0)
     model = METHODS[method][1](make_config(method)).train()
     images = torch.randn(2, 3, *model.config.training_size)
-    first = drawn(model, images)
-    given = {k: first[k] for k in ("context_ids", "target_ids", "patch_offsets") if k in first}
-    if method == "stop_jepa":
-        given["position_noise"] = torch.randn(*first.predictions.shape) / 4
+    given = given_back(drawn(model, images))
     compiled = torch.compile(model, fullgraph=True, backend="eager")
     torch.testing.assert_close(compiled(images, **given).loss, model(images, **given).loss)
 

@@ -1,0 +1,46 @@
+"""`benchmark.py step` runs, and counts what it says."""
+
+import importlib
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+import hf_mim
+
+
+@pytest.fixture
+def benchmark(monkeypatch):
+    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "training")
+    return importlib.import_module("benchmark")
+
+
+def test_step_measures_every_method_beside_transformers_and_counts_its_flops(benchmark, monkeypatch, tmp_path):
+    path = tmp_path / "step.json"
+    options = ["--size", "tiny", "--image_size", "64", "--patch_size", "8", "--batch_size", "2", "--steps", "1"]
+    monkeypatch.setattr(sys, "argv", ["benchmark.py", "step", *options, "--warmup", "0", "--json", str(path)])
+    benchmark.main()
+    methods = json.loads(path.read_text())["methods"]
+    assert methods.keys() == {"mae", "latent_mim", "stop_jepa", "transformers_mae"}
+    assert all(m["images_per_second"] > 0 and 0 < m["share_of_ceiling"] < 1 for m in methods.values())
+    # Ours computes less: the last decoder layer and the pixels of the masked patches only.
+    assert 0.85 < methods["mae"]["gflop_per_image"] / methods["transformers_mae"]["gflop_per_image"] < 1
+
+
+def test_counted_flops_are_those_of_the_formula(benchmark):
+    """MAE's encoder and decoder by hand: 2 FLOPs a multiply-add, 3 times the forward; the patch embedding, which has
+    no input gradient, 2 times."""
+    step = importlib.import_module("benchmark_step")
+    args = type("Args", (), dict(size="tiny", image_size=64, patch_size=8, batch_size=2))
+    config = hf_mim.MAEConfig(size="tiny", image_size=64, patch_size=8)
+
+    def layer(tokens, queries, width, mlp):
+        projections = queries * width * (2 * width + 2 * mlp) + tokens * width * 2 * width
+        return projections + 2 * queries * tokens * width
+
+    width, narrow, pixels = config.hidden_size, config.decoder_hidden_size, 8 * 8 * 3
+    forward = 12 * layer(17, 17, width, config.intermediate_size) + 17 * width * narrow
+    forward += 7 * layer(65, 65, narrow, 4 * narrow) + layer(65, 48, narrow, 4 * narrow) + 48 * narrow * pixels
+    expected = 2 * (3 * forward + 2 * 16 * pixels * width)
+    assert abs(step.count_flops("mae", args) / expected - 1) < 1e-6
