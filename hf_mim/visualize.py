@@ -32,7 +32,7 @@ def plot_training(log_history: list[dict], path: str | Path):
         axes[1].plot(steps, [entry.get(name) for entry in entries], color=color, linewidth=1.5, label=name)
     if spreads:
         axes[1].set_ylim(bottom=0)
-        axes[1].set_ylabel("spread of the features\n(0: collapsed)")
+        axes[1].set_ylabel("feature spread\n(0: collapse)")
         axes[1].legend(frameon=False, labelcolor=INK)
     axes[-1].set_xlabel("optimizer step")
     for ax in axes:
