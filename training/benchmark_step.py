@@ -123,8 +123,8 @@ def training_step(model, images, dtype, compiled: bool):
 def count_flops(method: str, args, draws: int = 20) -> float:
     """FLOPs of the matrix products of a step, forward and backward, per image; counted, a multiply-add as two.
 
-    On the meta device, which computes nothing; but Latent MIM switches autocast, which meta has not. StoP's masks differ
-    in size: the mean of several draws.
+    On the meta device, which computes nothing; but Latent MIM switches autocast, which meta has not. Of StoP, whose
+    masks differ in size, the mean of several draws.
     """
     import torch
     from torch.utils.flop_counter import FlopCounterMode
