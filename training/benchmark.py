@@ -146,8 +146,16 @@ def machine() -> dict:
     import torch
 
     versions = {"python": platform.python_version(), "torch": torch.__version__}
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else cpu_name()
     return versions | {"device": device, "cores": os.cpu_count(), "vector": torch.backends.cpu.get_cpu_capability()}
+
+
+def cpu_name() -> str:
+    """As the Linux kernel tells it; elsewhere what Python knows."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
 
 
 def main():
