@@ -316,3 +316,19 @@ def test_two_ranks_write_one_run_folder(tmp_path):
         text=True,
     )
     assert failed.returncode != 0 and failed.stderr.count("error: output_dir") == 1
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("method", ["mae", "latent_mim", "stop_jepa"])
+def test_300_steps_of_the_cifar10_recipes_are_healthy_on_real_images(tmp_path, shared_data, method):
+    recipe = REPOSITORY / "training" / "recipes" / f"cifar10_{method}.yaml"
+    options = ["--max_steps", 300, "--per_device_train_batch_size", 32, "--knn", "false", "--dataloader_num_workers", 0]
+    run(recipe, "--dataset", shared_data / "cifar10_unit2k", *options, "--output_dir", tmp_path / "run")
+    log = json.loads((tmp_path / "run" / "trainer_state.json").read_text())["log_history"]
+    log = [entry for entry in log if "loss" in entry]
+    spreads = [name for name in log[0] if name.endswith("_std")]
+    assert all(np.isfinite(entry["loss"]) for entry in log) and spreads
+    assert all(entry[name] > 0.02 for entry in log for name in spreads)
+    if method != "stop_jepa":  # a JEPA's loss may rise and be healthy
+        assert log[-1]["loss"] < 0.9 * log[0]["loss"]
