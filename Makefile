@@ -2,8 +2,8 @@
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/installed
-# Small models gain nothing from many threads, and a full suite on a shared machine loses.
-export OMP_NUM_THREADS ?= 2
+# The models here are too small to gain from threads, which wait for each other as soon as the machine has other work.
+export OMP_NUM_THREADS ?= 1
 
 .PHONY: pretrain test test-slow lint format
 pretrain: $(INSTALLED)
