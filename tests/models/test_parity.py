@@ -263,3 +263,9 @@ def test_key_tables_read_backwards_give_the_file_back(name, table, patch_size):
     back = key_tables.to_theirs(key_tables.to_ours(weights, table), table, (patch_size, patch_size))
     assert back.keys() == weights.keys()
     assert all(torch.equal(back[k], weights[k]) for k in weights)
+
+
+def test_a_key_that_a_table_does_not_know_is_an_error_that_names_it():
+    _, _, weights = read("stop")
+    with pytest.raises(ValueError, match="does not know: predictor.mask_token"):
+        key_tables.to_ours(weights, key_tables.STOP)
