@@ -68,6 +68,8 @@ class MIMTrainingArguments(TrainingArguments):
     ddp_find_unused_parameters: bool | None = field(
         default=False, metadata={"help": "Search for parameters without a gradient; no model here has any."}
     )
+    # The buffers are tables that never change, and a similarity target that each rank sets alike.
+    ddp_broadcast_buffers: bool | None = field(default=False, metadata={"help": "Send buffers from rank 0 each step."})
 
     def __post_init__(self):
         self._check_numbers()
