@@ -111,6 +111,15 @@ class MIMTrainingArguments(TrainingArguments):
             if not (number > 0 if name in positive else number >= 0):
                 raise ValueError(f"{name} must be {'above' if name in positive else 'at least'} 0, got {value!r}")
             setattr(self, name, number)
+        whole = {"per_device_train_batch_size": 1, "per_device_eval_batch_size": 1, "gradient_accumulation_steps": 1}
+        for name, least in (whole | {"dataloader_num_workers": 0}).items():
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
+        if self.max_steps == 0 or self.max_steps < -1:
+            raise ValueError(f"max_steps must be at least 1, or -1 for num_train_epochs, got {self.max_steps}")
+        for name in ("adam_beta1", "adam_beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}")
 
     @property
     def n_gpu(self) -> int:

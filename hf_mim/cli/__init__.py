@@ -54,6 +54,9 @@ def pretrain_command(arguments: list[str]) -> int:
         run()
     except (BrokenImagesError, ImageFormatError) as error:
         return _fail(one_line(error))
+    except KeyboardInterrupt:
+        print(f"\ninterrupted; go on from the last checkpoint by --resume --output_dir {run.folder}", file=sys.stderr)
+        return 130
     finally:
         PartialState().destroy_process_group()
     return 0
@@ -65,7 +68,7 @@ COMMANDS = {"pretrain": pretrain_command}
 def read_recipe(arguments: list[str]) -> Recipe:
     """The recipe that a command line asks for: its RECIPE.yaml, or with `--resume` that of the run folder, under it."""
     path, given = parse(arguments)
-    if path is None and given.get("resume") in (True, "true") and "output_dir" in given:
+    if path is None and str(given.get("resume")).lower() == "true" and "output_dir" in given:
         held = Path(given["output_dir"]) / "recipe.yaml"
         path = held if held.is_file() else None
     return Recipe.resolve(read_yaml(path) if path else {}, given)

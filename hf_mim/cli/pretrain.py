@@ -105,6 +105,9 @@ def check_run_folder(folder: Path, recipe: Recipe) -> str | None:
     """The checkpoint to resume from, None to start anew. Raises ValueError if the folder holds another run."""
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"output_dir must be a folder, and {folder} is a file")
+    above = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK):
+        raise ValueError(f"output_dir must be a folder that can be written, and {folder} cannot be made in {above}")
     held = [name for name in ("recipe.yaml", "config.json", "trainer_state.json") if (folder / name).exists()]
     last = get_last_checkpoint(str(folder)) if folder.is_dir() else None
     if not recipe.run.resume:

@@ -51,14 +51,14 @@ class Readout:
         """The training split votes, a test split is classified. None where there are no labels.
 
         Without a test split, a fifth of the training images at most is classified and does not vote: the model has seen
-        them, without their labels. Of a stream that cannot be told apart, so there is None.
+        them, without their labels. Of a stream, or of fewer than 5 images, there is None.
         """
         if not _has_labels(images):
             return None
         tested, split = find_test_split(run, labelled=True)
         own, num_tested = tested is not None, run.knn_test_images
         if not own:
-            if not isinstance(images, Dataset):
+            if not isinstance(images, Dataset) or len(images) < 5:
                 return None
             tested, split, num_tested = images, run.train_split, min(num_tested, len(images) // 5)
         data = {
@@ -123,4 +123,6 @@ def find_test_split(run: RunArguments, labelled: bool = False) -> tuple[Dataset 
 
 def _has_labels(images: Dataset | IterableDataset) -> bool:
     """Whether there is a label that is known (-1 is not). Of a stream only whether there is the column."""
-    return "label" in images.column_names and (not isinstance(images, Dataset) or max(images["label"]) >= 0)
+    if "label" not in images.column_names:
+        return False
+    return not isinstance(images, Dataset) or any(label is not None and label >= 0 for label in images["label"])

@@ -161,7 +161,7 @@ def to_uint8(array: np.ndarray) -> np.ndarray:
     low, high = array.min(), array.max()
     if not (low >= 0 and high <= 65535):  # NaN fails too
         raise ImageFormatError(f"image values must lie in 0..1, 0..255 or 0..65535, not in {low:g}..{high:g}")
-    if array.dtype == np.uint16 or high > 255:
+    if (array.dtype.kind == "u" and array.dtype.itemsize == 2) or high > 255:  # of either byte order
         scale = 1 / 257
     else:
         scale = 255.0 if array.dtype.kind == "f" and high <= 1 else 1.0

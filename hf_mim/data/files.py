@@ -25,12 +25,13 @@ def canonical_split(name: str) -> str:
 def find_files(folder: Path, extensions) -> list[str]:
     """Paths relative to the folder, sorted, of all files below it with one of the extensions, in upper or lower case.
 
-    Hidden files and folders are left out; links are followed, each folder once.
+    Hidden files and folders are left out, and run folders, whose pictures are no data; links are followed, each folder
+    once.
     """
     found, visited = [], set()
     for parent, folders, names in os.walk(folder, followlinks=True):
         real = os.path.realpath(parent)
-        if real in visited:
+        if real in visited or {"recipe.yaml", "trainer_state.json"} <= set(names):
             folders.clear()
             continue
         visited.add(real)

@@ -17,7 +17,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from transformers import AutoImageProcessor, AutoModel, AutoModelForPreTraining
 
-from hf_mim.cli import main
+from hf_mim.cli import main, read_recipe
 from hf_mim.cli.values import read_yaml
 from hf_mim.data import DeviceAugment, ImageDataset, WholeImage, load_images
 
@@ -179,6 +179,43 @@ def test_a_folder_of_ones_own_images_with_a_broken_file(tmp_path, capsys, caplog
         assert processor(picture, return_tensors="pt")["pixel_values"].shape == (1, 3, 16, 32)
 
 
+def test_images_of_which_some_have_no_label_are_pretrained_on(tmp_path):
+    rows = {"image": [encoded_grey(seed) for seed in range(64)], "label": [None, 0, 1, 1] * 16}
+    Dataset.from_dict(rows).to_parquet(tmp_path / "some.parquet")
+    run("--dataset", tmp_path / "some.parquet", *SMALL, *OWN_IMAGES, "--output_dir", tmp_path / "run")
+    data = json.loads((tmp_path / "run" / "knn.json").read_text())
+    assert data["train_images"] + data["test_images"] == 48
+
+
+def encoded_grey(seed) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(np.random.default_rng(seed).integers(0, 256, (20, 20), dtype=np.uint8)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def test_a_handful_of_images_is_pretrained_on_without_a_readout(tmp_path):
+    pictures = make_pictures(tmp_path / "pictures", count=4)
+    options = [*SMALL, *OWN_IMAGES, "--per_device_train_batch_size", 2]
+    run("--dataset", pictures / "photos", *options, "--output_dir", tmp_path / "run")
+    assert (tmp_path / "run" / "config.json").exists() and not (tmp_path / "run" / "knn.json").exists()
+
+
+def test_ctrl_c_is_one_line_that_says_how_to_go_on(tmp_path, monkeypatch, capsys):
+    def interrupted(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("hf_mim.trainer.MIMTrainer.train", interrupted)
+    assert main(["pretrain", *TINY_RUN, "--output_dir", str(tmp_path / "run")]) == 130
+    line = capsys.readouterr().err.strip().splitlines()[-1]
+    assert line == f"interrupted; go on from the last checkpoint by --resume --output_dir {tmp_path / 'run'}"
+
+
+@pytest.mark.parametrize("flag", [["--resume"], ["--resume", "true"], ["--resume=True"]])
+def test_every_way_to_write_resume_reads_the_runs_own_recipe(flag, mae_run):
+    recipe = read_recipe([*flag, "--output_dir", str(mae_run[0])])
+    assert recipe.run.resume and recipe.model["hidden_size"] == 16 and recipe.training["max_steps"] == 4
+
+
 @pytest.mark.parametrize("workers", [0, 1])
 def test_more_than_one_broken_file_in_a_hundred_stops_the_run_with_one_line(tmp_path, capsys, workers):
     pictures = make_pictures(tmp_path / "pictures")
@@ -252,7 +289,13 @@ BAD_INPUT = [
     ("--image_mean .5,.5 --image_std .2,.2", "image_mean must have 1 values (num_channels), not [0.5, 0.5]"),
     ("--warmup_steps 5000", "warmup_steps must be at most the 880 steps of the run"),
     ("--per_device_train_batch_size 5000", "per_device_train_batch_size"),
+    ("--per_device_train_batch_size 0", "per_device_train_batch_size must be at least 1, got 0"),
+    ("--gradient_accumulation_steps 0", "gradient_accumulation_steps must be at least 1, got 0"),
+    ("--dataloader_num_workers -1", "dataloader_num_workers must be at least 0, got -1"),
+    ("--max_steps 0", "max_steps must be at least 1, or -1 for num_train_epochs, got 0"),
+    ("--adam_beta2 2", "adam_beta2 must be in [0, 1), got 2"),
     ("--streaming", "max_steps must be given"),
+    ("--output_dir file.txt/run", "output_dir must be a folder that can be written, and file.txt/run cannot be made"),
     ("--output_dir file.txt", "output_dir must be a folder, and file.txt is a file"),
     ("--resume", "resume needs output_dir"),
     ("null.yaml", "dataset must be given: a folder, files, the name of a dataset on the Hub"),

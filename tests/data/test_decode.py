@@ -168,6 +168,12 @@ def test_channels_that_cannot_match_are_refused_by_name(value, num_channels):
             pixels(value, num_channels)
 
 
+def test_16_bits_of_either_byte_order_are_scaled_alike():
+    for order in "<>":
+        assert to_uint8(np.array([0, 200, 200 * 257], dtype=order + "u2")).tolist() == [0, 1, 200]
+        assert to_uint8(np.array([200], dtype=order + "u2")).tolist() == [1]
+
+
 def test_16_bits_are_scaled_by_their_full_range_and_rounded():
     values = np.array([0, 128, 129, 200 * 257, 65535], dtype=np.uint16)
     assert to_uint8(values).tolist() == to_uint8(values.astype(np.int64)).tolist() == [0, 0, 1, 200, 255]

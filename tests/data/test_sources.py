@@ -232,3 +232,15 @@ def test_streamed_labels_that_are_names_are_left_out_or_where_asked_for_refused(
     assert load_images(tmp_path)["label"] == [0, 1] * 3
     with pytest.raises(ValueError, match="label_column='label' holds names.*streaming=False"):
         load_images(tmp_path, streaming=True, label_column="label")
+
+
+def test_the_pictures_of_runs_are_no_data(tmp_path, pictures):
+    for number, picture in enumerate(pictures):
+        picture.save(tmp_path / f"{number}.png")
+    folder = tmp_path / "runs" / "first"
+    folder.mkdir(parents=True)
+    pictures[0].save(folder / "loss.png")
+    assert len(load_images(tmp_path)) == 7
+    for name in ("recipe.yaml", "trainer_state.json"):
+        (folder / name).write_text("{}")
+    assert len(load_images(tmp_path)) == 6
