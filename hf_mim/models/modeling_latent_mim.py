@@ -7,7 +7,6 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.utils import ModelOutput
 from transformers.utils.generic import can_return_tuple
 
 from .configuration_latent_mim import LatentMIMConfig
@@ -15,21 +14,24 @@ from .heads import BackboneHead, ClassificationHead
 from .masking import gather, split_at_random
 from .positions import PositionEmbeddings
 from .target_encoder import TargetNetworkMixin, cosine
-from .vit import MLP, MIMPreTrainedModel, MultiHeadAttention, SelfAttention, ViTEncoder, are_ids_absent, spread
+from .vit import (
+    MLP,
+    MIMPreTrainedModel,
+    MultiHeadAttention,
+    PretrainingOutput,
+    SelfAttention,
+    ViTEncoder,
+    are_ids_absent,
+    spread,
+)
 
 
 @dataclass
-class LatentMIMOutput(ModelOutput):
-    """loss []; predictions and targets `[B, Nm, D]`, aligned with target_ids; context_ids `[B, Nv]`, target_ids
-    `[B, Nm]`, patch_offsets `[B, gh, gw, 2]`; metrics: detached scalars on the device."""
+class LatentMIMOutput(PretrainingOutput):
+    """Predictions and targets `[B, Nm, D]`; context_ids `[B, Nv]`, target_ids `[B, Nm]`, patch_offsets
+    `[B, gh, gw, 2]`."""
 
-    loss: torch.Tensor | None = None
-    predictions: torch.Tensor | None = None
-    targets: torch.Tensor | None = None
-    context_ids: torch.Tensor | None = None
-    target_ids: torch.Tensor | None = None
     patch_offsets: torch.Tensor | None = None
-    metrics: dict[str, torch.Tensor] | None = None
 
 
 def patchify_with_gap(

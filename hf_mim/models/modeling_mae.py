@@ -5,27 +5,18 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers.utils import ModelOutput
 from transformers.utils.generic import can_return_tuple
 
 from .configuration_mae import MAEConfig
 from .heads import BackboneHead, ClassificationHead
 from .masking import gather, split_at_random
 from .positions import PositionEmbeddings
-from .vit import MIMPreTrainedModel, ViTEncoder, are_ids_absent, run_layers, spread, vit_layers
+from .vit import MIMPreTrainedModel, PretrainingOutput, ViTEncoder, are_ids_absent, run_layers, spread, vit_layers
 
 
 @dataclass
-class MAEOutput(ModelOutput):
-    """loss []; predictions and targets `[B, Nm, P]` (pixels by row, column, channel), aligned with target_ids;
-    context_ids `[B, Nv]`, target_ids `[B, Nm]`; metrics: detached scalars on the device."""
-
-    loss: torch.Tensor | None = None
-    predictions: torch.Tensor | None = None
-    targets: torch.Tensor | None = None
-    context_ids: torch.Tensor | None = None
-    target_ids: torch.Tensor | None = None
-    metrics: dict[str, torch.Tensor] | None = None
+class MAEOutput(PretrainingOutput):
+    """Predictions and targets `[B, Nm, P]` (by row, column, channel); context_ids `[B, Nv]`, target_ids `[B, Nm]`."""
 
 
 def standardize(patches: torch.Tensor) -> torch.Tensor:

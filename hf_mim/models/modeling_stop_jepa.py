@@ -9,7 +9,6 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers.utils import ModelOutput
 from transformers.utils.generic import can_return_tuple
 
 from .configuration_stop_jepa import StopJepaConfig
@@ -17,23 +16,16 @@ from .heads import BackboneHead, ClassificationHead
 from .masking import gather, sample_multi_block
 from .positions import PositionEmbeddings
 from .target_encoder import TargetNetworkMixin
-from .vit import MIMPreTrainedModel, ViTEncoder, are_ids_absent, run_layers, spread, vit_layers
+from .vit import MIMPreTrainedModel, PretrainingOutput, ViTEncoder, are_ids_absent, run_layers, spread, vit_layers
 
 
 @dataclass
-class StopJepaOutput(ModelOutput):
-    """loss []; predictions and targets `[B, M, Nt, D]`, aligned with target_ids; context_ids `[B, Nc]`, target_ids
-    `[B, M, Nt]`; position_noise `[B, M, Nt, D]` and context_noise `[B, M, Nc, D]`, where there was any; metrics:
-    detached scalars on the device."""
+class StopJepaOutput(PretrainingOutput):
+    """Predictions and targets `[B, M, Nt, D]`; context_ids `[B, Nc]`, target_ids `[B, M, Nt]`; position_noise
+    `[B, M, Nt, D]` and context_noise `[B, M, Nc, D]`, where there was any."""
 
-    loss: torch.Tensor | None = None
-    predictions: torch.Tensor | None = None
-    targets: torch.Tensor | None = None
-    context_ids: torch.Tensor | None = None
-    target_ids: torch.Tensor | None = None
     position_noise: torch.Tensor | None = None
     context_noise: torch.Tensor | None = None
-    metrics: dict[str, torch.Tensor] | None = None
 
 
 class StopJepaPreTrainedModel(MIMPreTrainedModel):

@@ -4,6 +4,8 @@ Pre-norm blocks, one fused `qkv` projection, a final LayerNorm. Patches are cut 
 masked patch costs nothing: `encode` takes only the patches that the encoder is to see.
 """
 
+from dataclasses import dataclass
+
 import torch
 from torch import nn
 from transformers import PreTrainedModel
@@ -12,6 +14,7 @@ from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.utils import ModelOutput
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
@@ -36,6 +39,19 @@ def unpatchify(patches: torch.Tensor, patch_size: tuple[int, int], grid: tuple[i
     batch, (rows, columns), (patch_height, patch_width) = patches.shape[0], grid, patch_size
     patches = patches.reshape(batch, rows, columns, patch_height, patch_width, -1)
     return patches.permute(0, 5, 1, 3, 2, 4).reshape(batch, -1, rows * patch_height, columns * patch_width)
+
+
+@dataclass
+class PretrainingOutput(ModelOutput):
+    """What every pretraining model returns: the loss [], predictions and targets aligned with target_ids, the ids used,
+    and metrics: detached scalars on the device."""
+
+    loss: torch.Tensor | None = None
+    predictions: torch.Tensor | None = None
+    targets: torch.Tensor | None = None
+    context_ids: torch.Tensor | None = None
+    target_ids: torch.Tensor | None = None
+    metrics: dict[str, torch.Tensor] | None = None
 
 
 def are_ids_absent(context_ids, target_ids) -> bool:

@@ -293,6 +293,9 @@ def test_classifier_starts_from_the_pretrained_encoder_with_only_the_head_new(me
     expected = pooled / (1 + 1e-6) ** 0.5 @ classifier.classifier.linear.weight.T
     torch.testing.assert_close(output.logits, expected, atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(output.loss, torch.nn.functional.cross_entropy(output.logits, labels))
+    # Under gradient accumulation Trainer says how many labels the whole step has.
+    part = classifier(images, labels=labels, num_items_in_batch=torch.tensor(16))
+    torch.testing.assert_close(part.loss, output.loss * 4 / 16)
     output.loss.backward()
     assert all(p.grad is not None for p in classifier.parameters())
 
