@@ -10,7 +10,7 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
-from test_trainer import (
+from tiny_runs import (
     METHODS,
     Images,
     Stream,

@@ -1,118 +1,28 @@
-"""What MIMTrainer claims, on tiny models of the three methods."""
+"""What MIMTrainer claims of a training step, on tiny models of the three methods."""
 
 import copy
-import io
-import json
 import math
 from itertools import pairwise
-from types import SimpleNamespace
 
-import datasets
-import PIL.Image
-import PIL.ImageChops
 import pytest
 import torch
+from tiny_runs import (
+    METHODS,
+    AtEachStep,
+    Images,
+    arguments,
+    assert_same_weights,
+    fixed_ids,
+    flip_at_random,
+    make_model,
+    snapshot,
+)
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import TrainerCallback, TrainingArguments
+from transformers import TrainerCallback
 
-from hf_mim import (
-    LatentMIMConfig,
-    LatentMIMForPreTraining,
-    MAEConfig,
-    MAEForPreTraining,
-    StopJepaConfig,
-    StopJepaForPreTraining,
-)
 from hf_mim.callbacks import Throughput
-from hf_mim.data import BrokenImagesError, DeviceAugment, ImageDataset, ImageStream
-from hf_mim.trainer import MIMTrainer, MIMTrainingArguments, check_data
-
-TINY = dict(image_size=24, patch_size=4, hidden_size=32, num_hidden_layers=2, num_attention_heads=2)
-METHODS = ["mae", "latent_mim", "stop_jepa"]
-
-
-def make_model(method: str, seed: int = 0, **overrides):
-    torch.manual_seed(seed)
-    if method == "mae":
-        return MAEForPreTraining(MAEConfig(**TINY, decoder_num_hidden_layers=1, **overrides))
-    if method == "latent_mim":
-        config = dict(decoder_num_hidden_layers=1, mask_ratio=0.75, patch_gap=1) | overrides
-        return LatentMIMForPreTraining(LatentMIMConfig(**TINY, **config))
-    return StopJepaForPreTraining(StopJepaConfig(**TINY, predictor_num_hidden_layers=1, **overrides))
-
-
-class Images(torch.utils.data.Dataset):
-    """Noise images, each a function of its index; float, or uint8 as the data room gives them."""
-
-    def __init__(self, model, length: int = 48, uint8: bool = False, **extra):
-        self.shape, self.length, self.uint8 = (3, *model.config.training_size), length, uint8
-        self.extra, self.epochs = extra, []
-
-    def __len__(self):
-        return self.length
-
-    def set_epoch(self, epoch):
-        self.epochs.append(epoch)
-
-    def __getitem__(self, index):
-        generator = torch.Generator().manual_seed(index)
-        if self.uint8:
-            image = torch.randint(0, 256, self.shape, dtype=torch.uint8, generator=generator)
-        else:
-            image = torch.randn(self.shape, generator=generator)
-        return {"pixel_values": image} | {name: value(index) for name, value in self.extra.items()}
-
-
-def image_column(length: int, broken=()):
-    """What load_images gives: undecoded images, here gradients that get brighter, some of them no PNG at all."""
-    rows = []
-    for index in range(length):
-        file = io.BytesIO(b"no image" if index in broken else b"")
-        if index not in broken:
-            image = PIL.Image.linear_gradient("L").resize((24, 24))
-            PIL.ImageChops.add(image, PIL.Image.new("L", (24, 24), index)).save(file, "png")
-        rows.append({"bytes": file.getvalue(), "path": f"{index}.png"})
-    return datasets.Dataset.from_dict({"image": rows}).cast_column("image", datasets.Image(decode=False))
-
-
-class Stream(torch.utils.data.IterableDataset):
-    def __init__(self, images):
-        self.images = images
-
-    def __iter__(self):
-        return (self.images[i] for i in range(len(self.images)))
-
-
-def arguments(tmp_path, **overrides):
-    defaults = dict(max_steps=8, per_device_train_batch_size=4, learning_rate=1e-3, save_strategy="no", use_cpu=True)
-    return MIMTrainingArguments(output_dir=str(tmp_path), disable_tqdm=True, **defaults | overrides)
-
-
-def flip_at_random(pixels):
-    """A stand-in for the augmentation on the device."""
-    flip = torch.rand(len(pixels), 1, 1, 1) < 0.5
-    return torch.where(flip, pixels.flip(-1), pixels).float() / 128 - 1
-
-
-class AtEachStep(TrainerCallback):
-    """Calls `function(state, optimizer)` right after each optimizer step, before everything that comes after it."""
-
-    def __init__(self, function):
-        self.function = function
-
-    def on_optimizer_step(self, args, state, control, optimizer=None, **kwargs):
-        self.function(state, optimizer)
-
-
-def snapshot(module):
-    return [parameter.detach().double().clone() for parameter in module.parameters()]
-
-
-def assert_same_weights(model, other, tolerance=0.0):
-    for (name, ours), theirs in zip(model.state_dict().items(), other.state_dict().values(), strict=True):
-        assert (ours.double() - theirs.double()).abs().max() <= tolerance, name
-
+from hf_mim.trainer import MIMTrainer
 
 # ---- the target
 
@@ -255,28 +165,6 @@ def test_accumulated_small_batches_equal_one_large_batch(tmp_path, method):
     assert_same_weights(model, other, tolerance=1e-6)
 
 
-def fixed_ids(model):
-    """What forward would draw, as functions of the image's index."""
-    patches, config = math.prod(model.config.grid_size), model.config
-
-    def permutation(index):
-        return torch.randperm(patches, generator=torch.Generator().manual_seed(100 + index))
-
-    if config.model_type != "stop_jepa":
-        visible = config.num_visible(config.grid_size)
-        ids = dict(context_ids=lambda i: permutation(i)[:visible], target_ids=lambda i: permutation(i)[visible:])
-        if config.model_type == "latent_mim":
-            offsets = (*config.grid_size, 2)
-            ids["patch_offsets"] = lambda i: torch.randint(0, 2, offsets, generator=torch.Generator().manual_seed(i))
-        return ids
-    noise = (4, 6, config.hidden_size)
-    return dict(
-        context_ids=lambda i: permutation(i)[:12],
-        target_ids=lambda i: permutation(i)[12:].reshape(4, 6),
-        position_noise=lambda i: torch.randn(noise, generator=torch.Generator().manual_seed(i)) / 4,
-    )
-
-
 def test_logged_metrics_are_means_over_all_passes_since_the_last_log(tmp_path):
     model, passes = make_model("stop_jepa"), []
     model.register_forward_hook(lambda module, args, output: passes.append(output.metrics))
@@ -348,187 +236,3 @@ def test_progress_bar_shows_loss_and_speed(tmp_path, capsys):
     MIMTrainer(model, args, Images(model)).train()
     shown = capsys.readouterr().err
     assert "loss " in shown and "images/s" in shown
-
-
-# ---- evaluation
-
-
-def test_evaluation_has_the_same_masks_each_time(tmp_path):
-    model = make_model("mae")
-    trainer = MIMTrainer(model, arguments(tmp_path), eval_dataset=Images(model, 10))
-    first = trainer.evaluate()["eval_loss"]
-    torch.rand(7)
-    assert trainer.evaluate()["eval_loss"] == first
-    trainer.args.seed += 1
-    assert trainer.evaluate()["eval_loss"] != first
-
-
-def test_evaluating_leaves_training_as_it_was(tmp_path):
-    weights = []
-    for strategy in ("no", "steps"):
-        model = make_model("mae")
-        args = arguments(tmp_path, eval_strategy=strategy, eval_steps=2)
-        MIMTrainer(model, args, Images(model), eval_dataset=Images(model, 10)).train()
-        weights.append(model)
-    assert_same_weights(*weights)
-
-
-def test_evaluation_reads_the_last_smaller_batch(tmp_path):
-    model, sizes = make_model("mae"), []
-    model.register_forward_hook(lambda module, args, output: sizes.append(len(output.context_ids)))
-    args = arguments(tmp_path, per_device_eval_batch_size=8)
-    MIMTrainer(model, args, eval_dataset=Images(model, 11)).evaluate()
-    assert sizes == [8, 3] and args.dataloader_drop_last
-
-
-def test_augmentation_follows_train_and_eval_mode(tmp_path):
-    class Augment(nn.Module):
-        modes = []
-
-        def forward(self, pixels):
-            assert pixels.dtype == torch.uint8
-            self.modes.append(self.training)
-            return pixels.float()
-
-    model = make_model("mae")
-    args = arguments(tmp_path, max_steps=2, eval_strategy="steps", eval_steps=1)
-    images = Images(model, 8, uint8=True)
-    MIMTrainer(model, args, images, augment=Augment(), eval_dataset=images).train()
-    assert Augment.modes == [True, False, True, False]
-
-
-# ---- checkpoint and resume
-
-
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("images", [28, 20], ids=["mid-epoch", "epoch boundary"])
-def test_resumed_training_equals_uninterrupted_training_to_the_bit(tmp_path, method, images):
-    def run(**kwargs):
-        model = make_model(method, seed=len(kwargs))  # a resumed model starts from whatever it is
-        args = arguments(tmp_path, max_steps=10, save_strategy="steps", save_steps=5, logging_steps=5)
-        trainer = MIMTrainer(model, args, Images(model, images, uint8=True), augment=flip_at_random)
-        trainer.train(**kwargs)
-        return trainer
-
-    straight = run()
-    resumed = run(resume_from_checkpoint=str(tmp_path / "checkpoint-5"))
-    assert_same_weights(straight.model, resumed.model)
-    losses = [[e["loss"] for e in t.state.log_history if e["step"] == 10 and "loss" in e] for t in (straight, resumed)]
-    assert losses[0] == losses[1] and len(losses[0]) == 1
-
-
-def test_resume_is_exact_with_random_crops_in_workers(tmp_path):
-    def run(**kwargs):
-        images = ImageDataset(image_column(20), size=24)  # 5 steps an epoch
-        args = arguments(tmp_path, max_steps=9, save_strategy="steps", save_steps=7, dataloader_num_workers=2)
-        trainer = MIMTrainer(make_model("mae"), args, images, augment=DeviceAugment())
-        trainer.train(**kwargs)
-        return trainer.model
-
-    assert_same_weights(run(), run(resume_from_checkpoint=str(tmp_path / "checkpoint-7")))
-
-
-def test_data_is_told_each_epoch_also_after_a_resume(tmp_path):
-    def run(**kwargs):
-        model = make_model("mae")
-        images = Images(model, 16)  # 4 steps an epoch
-        args = arguments(tmp_path, max_steps=10, save_strategy="steps", save_steps=6)
-        MIMTrainer(model, args, images).train(**kwargs)
-        return sorted(set(images.epochs))
-
-    assert run() == [0, 1, 2]
-    assert run(resume_from_checkpoint=str(tmp_path / "checkpoint-6")) == [1, 2]
-
-
-def test_checkpoint_says_nothing_that_is_not_so(tmp_path):
-    model = make_model("mae")
-    trainer = MIMTrainer(model, arguments(tmp_path, max_steps=1), Images(model))
-    trainer.train()
-    trainer.save_model()
-    trainer.create_model_card(model_name="x")
-    assert not (tmp_path / "README.md").exists()
-    assert "use_cache" not in json.loads((tmp_path / "config.json").read_text())
-
-
-# ---- bad input
-
-
-@pytest.mark.parametrize(
-    "name, value, right",
-    [
-        ("base_lr", 0, "above 0"),
-        ("base_lr", "fast", "must be a number"),
-        ("learning_rate", -1e-3, "above 0"),
-        ("learning_rate", float("nan"), "above 0"),
-        ("start_lr_ratio", -0.1, "at least 0"),
-        ("final_lr_ratio", -0.1, "at least 0"),
-        ("weight_decay", -0.05, "at least 0"),
-        ("weight_decay_end", -0.05, "at least 0"),
-        ("warmup_steps", -1, "at least 0"),
-        ("lr_scheduler_type", "linear", "must be 'cosine'"),
-    ],
-)
-def test_wrong_arguments_are_named_in_one_line(tmp_path, name, value, right):
-    with pytest.raises(ValueError, match=rf"^{name} .*{right}") as error:
-        arguments(tmp_path, **{name: value})
-    assert "\n" not in str(error.value)
-
-
-def test_warmup_longer_than_the_run_is_refused(tmp_path):
-    model = make_model("mae")
-    with pytest.raises(ValueError, match="^warmup_steps must be at most the 8 steps of the run"):
-        MIMTrainer(model, arguments(tmp_path, warmup_steps=9), Images(model)).train()
-
-
-def test_plain_training_arguments_are_refused(tmp_path):
-    with pytest.raises(ValueError, match="^args must be MIMTrainingArguments"):
-        MIMTrainer(make_model("mae"), TrainingArguments(str(tmp_path), use_cpu=True))
-
-
-def test_stream_needs_max_steps(tmp_path):
-    model = make_model("mae")
-    with pytest.raises(ValueError, match="^max_steps must be given"):
-        MIMTrainer(model, arguments(tmp_path, max_steps=-1, num_train_epochs=2), Stream(Images(model)))
-
-
-def test_accumulation_over_a_stream_on_several_ranks_is_refused():
-    stream = ImageStream(image_column(4).to_iterable_dataset(), size=24)
-    args = SimpleNamespace(max_steps=5, world_size=2, gradient_accumulation_steps=3)
-    with pytest.raises(ValueError, match="^gradient_accumulation_steps must be 1 .* got 3$"):
-        check_data(args, stream)
-
-
-def test_stream_trains_past_its_end(tmp_path):
-    model = make_model("mae")
-    trainer = MIMTrainer(model, arguments(tmp_path, max_steps=5), Stream(Images(model, 12)))
-    assert trainer.train().global_step == 5
-
-
-def test_less_than_one_batch_of_data_is_refused(tmp_path):
-    model = make_model("mae")
-    with pytest.raises(ValueError, match="^per_device_train_batch_size .* at most the 3 images"):
-        MIMTrainer(model, arguments(tmp_path), Images(model, 3))
-
-
-def test_data_without_pixels_is_refused(tmp_path):
-    with pytest.raises(ValueError, match=r"^train_dataset must give 'pixel_values', got \['image'\]"):
-        MIMTrainer(make_model("mae"), arguments(tmp_path), image_column(8))
-
-
-def test_one_percent_of_broken_images_is_survived_and_more_is_not(tmp_path):
-    def run(length):
-        images = ImageDataset(image_column(length, broken=[2]), size=24)
-        args = arguments(tmp_path, train_sampling_strategy="sequential", max_steps=2)
-        trainer = MIMTrainer(make_model("mae"), args, images, augment=DeviceAugment())
-        trainer.train()
-        return trainer.state.log_history[0]["broken_images"]
-
-    assert run(100) == 1
-    with pytest.raises(BrokenImagesError, match=r"^1 of 99 images cannot be decoded; .*: 2\.png$"):
-        run(99)
-
-
-def test_images_stream_into_training(tmp_path):
-    stream = ImageStream(image_column(10).to_iterable_dataset(num_shards=2), size=24)
-    trainer = MIMTrainer(make_model("mae"), arguments(tmp_path), stream, augment=DeviceAugment())
-    assert trainer.train().global_step == 8
