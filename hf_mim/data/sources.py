@@ -46,21 +46,25 @@ def load_images(
     Raises:
         ValueError: in one line: nothing there, nothing readable, no such split or column (with those that there are).
     """
-    if isinstance(source, Dataset | IterableDataset):
-        dataset = source
-    elif str(source) == "digits":
-        dataset = _pick_split(dict(zip(("train", "test"), digits(), strict=True)), split, source)
-    elif not str(source).strip():
-        raise ValueError('source is empty; give a folder, a file, the name of a dataset on the Hub, or "digits"')
-    elif (path := Path(source).expanduser()).exists():
-        dataset = _load_local(path, split, streaming)
-    else:
-        dataset = _load_hub(str(source), split, streaming)
+    dataset = open_source(source, split, streaming)
     dataset = prepare_columns(dataset, image_column, label_column)
     if streaming and isinstance(dataset, Dataset):
         dataset = dataset.to_iterable_dataset(num_shards=min(len(dataset), _MAX_SHARDS))
     _check_readable(dataset, source)
     return dataset
+
+
+def open_source(source, split: str = "train", streaming: bool = False) -> Dataset | IterableDataset:
+    """As `load_images`, with all the columns of the source as they are."""
+    if isinstance(source, Dataset | IterableDataset):
+        return source
+    if str(source) == "digits":
+        return _pick_split(dict(zip(("train", "test"), digits(), strict=True)), split, source)
+    if not str(source).strip():
+        raise ValueError('source is empty; give a folder, a file, the name of a dataset on the Hub, or "digits"')
+    if (path := Path(source).expanduser()).exists():
+        return _load_local(path, split, streaming)
+    return _load_hub(str(source), split, streaming)
 
 
 def _load_local(path: Path, split: str, streaming: bool) -> Dataset | IterableDataset:
