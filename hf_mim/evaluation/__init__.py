@@ -1,1 +1,46 @@
-"""How good the features are: one protocol, one file; each takes features or an encoder and returns a result."""
+"""How good the features are: one protocol, one file; each takes an encoder and data and returns a result.
+
+    from hf_mim.evaluation import KNN, FeatureExtractor, FrozenEncoder, load_labelled
+
+    extract = FeatureExtractor(FrozenEncoder.load("runs/digits_mae"))
+    print(KNN().run(extract, *load_labelled("digits")))
+"""
+
+import importlib
+
+# Protocol → its class, and where it is: each is imported when it is asked for.
+PROTOCOLS = {
+    "knn": "knn:KNN",
+    "leave_one_out": "knn:LeaveOneOut",
+    "linear": "linear:Linear",
+    "attentive": "attentive:Attentive",
+    "lowshot": "lowshot:LowShot",
+    "finetune": "finetune:Finetune",
+    "segment": "segment:Segment",
+    "propagate": "propagate:Propagate",
+    "local": "local:Local",
+    "health": "health:Health",
+}
+_NAMES = {place.partition(":")[2]: place for place in PROTOCOLS.values()} | {
+    "FeatureExtractor": "features:FeatureExtractor",
+    "FeatureSpec": "encoder:FeatureSpec",
+    "FrozenEncoder": "encoder:FrozenEncoder",
+    "LabelledImages": "images:LabelledImages",
+    "Result": "result:Result",
+    "load_labelled": "images:load_labelled",
+}
+__all__ = ["PROTOCOLS", "load_protocol", *_NAMES]
+
+
+def load_protocol(name: str) -> type:
+    """The class of a protocol. Raises ValueError for one that there is not."""
+    if name not in PROTOCOLS:
+        raise ValueError(f"protocol must be one of {', '.join(PROTOCOLS)}, not {name}")
+    return __getattr__(PROTOCOLS[name].partition(":")[2])
+
+
+def __getattr__(name: str):
+    if name not in _NAMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module, _, attribute = _NAMES[name].partition(":")
+    return getattr(importlib.import_module(f"{__name__}.{module}"), attribute)

@@ -1,51 +1,148 @@
-"""Features of a frozen encoder, for every protocol that asks for them."""
+"""Features of a frozen encoder: each image once, all layers and poolings in one pass, kept on disk if asked."""
 
-from collections.abc import Callable
+import dataclasses
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
+from tqdm.auto import tqdm
+
+from hf_mim.data import BrokenImagesError, CenterCrop
+from hf_mim.data.crop import crop_rng, load_crop
+from hf_mim.data.dataset import MAX_BROKEN
+from hf_mim.data.decode import BrokenImage, decoding, image_name
+from hf_mim.evaluation.cache import CHUNK, FeatureStore, fingerprint, images_sha256
+from hf_mim.evaluation.encoder import FeatureSpec, FrozenEncoder
+from hf_mim.evaluation.result import installed_versions
+
+logger = logging.getLogger(__name__)
 
 
-@torch.no_grad()
-def extract_features(
-    encode: Callable[[Tensor], Tensor],
-    images,
-    augment: Callable[[Tensor], Tensor],
-    device: torch.device | str = "cpu",
-    batch_size: int = 64,
-    num_workers: int = 0,
-) -> tuple[Tensor, Tensor]:
-    """Features `[n, D]` (float32) and labels `[n]` (int64) of labelled images, both on the CPU.
+@dataclass
+class FeatureExtractor:
+    """`extract(split, specs)`: features of every image of a split, one tensor for each spec.
 
     Args:
-        encode: normalised images `[B, C, H, W]` → features `[B, D]`; see `mean_patch_token` and `raw_pixels`.
-        images: a dataset of `{"pixel_values": uint8 [C, H, W], "labels": int}`; samples with label -1 are left out.
-        augment: uint8 → normalised float, as `DeviceAugment` in eval mode.
+        encoder: whose features.
+        batch_size, num_workers: of the extraction; they do not change the features.
+        cache: folder to keep features in; None: they stay in memory.
+        crop: how an image is brought to the encoder's size: `CenterCrop` or `WholeImage`.
+        progress: show a bar.
     """
-    features, labels = [], []
-    for batch in DataLoader(images, batch_size=batch_size, num_workers=num_workers):
-        known = batch["labels"] >= 0
-        if known.any():
-            features.append(encode(augment(batch["pixel_values"][known].to(device))).float().cpu())
-            labels.append(batch["labels"][known])
-    if not features:
-        raise ValueError("images holds no labelled image")
-    return torch.cat(features), torch.cat(labels)
+
+    encoder: FrozenEncoder
+    batch_size: int = 64
+    num_workers: int = 0
+    cache: Path | None = None
+    crop: object = field(default_factory=CenterCrop)
+    progress: bool = True
+
+    def replace(self, **changes) -> "FeatureExtractor":
+        """The same with other arguments."""
+        return dataclasses.replace(self, **changes)
+
+    def __call__(self, split, specs: Sequence[FeatureSpec | str]) -> list[Tensor]:
+        """float32 on the CPU, memory-mapped where there is a cache: `[n, D]`, or `[n, N, D]` for tokens.
+
+        Images that cannot be decoded are left out of a split that has `leave_out`, up to 1 % of them.
+
+        Raises:
+            ValueError: features that the encoder has not.
+            BrokenImagesError: too many images cannot be decoded, or any of a split that cannot leave them out.
+        """
+        specs = [FeatureSpec.parse(spec) for spec in specs]
+        for spec in specs:
+            self.encoder.check(spec)
+        folder = None if self.cache is None else self._folder(split)
+        stores = [FeatureStore((len(split), *self._row(spec)), self._file(folder, spec)) for spec in specs]
+        missing = sorted({number for store in stores for number in store.missing()})
+        if missing:
+            self._fill(split, specs, stores, missing)
+        broken = stores[0].broken()
+        features = [store.tensor() for store in stores]
+        if not broken:
+            return features
+        self._leave_out(split, broken)
+        kept = torch.ones(len(features[0]), dtype=torch.bool)
+        kept[broken] = False
+        return [tensor[kept] for tensor in features]
+
+    def _fill(self, split, specs, stores: list[FeatureStore], missing: list[int]):
+        chunks = [range(number * CHUNK, min((number + 1) * CHUNK, len(split))) for number in missing]
+        batches = [list(rows[i : i + self.batch_size]) for rows in chunks for i in range(0, len(rows), self.batch_size)]
+        loader = DataLoader(
+            _Decoded(split.images, self.encoder, self.crop),
+            batch_sampler=batches,
+            num_workers=self.num_workers,
+            pin_memory=self.encoder.device.type != "cpu",
+        )
+        bar = tqdm(total=sum(map(len, chunks)), desc="features", unit=" images", disable=not self.progress, leave=False)
+        broken: list[int] = []
+        for rows, (pixels, decoded) in zip(batches, loader, strict=True):
+            features = self.encoder.extract(self.encoder.preprocess(pixels), specs)
+            for store, tensor in zip(stores, features, strict=True):
+                store.write(rows, tensor)
+            broken += [row for row, good in zip(rows, decoded.tolist(), strict=True) if not good]
+            if (rows[-1] + 1) % CHUNK == 0 or rows[-1] + 1 == len(split):
+                for store in stores:
+                    store.commit(rows[-1] // CHUNK, broken)
+                broken = []
+            bar.update(len(rows))
+        bar.close()
+
+    def _leave_out(self, split, broken: list[int]):
+        names = [image_name(split.images[row]["image"], f"image {row}") for row in broken[:20]]
+        more = f" and {len(broken) - 20} more" if len(broken) > 20 else ""
+        message = f"{len(broken)} of {len(split)} images cannot be decoded: {', '.join(names)}{more}"
+        if len(broken) > MAX_BROKEN * len(split) and len(broken) > 1 or not hasattr(split, "leave_out"):
+            raise BrokenImagesError(f"{message}; repair or remove them")
+        logger.warning("%s; left out", message)
+        split.leave_out(broken)
+
+    def _row(self, spec: FeatureSpec) -> tuple[int, ...]:
+        width = self.encoder.width * len(spec.blocks(self.encoder.num_layers))
+        rows, columns = self.encoder.grid
+        return (rows * columns, width) if spec.pooling == "tokens" else (width,)
+
+    def _folder(self, split) -> Path:
+        """All that decides a feature, but its layer and pooling."""
+        encoder = self.encoder
+        about = {
+            "weights": encoder.sha256,
+            "architecture": encoder.model.config.to_dict(),
+            "images": images_sha256(split.images),
+            "size": encoder.image_size,
+            "crop": repr(self.crop),
+            "mean": encoder.mean,
+            "std": encoder.std,
+            "dtype": str(encoder.dtype),
+            "device": encoder.device.type,
+            "versions": installed_versions(),
+        }
+        return Path(self.cache) / fingerprint(about)
+
+    @staticmethod
+    def _file(folder: Path | None, spec: FeatureSpec) -> Path | None:
+        return None if folder is None else folder / f"{str(spec).replace('/', '-')}.f32"
 
 
-def mean_patch_token(encoder: torch.nn.Module) -> Callable[[Tensor], Tensor]:
-    """The mean of the patch tokens of the last layer, after the final norm; a CLS token is left out."""
+class _Decoded(Dataset):
+    """(uint8 [C, h, w], whether it could be decoded) of each image, for DataLoader."""
 
-    def encode(pixel_values: Tensor) -> Tensor:
-        tokens = encoder(pixel_values).last_hidden_state
-        return tokens[:, encoder.config.num_prefix_tokens :].mean(dim=1)
+    def __init__(self, images, encoder: FrozenEncoder, crop):
+        self.images, self.crop = images.select_columns("image"), crop
+        self.size, self.num_channels = encoder.image_size, encoder.num_channels
 
-    return encode
+    def __getitems__(self, rows: list[int]) -> list[tuple[Tensor, bool]]:
+        return [self._decode(row, value) for row, value in zip(rows, self.images[rows]["image"], strict=True)]
 
-
-def raw_pixels(pixel_values: Tensor) -> Tensor:
-    """The normalised pixels, averaged down to 32×32 where there are more: what any features have to be better than."""
-    height, width = pixel_values.shape[2:]
-    return F.adaptive_avg_pool2d(pixel_values, (min(32, height), min(32, width))).flatten(1)
+    def _decode(self, row: int, value) -> tuple[Tensor, bool]:
+        try:
+            with decoding(image_name(value, f"image {row}")):
+                return load_crop(value, self.crop, self.size, self.num_channels, crop_rng(0, 0, row)), True
+        except BrokenImage:
+            return torch.zeros(self.num_channels, *self.size, dtype=torch.uint8), False

@@ -1,0 +1,119 @@
+"""Features on disk: written once, memory-mapped, checked before they are read.
+
+A folder for each combination of weights, data and preprocessing, a file in it for each layer and pooling. What has been
+written is recorded chunk by chunk with its checksum: an interrupted extraction goes on where it stopped, and a chunk
+that was damaged or is missing is computed again.
+"""
+
+import hashlib
+import json
+import os
+import zlib
+from pathlib import Path
+
+import numpy as np
+import torch
+from datasets import Dataset
+from torch import Tensor
+
+CHUNK = 512  # images
+
+
+def default_cache() -> Path:
+    """`HF_MIM_CACHE`, or hf_mim/features where caches live."""
+    home = os.environ.get("XDG_CACHE_HOME", "~/.cache")
+    return Path(os.environ.get("HF_MIM_CACHE", f"{home}/hf_mim/features")).expanduser()
+
+
+def fingerprint(about: dict) -> str:
+    """A short name for a description: equal descriptions, equal names."""
+    return hashlib.sha256(json.dumps(about, sort_keys=True, default=str).encode()).hexdigest()[:32]
+
+
+def images_sha256(images: Dataset) -> str:
+    """Of the images in their order: of their bytes, or for files of path, size and time of change."""
+    digest = hashlib.sha256()
+    for start in range(0, len(images), 1000):
+        for value in images[start : start + 1000]["image"]:
+            part = _identity(value)
+            digest.update(len(part).to_bytes(8, "little"))
+            digest.update(part)
+    return digest.hexdigest()
+
+
+def _identity(value) -> bytes:
+    if not isinstance(value, dict):
+        array = np.asarray(value)
+        return f"{array.dtype}{array.shape}".encode() + array.tobytes()
+    if value.get("bytes") is not None:
+        return value["bytes"]
+    path = os.path.abspath(value["path"])
+    about = os.stat(path)
+    return f"{path} {about.st_size} {about.st_mtime_ns}".encode()
+
+
+class FeatureStore:
+    """Features `[n, ...]` of one layer and pooling, filled by chunks of images; on disk, or in memory without a path.
+
+    `missing` tells which chunks are to be written, `write` and `commit` do it, `tensor` reads all.
+    """
+
+    def __init__(self, shape: tuple[int, ...], path: Path | None = None):
+        self.shape, self.path, self.chunks = tuple(shape), path, {}
+        if path is None:
+            self.array = np.empty(self.shape, np.float32)
+            return
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.record = path.with_suffix(".json")
+        size = 4 * int(np.prod(self.shape))
+        if not path.exists() or path.stat().st_size != size:
+            self.record.unlink(missing_ok=True)
+            with path.open("wb") as file:
+                file.truncate(size)
+        # Read and written here; the readers of `tensor` get a private view of the same pages.
+        self.array = np.memmap(path, np.float32, "r+", shape=self.shape)
+        self.chunks = {number: entry for number, entry in self._recorded().items() if self._is_whole(number, entry)}
+
+    @property
+    def num_chunks(self) -> int:
+        return -(-self.shape[0] // CHUNK)
+
+    def missing(self) -> list[int]:
+        """Chunks that are not there, or not as they were written."""
+        return [number for number in range(self.num_chunks) if number not in self.chunks]
+
+    def broken(self) -> list[int]:
+        """Images that could not be decoded; their rows mean nothing."""
+        return sorted(index for entry in self.chunks.values() for index in entry["broken"])
+
+    def write(self, rows: list[int], features: Tensor):
+        """Features `[b, ...]` of these images."""
+        self.array[rows[0] : rows[-1] + 1] = features.cpu().numpy()
+
+    def commit(self, number: int, broken: list[int]):
+        """A chunk is complete: record it, after its features are on the disk."""
+        self.chunks[number] = {"crc32": self._checksum(number) if self.path else None, "broken": broken}
+        if self.path:
+            self.array.flush()
+            aside = self.record.with_suffix(".part")
+            aside.write_text(json.dumps(self.chunks))
+            aside.replace(self.record)
+
+    def tensor(self) -> Tensor:
+        """float32 `[n, ...]`; of a file memory-mapped, and what is written to it stays in memory."""
+        if self.path is None:
+            return torch.from_numpy(self.array)
+        return torch.from_numpy(np.memmap(self.path, np.float32, "c", shape=self.shape))
+
+    def _checksum(self, number: int) -> int:
+        return zlib.crc32(np.ascontiguousarray(self.array[number * CHUNK : (number + 1) * CHUNK]))
+
+    def _recorded(self) -> dict[int, dict]:
+        try:
+            entries = json.loads(self.record.read_text())
+            return {int(number): {"crc32": e["crc32"], "broken": list(e["broken"])} for number, e in entries.items()}
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):  # nothing recorded, or a damaged record
+            return {}
+
+    def _is_whole(self, number: int, entry: dict) -> bool:
+        return 0 <= number < self.num_chunks and entry["crc32"] == self._checksum(number)

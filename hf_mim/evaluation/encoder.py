@@ -1,0 +1,268 @@
+"""One contract for every encoder that is evaluated: images in, tokens of any layer out.
+
+Ours, and any vision transformer that `AutoModel` loads (ViT, DINOv2, I-JEPA, CLIP's, …). Layers are read by hooks, so
+that a layer means the same in each: the residual stream after the block, before any final norm.
+"""
+
+import hashlib
+import inspect
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModel, BaseImageProcessor
+from transformers.utils import cached_file
+
+import hf_mim  # noqa: F401 (registers the models)
+from hf_mim.data import IMAGENET_MEAN, IMAGENET_STD, DeviceAugment
+from hf_mim.models.configuration_vit import pair
+
+POOLINGS = ("mean", "cls", "tokens")
+# What a final norm is called in transformers' vision models, CLIP's and SigLIP's last.
+NORM_NAMES = ("norm", "layernorm", "post_layernorm")
+
+
+@dataclass(frozen=True)
+class FeatureSpec:
+    """Which features of an encoder: written `last/mean/norm`.
+
+    layer: "last", "last4" (the last four concatenated, as I-JEPA reports), or the number of a block from 1.
+    pooling: "mean" of the patch tokens, "cls", or "tokens" (every patch token, in raster order).
+    norm: through the encoder's final norm ("norm"), or as the residual stream is ("raw").
+    """
+
+    layer: str = "last"
+    pooling: str = "mean"
+    norm: bool = True
+
+    @classmethod
+    def parse(cls, text: "str | FeatureSpec") -> "FeatureSpec":
+        """`layer/pooling/norm` or `layer/pooling/raw`. Raises ValueError for anything else."""
+        if isinstance(text, FeatureSpec):
+            return text
+        layer, pooling, norm = [*text.split("/"), "", "", ""][:3]
+        is_layer = layer in ("last", "last4") or (layer.isdigit() and int(layer) > 0)
+        if text.count("/") != 2 or not is_layer or pooling not in POOLINGS or norm not in ("norm", "raw"):
+            raise ValueError(
+                f"features must be layer/pooling/norm, such as last/mean/norm, last4/cls/raw or 6/tokens/norm, not {text}"
+            )
+        return cls(layer, pooling, norm == "norm")
+
+    def __str__(self) -> str:
+        return f"{self.layer}/{self.pooling}/{'norm' if self.norm else 'raw'}"
+
+    def blocks(self, num_layers: int) -> list[int]:
+        """The numbers, from 1, of the blocks that are read."""
+        if self.layer == "last4":
+            return list(range(num_layers - 3, num_layers + 1))
+        return [num_layers if self.layer == "last" else int(self.layer)]
+
+
+class FrozenEncoder:
+    """A vision transformer in eval mode, without gradients.
+
+    Args:
+        model: a transformers vision model whose blocks are in one ModuleList and give `[B, prefix + N, D]`.
+        mean, std: of each channel, for pixels in [0, 1].
+        image_size: int or (height, width) that images are brought to; default: the model's.
+        name: the checkpoint, for results.
+        dtype: float32, or bfloat16 for autocast.
+
+    Attributes: `image_size`, `patch_size`, `grid` (rows, columns), `num_channels`, `width` (D), `num_layers`,
+    `num_prefix_tokens` (CLS, registers), `norm` (the final norm), `device`.
+
+    Raises:
+        ValueError: not such a model, or positions that cannot be resized to image_size.
+    """
+
+    def __init__(self, model: nn.Module, mean, std, image_size=None, name: str | None = None, dtype=torch.float32):
+        model = getattr(model, "vision_model", model)  # of an image-text model the image's half
+        self.model, self.name, self.dtype = model.eval(), name, dtype
+        self.mean, self.std = list(mean), list(std)
+        self.blocks = _blocks(model, name)
+        self.norm = next((m for n in NORM_NAMES if isinstance(m := getattr(model, n, None), nn.Module)), nn.Identity())
+        self.num_layers, self.num_channels = len(self.blocks), getattr(model.config, "num_channels", 3)
+        self.native_size, self.patch_size = pair(model.config.image_size), pair(model.config.patch_size)
+        self.image_size = self.native_size if image_size is None else pair(image_size)
+        if len(self.mean) != self.num_channels or len(self.std) != self.num_channels:
+            raise ValueError(f"image_mean and image_std must have {self.num_channels} values, not {self.mean}, {self.std}")
+        self.normalize = DeviceAugment(self.mean, self.std).eval()
+        if model.config.model_type == "vit_mae":
+            model.config.mask_ratio = 0.0  # it would mask at inference too
+        self._check_size()
+
+    @classmethod
+    def load(cls, checkpoint: str | Path, image_size=None, device=None, dtype=torch.float32, mean=None, std=None):
+        """From a checkpoint folder or a name on the Hub; mean, std and size as its image processor has them.
+
+        Raises ValueError, in one line, for a checkpoint without an encoder or without some of its weights.
+        """
+        checkpoint = str(checkpoint)
+        try:
+            model, loading = AutoModel.from_pretrained(checkpoint, output_loading_info=True)
+        except (OSError, ValueError, KeyError) as error:
+            reason = " ".join(str(error).split())
+            raise ValueError(f"checkpoint {checkpoint} holds no encoder that can be loaded: {reason[:300]}") from error
+        missing = sorted(key for key in loading["missing_keys"] if not key.startswith(("pooler", "head")))
+        if missing:
+            raise ValueError(
+                f"checkpoint {checkpoint} lacks {len(missing)} weights of its encoder, such as {missing[0]}: "
+                "what was evaluated would be partly random"
+            )
+        processor = _processor(checkpoint)
+        known = processor.get("image_mean") and processor.get("do_normalize", True)
+        channels = getattr(getattr(model, "vision_model", model).config, "num_channels", 3)
+        if mean is None and not known and channels != 3:
+            raise ValueError(f"checkpoint {checkpoint} has no image processor: give image_mean and image_std")
+        mean = mean or (processor["image_mean"] if known else IMAGENET_MEAN)
+        std = std or (processor["image_std"] if known else IMAGENET_STD)
+        device = device or (torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu")
+        return cls(model.to(device), mean, std, image_size or _processor_size(processor), checkpoint, dtype)
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        return tuple(side // patch for side, patch in zip(self.image_size, self.patch_size, strict=True))
+
+    @cached_property
+    def sha256(self) -> str:
+        """Of the weights: names, types, shapes and values."""
+        digest = hashlib.sha256()
+        for name, tensor in sorted(self.model.state_dict().items()):
+            digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        return digest.hexdigest()
+
+    def preprocess(self, pixel_values: Tensor) -> Tensor:
+        """uint8 `[B, C, h, w]` → normalised float32 on the encoder's device."""
+        return self.normalize(pixel_values.to(self.device, non_blocking=True))
+
+    def check(self, spec: FeatureSpec):
+        """Raise ValueError if the encoder has no such features."""
+        if spec.blocks(self.num_layers)[0] < 1 or spec.blocks(self.num_layers)[-1] > self.num_layers:
+            raise ValueError(f"features {spec} need a layer that {self.name} has not: it has {self.num_layers}")
+        if spec.pooling == "cls" and self.num_prefix_tokens == 0:
+            raise ValueError(f"features {spec} need a CLS token, and {self.name} has none: take mean")
+
+    @torch.no_grad()
+    def extract(self, pixel_values: Tensor, specs: Sequence[FeatureSpec]) -> list[Tensor]:
+        """Normalised images `[B, C, H, W]` → for each spec float32 `[B, D]`, or `[B, N, D]` for tokens ("last4": 4·D).
+
+        One pass for all specs.
+        """
+        wanted = sorted({block for spec in specs for block in spec.blocks(self.num_layers)})
+        streams = self._streams(pixel_values, wanted)
+        normed = {}
+        for block in {block for spec in specs if spec.norm for block in spec.blocks(self.num_layers)}:
+            normed[block] = self.norm(streams[block])
+        features = []
+        for spec in specs:
+            layers = [(normed if spec.norm else streams)[block] for block in spec.blocks(self.num_layers)]
+            features.append(torch.cat([self._pool(tokens, spec.pooling) for tokens in layers], dim=-1))
+        return features
+
+    def _pool(self, tokens: Tensor, pooling: str) -> Tensor:
+        if pooling == "cls":
+            return tokens[:, 0].float()
+        patches = tokens[:, self.num_prefix_tokens :].float()
+        return patches.mean(dim=1) if pooling == "mean" else patches
+
+    def _streams(self, pixel_values: Tensor, wanted: list[int]) -> dict[int, Tensor]:
+        """Block number → its output `[B, prefix + N, D]`."""
+        streams = {}
+
+        def keep(number):
+            def hook(module, args, output):
+                streams[number] = output[0] if isinstance(output, tuple) else output
+
+            return hook
+
+        handles = [self.blocks[number - 1].register_forward_hook(keep(number)) for number in wanted]
+        try:
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16):
+                self.model(pixel_values, **self._options(tuple(pixel_values.shape[2:])))
+        finally:
+            for handle in handles:
+                handle.remove()
+        return streams
+
+    def _options(self, size: tuple[int, int]) -> dict:
+        options = {}
+        if size != self.native_size and "interpolate_pos_encoding" in inspect.signature(self.model.forward).parameters:
+            options["interpolate_pos_encoding"] = True
+        if self.model.config.model_type == "vit_mae":  # even unmasked, its patches come in the order of the noise
+            patches = (size[0] // self.patch_size[0]) * (size[1] // self.patch_size[1])
+            options["noise"] = torch.arange(patches, device=self.device)[None].float()
+        return options
+
+    def _check_size(self):
+        """One image through the model tells whether it takes the size, and how many tokens go before the patches."""
+        height, width = self.image_size
+        for side, patch in zip(self.image_size, self.patch_size, strict=True):
+            if side < patch or side % patch:
+                raise ValueError(
+                    f"image_size must be divisible by the patch size {self.patch_size} of {self.name}, not "
+                    f"{height},{width}; {max(side // patch, 1) * patch} would be right for {side}"
+                )
+        blank = torch.zeros(1, self.num_channels, height, width, device=self.device)
+        try:
+            with torch.no_grad():
+                tokens = self._streams(blank, [self.num_layers])[self.num_layers]
+        except (ValueError, RuntimeError, TypeError, KeyError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise ValueError(f"image_size {height},{width} does not suit {self.name}: {reason}") from error
+        rows, columns = self.grid
+        if tokens.ndim != 3 or tokens.shape[1] < rows * columns:
+            raise ValueError(
+                f"{self.name} is no encoder of patches: {list(tokens.shape)} for {rows * columns} patches"
+            )
+        self.num_prefix_tokens, self.width = tokens.shape[1] - rows * columns, tokens.shape[2]
+
+
+def checkpoint_sha256(checkpoint: str | Path) -> str | None:
+    """Of the weight files of a checkpoint, in the order of their names; None where there are none (a model in memory)."""
+    folder = Path(checkpoint)
+    if not folder.is_dir():
+        config = cached_file(str(checkpoint), "config.json", _raise_exceptions_for_missing_entries=False)
+        folder = Path(config).parent if config else folder
+    files = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
+    digest = hashlib.sha256()
+    for path in files:
+        with path.open("rb") as file:
+            for part in iter(lambda: file.read(2**20), b""):
+                digest.update(part)
+    return digest.hexdigest() if files else None
+
+
+def _blocks(model: nn.Module, name: str | None) -> nn.ModuleList:
+    """The transformer blocks: the longest ModuleList of a model that has patches."""
+    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
+    config = getattr(model, "config", None)
+    if not lists or not hasattr(config, "patch_size") or not hasattr(config, "image_size"):
+        raise ValueError(f"checkpoint {name} holds {type(model).__name__}, which is no vision transformer")
+    return max(lists, key=len)
+
+
+def _processor(checkpoint: str) -> dict:
+    """The settings of the image processor that came with the checkpoint; empty if none did."""
+    try:
+        return BaseImageProcessor.get_image_processor_dict(checkpoint)[0]
+    except OSError:
+        return {}
+
+
+def _processor_size(processor: dict) -> tuple[int, int] | None:
+    size = (processor.get("do_center_crop") and processor.get("crop_size")) or processor.get("size")
+    if isinstance(size, int):
+        return size, size
+    if not size:
+        return None
+    if "shortest_edge" in size:
+        return size["shortest_edge"], size["shortest_edge"]
+    return (size["height"], size["width"]) if "height" in size else None

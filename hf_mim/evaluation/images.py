@@ -1,0 +1,147 @@
+"""Labelled images for the protocols: loaded, checked, and their labels kept apart until they are asked for."""
+
+import torch
+from datasets import ClassLabel, Dataset, Features, Image, IterableDataset
+from torch import Tensor
+
+from hf_mim.data import load_images
+
+HELD_OUT = 0.2  # of the training images, where a source has no test images
+
+
+class LabelledImages:
+    """Images with class labels.
+
+    A protocol calls `read_labels` of its test images once, when every prediction is made and every choice taken; there
+    is no other way to them.
+
+    Args:
+        images: a `datasets.Dataset` with the columns `image` (undecoded) and `label` (ids; see `load_images`).
+        name: what they are, for results.
+    """
+
+    def __init__(self, images: Dataset, name: str = "images"):
+        feature = images.features["image"]
+        if getattr(feature, "decode", False):
+            images = images.cast_column("image", Image(mode=feature.mode, decode=False))
+        self.images, self.name, self.num_broken = images, name, 0
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def select(self, indices) -> "LabelledImages":
+        """Those of these indices, in their order."""
+        return LabelledImages(self.images.select([int(index) for index in indices]), self.name)
+
+    def leave_out(self, indices: list[int]):
+        """Drop images that cannot be decoded, and count them."""
+        dropped = set(indices)
+        self.images = self.images.select([index for index in range(len(self)) if index not in dropped])
+        self.num_broken += len(dropped)
+
+    def describe(self) -> dict:
+        """For a result."""
+        about = {"source": self.name, "images": len(self)}
+        return about | ({"broken_images_left_out": self.num_broken} if self.num_broken else {})
+
+    @property
+    def class_names(self) -> list[str] | None:
+        """In the order of the ids, where the source tells them."""
+        feature = self.images.features["label"]
+        return list(feature.names) if isinstance(feature, ClassLabel) else None
+
+    def read_labels(self) -> Tensor:
+        """Class ids `[n]`, int64."""
+        return torch.tensor(self.images["label"][:], dtype=torch.int64)
+
+
+def load_labelled(
+    source,
+    test_source=None,
+    train_split: str = "train",
+    test_split: str | None = None,
+    image_column: str | None = None,
+    label_column: str | None = None,
+) -> tuple[LabelledImages, LabelledImages]:
+    """(train, test) images with labels of one meaning; those without a label are left out.
+
+    The test images are those of `test_source` or of the source's validation or test split; where there are none, a
+    fifth of the training images, which then do not train. Classes of two sources are matched by their names.
+
+    Raises:
+        ValueError: no labels, one class, or a test class that is not among the training images; in one line.
+    """
+
+    def load(source, split):
+        images = load_images(source, split, image_column=image_column, label_column=label_column)
+        return labelled_only(images, source, split)
+
+    train = load(source, train_split)
+    test_from = source if test_source is None else test_source
+    splits = [test_split] if test_split else ["test", "validation", "train"]
+    if test_source is None:
+        splits = [split for split in splits if split != train_split] if not test_split else splits
+    test = None
+    for split in splits:
+        try:
+            test = load(test_from, split)
+        except ValueError:
+            if test_split or (test_source is not None and split == splits[-1]):
+                raise
+            continue
+        break
+    name = f"{source}, split {train_split}"
+    if test is None:
+        order = torch.randperm(len(train), generator=torch.Generator().manual_seed(0)).tolist()
+        count = int(HELD_OUT * len(train))
+        test, train = train.select(sorted(order[:count])), train.select(sorted(order[count:]))
+        pair = LabelledImages(train, name), LabelledImages(test, f"a held-out fifth of {name}")
+    else:
+        pair = LabelledImages(train, name), LabelledImages(match_names(test, train), f"{test_from}, split {split}")
+    check_classes(*pair)
+    return pair
+
+
+def labelled_only(images: Dataset | IterableDataset, source="source", split: str = "train") -> Dataset:
+    """The images that have a label. Raises ValueError if none has."""
+    if isinstance(images, IterableDataset):
+        raise ValueError(f"dataset {source} must be loaded whole to be evaluated, not streamed")
+    known = []
+    if "label" in images.column_names:
+        known = [index for index, label in enumerate(images["label"]) if label is not None and label >= 0]
+    if not known:
+        raise ValueError(
+            f"dataset {source} has no labels in split {split}; name their column by label_column, or put the images of "
+            "each class into a folder"
+        )
+    return images if len(known) == len(images) else images.select(known)
+
+
+def match_names(test: Dataset, train: Dataset) -> Dataset:
+    """The test images with the ids that their classes have in train, by name where both have names."""
+    features = test.features["label"], train.features["label"]
+    if not all(isinstance(feature, ClassLabel) for feature in features) or features[0].names == features[1].names:
+        return test
+    theirs, ours = (feature.names for feature in features)
+    used = {theirs[label] for label in set(test["label"])}
+    if unknown := sorted(used - set(ours)):
+        raise ValueError(_missing_classes(unknown))
+    labels = [ours.index(theirs[label]) for label in test["label"]]
+    features = Features({"image": test.features["image"], "label": features[1]})
+    table = test.remove_columns("label").add_column("label", labels)
+    return table.cast(features)
+
+
+def check_classes(train: LabelledImages, test: LabelledImages):
+    """Raise ValueError for one class, or for test classes that training lacks. Only the set of classes is looked at."""
+    known = set(train.read_labels().tolist())
+    if len(known) < 2:
+        raise ValueError(f"labels of {train.name} must be of two classes at least, not of {len(known)}")
+    names = train.class_names
+    if unknown := sorted(set(test.read_labels().tolist()) - known):
+        raise ValueError(_missing_classes([names[i] if names and i < len(names) else str(i) for i in unknown]))
+
+
+def _missing_classes(names: list[str]) -> str:
+    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+    return f"the test images have classes that the training images lack: {', '.join(names[:5])}{more}; add or remove them"

@@ -1,0 +1,98 @@
+"""What a protocol returns: a number, the protocol in full, and what it was measured on."""
+
+import json
+from dataclasses import asdict, dataclass, field, fields
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+
+def installed_versions() -> dict[str, str]:
+    """Of the packages that decide a number."""
+    found = {}
+    for name in ("hf-mim", "torch", "transformers", "scikit-learn", "numpy"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:  # run from its folder, not installed
+            continue
+    return found
+
+
+@dataclass
+class Result:
+    """One measurement. Model cards are made of these files and of nothing else.
+
+    protocol, metric, value: the headline; accuracies and other shares are in 0..1.
+    settings: the protocol in full: features (layer, pooling, norm), hyper-parameters, seed.
+    data: what was measured on: source, split, number of images.
+    scores: every other number, by name. table: rows of equal keys, such as one for each head or class.
+    notes: sentences that a reader of the number needs.
+    checkpoint, checkpoint_sha256 (of its weight files), versions, device, seconds: filled in by `evaluate`.
+    """
+
+    protocol: str
+    metric: str
+    value: float
+    settings: dict
+    data: dict
+    scores: dict[str, float] = field(default_factory=dict)
+    table: list[dict] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    checkpoint: str | None = None
+    checkpoint_sha256: str | None = None
+    versions: dict[str, str] = field(default_factory=installed_versions)
+    device: str | None = None
+    seconds: float | None = None
+
+    def save(self, path: str | Path) -> Path:
+        """Write as JSON, whole or not at all; makes the folder."""
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        aside = path.with_name(path.name + ".part")
+        aside.write_text(json.dumps(asdict(self), indent=2, default=str) + "\n")
+        aside.replace(path)
+        return path
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Result":
+        """Read what `save` wrote. Raises ValueError for another file."""
+        try:
+            values = json.loads(Path(path).read_text())
+            known = {f.name for f in fields(cls)}
+            return cls(**{name: value for name, value in values.items() if name in known})
+        except (ValueError, TypeError, AttributeError) as error:
+            raise ValueError(f"{path} holds no result: {error}") from error
+
+    def headline(self) -> str:
+        """One line: protocol, value, and what it was measured on."""
+        return f"{self.protocol}: {self.metric} {format_number(self.value)}"
+
+    def __str__(self) -> str:
+        """The headline, a small table and the notes."""
+        parts = [self.headline()]
+        if self.scores:
+            width = max(map(len, self.scores))
+            parts.append("\n".join(f"  {name:<{width}}  {format_number(x)}" for name, x in self.scores.items()))
+        if self.table:
+            parts.append(format_table(self.table))
+        parts += self.notes
+        return "\n\n".join(parts)
+
+
+def format_number(value) -> str:
+    """Four significant digits; whole numbers, texts and None as they are."""
+    if isinstance(value, bool) or not isinstance(value, float):
+        return "" if value is None else str(value)
+    return f"{value:.4f}" if 1e-3 <= abs(value) < 10 else f"{value:.4g}"
+
+
+def format_table(rows: list[dict], indent: str = "  ") -> str:
+    """Rows of equal keys as aligned columns, numbers to the right."""
+    columns = list(rows[0])
+    cells = [[format_number(row[name]) for name in columns] for row in rows]
+    widths = [max(len(name), *(len(row[i]) for row in cells)) for i, name in enumerate(columns)]
+    right = [all(isinstance(row[name], int | float) or row[name] is None for row in rows) for name in columns]
+    lines = [
+        "  ".join(f"{cell:>{w}}" if r else f"{cell:<{w}}" for cell, w, r in zip(line, widths, right, strict=True))
+        for line in (columns, *cells)
+    ]
+    return "\n".join((indent + line).rstrip() for line in lines)
