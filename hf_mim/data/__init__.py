@@ -1,10 +1,11 @@
-"""Images in: sources, crops in the workers, augmentation on the device, the embedded digits."""
+"""Images in: sources, crops in the workers, augmentation on the device, the embedded digits, drawn scenes."""
 
 from .augment import IMAGENET_MEAN, IMAGENET_STD, DeviceAugment, channel_statistics, gaussian_blur
 from .crop import CenterCrop, RandomCrop, WholeImage
 from .dataset import BrokenImagesError, ImageDataset, ImageStream, check_broken
 from .decode import ImageFormatError
 from .digits import digits
+from .scenes import scenes
 from .sources import load_images
 
 __all__ = [
@@ -23,4 +24,5 @@ __all__ = [
     "digits",
     "gaussian_blur",
     "load_images",
+    "scenes",
 ]

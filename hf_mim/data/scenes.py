@@ -1,0 +1,200 @@
+"""Scenes that the package draws itself, to ask features for what CLEVR asks: how many objects, and how far apart.
+
+Coloured shapes on textured ground, partly in front of each other. A shape is a star of n tips whose notches lie at a
+share of the tips' radius: at cos(π / n) the star is the regular polygon of n sides, so that one signed distance draws
+them all, antialiased. Everything is drawn in shares of the side, so a scene is the same scene at any size.
+"""
+
+import io
+import math
+import random
+from colorsys import hsv_to_rgb
+from dataclasses import dataclass
+
+import numpy as np
+from datasets import Dataset, Features, List, Value
+from datasets import Image as ImageFeature
+from PIL import Image
+
+COUNTS = (3, 10)  # objects in a scene, as in CLEVR
+DISTANCES = (0.07, 0.19)  # of the nearest pair, centre to centre, in shares of the side
+RADII = (0.06, 0.12)  # of the disc that has the object's area, in shares of the side
+MIN_VISIBLE = 0.4  # of an object's area, when all objects are drawn
+SHAPES = {  # (tips, radius of the notches as a share of the tips')
+    "circle": (48, math.cos(math.pi / 48)),  # within .2 % of the radius
+    "triangle": (3, math.cos(math.pi / 3)),
+    "square": (4, math.cos(math.pi / 4)),
+    "hexagon": (6, math.cos(math.pi / 6)),
+    "star": (5, 0.5),
+    "cross": (4, 0.42),
+}
+SPLITS = ("train", "test")
+_MASK_SIDE = 64  # of the raster on which visibility is judged, whatever the size of the picture
+_RIM = 0.012  # width of the dark rim, in shares of the side
+_MAX_TRIES = 100  # places tried for one object before the scene is begun anew
+
+
+def scenes(count: int, size: int = 96, seed: int = 0, split: str = "train") -> Dataset:
+    """Draw `count` scenes of `size`×`size` pixels.
+
+    Scene i depends on (seed, split, i) alone: a longer dataset begins with the shorter one, train and test share no
+    scene, and another size shows the same scenes. Numbers of objects are uniform in 3..10. The distance of the nearest
+    pair is drawn uniformly and independently of the number, so that neither answers for the other; one pair is placed
+    at it and all others are further apart. Objects lie wholly inside the picture and may overlap: of each, at least
+    40 % of its area stays visible.
+
+    Returns:
+        A dataset with the columns `image` (undecoded RGB PNG), `num_objects` (int), `distance` (float: of the two
+        nearest objects, centre to centre, as a share of the side) and `positions` (the objects' centres `[x, y]` from
+        the top left corner, as shares of the side, those in front last).
+
+    Raises:
+        ValueError: no scene is asked for, a size outside 16..1024, a negative seed, or an unknown split.
+    """
+    if count < 1:
+        raise ValueError(f"count must be at least 1, not {count}")
+    if not 16 <= size <= 1024:
+        raise ValueError(f"size must lie between 16 and 1024 pixels, not {size}")
+    if seed < 0:
+        raise ValueError(f"seed must be at least 0, not {seed}")
+    if split not in SPLITS:
+        raise ValueError(f"split must be one of {', '.join(SPLITS)}, not {split!r}")
+    columns = {"image": [], "num_objects": [], "distance": [], "positions": []}
+    for index in range(count):
+        # Seeding by a string is the same in every process and version.
+        rng = random.Random(f"scene/{seed}/{split}/{index}")
+        objects = place_objects(rng)
+        columns["image"].append({"bytes": _png(draw(objects, size, rng)), "path": None})
+        columns["num_objects"].append(len(objects))
+        columns["distance"].append(min(math.dist(a.centre, b.centre) for a in objects for b in objects if a is not b))
+        columns["positions"].append([list(item.centre) for item in objects])
+    features = Features(
+        image=ImageFeature(decode=False),
+        num_objects=Value("int64"),
+        distance=Value("float64"),
+        positions=List(List(Value("float64"))),
+    )
+    return Dataset.from_dict(columns, features=features)
+
+
+@dataclass(frozen=True)
+class SceneObject:
+    """One shape. Lengths in shares of the side, the angle in radians, the colour in 0..1."""
+
+    shape: str
+    centre: tuple[float, float]
+    reach: float  # from the centre to the tips
+    angle: float
+    color: tuple[float, float, float]
+
+    def signed_distance(self, side: int) -> tuple[tuple[slice, slice], np.ndarray]:
+        """(rows and columns of the box that holds the object, distance of their pixels from its edge in pixels).
+
+        Negative inside. In one half of one tip's sector the edge is a straight line from tip to notch, and all other
+        sectors are turned and mirrored onto it.
+        """
+        tips, notch = SHAPES[self.shape]
+        x, y = self.centre
+        box = tuple(
+            slice(max(0, int((place - self.reach) * side) - 1), min(side, int((place + self.reach) * side) + 2))
+            for place in (y, x)
+        )
+        rows = (np.arange(box[0].start, box[0].stop, dtype=np.float32) + 0.5) / side - y
+        columns = (np.arange(box[1].start, box[1].stop, dtype=np.float32) + 0.5) / side - x
+        half = math.pi / tips
+        angle = np.arctan2(rows[:, None], columns) - self.angle
+        angle = np.abs((angle + half) % (2 * half) - half)
+        radius = np.hypot(rows[:, None], columns)
+        # The line's outward normal, for a tip at (1, 0) and its notch at (across, up).
+        across, up = notch * math.cos(half), notch * math.sin(half)
+        normal = math.hypot(up, 1 - across)
+        distance = (up * (radius * np.cos(angle) - self.reach) + (1 - across) * radius * np.sin(angle)) / normal
+        return box, distance * side
+
+
+def place_objects(rng: random.Random) -> list[SceneObject]:
+    """The objects of one scene, by the rules of `scenes`; later ones lie in front."""
+    count, distance = rng.randint(*COUNTS), rng.uniform(*DISTANCES)
+    while True:
+        objects = _try_to_place(rng, count, distance)
+        if objects is not None:
+            return objects
+
+
+def _try_to_place(rng: random.Random, count: int, distance: float) -> list[SceneObject] | None:
+    """`count` objects, one after the other; None where no place is found for one."""
+    objects, areas = [], []
+    owner = np.full((_MASK_SIDE, _MASK_SIDE), -1)  # which object is in front
+    closest = rng.randrange(1, count)  # the object that is put at `distance` from an earlier one
+    for index in range(count):
+        for _ in range(_MAX_TRIES):
+            item = _random_object(rng, rng.choice(objects) if index == closest else None, distance)
+            inside = all(item.reach <= place <= 1 - item.reach for place in item.centre)
+            nearest = min((math.dist(item.centre, other.centre) for other in objects), default=1)
+            if not inside or nearest < distance * (1 - 1e-9):
+                continue
+            box, edge = item.signed_distance(_MASK_SIDE)
+            attempt = owner.copy()
+            attempt[box][edge < 0] = index
+            visible = np.bincount(attempt.ravel() + 1, minlength=index + 2)[1:]
+            if np.all(visible[:index] >= MIN_VISIBLE * np.array(areas)):
+                owner = attempt
+                areas.append(visible[index])
+                objects.append(item)
+                break
+        else:
+            return None
+    return objects
+
+
+def _random_object(rng: random.Random, neighbour: SceneObject | None, distance: float) -> SceneObject:
+    """Anywhere, or at `distance` from its neighbour."""
+    shape = rng.choice(list(SHAPES))
+    tips, notch = SHAPES[shape]
+    # A star whose tips lie at 1 has this area; so all shapes of one radius are equally large.
+    reach = rng.uniform(*RADII) * math.sqrt(math.pi / (tips * notch * math.sin(math.pi / tips)))
+    if neighbour is None:
+        centre = (rng.uniform(reach, 1 - reach), rng.uniform(reach, 1 - reach))
+    else:
+        direction = rng.uniform(0, 2 * math.pi)
+        x, y = neighbour.centre
+        centre = (x + distance * math.cos(direction), y + distance * math.sin(direction))
+    color = hsv_to_rgb(rng.random(), rng.uniform(0.6, 0.95), rng.uniform(0.75, 1.0))
+    return SceneObject(shape, centre, reach, rng.uniform(0, 2 * math.pi), color)
+
+
+def draw(objects: list[SceneObject], size: int, rng: random.Random) -> np.ndarray:
+    """The picture, uint8 [size, size, 3]: the ground, then one object after the other with rim and shading."""
+    picture = _ground(size, rng)
+    for item in objects:
+        box, edge = item.signed_distance(size)
+        inside = np.clip(0.5 - edge, 0, 1)[..., None]
+        filling = np.clip(0.5 - edge - _RIM * size, 0, 1)[..., None]
+        # Light from the top left: from 1.1 to .8 of the colour across the object.
+        light = np.linspace(1.1, 0.8, edge.shape[0] + edge.shape[1] - 1, dtype=np.float32)
+        light = light[np.add.outer(np.arange(edge.shape[0]), np.arange(edge.shape[1]))][..., None]
+        color = np.asarray(item.color, dtype=np.float32) * light * (0.35 + 0.65 * filling)
+        picture[box] += inside * (color - picture[box])
+    return (picture.clip(0, 1) * 255 + 0.5).astype(np.uint8)
+
+
+def _ground(size: int, rng: random.Random) -> np.ndarray:
+    """Two muted colours mixed by noise, coarse (and at times streaked), middle and fine: float [size, size, 3]."""
+    hue, value = rng.random(), rng.uniform(0.3, 0.6)
+    colors = [
+        hsv_to_rgb((hue + shift) % 1, rng.uniform(0.05, 0.3), value + change)
+        for shift, change in ((0, -rng.uniform(0.08, 0.2)), (rng.uniform(-0.15, 0.15), rng.uniform(0.08, 0.2)))
+    ]
+    mixture = np.full((size, size), 0.5, dtype=np.float32)
+    for weight, sides in ((0.9, (rng.choice((3, 5, 16)), rng.choice((3, 5, 16)))), (0.4, (14, 14)), (0.35, (48, 48))):
+        noise = Image.frombytes("L", sides, rng.randbytes(sides[0] * sides[1]))
+        noise = np.asarray(noise.resize((size, size), Image.Resampling.BICUBIC), dtype=np.float32)
+        mixture += weight * (noise / 255 - 0.5)
+    dark, bright = np.asarray(colors, dtype=np.float32)
+    return dark + mixture[..., None] * (bright - dark)
+
+
+def _png(picture: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(picture).save(buffer, "PNG", compress_level=1)
+    return buffer.getvalue()
