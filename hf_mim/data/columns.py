@@ -21,7 +21,7 @@ def prepare_columns(dataset, image_column: str | None, label_column: str | None)
         if column is not None and column not in features:
             raise ValueError(f"{argument}={column!r} is not a column; there are {', '.join(features)}")
     image_column = image_column or _find_image(features)
-    if not (_is_encoded(features[image_column]) or _is_array(features[image_column])):
+    if not (is_encoded(features[image_column]) or is_array(features[image_column])):
         raise ValueError(f"image_column={image_column!r} must hold images, not {features[image_column]}")
     if (
         isinstance(dataset, IterableDataset)
@@ -36,7 +36,7 @@ def prepare_columns(dataset, image_column: str | None, label_column: str | None)
     dataset = dataset.select_columns(list(columns))
     renamed = {old: new for old, new in columns.items() if old != new}
     dataset = dataset.rename_columns(renamed) if renamed else dataset
-    if _is_encoded(features[image_column]):
+    if is_encoded(features[image_column]):
         dataset = dataset.cast_column("image", ImageFeature(decode=False))
     return _with_class_ids(dataset, features[label_column], label_column) if label_column else dataset
 
@@ -44,7 +44,7 @@ def prepare_columns(dataset, image_column: str | None, label_column: str | None)
 def _find_image(features) -> str:
     found = [name for name, feature in features.items() if isinstance(feature, ImageFeature)]
     if not found:  # files not written by datasets say only what an image column is made of
-        found = [name for name, feature in features.items() if _is_encoded_struct(feature) or _is_array(feature)]
+        found = [name for name, feature in features.items() if is_encoded_struct(feature) or is_array(feature)]
     if not found:
         found = [name for name in features if name in IMAGE_NAMES and features[name] in _BINARY]
     if len(found) > 1:
@@ -78,17 +78,19 @@ def _with_class_ids(dataset, feature, label_column: str):
 _BINARY = (Value("binary"), Value("large_binary"))
 
 
-def _is_encoded(feature) -> bool:
+def is_encoded(feature) -> bool:
     """Whether `Image(decode=False)` can hold the column: encoded bytes, or paths."""
     strings = (Value("string"), Value("large_string"))
-    return isinstance(feature, ImageFeature) or _is_encoded_struct(feature) or feature in _BINARY + strings
+    return isinstance(feature, ImageFeature) or is_encoded_struct(feature) or feature in _BINARY + strings
 
 
-def _is_encoded_struct(feature) -> bool:
+def is_encoded_struct(feature) -> bool:
+    """`{"bytes", "path"}`, as an image column looks in files not written by datasets."""
     return isinstance(feature, dict) and feature.get("bytes") in _BINARY
 
 
-def _is_array(feature) -> bool:
+def is_array(feature) -> bool:
+    """Whether the column holds arrays of two or three dimensions."""
     return isinstance(feature, Array2D | Array3D)
 
 

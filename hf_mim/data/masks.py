@@ -1,11 +1,131 @@
-"""Masks: images whose pixels are ids (classes, or objects), and images that have one each."""
+"""Masks: images whose pixels are ids (of classes, or of objects), and images that have a mask each."""
+
+import contextlib
+import io
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path, PurePath
 
 import numpy as np
-from PIL import Image, JpegImagePlugin
+from datasets import Dataset, Features
+from datasets import Image as ImageFeature
+from PIL import Image, JpegImagePlugin, UnidentifiedImageError
 
+from .columns import is_array, is_encoded
 from .decode import BrokenImage, ImageFormatError, decoding, exif_orientation, image_name, open_image
+from .files import IMAGE_EXTENSIONS, canonical_split, find_files
+from .sources import load_images, open_source, pick_split
 
+IMAGE_FOLDERS = ("images", "image", "imgs", "img")
+MASK_FOLDERS = ("masks", "mask", "annotations", "annotation", "segmentations", "segmentation", "labels", "label")
+MASK_COLUMNS = (*MASK_FOLDERS, "segmentation_mask", "label_mask", "semantic_segmentation", "semantic_mask")
+_SPLITS = ("train", "validation", "test")
 _ID_MODES = ("1", "L", "P", "I", "I;16", "I;16B", "I;16L", "I;16N")
+
+
+class MaskedImages:
+    """Images with a mask each. What the ids mean, and which of them is to be ignored, a mask does not say.
+
+    Args:
+        images: a dataset with a column `image`, undecoded.
+        masks: a dataset of the same length with a column `mask`, undecoded.
+        name: what they are, for results.
+
+    Attributes: `images`, a dataset with the one column `image`; `sizes`, the (height, width) of each image when
+    upright, which is its mask's too.
+
+    Raises:
+        ValueError: one line that names the image: its mask is missing, has colours, or another size. Only headers are
+            read.
+    """
+
+    def __init__(self, images: Dataset, masks: Dataset, name: str = "images"):
+        if len(images) != len(masks):
+            raise ValueError(f"masks must be as many as the {len(images)} images of {name}, not {len(masks)}")
+        self.images, self._masks = images.select_columns(["image"]), masks.select_columns(["mask"])
+        self.name, self.num_broken = name, 0
+        self.sizes = [self._checked_size(index) for index in range(len(images))]
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def select(self, indices: Sequence[int]) -> "MaskedImages":
+        """Those of these indices, in their order."""
+        part, indices = object.__new__(MaskedImages), [int(index) for index in indices]  # checked already
+        part.images, part._masks = self.images.select(indices), self._masks.select(indices)
+        part.name, part.num_broken, part.sizes = self.name, 0, [self.sizes[index] for index in indices]
+        return part
+
+    def leave_out(self, indices: list[int]):
+        """Drop images that cannot be decoded, with their masks, and count them."""
+        kept = sorted(set(range(len(self))) - set(indices))
+        self.num_broken += len(self) - len(kept)
+        self.images, self._masks = self.images.select(kept), self._masks.select(kept)
+        self.sizes = [self.sizes[index] for index in kept]
+
+    def describe(self) -> dict:
+        """For a result."""
+        about = {"source": self.name, "images": len(self)}
+        return about | ({"broken_images_left_out": self.num_broken} if self.num_broken else {})
+
+    def image_name(self, index: int) -> str:
+        """The file name of an image, or "image 12" where the source gives none."""
+        return image_name(self.images[index]["image"], f"image {index}")
+
+    def read_mask(self, index: int) -> np.ndarray:
+        """The ids `[h, w]` of an image's pixels, uint8 or int64. Raises ValueError as `read_mask_ids`."""
+        return read_mask_ids(self._masks[index]["mask"], f"the mask of {self.image_name(index)}")
+
+    def read_masks(self) -> Iterator[np.ndarray]:
+        """All masks in order, each decoded when it is asked for."""
+        return (self.read_mask(index) for index in range(len(self)))
+
+    def _checked_size(self, index: int) -> tuple[int, int]:
+        name, mask = self.image_name(index), self._masks[index]["mask"]
+        if mask is None or (isinstance(mask, dict) and mask.get("bytes") is None and mask.get("path") is None):
+            raise ValueError(f"{name} of {self.name} has no mask; add it, or leave the image out")
+        size = _upright_size(self.images[index]["image"], name)
+        mask_size = _upright_size(mask, f"the mask of {name}", is_mask=True)
+        if size != mask_size:
+            sizes = f"{size[0]}×{size[1]} (height×width) but its mask {mask_size[0]}×{mask_size[1]}"
+            raise ValueError(f"{name} of {self.name} is {sizes}; each mask must have the size of its image")
+        return size
+
+
+def load_masks(
+    source: str | os.PathLike | Dataset,
+    split: str = "train",
+    image_column: str | None = None,
+    mask_column: str | None = None,
+) -> MaskedImages:
+    """Load images and their masks, not yet decoded.
+
+    Args:
+        source: a local folder with the folders `images` and `masks` (or `annotations`, `segmentations`, `labels`),
+            whose files have the same names up to the extension; splits lie above or below (`train/images` or
+            `images/train`). Or what `load_images` takes, with a column of masks beside the images.
+        split: as in `load_images`.
+        image_column: found when left out, as in `load_images`.
+        mask_column: found when left out: one called mask, annotation, segmentation or label that holds images.
+
+    Raises:
+        ValueError: in one line: no masks there; a mask that is missing, has colours or another size than its image
+            (only headers are read); no such split or column.
+    """
+    name = f"{source}, split {split}" if isinstance(source, str | os.PathLike) else f"a dataset of {len(source)} images"
+    path = Path(source).expanduser() if isinstance(source, str | os.PathLike) and str(source).strip() else None
+    if path is not None and path.is_dir() and (splits := _image_and_mask_folders(path)):
+        images, masks = pick_split(splits, split, source)
+        masks = [masks.get(key) for key in images]  # None: reported by MaskedImages, with the image's name
+        return MaskedImages(_paths("image", list(images.values())), _paths("mask", masks), name)
+    data = open_source(source, split)
+    mask_column = _find_mask(data.features, mask_column, name)
+    masks = data.select_columns([mask_column])
+    masks = masks if mask_column == "mask" else masks.rename_column(mask_column, "mask")
+    if is_encoded(masks.features["mask"]):
+        masks = masks.cast_column("mask", ImageFeature(decode=False))
+    images = load_images(data.remove_columns([mask_column]), image_column=image_column)
+    return MaskedImages(images, masks, name)
 
 
 def read_mask_ids(value, name: str = "the mask") -> np.ndarray:
@@ -22,27 +142,98 @@ def read_mask_ids(value, name: str = "the mask") -> np.ndarray:
         ValueError: one line that names the mask: it cannot be decoded, has colours or fractions where ids belong, or is
             a JPEG, which does not keep ids.
     """
+    with _one_line_errors(value, name):
+        mask = open_image(value)
+        if isinstance(mask, np.ndarray):
+            ids = mask[..., 0] if mask.ndim == 3 and mask.shape[2] == 1 else mask
+            if ids.ndim != 2 or ids.dtype.kind not in "biu":
+                raise ImageFormatError(f"a mask must be integers [h, w], not {mask.dtype} {list(mask.shape)}")
+        else:
+            _check_holds_ids(mask)
+            flip_x, flip_y, swap = exif_orientation(mask)
+            ids = np.asarray(mask)[:: -1 if flip_y else 1, :: -1 if flip_x else 1]
+            ids = ids.T if swap else ids
+    return np.ascontiguousarray(ids, np.uint8 if ids.dtype.kind in "bu" and ids.dtype.itemsize == 1 else np.int64)
+
+
+def _check_holds_ids(mask: Image.Image):
+    if isinstance(mask, JpegImagePlugin.JpegImageFile):
+        raise ImageFormatError("a mask must not be a JPEG, which changes ids; save ids as PNG, mode L or P")
+    if mask.mode not in _ID_MODES:
+        raise ImageFormatError(
+            f"a mask must hold one id for each pixel, not {mask.mode} colours; save ids as PNG, mode L or P"
+        )
+
+
+def _upright_size(value, name: str, is_mask: bool = False) -> tuple[int, int]:
+    """(height, width) of one value of an image column when upright, from the header where there is one."""
+    with _one_line_errors(value, name):
+        if isinstance(value, dict):
+            value = value["bytes"] if value.get("bytes") is not None else value.get("path")
+        if isinstance(value, str | bytes):
+            try:
+                with Image.open(io.BytesIO(value) if isinstance(value, bytes) else value) as image:
+                    return _size_of(image, is_mask)
+            except UnidentifiedImageError:
+                pass  # an array (.npy), a TIFF of many bands, or broken: open_image tells
+        return _size_of(open_image(value), is_mask)
+
+
+def _size_of(image: Image.Image | np.ndarray, is_mask: bool) -> tuple[int, int]:
+    if isinstance(image, np.ndarray):
+        # [C, h, w] has its channels first; as in decode.py, they are the side that looks like a count.
+        shape = image.shape[1:] if image.ndim == 3 and image.shape[0] < image.shape[2] else image.shape[:2]
+        return tuple(shape)
+    if is_mask:
+        _check_holds_ids(image)
+    swap = exif_orientation(image)[2]
+    return image.size if swap else image.size[::-1]
+
+
+@contextlib.contextmanager
+def _one_line_errors(value, name: str):
+    """Whatever opening an image raises, as one ValueError line that names it."""
     try:
         with decoding(image_name(value, name)):
-            return _ids(open_image(value))
+            yield
     except BrokenImage as error:
         raise ValueError(str(error)) from error
 
 
-def _ids(mask: Image.Image | np.ndarray) -> np.ndarray:
-    if isinstance(mask, np.ndarray):
-        ids = mask[..., 0] if mask.ndim == 3 and mask.shape[2] == 1 else mask
-        if ids.ndim != 2 or ids.dtype.kind not in "biu":
-            raise ImageFormatError(f"a mask must be integers [h, w], not {mask.dtype} {list(mask.shape)}")
-    else:
-        if isinstance(mask, JpegImagePlugin.JpegImageFile):
-            raise ImageFormatError("a mask must not be a JPEG, which changes ids; save ids as PNG, mode L or P")
-        if mask.mode not in _ID_MODES:
-            raise ImageFormatError(
-                f"a mask must hold one id for each pixel, not {mask.mode} colours; save ids as PNG, mode L or P"
-            )
-        ids = np.asarray(mask)
-        flip_x, flip_y, swap = exif_orientation(mask)
-        ids = ids[:: -1 if flip_y else 1, :: -1 if flip_x else 1]
-        ids = ids.T if swap else ids
-    return np.ascontiguousarray(ids, np.uint8 if ids.dtype.itemsize == 1 and ids.dtype.kind != "i" else np.int64)
+def _find_mask(features: Features, mask_column: str | None, name: str) -> str:
+    if mask_column is not None:
+        if mask_column not in features:
+            raise ValueError(f"mask_column={mask_column!r} is not a column; there are {', '.join(features)}")
+        if not (is_encoded(features[mask_column]) or is_array(features[mask_column])):
+            raise ValueError(f"mask_column={mask_column!r} must hold images, not {features[mask_column]}")
+        return mask_column
+    for column in MASK_COLUMNS:
+        if column in features and "string" not in getattr(features[column], "dtype", ""):  # a string names a class
+            if is_encoded(features[column]) or is_array(features[column]):
+                return column
+    known = ", ".join(features)
+    raise ValueError(
+        f"{name} has no masks: give a folder with images/ and masks/, or set mask_column to one of {known}"
+    )
+
+
+def _paths(column: str, paths: list[str | None]) -> Dataset:
+    return Dataset.from_dict({column: paths}, Features({column: ImageFeature(decode=False)}))
+
+
+def _image_and_mask_folders(folder: Path) -> dict[str, tuple[dict[str, str], dict[str, str]]]:
+    """Split -> (images, masks), each a dict from a name without extension to a path; empty if there are no masks."""
+    splits: dict[str, tuple[dict, dict]] = {}
+    for path in find_files(folder, IMAGE_EXTENSIONS):
+        parts = list(PurePath(path).with_suffix("").parts)
+        role = next((i for i, part in enumerate(parts[:-1]) if part.lower() in IMAGE_FOLDERS + MASK_FOLDERS), None)
+        if role is None:
+            continue
+        is_mask = parts.pop(role).lower() in MASK_FOLDERS
+        place = next((i for i, part in enumerate(parts[:-1]) if canonical_split(part) in _SPLITS), None)
+        split = "train" if place is None else canonical_split(parts.pop(place))
+        found, key = splits.setdefault(split, ({}, {}))[is_mask], "/".join(parts)
+        if key in found:
+            raise ValueError(f"{folder / path} and {found[key]} differ only in their extension; keep one of them")
+        found[key] = str(folder / path)
+    return {split: found for split, found in splits.items() if all(found)}

@@ -59,7 +59,7 @@ def open_source(source, split: str = "train", streaming: bool = False) -> Datase
     if isinstance(source, Dataset | IterableDataset):
         return source
     if str(source) == "digits":
-        return _pick_split(dict(zip(("train", "test"), digits(), strict=True)), split, source)
+        return pick_split(dict(zip(("train", "test"), digits(), strict=True)), split, source)
     if not str(source).strip():
         raise ValueError('source is empty; give a folder, a file, the name of a dataset on the Hub, or "digits"')
     if (path := Path(source).expanduser()).exists():
@@ -89,13 +89,13 @@ def _load_saved(path: Path, split: str) -> Dataset:
     """A folder written by `save_to_disk`."""
     with _one_line_errors(path):
         saved = datasets.load_from_disk(str(path))
-    return _pick_split(saved, split, path) if isinstance(saved, DatasetDict) else saved
+    return pick_split(saved, split, path) if isinstance(saved, DatasetDict) else saved
 
 
 def _load_folder(folder: Path, paths: list[str], split: str) -> Dataset:
     """A folder of image files: only their paths are read here."""
     splits = image_splits(paths)
-    entries = _pick_split(splits, split, folder)
+    entries = pick_split(splits, split, folder)
     files = [str(folder / path) for path, _ in entries]
     # The names of all splits together, so that a class has the same id in each.
     names = sorted({name for entries in splits.values() for _, name in entries if name is not None})
@@ -114,7 +114,7 @@ def _load_tables(folder: Path, paths: list[str], split: str, streaming: bool) ->
     splits = table_splits([path for path, found in zip(paths, kinds, strict=True) if found == kind])
     if len(paths) == 1 and split == "train":
         splits = {"train": paths}  # whatever a single file is called, it is what the user wants to train on
-    files = [str(folder / path) for path in _pick_split(splits, split, folder)]
+    files = [str(folder / path) for path in pick_split(splits, split, folder)]
     with _one_line_errors(folder / paths[0] if len(paths) == 1 else folder):
         return datasets.load_dataset(kind, data_files={"train": files}, split="train", streaming=streaming)
 
@@ -127,7 +127,8 @@ def _load_hub(name: str, split: str, streaming: bool) -> Dataset | IterableDatas
         return datasets.load_dataset(name, config or None, split=split, streaming=streaming)
 
 
-def _pick_split(splits: dict, split: str, source):
+def pick_split(splits: dict, split: str, source):
+    """The value of a split by any of its names. Raises ValueError with those that there are."""
     for name in (split, canonical_split(split)):
         if name in splits:
             return splits[name]
