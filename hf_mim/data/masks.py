@@ -212,9 +212,7 @@ def _find_mask(features: Features, mask_column: str | None, name: str) -> str:
             if is_encoded(features[column]) or is_array(features[column]):
                 return column
     known = ", ".join(features)
-    raise ValueError(
-        f"{name} has no masks: give a folder with images/ and masks/, or set mask_column to one of {known}"
-    )
+    raise ValueError(f"{name} has no masks: give a folder of images/ and masks/, or set mask_column to one of {known}")
 
 
 def _paths(column: str, paths: list[str | None]) -> Dataset:
