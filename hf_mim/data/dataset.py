@@ -133,9 +133,13 @@ class ImageDataset(_Images, torch.utils.data.Dataset):
         """How many images have been found broken so far, by all workers."""
         return int(self._broken.sum(dtype=torch.int64))
 
+    def broken_indices(self) -> list[int]:
+        """Which images have been found broken so far; another one stood in for each."""
+        return self._broken.nonzero().flatten().tolist()
+
     def broken(self, limit: int | None = None) -> list[str]:
         """The names of the first `limit` broken images."""
-        return [self.name(index) for index in self._broken.nonzero().flatten()[:limit].tolist()]
+        return [self.name(index) for index in self.broken_indices()[:limit]]
 
 
 class ImageStream(_Images, torch.utils.data.IterableDataset):

@@ -1,0 +1,154 @@
+"""Mixup, CutMix and random erasing, on the device, a whole batch at a time.
+
+Images are mixed with their neighbour in the batch (a roll by one): a shuffled batch makes that a random partner, and
+never the image itself. As in MAE's fine-tuning (arXiv 2111.06377, table 9) all images of a batch share one λ.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .augment import DeviceAugment
+
+Box = tuple[int, int, int, int]  # top, left, bottom, right in pixels
+
+
+def mixup(images: Tensor, weight: float) -> Tensor:
+    """weight · image + (1 − weight) · its neighbour, [B, C, H, W] (Zhang et al., arXiv 1710.09412)."""
+    return torch.lerp(images.roll(1, 0), images, weight)
+
+
+def cutmix(images: Tensor, box: Box) -> Tensor:
+    """The box of each image replaced by its neighbour's, [B, C, H, W] (Yun et al., arXiv 1905.04899)."""
+    top, left, bottom, right = box
+    mixed = images.clone()
+    mixed[..., top:bottom, left:right] = images.roll(1, 0)[..., top:bottom, left:right]
+    return mixed
+
+
+def cutmix_box(height: int, width: int, weight: float) -> Box:
+    """A box of 1 − weight of the area, in the image's proportions, centred anywhere and cut off at the border."""
+    half_height, half_width = (round(side * math.sqrt(1 - weight)) / 2 for side in (height, width))
+    y, x = (torch.rand(2) * torch.tensor([height, width])).tolist()
+    top, bottom = (min(max(round(y + half), 0), height) for half in (-half_height, half_height))
+    left, right = (min(max(round(x + half), 0), width) for half in (-half_width, half_width))
+    return top, left, bottom, right
+
+
+def weight_outside(box: Box, height: int, width: int) -> float:
+    """The share of the pixels that a box leaves: λ after CutMix."""
+    top, left, bottom, right = box
+    return 1 - (bottom - top) * (right - left) / (height * width)
+
+
+def random_erase(
+    images: Tensor,
+    probability: float,
+    area: tuple[float, float] = (0.02, 1 / 3),
+    ratio: tuple[float, float] = (0.3, 1 / 0.3),
+    attempts: int = 10,
+) -> Tensor:
+    """Fill a random rectangle of a random `probability` of the images with normal(0, 1) noise, pixel by pixel.
+
+    Zhong et al., arXiv 1708.04896, for normalised images [B, C, H, W]. The rectangle's share of the image's area is
+    uniform in `area`, its height / width log-uniform in `ratio`; of ten draws the first that fits is taken, if any.
+    """
+    batch, _, height, width = images.shape
+    draws = torch.rand(5, batch, attempts, device=images.device)
+    areas = height * width * (area[0] + (area[1] - area[0]) * draws[0])
+    ratios = (math.log(ratio[0]) + math.log(ratio[1] / ratio[0]) * draws[1]).exp()
+    heights, widths = (areas * ratios).sqrt().round(), (areas / ratios).sqrt().round()
+    fits = (heights < height) & (widths < width)
+    first = fits.int().argmax(dim=1, keepdim=True)
+    erased = fits.any(dim=1, keepdim=True) & (draws[4, :, :1] < probability)
+    heights, widths, up, along = (x.gather(1, first) for x in (heights, widths, draws[2], draws[3]))
+    top, left = (up * (height - heights + 1)).floor(), (along * (width - widths + 1)).floor()
+    rows, columns = torch.arange(height, device=images.device), torch.arange(width, device=images.device)
+    in_rows, in_columns = (rows >= top) & (rows < top + heights), (columns >= left) & (columns < left + widths)
+    mask = (erased & in_rows)[:, None, :, None] & in_columns[:, None, None, :]
+    return torch.where(mask, torch.randn_like(images), images)
+
+
+def soft_targets(labels: Tensor, num_classes: int, smoothing: float = 0.0, weight: float = 1.0) -> Tensor:
+    """Labels [B] → target distributions [B, K]: smoothed, 1 − s + s/K and s/K, then mixed with the neighbour's."""
+    targets = F.one_hot(labels, num_classes) * (1 - smoothing) + smoothing / num_classes
+    return torch.lerp(targets.roll(1, 0), targets, weight)
+
+
+class MixAugment(nn.Module):
+    """What fine-tuning does to a batch on the device, and the loss that goes with it, for a plain `Trainer`:
+
+        augment = MixAugment(mean, std)
+        augment.attach(model)
+        Trainer(model, ..., compute_loss_func=augment.loss)
+
+    In training uint8 [B, C, H, W] is flipped, normalised, erased and mixed, in this order; in `eval()` mode only
+    normalised. It happens in a hook before the model's forward rather than in the collator: the bytes that travel are
+    uint8, the workers only decode, a resumed run draws the same numbers, and the labels stay class ids, which is what
+    Trainer counts to average over an accumulated batch. Randomness comes from torch's default generators.
+
+    Args:
+        mean, std: one value for each channel, for pixels scaled to [0, 1].
+        mixup, cutmix: α of Beta(α, α), from which λ is drawn; 0: never. With both, each batch tosses a coin.
+        label_smoothing: s in [0, 1).
+        erase: probability of erasing a part of an image.
+        flip: probability of a left-right flip.
+    """
+
+    def __init__(self, mean, std, mixup=0.8, cutmix=1.0, label_smoothing=0.1, erase=0.25, flip=0.5):
+        super().__init__()
+        for name, alpha in (("mixup", mixup), ("cutmix", cutmix)):
+            if not alpha >= 0:
+                raise ValueError(f"{name} must be at least 0, not {alpha!r}")
+        if not 0 <= label_smoothing < 1:
+            raise ValueError(f"label_smoothing must lie in [0, 1), not {label_smoothing!r}")
+        if not 0 <= erase <= 1:
+            raise ValueError(f"erase must lie in [0, 1], not {erase!r}")
+        self.normalize = DeviceAugment(mean, std, flip_probability=flip)
+        self.mixup, self.cutmix, self.label_smoothing, self.erase = mixup, cutmix, label_smoothing, erase
+        self.weight = 1.0  # λ of the last batch, which `loss` has to know
+
+    @torch.no_grad()
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        images, self.weight = self.normalize(pixel_values), 1.0
+        if not self.training:
+            return images
+        if self.erase:
+            images = random_erase(images, self.erase)
+        if not (self.mixup or self.cutmix):
+            return images
+        # Drawn on the CPU, where reading a number waits for no device.
+        use_cutmix = torch.rand(()).item() < 0.5 if self.mixup and self.cutmix else bool(self.cutmix)
+        alpha = self.cutmix if use_cutmix else self.mixup
+        self.weight = torch.distributions.Beta(alpha, alpha).sample().item()
+        if not use_cutmix:
+            return mixup(images, self.weight)
+        height, width = images.shape[2:]
+        box = cutmix_box(height, width, self.weight)
+        self.weight = weight_outside(box, height, width)
+        return cutmix(images, box)
+
+    def attach(self, model: nn.Module, **options):
+        """Put this before the model's forward; returns the handle whose `remove()` takes it away again.
+
+        options: passed on to the forward.
+        """
+
+        def before_forward(module, args, kwargs):
+            self.train(module.training)
+            return args, kwargs | options | {"pixel_values": self(kwargs["pixel_values"])}
+
+        return model.register_forward_pre_hook(before_forward, with_kwargs=True)
+
+    def loss(self, outputs, labels: Tensor, num_items_in_batch=None) -> Tensor:
+        """Cross-entropy [] of the last batch against its soft targets; plain cross-entropy in `eval()` mode.
+
+        A mean, over the accumulated batch where Trainer says how many images that holds.
+        """
+        logits = outputs["logits"].float()
+        smoothing = self.label_smoothing if self.training else 0.0
+        targets = soft_targets(labels, logits.shape[-1], smoothing, self.weight)
+        total = F.cross_entropy(logits, targets, reduction="sum")
+        return total / (len(labels) if num_items_in_batch is None else num_items_in_batch)

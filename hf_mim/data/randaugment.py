@@ -1,0 +1,127 @@
+"""RandAugment (Cubuk et al., arXiv 1909.13719), in the worker, on PIL images of mode L or RGB.
+
+The paper draws a few operations from a list, each uniformly, and applies them one after the other with one magnitude.
+Fine-tuning recipes since DeiT, MAE's among them, use this variant of it (known as "rand-m9-mstd0.5-inc1"), built here:
+- 2 draws with replacement from the 15 operations below; each draw is carried out with probability .5.
+- The magnitude is drawn anew for each, normal(9, .5), clipped to 0..10, on a scale whose end is 10.
+- "Increasing": a larger magnitude always changes the image more, where the paper's Solarize and Posterize do the
+  opposite. Auto_contrast, equalize and invert know no magnitude, and posterize keeps 4 bits at 0 and 1 bit at 10; at 0
+  all others leave the image as it is.
+- What geometric operations uncover is filled with the mean colour; they resample bicubically.
+"""
+
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from PIL import Image, ImageEnhance, ImageOps
+
+from .crop import crop_rng
+from .dataset import ImageDataset
+
+LARGEST_MAGNITUDE = 10.0
+
+
+def _affine(image: Image.Image, matrix: tuple, fill) -> Image.Image:
+    return image.transform(image.size, Image.Transform.AFFINE, matrix, Image.Resampling.BICUBIC, fillcolor=fill)
+
+
+def _solarize_add(image: Image.Image, addend: int) -> Image.Image:
+    return image.point([min(255, x + addend) if x < 128 else x for x in range(256)] * len(image.getbands()))
+
+
+# name -> operation(image, strength, fill). The strength is magnitude / 10, in 0..1; in -1..1 for those in SIGNED.
+OPERATIONS: dict[str, Callable[[Image.Image, float, tuple | int], Image.Image]] = {
+    "auto_contrast": lambda image, strength, fill: ImageOps.autocontrast(image),
+    "equalize": lambda image, strength, fill: ImageOps.equalize(image),
+    "invert": lambda image, strength, fill: ImageOps.invert(image),
+    "posterize": lambda image, strength, fill: ImageOps.posterize(image, max(1, 4 - int(4 * strength))),
+    "solarize": lambda image, strength, fill: ImageOps.solarize(image, 256 - int(256 * strength)),
+    "solarize_add": lambda image, strength, fill: _solarize_add(image, int(110 * strength)),
+    "color": lambda image, strength, fill: ImageEnhance.Color(image).enhance(1 + 0.9 * strength),
+    "contrast": lambda image, strength, fill: ImageEnhance.Contrast(image).enhance(1 + 0.9 * strength),
+    "brightness": lambda image, strength, fill: ImageEnhance.Brightness(image).enhance(1 + 0.9 * strength),
+    "sharpness": lambda image, strength, fill: ImageEnhance.Sharpness(image).enhance(1 + 0.9 * strength),
+    "rotate": lambda image, strength, fill: image.rotate(30 * strength, Image.Resampling.BICUBIC, fillcolor=fill),
+    "shear_x": lambda image, strength, fill: _affine(image, (1, 0.3 * strength, 0, 0, 1, 0), fill),
+    "shear_y": lambda image, strength, fill: _affine(image, (1, 0, 0, 0.3 * strength, 1, 0), fill),
+    "translate_x": lambda image, strength, fill: _affine(image, (1, 0, 0.45 * strength * image.width, 0, 1, 0), fill),
+    "translate_y": lambda image, strength, fill: _affine(image, (1, 0, 0, 0, 1, 0.45 * strength * image.height), fill),
+}
+# Both directions are as likely.
+SIGNED = frozenset("color contrast brightness sharpness rotate shear_x shear_y translate_x translate_y".split())
+
+
+@dataclass(frozen=True)
+class RandAugment:
+    """`augment(image, rng)` → image: all its randomness comes from `rng`.
+
+    magnitude: mean of the magnitudes, 0..10.
+    magnitude_std: their standard deviation.
+    num_operations: draws for each image.
+    probability: of carrying out a draw.
+    fill: the colour of uncovered ground, one value in 0..255 for each channel.
+    """
+
+    magnitude: float = 9.0
+    magnitude_std: float = 0.5
+    num_operations: int = 2
+    probability: float = 0.5
+    fill: tuple[int, ...] = (124, 116, 104)
+
+    def __post_init__(self):
+        if not 0 <= self.magnitude <= LARGEST_MAGNITUDE:
+            raise ValueError(f"magnitude must lie in [0, {LARGEST_MAGNITUDE:g}], not {self.magnitude!r}")
+        if self.magnitude_std < 0:
+            raise ValueError(f"magnitude_std must be at least 0, not {self.magnitude_std!r}")
+        if self.num_operations < 0:
+            raise ValueError(f"num_operations must be at least 0, not {self.num_operations!r}")
+        if not 0 <= self.probability <= 1:
+            raise ValueError(f"probability must lie in [0, 1], not {self.probability!r}")
+        if len(self.fill) not in (1, 3):
+            raise ValueError(f"RandAugment is for images of 1 or 3 channels, not {len(self.fill)} (values in fill)")
+
+    def draw(self, rng: random.Random) -> list[tuple[str, float]]:
+        """The operations for one image, in order, each with its strength."""
+        names, drawn = list(OPERATIONS), []
+        for _ in range(self.num_operations):
+            name = names[int(rng.random() * len(names))]
+            magnitude = min(max(rng.gauss(self.magnitude, self.magnitude_std), 0.0), LARGEST_MAGNITUDE)
+            sign = -1 if name in SIGNED and rng.random() < 0.5 else 1
+            if rng.random() < self.probability:
+                drawn.append((name, sign * magnitude / LARGEST_MAGNITUDE))
+        return drawn
+
+    def __call__(self, image: Image.Image, rng: random.Random) -> Image.Image:
+        fill = self.fill if image.mode == "RGB" else self.fill[0]
+        for name, strength in self.draw(rng):
+            image = OPERATIONS[name](image, strength, fill)
+        return image
+
+
+class RandAugmentedImages(ImageDataset):
+    """An `ImageDataset` whose crops go through RandAugment; keyed on (seed, epoch, index) as the crops are.
+
+    The flip that recipes place before RandAugment may come after it, on the device: both signs of each geometric
+    operation are as likely, so the order makes no difference.
+    """
+
+    def __init__(self, images, size, num_channels=3, crop=None, labels=False, seed=0, randaugment=None):
+        self.randaugment = RandAugment() if randaugment is None else randaugment
+        if len(self.randaugment.fill) != num_channels:
+            raise ValueError(
+                f"RandAugment's fill must have {num_channels} values (channels), not {self.randaugment.fill}"
+            )
+        super().__init__(images, size, num_channels, crop, labels, seed)
+
+    def _sample(self, value, label, key: int, name: str) -> dict:
+        sample = super()._sample(value, label, key, name)
+        pixels = sample["pixel_values"].permute(1, 2, 0).numpy()
+        image = Image.fromarray(pixels[..., 0] if self.num_channels == 1 else pixels)
+        # Draws of its own: the crop's would tie the operation to the crop's size.
+        image = self.randaugment(image, crop_rng(self.seed, int(self._epoch), f"{key}/randaugment"))
+        pixels = np.array(image).reshape(*self.size, self.num_channels)
+        sample["pixel_values"] = torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
+        return sample

@@ -1,0 +1,221 @@
+"""Fine-tuning, full or of the last blocks, by a plain `transformers.Trainer`: MAE's recipe on any vision classifier.
+
+`training/finetune.py`, the script to copy, is made of the same pieces as the protocol `Finetune`: the classifier
+(`classifier.py`), the arguments and training images (here), augmentation and loss (`hf_mim/data/mix.py`).
+"""
+
+import tempfile
+from dataclasses import asdict, dataclass, field
+from typing import ClassVar
+
+import torch
+from transformers import Trainer, TrainingArguments
+from transformers.trainer_callback import PrinterCallback
+
+from hf_mim.callbacks import BrokenImages, DatasetEpoch, RankSeeds
+from hf_mim.data import ImageDataset, RandomCrop, check_broken
+from hf_mim.data.mix import MixAugment
+from hf_mim.data.randaugment import RandAugment, RandAugmentedImages
+from hf_mim.evaluation.classifier import load_classifier, parameter_groups, save_classifier, size_options
+from hf_mim.evaluation.metrics import top_k_accuracy
+from hf_mim.evaluation.result import Result
+from hf_mim.evaluation.splits import check_labels
+from hf_mim.trainer import seeded
+
+
+@dataclass
+class FinetuningArguments(TrainingArguments):
+    """TrainingArguments whose defaults are MAE's fine-tuning of ViT-B (arXiv 2111.06377, table 9, and released code).
+
+    The peak learning rate is `base_lr` × images per optimizer step / 256, or `learning_rate` as it is where given.
+
+    Raises:
+        ValueError: a value outside its range, in one line that names the argument.
+    """
+
+    base_lr: float = field(default=5e-4, metadata={"help": "Peak learning rate of the head for 256 images per step."})
+    learning_rate: float | None = field(default=None, metadata={"help": "As it is; wins over base_lr × batch / 256."})
+    layer_decay: float = field(default=0.65, metadata={"help": "Learning rate of each block over the next one's."})
+    warmup_epochs: float | None = field(
+        default=None, metadata={"help": "Linear warm-up; default: 5 epochs, and at most a tenth of the run."}
+    )
+    num_train_epochs: float = field(default=100, metadata={"help": "Passes over the training images."})
+    per_device_train_batch_size: int = field(default=128, metadata={"help": "Images per device and step."})
+    lr_scheduler_type: str = field(default="cosine", metadata={"help": "Of the learning rate, after the warm-up."})
+    weight_decay: float = field(default=0.05, metadata={"help": "Of matrices; none on biases, norms, tokens, tables."})
+    max_grad_norm: float = field(default=0.0, metadata={"help": "Gradient norm to clip to; 0: no clipping."})
+    logging_strategy: str = field(default="epoch", metadata={"help": "When to log."})
+    remove_unused_columns: bool = field(default=False, metadata={"help": "Drop columns that the model does not take."})
+
+    def __post_init__(self):
+        super().__post_init__()
+        for name in ("base_lr", "num_train_epochs"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} must be above 0, not {getattr(self, name)!r}")
+        if not 0 < self.layer_decay <= 1:
+            raise ValueError(f"layer_decay must lie in (0, 1], not {self.layer_decay!r}")
+        if self.learning_rate is None:
+            self.learning_rate = self.base_lr * self.images_per_step / 256
+        if self.warmup_epochs is None:
+            self.warmup_epochs = min(5, self.num_train_epochs / 10)
+        if not 0 <= self.warmup_epochs < self.num_train_epochs:
+            raise ValueError(
+                f"warmup_epochs must be at least 0 and below the {self.num_train_epochs:g} epochs of the run, not "
+                f"{self.warmup_epochs!r}"
+            )
+        if not self.warmup_steps:
+            self.warmup_steps = self.warmup_epochs / self.num_train_epochs  # below 1, Trainer reads it as a share
+
+    @property
+    def n_gpu(self) -> int:
+        """At most 1: one process for each GPU. DataParallel would lose which images were mixed."""
+        return min(super().n_gpu, 1)
+
+    @property
+    def images_per_step(self) -> int:
+        """Images per optimizer step: per-device batch × accumulation × processes."""
+        return self.per_device_train_batch_size * self.gradient_accumulation_steps * self.world_size
+
+
+def training_images(images, encoder, crop_scale=(0.08, 1.0), magnitude: float = 9.0, magnitude_std=0.5, seed: int = 0):
+    """The dataset to fine-tune on: labelled random crops of a `datasets.Dataset`, through RandAugment.
+
+    Args:
+        encoder: gives `image_size`, `num_channels` and `mean`, the colour of uncovered ground.
+        magnitude: of RandAugment; 0: without it.
+    """
+    arguments = dict(crop=RandomCrop(tuple(crop_scale)), labels=True, seed=seed)
+    if not magnitude:
+        return ImageDataset(images, encoder.image_size, encoder.num_channels, **arguments)
+    randaugment = RandAugment(magnitude, magnitude_std, fill=tuple(round(255 * x) for x in encoder.mean))
+    return RandAugmentedImages(images, encoder.image_size, encoder.num_channels, **arguments, randaugment=randaugment)
+
+
+@dataclass
+class Finetune:
+    """Top-1 accuracy of the whole model, or of its last blocks, trained to classify; of the last epoch, as in papers.
+
+    The defaults are MAE's recipe for ViT-B (arXiv 2111.06377, table 9, and the released code), but for the batch of
+    1024, which the learning rate follows. For ViT-L: base_lr 1e-3, layer_decay .75, epochs 50, drop_path .2. Small data
+    wants more epochs and less augmentation, and digits and the like flip 0. `blocks` is partial fine-tuning (figure 9):
+    0 is a linear probe, the number of blocks is all. Nothing is chosen by the test images, whose labels are read last.
+    """
+
+    name: ClassVar[str] = "finetune"
+    needs: ClassVar[str] = "labels"
+
+    epochs: float = field(default=100.0, metadata={"help": "passes over the training images"})
+    batch_size: int = field(default=128, metadata={"help": "images of a step; 1024 in the paper"})
+    base_lr: float = field(default=5e-4, metadata={"help": "peak learning rate of the head for 256 images per step"})
+    layer_decay: float = field(default=0.65, metadata={"help": "learning rate of each block over the next one's"})
+    warmup_epochs: float | None = field(default=None, metadata={"help": "default: 5, at most a tenth of the run"})
+    weight_decay: float = field(default=0.05, metadata={"help": "of matrices"})
+    blocks: int | None = field(default=None, metadata={"help": "train only the last so many; default: everything"})
+    drop_path: float = field(default=0.1, metadata={"help": "stochastic depth of the last block"})
+    mixup: float = field(default=0.8, metadata={"help": "α of mixup; 0: none"})
+    cutmix: float = field(default=1.0, metadata={"help": "α of CutMix; 0: none"})
+    label_smoothing: float = field(default=0.1, metadata={"help": "share of a label given to all classes alike"})
+    random_erase: float = field(default=0.25, metadata={"help": "probability of erasing a part of an image"})
+    randaugment_magnitude: float = field(default=9.0, metadata={"help": "mean, 0 to 10; 0: no RandAugment"})
+    randaugment_std: float = field(default=0.5, metadata={"help": "standard deviation of the magnitude"})
+    crop_scale: tuple[float, float] = field(default=(0.08, 1.0), metadata={"help": "share of the image in a crop"})
+    flip: float = field(default=0.5, metadata={"help": "probability of a left-right flip"})
+    bf16: bool | None = field(default=None, metadata={"help": "autocast to bfloat16; default: on CUDA"})
+    output_dir: str | None = field(default=None, metadata={"help": "keep the fine-tuned classifier in this folder"})
+    seed: int = field(default=0, metadata={"help": "of the new classifier, the order and all augmentation"})
+
+    def __post_init__(self):
+        if self.batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, not {self.batch_size!r}")
+        self._arguments("unused", torch.device("cpu"))  # they check the rest, and so do the augmentations
+        self._augment([0.5], [0.5])
+        RandAugment(self.randaugment_magnitude, self.randaugment_std)
+        RandomCrop(tuple(self.crop_scale))
+
+    def run(self, extract, train, test) -> Result:
+        encoder, labels = extract.encoder, train.read_labels()
+        check_labels(labels)
+        if self.batch_size > len(train):
+            raise ValueError(f"batch_size must be at most the {len(train)} training images, not {self.batch_size}")
+        classes = train.class_names or [str(number) for number in range(int(labels.max()) + 1)]
+        crop = self.crop_scale, self.randaugment_magnitude, self.randaugment_std, self.seed
+        train_images = training_images(train.images, encoder, *crop)
+        test_images = ImageDataset(
+            test.images.select_columns("image"), encoder.image_size, encoder.num_channels, extract.crop
+        )
+        with seeded(self.seed, encoder.device), tempfile.TemporaryDirectory() as folder:
+            model = load_classifier(encoder.name, classes, self.drop_path, self.blocks)
+            augment = self._augment(encoder.mean, encoder.std)
+            augment.attach(model, **size_options(model, encoder.image_size))
+            args = self._arguments(folder, encoder.device, extract.num_workers, not extract.progress)
+            groups = parameter_groups(model, args.learning_rate, args.weight_decay, args.layer_decay)
+            trainer = Trainer(
+                model,
+                args,
+                train_dataset=train_images,
+                compute_loss_func=augment.loss,
+                optimizer_cls_and_kwargs=(torch.optim.AdamW, {"params": groups, "lr": args.learning_rate}),
+                callbacks=[DatasetEpoch(train_images), BrokenImages(train_images), RankSeeds()],
+            )
+            trainer.remove_callback(PrinterCallback)
+            trainer.train()
+            args.dataloader_drop_last = False
+            logits = torch.from_numpy(trainer.predict(test_images).predictions)
+        check_broken(test_images)
+        if broken := test_images.broken_indices():  # another image stood in for each
+            logits = logits[[row for row in range(len(logits)) if row not in set(broken)]]
+            test.leave_out(broken)
+        if self.output_dir is not None:
+            save_classifier(model, self.output_dir, encoder.image_size, encoder.mean, encoder.std)
+        return self._result(trainer, logits, train, test)
+
+    def _arguments(self, folder, device, num_workers: int = 0, silent: bool = True) -> FinetuningArguments:
+        return FinetuningArguments(
+            output_dir=str(folder),
+            num_train_epochs=self.epochs,
+            per_device_train_batch_size=self.batch_size,
+            per_device_eval_batch_size=self.batch_size,
+            base_lr=self.base_lr,
+            layer_decay=self.layer_decay,
+            warmup_epochs=self.warmup_epochs,
+            weight_decay=self.weight_decay,
+            bf16=device.type == "cuda" if self.bf16 is None else self.bf16,
+            seed=self.seed,
+            use_cpu=device.type == "cpu",
+            dataloader_num_workers=num_workers,
+            dataloader_pin_memory=device.type != "cpu",
+            dataloader_drop_last=True,
+            save_strategy="no",
+            disable_tqdm=silent,
+        )
+
+    def _augment(self, mean, std) -> MixAugment:
+        return MixAugment(
+            mean, std, self.mixup, self.cutmix, self.label_smoothing, erase=self.random_erase, flip=self.flip
+        )
+
+    def _result(self, trainer: Trainer, logits: torch.Tensor, train, test) -> Result:
+        """Here, and nowhere before, test labels are read."""
+        config, history = trainer.model.config, trainer.state.log_history
+        ks = [1, 5] if logits.shape[1] > 5 else [1]
+        scores = top_k_accuracy(logits, test.read_labels(), ks)
+        settings = asdict(self) | {
+            "learning_rate": trainer.args.learning_rate,
+            "steps": trainer.state.max_steps,
+            "warmup_epochs": trainer.args.warmup_epochs,
+            "optimizer": "AdamW (.9, .999), cosine to 0",
+            "classifier": type(trainer.model).__name__,
+        }
+        notes = []
+        if self.drop_path and not hasattr(config, "drop_path_rate"):
+            notes.append(f"{type(trainer.model).__name__} has no drop path: drop_path {self.drop_path:g} did nothing.")
+        return Result(
+            protocol=self.name,
+            metric="top-1 accuracy",
+            value=scores.pop("top1_accuracy"),
+            settings=settings,
+            data={"train": train.describe(), "test": test.describe()},
+            scores=scores,
+            table=[{"epoch": row["epoch"], "training loss": row["loss"]} for row in history if "loss" in row],
+            notes=notes,
+        )

@@ -1,0 +1,89 @@
+"""Fine-tune a checkpoint on labelled images with a plain `transformers.Trainer`, by MAE's recipe: a script to copy.
+
+    python training/finetune.py runs/digits_mae --dataset digits --epochs 5 --flip 0
+    python training/finetune.py runs/digits_mae --dataset digits --epochs 5 --flip 0 --blocks 1
+    torchrun --nproc_per_node 8 training/finetune.py runs/imagenet_mae --dataset /path/to/imagenet --bf16 true
+    accelerate launch training/finetune.py facebook/dinov2-base --dataset /path/to/images --epochs 50
+
+The first takes seconds on a CPU, after `hf-mim pretrain training/recipes/digits_mae.yaml`. A checkpoint is a folder or
+a name on the Hub, of our models or of any that `AutoModelForImageClassification` loads. Every argument of transformers'
+`TrainingArguments` works too (`--help`): the learning rate is `--base_lr` × images per step / 256.
+"""
+
+import sys
+from dataclasses import dataclass, field
+
+import torch
+from accelerate.utils import set_seed
+from transformers import HfArgumentParser, Trainer
+
+from hf_mim.callbacks import BrokenImages, DatasetEpoch, RankSeeds
+from hf_mim.data import CenterCrop, ImageDataset
+from hf_mim.data.mix import MixAugment
+from hf_mim.evaluation.classifier import load_classifier, parameter_groups, save_classifier, size_options
+from hf_mim.evaluation.encoder import FrozenEncoder
+from hf_mim.evaluation.finetune import FinetuningArguments, training_images
+from hf_mim.evaluation.images import load_labelled
+from hf_mim.evaluation.metrics import compute_metrics
+
+
+@dataclass
+class Arguments:
+    dataset: str = field(metadata={"help": 'A folder, a file, a name on the Hub, or "digits".'})
+    test_dataset: str | None = field(default=None, metadata={"help": "Default: the test or validation split."})
+    image_size: int | None = field(default=None, metadata={"help": "Side of the crops; default: the checkpoint's."})
+    blocks: int | None = field(default=None, metadata={"help": "Train only the last so many blocks; 0: linear probe."})
+    drop_path: float = field(default=0.1, metadata={"help": "Stochastic depth of the last block."})
+    mixup: float = field(default=0.8, metadata={"help": "α of mixup; 0: none."})
+    cutmix: float = field(default=1.0, metadata={"help": "α of CutMix; 0: none."})
+    label_smoothing: float = field(default=0.1, metadata={"help": "Share of a label given to all classes alike."})
+    random_erase: float = field(default=0.25, metadata={"help": "Probability of erasing a part of an image."})
+    flip: float = field(default=0.5, metadata={"help": "Probability of a left-right flip."})
+    randaugment: float = field(default=9.0, metadata={"help": "Magnitude of RandAugment, 0 to 10; 0: none."})
+
+
+def main():
+    parser = HfArgumentParser((Arguments, FinetuningArguments))
+    parser.add_argument("checkpoint", help="a folder, or a name on the Hub")
+    parser.add_argument("--epochs", type=float, dest="num_train_epochs", default=100, help="as --num_train_epochs")
+    parser.set_defaults(output_dir="runs/finetuned", eval_strategy="epoch", save_strategy="epoch", save_total_limit=1)
+    ours, args, rest = parser.parse_args_into_dataclasses()
+
+    # Size, mean and std as the checkpoint's image processor has them; the images, uint8, cropped in the workers.
+    encoder = FrozenEncoder.load(rest.checkpoint, ours.image_size, device="cpu")
+    with args.main_process_first(desc="loading the images"):
+        train, test = load_labelled(ours.dataset, ours.test_dataset)
+    classes = train.class_names or [str(number) for number in range(int(train.read_labels().max()) + 1)]
+    train_images = training_images(train.images, encoder, magnitude=ours.randaugment, seed=args.seed)
+    test_images = ImageDataset(test.images, encoder.image_size, encoder.num_channels, CenterCrop(), labels=True)
+
+    set_seed(args.seed)
+    model = load_classifier(rest.checkpoint, classes, ours.drop_path, ours.blocks)
+    # Flip, normalisation, erasing, mixup and CutMix, on the device before the model's forward, and the loss to it.
+    augment = MixAugment(
+        encoder.mean, encoder.std, ours.mixup, ours.cutmix, ours.label_smoothing, ours.random_erase, ours.flip
+    )
+    augment.attach(model, **size_options(model, encoder.image_size))
+    groups = parameter_groups(model, args.learning_rate, args.weight_decay, args.layer_decay)
+
+    trainer = Trainer(
+        model,
+        args,
+        train_dataset=train_images,
+        eval_dataset=test_images,
+        compute_loss_func=augment.loss,
+        compute_metrics=compute_metrics,
+        optimizer_cls_and_kwargs=(torch.optim.AdamW, {"params": groups, "lr": args.learning_rate}),
+        callbacks=[DatasetEpoch(train_images), BrokenImages(train_images), RankSeeds()],
+    )
+    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+    if trainer.is_world_process_zero():  # the last epoch counts, as in papers
+        save_classifier(model, args.output_dir, encoder.image_size, encoder.mean, encoder.std)
+        print(f"\nThe classifier is in {args.output_dir}: pipeline('image-classification', model='{args.output_dir}')")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except ValueError as error:
+        sys.exit(f"error: {error}")
