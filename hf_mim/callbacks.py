@@ -1,4 +1,4 @@
-"""What happens beside the step: target update, weight decay, epochs of the data, broken images, speed.
+"""What happens beside the step: target update, weight decay, epochs of the data, broken images, probe, speed.
 
 No callback keeps anything that a checkpoint would have to hold: what they do follows from the step number.
 """
@@ -6,12 +6,17 @@ No callback keeps anything that a checkpoint would have to hold: what they do fo
 import time
 
 from accelerate.utils import gather_object, set_seed
+from datasets import Dataset
 from transformers import TrainerCallback
 from transformers.trainer_callback import ProgressCallback
 from transformers.trainer_utils import has_length
 
 from hf_mim import schedules
 from hf_mim.data.dataset import MAX_BROKEN, BrokenImagesError, check_broken
+from hf_mim.evaluation.encoder import FrozenEncoder
+from hf_mim.evaluation.features import FeatureExtractor
+from hf_mim.evaluation.images import Images, LabelledImages
+from hf_mim.evaluation.knn import knn_predict
 
 
 class TargetUpdate(TrainerCallback):
@@ -84,6 +89,50 @@ class BrokenImages(TrainerCallback):
             )
 
 
+class OnlineProbe(TrainerCallback):
+    """k-NN accuracy and health of the features during training, before the first step and every `every` steps.
+
+    They are logged as `probe_...` beside the loss. Every process measures the same for itself, nothing random is drawn
+    from the training's numbers, and the time does not count as training time.
+
+    Args:
+        trainer: the `MIMTrainer`, whose model, normalisation and batch size for evaluation are used.
+        train: `LabelledImages` that vote, or None: then only health is measured.
+        test: `LabelledImages` to classify; without labels any `datasets.Dataset` of images.
+    """
+
+    def __init__(self, trainer, every: int, train: LabelledImages | None, test: LabelledImages | Dataset):
+        self.trainer, self.every, self.train = trainer, every, train
+        self.test = test if isinstance(test, LabelledImages) else Images(test)
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if state.global_step == 0:
+            self.measure()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step % self.every == 0:
+            self.measure()
+
+    def measure(self):
+        """Log one measurement."""
+        from hf_mim.evaluation.health import measure_health
+
+        trainer = self.trainer
+        model = trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False).base_model
+        training = model.training
+        encoder = FrozenEncoder(model, *trainer.augment.statistics())
+        extract = FeatureExtractor(encoder, trainer.args.per_device_eval_batch_size, progress=False)
+        pooled, tokens = extract(self.test, ["last/mean/norm", "last/tokens/norm"])
+        values = measure_health(pooled, tokens, encoder.grid)
+        if self.train is not None:
+            (features,), labels = extract(self.train, ["last/mean/norm"]), self.train.read_labels()
+            predictions = knn_predict(features, labels, pooled, k=min(20, len(labels)))
+            values["knn"] = (predictions == self.test.read_labels()).double().mean().item()
+        model.train(training)
+        trainer.log({f"probe_{name}": value for name, value in values.items()})
+        trainer.throughput.restart_clock()
+
+
 class Throughput(TrainerCallback):
     """Training images per second between two readings; evaluating and saving do not count as training time."""
 
@@ -110,11 +159,15 @@ class Throughput(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         self._lap()
 
-    def on_evaluate(self, args, state, control, **kwargs):
+    def restart_clock(self):
+        """What has passed since the last step was no training."""
         self.mark = time.perf_counter()
 
+    def on_evaluate(self, args, state, control, **kwargs):
+        self.restart_clock()
+
     def on_save(self, args, state, control, **kwargs):
-        self.mark = time.perf_counter()
+        self.restart_clock()
 
 
 class MIMProgress(ProgressCallback):

@@ -1,8 +1,8 @@
-"""The command line: `hf-mim pretrain [RECIPE.yaml] [--argument value ...]`.
+"""The command line: `hf-mim pretrain [RECIPE.yaml] [--argument value ...]` and `hf-mim evaluate`.
 
 A folder, because each part is of use alone: `recipe.py` (what a run is), `values.py` (text and YAML to typed values),
-`help.py`, `pretrain.py` (the run itself), `readout.py` (its k-NN accuracy). A user's mistake is one line on stderr and
-exit status 2, before anything is trained or written.
+`help.py`, `pretrain.py` (the run itself), `readout.py` (its k-NN accuracy), `evaluate.py`. A user's mistake is one
+line on stderr and exit status 2, before anything is trained or written.
 """
 
 import os
@@ -16,13 +16,14 @@ from transformers.utils import logging
 
 from hf_mim.cli.help import pretrain_help
 from hf_mim.cli.recipe import Recipe, field_type
-from hf_mim.cli.values import read_yaml
+from hf_mim.cli.values import read_yaml, split_options
 from hf_mim.data import BrokenImagesError, ImageFormatError
 
 USAGE = """\
 usage: hf-mim COMMAND ...
 
   pretrain    pretrain MAE, Latent MIM or StoP-JEPA on images
+  evaluate    measure the features of a checkpoint by one of the papers' protocols
 
 hf-mim COMMAND --help lists its arguments."""
 
@@ -62,7 +63,30 @@ def pretrain_command(arguments: list[str]) -> int:
     return 0
 
 
-COMMANDS = {"pretrain": pretrain_command}
+def evaluate_command(arguments: list[str]) -> int:
+    """`hf-mim evaluate`."""
+    from hf_mim.cli.evaluate import Evaluation, evaluate_help
+
+    protocol = next((word for word in arguments[:1] if not word.startswith("-")), None)
+    try:
+        if {"-h", "--help"} & set(arguments) or not arguments:
+            print(evaluate_help(protocol))
+            return 0
+        if protocol is None:
+            raise ValueError("evaluate needs a protocol first: hf-mim evaluate PROTOCOL CHECKPOINT")
+        logging.disable_progress_bar()
+        run = Evaluation.parse(protocol, arguments[1:])
+        result = run()
+    except (ValueError, OSError, RuntimeError, ImportError, StrictDataclassError) as error:
+        return _fail(one_line(error))
+    except KeyboardInterrupt:
+        print("\ninterrupted; the features so far are kept, and the same command goes on from them", file=sys.stderr)
+        return 130
+    print(f"{result}\n\nThe result is in {run.path}.")
+    return 0
+
+
+COMMANDS = {"pretrain": pretrain_command, "evaluate": evaluate_command}
 
 
 def read_recipe(arguments: list[str]) -> Recipe:
@@ -76,25 +100,10 @@ def read_recipe(arguments: list[str]) -> Recipe:
 
 def parse(arguments: list[str]) -> tuple[str | None, dict[str, Any]]:
     """`[RECIPE] --name value --name=value --flag` → the recipe's path and the values, as text or True."""
-    path, given, rest = None, {}, list(arguments)
-    while rest:
-        word = rest.pop(0)
-        if not word.startswith("--"):
-            if path is not None:
-                raise ValueError(f"{word!r} is one argument too many after the recipe {path}")
-            path = word
-            continue
-        name, has_value, value = word[2:].partition("=")
-        name = name.replace("-", "_")
-        is_flag = field_type(name) is bool
-        if not has_value:
-            value = True
-            if rest and not rest[0].startswith("--") and (not is_flag or rest[0].lower() in ("true", "false")):
-                value = rest.pop(0)
-            elif not is_flag:
-                raise ValueError(f"{name} needs a value")
-        given[name] = value
-    return path, given
+    options, paths = split_options(arguments, lambda name: field_type(name) is bool)
+    if len(paths) > 1:
+        raise ValueError(f"{paths[1]!r} is one argument too many after the recipe {paths[0]}")
+    return (paths[0] if paths else None), options
 
 
 def one_line(error: BaseException) -> str:

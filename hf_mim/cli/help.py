@@ -43,9 +43,9 @@ def pretrain_help() -> str:
     return "\n\n".join(
         [
             USAGE,
-            _section("the run", run),
+            section("the run", run),
             *_model_sections(),
-            _section(
+            section(
                 "training",
                 [
                     (name, DEFAULTS.get(name, _default(training[name])), training[name].metadata["help"])
@@ -68,7 +68,7 @@ def _model_sections() -> list[str]:
         rows = [
             (f.name, _default(f), texts.get(f.name, "")) for f in dataclasses.fields(config_class) if f.name in members
         ]
-        sections.append(_section(title, rows))
+        sections.append(section(title, rows))
     return sections
 
 
@@ -85,7 +85,8 @@ def _default(field: dataclasses.Field) -> Any:
     return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
 
 
-def _section(title: str, rows: list[tuple[str, Any, str]]) -> str:
+def section(title: str, rows: list[tuple[str, Any, str]]) -> str:
+    """Arguments with their defaults to the left, what they mean to the right."""
     lines = [f"{title}:"]
     for name, default, text in rows:
         value = ",".join(map(str, default)) if isinstance(default, list | tuple) else str(default)

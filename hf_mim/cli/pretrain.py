@@ -4,7 +4,7 @@
     run()                      # trains, saves, draws, measures
 
 The run folder is the checkpoint (config, weights, image processor) with `recipe.yaml`, `trainer_state.json`,
-`loss.png`, for MAE `reconstructions.png`, and where the images have labels `knn.json`.
+`loss.png`, for MAE `reconstructions.png`, and where the images have labels `results/knn.json`.
 """
 
 import math
@@ -20,7 +20,8 @@ from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging
 
 import hf_mim  # noqa: F401 (registers the models)
-from hf_mim.cli.readout import Readout, find_test_split, fixed_view, load_split
+from hf_mim.callbacks import OnlineProbe
+from hf_mim.cli.readout import Readout, find_test_split, fixed_sample, fixed_view, load_split
 from hf_mim.cli.recipe import Recipe, RunArguments, model_fields
 from hf_mim.cli.values import read_yaml
 from hf_mim.data import DeviceAugment, ImageDataset, ImageStream, RandomCrop, channel_statistics
@@ -43,7 +44,7 @@ class Pretraining:
             self.images = load_split(run, "dataset", run.train_split)
             train_images = training_images(self.images, run, config, args.seed)
             self.augment = device_augment(recipe, train_images, config)
-            self.readout = Readout.find(self.images, run, config) if run.knn else None
+            self.readout = Readout.find(self.images, run) if run.knn or run.probe_every else None
             eval_images = None if args.eval_strategy == "no" else evaluation_images(run, config)
         steps = number_of_steps(args, train_images)
         if 0 < steps < args.warmup_steps:  # Trainer would find out after it has begun
@@ -58,6 +59,10 @@ class Pretraining:
         self.trainer = MIMTrainer(
             model, args, train_dataset=train_images, eval_dataset=eval_images, augment=self.augment
         )
+        if run.probe_every:
+            samples = self.readout.sample(run.probe_images, run.probe_images // 4) if self.readout else None
+            samples = samples or (None, fixed_sample(self.images, run.probe_images // 4))
+            self.trainer.add_callback(OnlineProbe(self.trainer, run.probe_every, *samples))
 
     def __call__(self):
         """Train, then fill the run folder and say what came out."""
@@ -81,10 +86,11 @@ class Pretraining:
             view = fixed_view(self.images, model.config, NUM_PICTURES)
             images = torch.stack([sample["pixel_values"] for sample in view]).to(model.device)
             plot_reconstructions(model, images, self.augment, self.folder / "reconstructions.png")
-        if self.readout is not None:
+        if self.readout is not None and self.recipe.run.knn:
             set_seed(self.trainer.args.seed)
             untrained = AutoModelForPreTraining.from_config(model.config).to(model.device).eval()
-            self.readout.measure(model, untrained, self.augment, self.trainer.args, self.folder)
+            batch_size = self.trainer.args.per_device_eval_batch_size
+            self.readout.measure(model, untrained, self.augment, batch_size, self.folder)
         print(
             f"\nThe checkpoint is in {self.folder}. Three lines of Python load its encoder:\n\n"
             "    import hf_mim\n"

@@ -1,6 +1,5 @@
-"""What a run says of its features in the end: k-NN accuracy, beside that of no training and of no encoder at all."""
+"""What a run says of its features: k-NN accuracy, beside that of no training and of no encoder at all."""
 
-import hashlib
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,9 +9,12 @@ from datasets import Dataset, IterableDataset
 from transformers import PreTrainedConfig
 
 from hf_mim.cli.recipe import RunArguments
-from hf_mim.data import CenterCrop, ImageDataset, ImageStream, load_images
-from hf_mim.evaluation.features import extract_features, mean_patch_token, raw_pixels
-from hf_mim.evaluation.knn import KNNResult, evaluate_knn
+from hf_mim.data import CenterCrop, ImageDataset, load_images
+from hf_mim.evaluation.encoder import FrozenEncoder, RawPixels, checkpoint_sha256
+from hf_mim.evaluation.features import FeatureExtractor
+from hf_mim.evaluation.images import LabelledImages, labelled_only
+from hf_mim.evaluation.knn import KNN
+from hf_mim.evaluation.result import Result, result_path
 
 
 def load_split(run: RunArguments, argument: str, split: str) -> Dataset | IterableDataset:
@@ -23,31 +25,35 @@ def load_split(run: RunArguments, argument: str, split: str) -> Dataset | Iterab
         raise ValueError(re.sub("^source|(?<= in )source", argument, str(error))) from error
 
 
-def fixed_view(
-    images, config: PreTrainedConfig, count: int, start: int = 0, labels: bool = False, size=None
-) -> ImageDataset | ImageStream:
-    """`count` images or fewer, always the same: those from `start` on in a shuffled order (a stream has its own).
-
-    Centred crops, of `size` or that which the encoder sees.
-    """
-    size, channels = size or config.image_height_width, config.num_channels
+def fixed_sample(images: Dataset | IterableDataset, count: int, start: int = 0) -> Dataset:
+    """`count` images or fewer, always the same: those from `start` on in a shuffled order (a stream has its own)."""
     if isinstance(images, Dataset):
         order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
-        chosen = images.select(order[start : start + count].tolist())
-        return ImageDataset(chosen, size, channels, CenterCrop(), labels)
-    return ImageStream(images.skip(start).take(count), size, channels, CenterCrop(), labels)
+        return images.select(order[start : start + count].tolist())
+    return Dataset.from_list(list(images.skip(start).take(count)), features=images.features)
+
+
+def fixed_view(images, config: PreTrainedConfig, count: int, size=None) -> ImageDataset:
+    """Centred crops of a fixed sample, of `size` or that which the encoder sees."""
+    sample = fixed_sample(images, count)
+    return ImageDataset(sample, size or config.image_height_width, config.num_channels, CenterCrop())
 
 
 @dataclass
 class Readout:
-    """Labelled images to vote and to be classified. `data` says which they are, for the result."""
+    """Labelled images to vote (from `start` on in their shuffled order) and to be classified.
 
-    train: ImageDataset | ImageStream
-    test: ImageDataset | ImageStream
+    `data` says which they are, for the result.
+    """
+
+    train_images: Dataset | IterableDataset
+    test_images: Dataset | IterableDataset
+    start: int
+    most: tuple[int, int]
     data: dict
 
     @classmethod
-    def find(cls, images, run: RunArguments, config: PreTrainedConfig) -> "Readout | None":
+    def find(cls, images, run: RunArguments) -> "Readout | None":
         """The training split votes, a test split is classified. None where there are no labels.
 
         Without a test split, a fifth of the training images at most is classified and does not vote: the model has seen
@@ -66,35 +72,46 @@ class Readout:
             "test": f"{run.test_dataset or run.dataset}, split {split}",
             "test_images_seen_in_pretraining": not own,
         }
-        train = fixed_view(images, config, run.knn_train_images, start=0 if own else num_tested, labels=True)
-        return cls(train, fixed_view(tested, config, num_tested, labels=True), data)
+        return cls(images, tested, 0 if own else num_tested, (run.knn_train_images, num_tested), data)
 
-    def measure(self, model, untrained, augment, args, folder: Path) -> KNNResult:
-        """The trained encoder, with the untrained one and the raw pixels as baselines: printed, and in knn.json."""
-        augment.eval()
-        encoders = {
-            "trained": mean_patch_token(model.base_model),
-            "untrained": mean_patch_token(untrained.base_model),
-            "raw pixels": raw_pixels,
-        }
-        results = {name: self._measure_one(encode, augment, model.device, args) for name, encode in encoders.items()}
-        result = results["trained"]
-        result.baselines = {name: results[name].accuracy for name in ("untrained", "raw pixels")}
-        result.checkpoint_sha256 = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
-        result.save(folder / "knn.json")
-        seen = ", seen in pretraining without their labels" if self.data["test_images_seen_in_pretraining"] else ""
-        print(f"\n{result.k}-NN accuracy on {result.test_images:,} images of {self.data['test']}{seen};")
-        print(f"{result.train_images:,} of {self.data['train']} vote; mean of the patch tokens:\n")
-        for name, value in results.items():
-            print(f"    {name:<12}{100 * value.accuracy:5.1f} %")
-        return result
-
-    def _measure_one(self, encode, augment, device, args) -> KNNResult:
-        train, test = (
-            extract_features(encode, images, augment, device, args.per_device_eval_batch_size)
-            for images in (self.train, self.test)
+    def sample(self, train: int | None = None, test: int | None = None) -> tuple[LabelledImages, LabelledImages]:
+        """At most so many labelled images to vote and to be classified."""
+        counts = [
+            most if count is None else min(most, count) for count, most in zip((train, test), self.most, strict=True)
+        ]
+        voting = labelled_only(fixed_sample(self.train_images, counts[0], self.start))
+        return (
+            LabelledImages(voting, self.data["train"]),
+            LabelledImages(labelled_only(fixed_sample(self.test_images, counts[1])), self.data["test"]),
         )
-        return evaluate_knn(train, test, features="mean of the patch tokens after the final norm", data=self.data)
+
+    def measure(self, model, untrained, augment, batch_size: int, folder: Path) -> Result:
+        """The trained encoder, with the untrained one and the raw pixels as baselines: printed, and in results/."""
+        train, test = self.sample()
+        normalization = [values.flatten().tolist() for values in augment.statistics()]
+        size = model.config.image_height_width
+        encoders = {
+            "trained": FrozenEncoder(model.base_model, *normalization, name=str(folder)),
+            "untrained": FrozenEncoder(untrained.base_model, *normalization, name="untrained"),
+            "raw pixels": RawPixels(*normalization, size, model.device),
+        }
+        protocol = KNN(k=min(20, len(train)))
+        results = {
+            name: protocol.run(FeatureExtractor(encoder, batch_size, progress=False), train, test)
+            for name, encoder in encoders.items()
+        }
+        result = results["trained"]
+        result.scores = {name: results[name].value for name in ("untrained", "raw pixels")}
+        result.data["test"]["seen_in_pretraining"] = self.data["test_images_seen_in_pretraining"]
+        result.checkpoint, result.checkpoint_sha256 = str(folder), checkpoint_sha256(folder)
+        result.device = str(model.device)
+        result.save(result_path(folder, "knn"))
+        seen = ", seen in pretraining without their labels" if self.data["test_images_seen_in_pretraining"] else ""
+        print(f"\n{protocol.k}-NN accuracy on {len(test):,} images of {self.data['test']}{seen};")
+        print(f"{len(train):,} of {self.data['train']} vote; mean of the patch tokens:\n")
+        for name, value in results.items():
+            print(f"    {name:<12}{100 * value.value:5.1f} %")
+        return result
 
 
 def find_test_split(run: RunArguments, labelled: bool = False) -> tuple[Dataset | IterableDataset | None, str | None]:

@@ -148,6 +148,15 @@ class RunArguments:
     )
     knn_train_images: int = field(default=10_000, metadata={"help": "at most so many labelled images to vote"})
     knn_test_images: int = field(default=2_000, metadata={"help": "at most so many to classify"})
+    probe_every: int = field(
+        default=0,
+        metadata={
+            "help": "steps between measurements of k-NN (with labels) and health, logged beside the loss; 0: none"
+        },
+    )
+    probe_images: int = field(
+        default=2000, metadata={"help": "of which at most so many vote; a quarter as many are classified"}
+    )
     resume: bool = field(default=False, metadata={"help": "go on with the run in output_dir, by its own recipe.yaml"})
 
     def __post_init__(self):
@@ -155,9 +164,10 @@ class RunArguments:
             raise ValueError('dataset must be given: a folder, files, the name of a dataset on the Hub, or "digits"')
         if (self.image_mean is None) != (self.image_std is None):
             raise ValueError("image_mean and image_std must be given together")
-        for name in ("knn_train_images", "knn_test_images", "shuffle_buffer"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+        least = {"knn_train_images": 1, "knn_test_images": 1, "shuffle_buffer": 1, "probe_every": 0, "probe_images": 8}
+        for name, value in least.items():
+            if getattr(self, name) < value:
+                raise ValueError(f"{name} must be at least {value}, not {getattr(self, name)}")
 
 
 def model_fields(method: str) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import re
 import types
+from collections.abc import Callable
 from enum import Enum
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin
@@ -55,6 +56,27 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     if not isinstance(settings, dict) or not all(isinstance(name, str) for name in settings):
         raise ValueError(f"the recipe {path} must consist of lines like `name: value`")
     return settings
+
+
+def split_options(arguments: list[str], is_flag: Callable[[str], bool]) -> tuple[dict[str, Any], list[str]]:
+    """(values of `--name value --name=value --flag`, as text or True; the words that belong to none)."""
+    options, words, rest = {}, [], list(arguments)
+    while rest:
+        word = rest.pop(0)
+        if not word.startswith("--"):
+            words.append(word)
+            continue
+        name, has_value, value = word[2:].partition("=")
+        name = name.replace("-", "_")
+        flag = is_flag(name)
+        if not has_value:
+            value = True
+            if rest and not rest[0].startswith("--") and (not flag or rest[0].lower() in ("true", "false")):
+                value = rest.pop(0)
+            elif not flag:
+                raise ValueError(f"{name} needs a value")
+        options[name] = value
+    return options, words
 
 
 def convert(name: str, value: Any, hint: Any) -> Any:

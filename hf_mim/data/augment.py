@@ -88,6 +88,12 @@ class DeviceAugment(nn.Module):
         images = (pixel_values.float() - self.shift.to(pixel_values.device)) / self.scale.to(pixel_values.device)
         return images.round().clamp(0, 255).to(torch.uint8)
 
+    def statistics(self) -> tuple[list[float], list[float]]:
+        """The mean and std of each channel that `normalize` takes away."""
+        scale, shift = self.scale.double().flatten(), self.shift.double().flatten()
+        std = 1 / (255 * scale)
+        return (-shift * std).tolist(), std.tolist()
+
     @staticmethod
     def _drawn(images: Tensor, probability: float) -> Tensor:
         """[B, 1, 1, 1] of bools: which images are chosen."""

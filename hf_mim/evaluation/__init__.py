@@ -1,9 +1,9 @@
 """How good the features are: one protocol, one file; each takes an encoder and data and returns a result.
 
-    from hf_mim.evaluation import KNN, FeatureExtractor, FrozenEncoder, load_labelled
+from hf_mim.evaluation import KNN, FeatureExtractor, FrozenEncoder, load_labelled
 
-    extract = FeatureExtractor(FrozenEncoder.load("runs/digits_mae"))
-    print(KNN().run(extract, *load_labelled("digits")))
+extract = FeatureExtractor(FrozenEncoder.load("runs/digits_mae"))
+print(KNN().run(extract, *load_labelled("digits")))
 """
 
 import importlib

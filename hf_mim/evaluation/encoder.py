@@ -12,6 +12,7 @@ from functools import cached_property
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoModel, BaseImageProcessor
 from transformers.utils import cached_file
@@ -88,7 +89,9 @@ class FrozenEncoder:
         self.native_size, self.patch_size = pair(model.config.image_size), pair(model.config.patch_size)
         self.image_size = self.native_size if image_size is None else pair(image_size)
         if len(self.mean) != self.num_channels or len(self.std) != self.num_channels:
-            raise ValueError(f"image_mean and image_std must have {self.num_channels} values, not {self.mean}, {self.std}")
+            raise ValueError(
+                f"image_mean and image_std must have {self.num_channels} values, not {self.mean}, {self.std}"
+            )
         self.normalize = DeviceAugment(self.mean, self.std).eval()
         if model.config.model_type == "vit_mae":
             model.config.mask_ratio = 0.0  # it would mask at inference too
@@ -139,6 +142,26 @@ class FrozenEncoder:
             digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
         return digest.hexdigest()
 
+    def untrained(self, seed: int = 0) -> "FrozenEncoder":
+        """The same architecture with new random weights: what the features have to be better than."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            model = type(self.model)(self.model.config)
+        name = f"{self.name} (untrained)"
+        return FrozenEncoder(model.to(self.device), self.mean, self.std, self.image_size, name, self.dtype)
+
+    def describe(self) -> dict:
+        """All of the encoder that decides a feature, but layer and pooling."""
+        return {
+            "weights": self.sha256,
+            "architecture": self.model.config.to_dict(),
+            "image_size": self.image_size,
+            "mean": self.mean,
+            "std": self.std,
+            "dtype": str(self.dtype),
+            "device": self.device.type,
+        }
+
     def preprocess(self, pixel_values: Tensor) -> Tensor:
         """uint8 `[B, C, h, w]` → normalised float32 on the encoder's device."""
         return self.normalize(pixel_values.to(self.device, non_blocking=True))
@@ -149,6 +172,10 @@ class FrozenEncoder:
             raise ValueError(f"features {spec} need a layer that {self.name} has not: it has {self.num_layers}")
         if spec.pooling == "cls" and self.num_prefix_tokens == 0:
             raise ValueError(f"features {spec} need a CLS token, and {self.name} has none: take mean")
+
+    def feature_width(self, spec: FeatureSpec) -> int:
+        """D, or 4·D for the last four layers."""
+        return self.width * len(spec.blocks(self.num_layers))
 
     @torch.no_grad()
     def extract(self, pixel_values: Tensor, specs: Sequence[FeatureSpec]) -> list[Tensor]:
@@ -219,14 +246,44 @@ class FrozenEncoder:
             raise ValueError(f"image_size {height},{width} does not suit {self.name}: {reason}") from error
         rows, columns = self.grid
         if tokens.ndim != 3 or tokens.shape[1] < rows * columns:
-            raise ValueError(
-                f"{self.name} is no encoder of patches: {list(tokens.shape)} for {rows * columns} patches"
-            )
+            raise ValueError(f"{self.name} is no encoder of patches: {list(tokens.shape)} for {rows * columns} patches")
         self.num_prefix_tokens, self.width = tokens.shape[1] - rows * columns, tokens.shape[2]
 
 
+class RawPixels:
+    """No encoder at all, for comparison: the normalised pixels, averaged down to 32×32 where there are more.
+
+    To an extractor it looks like a `FrozenEncoder` with one layer and one patch, the image; every spec is its pixels.
+    """
+
+    name, num_layers, num_prefix_tokens, grid, dtype = "raw pixels", 1, 0, (1, 1), torch.float32
+
+    def __init__(self, mean, std, image_size: tuple[int, int], device="cpu"):
+        self.mean, self.std, self.image_size, self.device = list(mean), list(std), image_size, torch.device(device)
+        self.patch_size, self.num_channels = image_size, len(self.mean)
+        self.side = min(32, image_size[0]), min(32, image_size[1])
+        self.width = self.num_channels * self.side[0] * self.side[1]
+        self.normalize = DeviceAugment(self.mean, self.std).eval()
+
+    def describe(self) -> dict:
+        return {"weights": self.name, "image_size": self.image_size, "mean": self.mean, "std": self.std}
+
+    def preprocess(self, pixel_values: Tensor) -> Tensor:
+        return self.normalize(pixel_values.to(self.device, non_blocking=True))
+
+    def check(self, spec: FeatureSpec):
+        """Every spec is the same here."""
+
+    def feature_width(self, spec: FeatureSpec) -> int:
+        return self.width
+
+    def extract(self, pixel_values: Tensor, specs: Sequence[FeatureSpec]) -> list[Tensor]:
+        pixels = F.adaptive_avg_pool2d(pixel_values, self.side).flatten(1)
+        return [pixels[:, None] if spec.pooling == "tokens" else pixels for spec in specs]
+
+
 def checkpoint_sha256(checkpoint: str | Path) -> str | None:
-    """Of the weight files of a checkpoint, in the order of their names; None where there are none (a model in memory)."""
+    """Of a checkpoint's weight files, in the order of their names; None where there are none (a model in memory)."""
     folder = Path(checkpoint)
     if not folder.is_dir():
         config = cached_file(str(checkpoint), "config.json", _raise_exceptions_for_missing_entries=False)

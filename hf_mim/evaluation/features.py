@@ -16,7 +16,7 @@ from hf_mim.data.crop import crop_rng, load_crop
 from hf_mim.data.dataset import MAX_BROKEN
 from hf_mim.data.decode import BrokenImage, decoding, image_name
 from hf_mim.evaluation.cache import CHUNK, FeatureStore, fingerprint, images_sha256
-from hf_mim.evaluation.encoder import FeatureSpec, FrozenEncoder
+from hf_mim.evaluation.encoder import FeatureSpec, FrozenEncoder, RawPixels
 from hf_mim.evaluation.result import installed_versions
 
 logger = logging.getLogger(__name__)
@@ -34,7 +34,7 @@ class FeatureExtractor:
         progress: show a bar.
     """
 
-    encoder: FrozenEncoder
+    encoder: FrozenEncoder | RawPixels
     batch_size: int = 64
     num_workers: int = 0
     cache: Path | None = None
@@ -79,6 +79,7 @@ class FeatureExtractor:
             batch_sampler=batches,
             num_workers=self.num_workers,
             pin_memory=self.encoder.device.type != "cpu",
+            generator=torch.Generator(),  # else it takes a number of the training's
         )
         bar = tqdm(total=sum(map(len, chunks)), desc="features", unit=" images", disable=not self.progress, leave=False)
         broken: list[int] = []
@@ -104,23 +105,15 @@ class FeatureExtractor:
         split.leave_out(broken)
 
     def _row(self, spec: FeatureSpec) -> tuple[int, ...]:
-        width = self.encoder.width * len(spec.blocks(self.encoder.num_layers))
+        width = self.encoder.feature_width(spec)
         rows, columns = self.encoder.grid
         return (rows * columns, width) if spec.pooling == "tokens" else (width,)
 
     def _folder(self, split) -> Path:
         """All that decides a feature, but its layer and pooling."""
-        encoder = self.encoder
-        about = {
-            "weights": encoder.sha256,
-            "architecture": encoder.model.config.to_dict(),
+        about = self.encoder.describe() | {
             "images": images_sha256(split.images),
-            "size": encoder.image_size,
             "crop": repr(self.crop),
-            "mean": encoder.mean,
-            "std": encoder.std,
-            "dtype": str(encoder.dtype),
-            "device": encoder.device.type,
             "versions": installed_versions(),
         }
         return Path(self.cache) / fingerprint(about)

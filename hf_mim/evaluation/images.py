@@ -9,14 +9,11 @@ from hf_mim.data import load_images
 HELD_OUT = 0.2  # of the training images, where a source has no test images
 
 
-class LabelledImages:
-    """Images with class labels.
-
-    A protocol calls `read_labels` of its test images once, when every prediction is made and every choice taken; there
-    is no other way to them.
+class Images:
+    """Images, undecoded, and what they are called in results.
 
     Args:
-        images: a `datasets.Dataset` with the columns `image` (undecoded) and `label` (ids; see `load_images`).
+        images: a `datasets.Dataset` with a column `image` (see `load_images`).
         name: what they are, for results.
     """
 
@@ -29,9 +26,9 @@ class LabelledImages:
     def __len__(self) -> int:
         return len(self.images)
 
-    def select(self, indices) -> "LabelledImages":
+    def select(self, indices):
         """Those of these indices, in their order."""
-        return LabelledImages(self.images.select([int(index) for index in indices]), self.name)
+        return type(self)(self.images.select([int(index) for index in indices]), self.name)
 
     def leave_out(self, indices: list[int]):
         """Drop images that cannot be decoded, and count them."""
@@ -43,6 +40,14 @@ class LabelledImages:
         """For a result."""
         about = {"source": self.name, "images": len(self)}
         return about | ({"broken_images_left_out": self.num_broken} if self.num_broken else {})
+
+
+class LabelledImages(Images):
+    """Images with class labels: `images` has a column `label` too (ids; see `load_images`).
+
+    A protocol calls `read_labels` of its test images once, when every prediction is made and every choice taken; there
+    is no other way to them.
+    """
 
     @property
     def class_names(self) -> list[str] | None:
@@ -144,4 +149,5 @@ def check_classes(train: LabelledImages, test: LabelledImages):
 
 def _missing_classes(names: list[str]) -> str:
     more = f" and {len(names) - 5} more" if len(names) > 5 else ""
-    return f"the test images have classes that the training images lack: {', '.join(names[:5])}{more}; add or remove them"
+    names = ", ".join(names[:5]) + more
+    return f"the test images have classes that the training images lack: {names}; add images of them or remove them"

@@ -1,6 +1,7 @@
 """What a protocol returns: a number, the protocol in full, and what it was measured on."""
 
 import json
+import re
 from dataclasses import asdict, dataclass, field, fields
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -64,7 +65,9 @@ class Result:
 
     def headline(self) -> str:
         """One line: protocol, value, and what it was measured on."""
-        return f"{self.protocol}: {self.metric} {format_number(self.value)}"
+        measured = self.data.get("test", self.data)
+        on = f" on {measured['images']:,} images of {measured['source']}" if "images" in measured else ""
+        return f"{self.protocol}: {self.metric} {format_number(self.value)}{on}"
 
     def __str__(self) -> str:
         """The headline, a small table and the notes."""
@@ -76,6 +79,12 @@ class Result:
             parts.append(format_table(self.table))
         parts += self.notes
         return "\n\n".join(parts)
+
+
+def result_path(folder: str | Path, *names: str) -> Path:
+    """Where a result of a checkpoint is kept: `results/` in its folder, named after protocol, dataset, …"""
+    name = "_".join(re.sub(r"[^\w.-]+", "_", part).strip("_") for part in names if part)
+    return Path(folder) / "results" / f"{name}.json"
 
 
 def format_number(value) -> str:

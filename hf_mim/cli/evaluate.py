@@ -1,0 +1,296 @@
+"""`hf-mim evaluate PROTOCOL CHECKPOINT --dataset SOURCE [--test SOURCE] [--option value ...]`.
+
+What a protocol can be told is said by three dataclasses: the encoder's (`EncoderArguments`), those of the images that
+it needs (`NEEDS`), and its own. Anything else is an error.
+"""
+
+import dataclasses
+import difflib
+import inspect
+import time
+from dataclasses import MISSING, dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, Literal, get_type_hints
+
+import torch
+
+from hf_mim.cli.help import section
+from hf_mim.cli.values import convert, split_options
+from hf_mim.evaluation import PROTOCOLS, load_protocol
+
+USAGE = """\
+usage: hf-mim evaluate PROTOCOL CHECKPOINT [--dataset SOURCE] [--test SOURCE] [--option value]
+
+CHECKPOINT is a folder, or a name on the Hub, of any vision transformer that transformers' AutoModel loads. The result
+goes to CHECKPOINT/results/. hf-mim evaluate PROTOCOL --help lists its options."""
+
+
+@dataclass
+class EncoderArguments:
+    """How the encoder is loaded and run."""
+
+    image_size: int | list[int] | None = field(
+        default=None,
+        metadata={"help": "side, or height,width, that the encoder is to see; default: its own"},
+    )
+    image_mean: list[float] | None = field(default=None, metadata={"help": "default: the image processor's"})
+    image_std: list[float] | None = field(default=None, metadata={"help": "default: the image processor's"})
+    untrained: bool = field(default=False, metadata={"help": "the same architecture with random weights, to compare"})
+    dtype: Literal["float32", "bfloat16"] = field(default="float32", metadata={"help": "bfloat16: autocast"})
+    device: str | None = field(default=None, metadata={"help": "default: the accelerator, or else the CPU"})
+    batch_size: int = field(default=64, metadata={"help": "images at a time in extraction; changes no feature"})
+    num_workers: int = field(default=0, metadata={"help": "processes that decode"})
+    cache: str | None = field(
+        default="default",
+        metadata={"help": "folder that keeps features (default: ~/.cache/hf_mim/features), or none"},
+    )
+    crop_fraction: float = field(
+        default=1.0, metadata={"help": "of the image's shorter side in the central crop; .875 in papers at 224 pixels"}
+    )
+    output: str | None = field(default=None, metadata={"help": "file of the result; default: in CHECKPOINT/results"})
+
+    def __post_init__(self):
+        if isinstance(self.image_size, list) and len(self.image_size) != 2:
+            raise ValueError(f"image_size must be a side or height,width, not {self.image_size}")
+        for name, least in (("batch_size", 1), ("num_workers", 0)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} must be at least {least}, not {getattr(self, name)}")
+        if (self.image_mean is None) != (self.image_std is None):
+            raise ValueError("image_mean and image_std must be given together")
+
+    def extractor(self, checkpoint: str):
+        """A `FeatureExtractor` of the checkpoint's encoder."""
+        from hf_mim.data import CenterCrop
+        from hf_mim.evaluation.cache import default_cache
+        from hf_mim.evaluation.encoder import FrozenEncoder
+        from hf_mim.evaluation.features import FeatureExtractor
+
+        crop = CenterCrop(self.crop_fraction)
+        size = tuple(self.image_size) if isinstance(self.image_size, list) else self.image_size
+        dtype = getattr(torch, self.dtype)
+        encoder = FrozenEncoder.load(checkpoint, size, self.device, dtype, self.image_mean, self.image_std)
+        if self.untrained:
+            encoder = encoder.untrained()
+        cache = default_cache() if self.cache == "default" else self.cache and Path(self.cache)
+        return FeatureExtractor(encoder, self.batch_size, self.num_workers, cache, crop)
+
+
+def source_field(text: str):
+    return field(default=None, metadata={"help": text})
+
+
+@dataclass
+class LabelledArguments:
+    """Labelled images to learn from and to test on."""
+
+    dataset: str | None = source_field("images with labels, as for hf-mim pretrain")
+    test: str | None = source_field("test images; default: the test or validation split of dataset, or a fifth of it")
+    train_split: str = field(default="train", metadata={"help": "of dataset"})
+    test_split: str | None = source_field("of test, or else of dataset; default: test or validation")
+    image_column: str | None = source_field("default: found by its type")
+    label_column: str | None = source_field("default: found by its type")
+    train_images: int | None = source_field("at most so many, drawn at random by a fixed seed; default: all")
+    test_images: int | None = source_field("likewise")
+
+    def load(self) -> tuple:
+        """(train, test)."""
+        from hf_mim.evaluation.images import check_classes, load_labelled
+
+        train, test = load_labelled(
+            self.dataset, self.test, self.train_split, self.test_split, self.image_column, self.label_column
+        )
+        train, test = (
+            fixed_part(train, self.train_images, "train_images"),
+            fixed_part(test, self.test_images, "test_images"),
+        )
+        check_classes(train, test)
+        return train, test
+
+
+@dataclass
+class MaskedArguments:
+    """Images with masks to learn from and to test on."""
+
+    dataset: str | None = source_field("images with a mask each: Parquet, a folder of images/ and masks/, the Hub")
+    test: str | None = source_field("test images; default: dataset")
+    train_split: str = field(default="train", metadata={"help": "of dataset"})
+    test_split: str = field(default="test", metadata={"help": "of test, or else of dataset"})
+    image_column: str | None = source_field("default: found by its type")
+    mask_column: str | None = source_field("default: found by its name")
+    train_images: int | None = source_field("at most so many, drawn at random by a fixed seed; default: all")
+    test_images: int | None = source_field("likewise")
+
+    def load(self) -> tuple:
+        """(train, test)."""
+        from hf_mim.data.masks import load_masks
+
+        columns = self.image_column, self.mask_column
+        train = load_masks(self.dataset, self.train_split, *columns)
+        test = load_masks(self.dataset if self.test is None else self.test, self.test_split, *columns)
+        return fixed_part(train, self.train_images, "train_images"), fixed_part(test, self.test_images, "test_images")
+
+
+@dataclass
+class VideoArguments:
+    """Videos with masks."""
+
+    dataset: str | None = source_field("a folder in DAVIS' layout, or rows of image, mask, sequence (label), frame")
+    split: str = field(default="test", metadata={"help": "of dataset"})
+
+    def load(self) -> tuple:
+        """(videos,)."""
+        from hf_mim.data.videos import load_videos
+
+        return (load_videos(self.dataset, self.split),)
+
+
+@dataclass
+class ImageArguments:
+    """Images without labels."""
+
+    dataset: str | None = source_field("images, as for hf-mim pretrain")
+    split: str = field(default="train", metadata={"help": "of dataset"})
+    image_column: str | None = source_field("default: found by its type")
+
+    def load(self) -> tuple:
+        """(images,)."""
+        from hf_mim.data import load_images
+        from hf_mim.evaluation.images import Images
+
+        images = load_images(self.dataset, self.split, image_column=self.image_column)
+        return (Images(images.select_columns("image"), f"{self.dataset}, split {self.split}"),)
+
+
+@dataclass
+class NoArguments:
+    """The protocol draws its own images."""
+
+    dataset: ClassVar[str | None] = None
+
+    def load(self) -> tuple:
+        """()."""
+        return ()
+
+
+NEEDS = {
+    "labels": LabelledArguments,
+    "masks": MaskedArguments,
+    "videos": VideoArguments,
+    "images": ImageArguments,
+    "nothing": NoArguments,
+}
+
+
+def fixed_part(images, count: int | None, name: str):
+    """The same `count` of the images each time, or all."""
+    if count is None:
+        return images
+    if count < 1:
+        raise ValueError(f"{name} must be at least 1, not {count}")
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
+    return images.select(sorted(order[:count].tolist()))
+
+
+class Evaluation:
+    """One measurement, ready to start. Raises ValueError, before any work, if it cannot be made."""
+
+    @classmethod
+    def parse(cls, protocol: str, words: list[str]) -> "Evaluation":
+        """From what follows `hf-mim evaluate PROTOCOL` on a command line."""
+        types = option_types(load_protocol(protocol))
+        given, rest = split_options(words, lambda name: types.get(name) is bool)
+        for name in given:
+            if name not in types:
+                nearest = difflib.get_close_matches(name, types, n=1, cutoff=0.5)
+                raise ValueError(
+                    f"{protocol} has no option {name}" + (f"; did you mean {nearest[0]}?" if nearest else "")
+                )
+        if len(rest) != 1:
+            raise ValueError(f"evaluate {protocol} needs one CHECKPOINT, not {' and '.join(rest) or 'none'}")
+        return cls(protocol, rest[0], {name: convert(name, value, types[name]) for name, value in given.items()})
+
+    def __init__(self, protocol: str, checkpoint: str, values: dict[str, Any]):
+        kinds = argument_kinds(protocol_class := load_protocol(protocol))
+        encoder, source, self.protocol = (
+            kind(**{name: value for name, value in values.items() if name in arguments(kind)}) for kind in kinds
+        )
+        if protocol_class.needs != "nothing" and source.dataset is None:
+            raise ValueError(f"dataset must be given: {arguments_help(NEEDS[protocol_class.needs])['dataset']}")
+        self.checkpoint, self.arguments, self.source = checkpoint, encoder, source
+        self.path = self._path()
+        self.extract = encoder.extractor(checkpoint)
+        self.splits = source.load()
+
+    def _path(self) -> Path:
+        """Of the result; a Hub name has no folder, so its results go to results/ here."""
+        from hf_mim.evaluation.result import result_path
+
+        if self.arguments.output:
+            return Path(self.arguments.output)
+        folder = Path(self.checkpoint)
+        if not folder.is_dir():
+            folder = Path(".") if not folder.exists() else folder.parent
+        dataset = Path(self.source.dataset).stem if self.source.dataset else ""
+        untrained = "untrained" if self.arguments.untrained else ""
+        owner = "" if folder == Path(self.checkpoint) else self.checkpoint.replace("/", "_")
+        return result_path(folder, owner, self.protocol.name, dataset, untrained)
+
+    def __call__(self):
+        """Measure, save and return the `Result`."""
+        from hf_mim.evaluation.encoder import checkpoint_sha256
+
+        start = time.perf_counter()
+        result = self.protocol.run(self.extract, *self.splits)
+        encoder = self.extract.encoder
+        result.seconds = round(time.perf_counter() - start, 1)
+        result.checkpoint, result.device = encoder.name, str(encoder.device)
+        result.checkpoint_sha256 = None if self.arguments.untrained else checkpoint_sha256(self.checkpoint)
+        result.settings |= {"image_size": list(encoder.image_size), "dtype": self.arguments.dtype}
+        result.save(self.path)
+        return result
+
+
+def argument_kinds(protocol: type) -> tuple[type, type, type]:
+    """The dataclasses that say what a protocol can be told: of the encoder, of the images, its own."""
+    return EncoderArguments, NEEDS[protocol.needs], protocol
+
+
+def option_types(protocol: type) -> dict[str, Any]:
+    """Name → type of every option."""
+    return {name: hint for kind in argument_kinds(protocol) for name, hint in arguments(kind).items()}
+
+
+def arguments(kind: type) -> dict[str, Any]:
+    """Name → type of a dataclass's arguments."""
+    hints = get_type_hints(kind)
+    return {f.name: hints[f.name] for f in dataclasses.fields(kind)}
+
+
+def arguments_help(kind: type) -> dict[str, str]:
+    return {f.name: f.metadata.get("help", "") for f in dataclasses.fields(kind)}
+
+
+def evaluate_help(protocol: str | None) -> str:
+    """All options of a protocol; without one, what protocols there are."""
+    if protocol is None:
+        lines = [f"  {name:<14}{_first_line(load_protocol(name))}" for name in PROTOCOLS]
+        return USAGE + "\n\nprotocols:\n" + "\n".join(lines)
+    protocol_class = load_protocol(protocol)
+    kinds = {
+        f"protocol {protocol}": protocol_class,
+        "images": NEEDS[protocol_class.needs],
+        "encoder": EncoderArguments,
+    }
+    sections = [section(title, _rows(kind)) for title, kind in kinds.items() if dataclasses.fields(kind)]
+    return "\n\n".join([USAGE, inspect.getdoc(protocol_class), *sections])
+
+
+def _first_line(kind: type) -> str:
+    return inspect.getdoc(kind).splitlines()[0]
+
+
+def _rows(kind: type) -> list[tuple[str, Any, str]]:
+    return [
+        (f.name, f.default if f.default_factory is MISSING else f.default_factory(), f.metadata["help"])
+        for f in dataclasses.fields(kind)
+    ]
