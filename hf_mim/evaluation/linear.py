@@ -1,0 +1,178 @@
+"""Linear probing: what a linear map reads of the classes in frozen features (MAE, arXiv 2111.06377, appendix A.1).
+
+Papers report the best of many probes: layers, poolings, learning rates. Here all of them are trained together: each
+batch is read once, and the heads on one kind of features are a single matrix product, forward and backward.
+"""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from hf_mim.evaluation.encoder import FeatureSpec
+from hf_mim.evaluation.probing import (
+    LARGEST_TABLE,
+    Grid,
+    check_probe_options,
+    choose_and_test,
+    fetch,
+    mean_and_scale,
+    pieces,
+    train_together,
+)
+from hf_mim.evaluation.result import Result
+
+MOMENTUM = 0.9
+
+
+class LinearHeads:
+    """H linear classifiers on one kind of features, each with its own learning rate and weight decay.
+
+    The features are standardised first (`mean_and_scale`): a probe without reads far too low, by 14 points for MAE's
+    ViT-B. The classifiers start at zero: their loss is convex, so there is no start to choose.
+
+    Args:
+        mean, scale: `[D]`, what standardises the features.
+        grid: for each head (learning rate, weight decay).
+        num_classes: C.
+        device: where it computes.
+    """
+
+    def __init__(self, mean: Tensor, scale: Tensor, grid: Grid, num_classes: int, device: torch.device):
+        self.device, self.mean, self.scale = device, mean.to(device), scale.to(device)
+        rates = torch.tensor(grid, dtype=torch.float32, device=device)
+        self.learning_rates, self.weight_decays = rates[:, :1], rates[:, 1:]  # [H, 1] against [D, H, C]
+        self.weight = torch.zeros(len(mean), len(grid), num_classes, device=device)
+        self.bias = torch.zeros(len(grid), num_classes, device=device)
+        self.moments = torch.zeros_like(self.weight), torch.zeros_like(self.bias)
+
+    def standardise(self, features: Tensor) -> Tensor:
+        return (features - self.mean) * self.scale
+
+    def logits(self, standardised: Tensor) -> Tensor:
+        """`[B, D]` → `[B, H, C]`."""
+        return torch.addmm(self.bias.flatten(), standardised, self.weight.flatten(1)).view(-1, *self.bias.shape)
+
+    @torch.no_grad()
+    def step(self, features: Tensor, labels: Tensor, rate: float):
+        """One step of SGD with momentum on each head's mean cross-entropy, at `rate` times its learning rate.
+
+        The gradient of the logits is `softmax - one hot`. A batch whose logits would not fit is taken in parts.
+        """
+        weight_gradient, bias_gradient = self.weight * self.weight_decays, torch.zeros_like(self.bias)
+        rows = max(1, LARGEST_TABLE // self.bias.numel())
+        for x, y in zip(self.standardise(features).split(rows), labels.split(rows), strict=True):
+            gradient = self.logits(x).softmax(dim=-1)
+            gradient[torch.arange(len(y), device=y.device), :, y] -= 1
+            weight_gradient.flatten(1).addmm_(x.T, gradient.flatten(1), alpha=1 / len(features))
+            bias_gradient.add_(gradient.sum(dim=0), alpha=1 / len(features))
+        for parameter, gradient, moment in zip(
+            (self.weight, self.bias), (weight_gradient, bias_gradient), self.moments, strict=True
+        ):
+            moment.mul_(MOMENTUM).add_(gradient)
+            parameter.addcmul_(moment, self.learning_rates, value=-rate)
+
+    @torch.no_grad()
+    def predict(self, features: Tensor, ids: Tensor, k: int = 1) -> Tensor:
+        """The k likeliest classes `[n, H, k]` of the rows `ids` of `features`, likeliest first, on the CPU."""
+        found = []
+        for piece in pieces(ids, max(features.shape[1], self.bias.numel())):
+            x = self.standardise(fetch(features, piece, self.device))
+            found.append(self.logits(x).topk(k, dim=-1).indices)
+        return torch.cat(found).cpu()
+
+
+def train_heads(
+    features: Sequence[Tensor],
+    labels: Tensor,
+    ids: Tensor,
+    grids: Sequence[Grid],
+    num_classes: int,
+    epochs: int = 100,
+    batch_size: int = 256,
+    seed: int = 0,
+    device: torch.device | str = "cpu",
+    names: Sequence[str] | None = None,
+) -> list[LinearHeads]:
+    """The trained heads of each of `features`, `[n, D]` in the CPU's memory or on its disk.
+
+    Args:
+        labels: `[n]`, int64, on the CPU.
+        ids: the rows to train on.
+        grids: for each of `features` its heads: (learning rate for a batch of 256, weight decay).
+        names: of the features, for errors.
+
+    Raises:
+        ValueError: a feature is not finite.
+    """
+    names = names or [f"number {i}" for i in range(len(features))]
+    heads = [
+        LinearHeads(*mean_and_scale(x, ids, name), grid, num_classes, torch.device(device))
+        for x, grid, name in zip(features, grids, names, strict=True)
+    ]
+    train_together(heads, features, labels, ids, epochs, batch_size, seed)
+    return heads
+
+
+@dataclass
+class Linear:
+    """Top-1 accuracy of a linear classifier on standardised frozen features.
+
+    Every head (features × learning rate × weight decay) is trained by SGD with momentum .9 on a part of the training
+    images; the best on the held-out part is trained again on all of them, as a paper's probe is, and tested. The
+    results by kind of features are those of the best head of each.
+
+    Source: MAE (arXiv 2111.06377, appendix A.1) for BatchNorm without affine before the classifier; I-JEPA (arXiv
+    2301.08243) for the last layer and the last four; DINOv2 (arXiv 2304.07193) for a grid trained in one pass.
+    """
+
+    name: ClassVar[str] = "linear"
+    needs: ClassVar[str] = "labels"
+
+    layers: list[str] | None = field(
+        default=None,
+        metadata={"help": "features; default: last/mean/norm, last/cls/norm and last4/mean/norm where they exist"},
+    )
+    learning_rates: list[float] = field(
+        default_factory=lambda: [0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0],
+        metadata={"help": "peaks for a batch of 256, compared on held-out images"},
+    )
+    weight_decays: list[float] = field(
+        default_factory=lambda: [0.0, 0.001], metadata={"help": "compared on held-out images"}
+    )
+    epochs: int = field(default=100, metadata={"help": "passes over the training images"})
+    batch_size: int = field(default=256, metadata={"help": "images of a step"})
+    held_out: float = field(default=0.1, metadata={"help": "share of the training images that chooses the head"})
+    seed: int = field(default=0, metadata={"help": "of the held-out images and of the order"})
+
+    def __post_init__(self):
+        check_probe_options(self)
+        for layer in self.layers or []:
+            if FeatureSpec.parse(layer).pooling == "tokens":
+                raise ValueError(f"layers of a linear probe must be pooled, mean or cls, not {layer}")
+
+    def run(self, extract, train, test) -> Result:
+        specs = [FeatureSpec.parse(layer) for layer in self.layers or default_layers(extract.encoder)]
+        names = [str(spec) for spec in specs]
+
+        def fit(features, labels, ids, grids, num_classes):
+            options = {"epochs": self.epochs, "batch_size": self.batch_size, "seed": self.seed, "names": names}
+            return train_heads(features, labels, ids, grids, num_classes, **options, device=extract.encoder.device)
+
+        grid = [(rate, decay) for rate in self.learning_rates for decay in self.weight_decays]
+        return Result(
+            protocol=self.name,
+            metric="top-1 accuracy",
+            **choose_and_test(fit, extract, train, test, specs, grid, self.held_out, self.seed),
+            settings=asdict(self) | {"layers": names, "optimizer": f"SGD, momentum {MOMENTUM}, cosine to 0"},
+            data={"train": train.describe(), "test": test.describe()},
+        )
+
+
+def default_layers(encoder) -> list[str]:
+    """The kinds of features that papers report, as far as the encoder has them."""
+    layers = ["last/mean/norm"]
+    layers += ["last/cls/norm"] if encoder.num_prefix_tokens else []
+    return layers + (["last4/mean/norm"] if encoder.num_layers >= 4 else [])

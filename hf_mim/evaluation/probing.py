@@ -1,0 +1,164 @@
+"""What linear and attentive probes share: many are trained together, held-out images choose, the test comes last."""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from hf_mim.evaluation.encoder import FeatureSpec
+from hf_mim.evaluation.splits import check_labels, generator, stratified_split
+from hf_mim.schedules import learning_rate
+
+LARGEST_TABLE = 2**24  # numbers of one temporary table: 64 MB
+Grid = Sequence[tuple[float, float]]  # (learning rate for a batch of 256, weight decay) of each probe
+
+
+class Probes(Protocol):
+    """H classifiers on one kind of features, each with its own learning rate and weight decay."""
+
+    device: torch.device
+
+    def step(self, features: Tensor, labels: Tensor, rate: float):
+        """One optimizer step on a batch, at `rate` times each one's learning rate."""
+
+    def predict(self, features: Tensor, ids: Tensor, k: int = 1) -> Tensor:
+        """The k likeliest classes `[n, H, k]` of the rows `ids` of `features`, likeliest first, on the CPU."""
+
+
+def fetch(features: Tensor, ids: Tensor, device: torch.device) -> Tensor:
+    """Rows of features in the CPU's memory or on its disk, on the device; does not wait for the device's other work."""
+    rows = features.index_select(0, ids)
+    return rows.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else rows.to(device)
+
+
+def pieces(ids: Tensor, row_size: int) -> Iterator[Tensor]:
+    """`ids` in order, in pieces that make tables of bounded size, `row_size` numbers a row."""
+    return iter(ids.split(max(1, LARGEST_TABLE // row_size)))
+
+
+def mean_and_scale(features: Tensor, ids: Tensor, name: str, eps: float = 1e-6) -> tuple[Tensor, Tensor]:
+    """What standardises each dimension over the images `ids`: mean [D] and `1 / sqrt(variance + eps)` [D], on the CPU.
+
+    Features `[n, D]` or `[n, N, D]`; of tokens, over all tokens. It stands for the BatchNorm without affine that papers
+    put before a probe (MAE, arXiv 2111.06377, appendix A.1; eps 1e-6). BatchNorm standardises by the statistics of a
+    batch in training and by their running average at test; both estimate the mean and variance over the training
+    images. Of frozen features these never change, so they are computed once, exactly, and hold for training and test.
+
+    Raises:
+        ValueError: a feature is not finite.
+    """
+    total, squares, count = 0.0, 0.0, 0
+    for piece in pieces(ids, 2 * features[0].numel()):
+        rows = features.index_select(0, piece).flatten(0, -2).double()
+        total, squares, count = total + rows.sum(0), squares + rows.square().sum(0), count + len(rows)
+    mean = total / count
+    if not mean.isfinite().all():
+        raise ValueError(f"the features {name} hold numbers that are not finite: the checkpoint is broken")
+    scale = ((squares / count - mean.square()).clamp(min=0) + eps).rsqrt()
+    return mean.float(), scale.float()
+
+
+def train_together(
+    probes: Sequence[Probes],
+    features: Sequence[Tensor],
+    labels: Tensor,
+    ids: Tensor,
+    epochs: int,
+    batch_size: int,
+    seed: int,
+    warmup: float = 0.0,
+):
+    """Train the probes of all `features` on the same batches of the rows `ids`; one pass over the features an epoch.
+
+    Learning rates are multiplied by batch size / 256, as MAE's, and fall to zero by half a cosine after `warmup`, a
+    share of the steps. The batches of an epoch are of about one size, so that no step rests on a few images.
+    """
+    batch_size, order = min(batch_size, len(ids)), generator(seed)
+    in_epoch, step = -(-len(ids) // batch_size), 0
+    for _ in range(epochs):
+        for batch in ids[torch.randperm(len(ids), generator=order)].tensor_split(in_epoch):
+            step += 1
+            rate = learning_rate((step - 1) / (epochs * in_epoch), peak=batch_size / 256, warmup=warmup)
+            y = fetch(labels, batch, probes[0].device)
+            for x, probe in zip(features, probes, strict=True):
+                probe.step(fetch(x, batch, probe.device), y, rate)
+
+
+def choose_and_test(
+    fit: Callable[[Sequence[Tensor], Tensor, Tensor, Sequence[Grid], int], Sequence[Probes]],
+    extract,
+    train,
+    test,
+    specs: Sequence[FeatureSpec],
+    grid: Grid,
+    held_out: float,
+    seed: int,
+) -> dict:
+    """`value`, `scores`, `table` and `notes` of a result.
+
+    Every probe of the grid is fitted on a part of the training images, and its accuracy on the held-out part chooses:
+    on each kind of features the best probe, and the best of these for the value. Those that are chosen are fitted again
+    on all training images, as a paper's probe is, and are the only ones that meet the test images. Of equal ones the
+    first in the order of the grid is taken. Test labels are read last.
+
+    Args:
+        fit: (features, labels, ids, a grid for each of the features, number of classes) → probes for each of them.
+    """
+    check_labels(train.read_labels())
+    features, labels = extract(train, specs), train.read_labels()  # now without images that cannot be decoded
+    num_classes, everything = int(labels.max()) + 1, torch.arange(len(labels))
+    kept, held = stratified_split(labels, held_out, seed)
+    probes = fit(features, labels, kept, [grid] * len(specs), num_classes)
+    accuracy = torch.stack(
+        [
+            (probe.predict(x, held)[..., 0] == labels[held, None]).double().mean(dim=0)
+            for probe, x in zip(probes, features, strict=True)
+        ]
+    )  # [specs, H]
+    best = accuracy.argmax(dim=1).tolist()
+    chosen = int(accuracy.amax(dim=1).argmax())
+    probes = fit(features, labels, everything, [[grid[i]] for i in best], num_classes)
+
+    features = extract(test, specs)
+    k = min(5, num_classes)
+    found = [p.predict(x, torch.arange(len(x)), k)[:, 0] for p, x in zip(probes, features, strict=True)]
+    test_labels = test.read_labels()
+    hits = [(classes == test_labels[:, None]).double() for classes in found]  # [n, k]
+    top1 = [hit[:, 0].mean().item() for hit in hits]
+    top5 = {"top5": hits[chosen].sum(dim=1).mean().item()} if num_classes > 5 else {}
+    table = [
+        {"features": str(spec), "learning_rate": rate, "weight_decay": decay, "held_out": accuracy[s, h].item()}
+        | {"test": top1[s] if h == best[s] else None}
+        for s, spec in enumerate(specs)
+        for h, (rate, decay) in enumerate(grid)
+    ]
+    return {
+        "value": top1[chosen],
+        "scores": {f"top1 {spec}": value for spec, value in zip(specs, top1, strict=True)} | top5,
+        "table": table,
+        "notes": describe_choice(str(specs[chosen]), grid, best[chosen], len(held)),
+    }
+
+
+def describe_choice(features: str, grid: Grid, best: int, held_out: int) -> list[str]:
+    """Which probe was chosen, and whether the grid was wide enough for it."""
+    (rate, decay), rates = grid[best], sorted({rate for rate, _ in grid})
+    notes = [f"Chosen on {held_out} held-out images: {features}, learning rate {rate:g}, weight decay {decay:g}."]
+    if len(rates) > 1 and rate in (rates[0], rates[-1]):
+        notes.append(f"The learning rate {rate:g} is at the end of those compared: one beyond may be better.")
+    return notes
+
+
+def check_probe_options(options):
+    """Raise ValueError, in one line, for a learning rate, weight decay, … that no probe can have."""
+    for name, lowest in (("learning_rates", "above 0"), ("weight_decays", "0 or more")):
+        values = getattr(options, name)
+        right = [value > 0 or (value == 0 and lowest == "0 or more") for value in values]
+        if not values or not all(right):
+            raise ValueError(f"{name} must be numbers {lowest}, at least one, not {values}")
+    for name, lowest in (("epochs", 1), ("batch_size", 1), ("seed", 0)):
+        if getattr(options, name) < lowest:
+            raise ValueError(f"{name} must be at least {lowest}, not {getattr(options, name)}")
+    if not 0 < options.held_out < 1:
+        raise ValueError(f"held_out must be a share between 0 and 1, not {options.held_out}")

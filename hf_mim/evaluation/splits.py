@@ -1,0 +1,50 @@
+"""Which labelled images fit and which choose: stratified, seeded."""
+
+import torch
+from torch import Tensor
+
+
+def check_labels(labels: Tensor, at_least: int = 2, name: str = "train"):
+    """Raise ValueError, in one line, unless `labels` [n] names at least two classes and `at_least` images."""
+    if len(labels) == 0:
+        raise ValueError(f"{name} holds no images")
+    unlabelled = int((labels < 0).sum())
+    if unlabelled:
+        raise ValueError(f"{unlabelled} of the {len(labels)} images of {name} have no label; leave them out")
+    if labels.min() == labels.max():
+        raise ValueError(f"{name} must hold at least two classes; all its {len(labels)} images are of one")
+    if len(labels) < at_least:
+        raise ValueError(f"{name} must hold at least {at_least} images, not {len(labels)}")
+
+
+def random_ranks(labels: Tensor, *seed: int) -> tuple[Tensor, Tensor]:
+    """Each image's place [n], from 0, in a random order of its class, and the number of images [n] of that class.
+
+    The images with `rank < k` are k of each class; those for a smaller k are among those for a larger one.
+    """
+    order = torch.randperm(len(labels), generator=generator(*seed))
+    order = order[labels[order].argsort(stable=True)]  # class by class, at random within
+    _, classes, counts = labels.unique(return_inverse=True, return_counts=True)
+    ranks = torch.empty_like(order)
+    ranks[order] = torch.arange(len(labels)) - (counts.cumsum(0) - counts)[classes[order]]
+    return ranks, counts[classes]
+
+
+def stratified_split(labels: Tensor, share: float, seed: int) -> tuple[Tensor, Tensor]:
+    """Ids (kept, held out): about `share` of each class is held out, at least one image and never all.
+
+    A class with a single image keeps it. Raises ValueError if that leaves nothing to hold out.
+    """
+    ranks, counts = random_ranks(labels, seed)
+    held = ranks < (counts * share).round().clamp(min=1).minimum(counts - 1)
+    if not held.any():
+        raise ValueError("train must hold a class with two images or more: a part of them is held out to choose by")
+    return (~held).nonzero()[:, 0], held.nonzero()[:, 0]
+
+
+def generator(*seed: int) -> torch.Generator:
+    """Random numbers on the CPU, a stream of its own for each sequence of whole numbers from 0."""
+    from numpy.random import SeedSequence
+
+    state = SeedSequence(seed).generate_state(1, dtype="uint64")[0]
+    return torch.Generator().manual_seed(int(state >> 1))

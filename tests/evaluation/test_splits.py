@@ -1,0 +1,51 @@
+"""Stratified, seeded choices of labelled images."""
+
+import pytest
+import torch
+
+from hf_mim.evaluation.splits import check_labels, generator, random_ranks, stratified_split
+
+LABELS = torch.tensor([3] * 20 + [7] * 10 + [0] * 2 + [5])[torch.randperm(33, generator=generator(1))]
+
+
+def test_ranks_number_the_images_of_each_class():
+    ranks, counts = random_ranks(LABELS, 4)
+    for label, size in ((3, 20), (7, 10), (0, 2), (5, 1)):
+        assert sorted(ranks[LABELS == label].tolist()) == list(range(size))
+        assert counts[LABELS == label].unique().tolist() == [size]
+
+
+def test_split_holds_out_the_share_of_every_class_and_leaves_it_some():
+    kept, held = stratified_split(LABELS, 0.2, seed=0)
+    assert sorted(torch.cat([kept, held]).tolist()) == list(range(33))
+    assert {label: int((LABELS[held] == label).sum()) for label in (3, 7, 0, 5)} == {3: 4, 7: 2, 0: 1, 5: 0}
+    assert int((LABELS[stratified_split(LABELS, 0.99, seed=0)[0]] == 7).sum()) == 1
+
+
+def test_split_is_a_function_of_the_seed_and_not_of_the_global_one():
+    torch.manual_seed(1)
+    first = stratified_split(LABELS, 0.2, seed=0)[1]
+    torch.manual_seed(2)
+    assert torch.equal(first, stratified_split(LABELS, 0.2, seed=0)[1])
+    assert not torch.equal(first, stratified_split(LABELS, 0.2, seed=1)[1])
+    assert torch.equal(first.sort()[0], first), "in the order of the images, so that they are read in their order"
+
+
+@pytest.mark.parametrize(
+    "labels, message",
+    [
+        ([], "holds no images"),
+        ([0, -1, 1], "1 of the 3 images of train have no label"),
+        ([4, 4, 4], "at least two classes; all its 3 images are of one"),
+        ([0, 1], "at least 3 images, not 2"),
+    ],
+)
+def test_labels_that_cannot_be_used_are_told_in_one_line(labels, message):
+    with pytest.raises(ValueError, match=message) as error:
+        check_labels(torch.tensor(labels, dtype=torch.long), at_least=3)
+    assert "\n" not in str(error.value)
+
+
+def test_nothing_can_be_held_out_of_single_images():
+    with pytest.raises(ValueError, match="two images or more"):
+        stratified_split(torch.arange(5), 0.2, seed=0)
