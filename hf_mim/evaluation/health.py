@@ -1,0 +1,324 @@
+"""Are the features alive? Measures that need no labels, each with what it means and when to worry.
+
+A pretraining loss can fall while the features collapse: onto one vector, onto a few directions, or onto the position of
+the patch. Each measure here sees one of these. Most have no threshold that the field agrees on: what counts is the
+comparison with the same encoder before training (`evaluate health` of an untrained checkpoint) and the trend in a run.
+
+All numbers are computed in float64, in pieces of bounded memory, on the device of the features.
+"""
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field, replace
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from hf_mim.evaluation.encoder import FeatureSpec
+from hf_mim.evaluation.result import Result
+from hf_mim.evaluation.splits import generator
+
+# Variation below this share of the size of the features is float32's rounding: the features are constant.
+ROUNDING = 1e-6
+RANK_ME_EPSILON = 1e-7  # RankMe's ε, for float32 features
+NUM_FOLDS = 5  # of the position read-out
+RIDGE = 1e-3  # of the position read-out, for standardised tokens
+DEAD = 0.01
+_PIECE = 2**22  # numbers that are converted to float64 at once: 32 MB
+
+
+def rank_me(features: Tensor) -> float:
+    """How many directions features `[n, D]` fill, 1..min(n, D): RankMe (Garrido et al., ICML 2023, arXiv 2210.02885).
+
+    exp(-Σ p log p), with p the singular values of the features, *not centred*, as shares of their sum, plus 1e-7. A
+    mean that all images share counts as one direction. Published values take 25,600 images; with n below a few D the
+    number of images limits it. It compares encoders of one architecture on the same images.
+
+    Raises (as all measures here):
+        ValueError: fewer than 2 images, another shape, or numbers that are not finite.
+    """
+    _check(features, "[n, D]")
+    squares = _eigenvalues(_exact(features))
+    return _exp_entropy(squares.sqrt(), RANK_ME_EPSILON)
+
+
+def effective_rank(features: Tensor) -> float:
+    """How many directions hold the variance of features `[n, D]`: exp(entropy of the eigenvalues of the covariance).
+
+    Roy & Vetterli's effective rank (EUSIPCO 2007) of the covariance matrix. RankMe is the same of the feature matrix
+    itself: it sees the common mean, and weighs directions by standard deviation where this weighs by variance; so
+    this is smaller, and falls first when a few directions take over. 1 where nothing varies.
+    """
+    _check(features, "[n, D]")
+    rows = _exact(features)
+    squares = _eigenvalues(rows - rows.mean(0))
+    return _exp_entropy(squares * (squares > ROUNDING**2 * rows.square().sum()))
+
+
+def mean_cosine(features: Tensor) -> float:
+    """The mean cosine between features `[n, D]` of two different images: 1 for a collapse onto one direction.
+
+    From the sum of the unit vectors: |Σ u|² holds every pair, and n pairs of a vector with itself. Features that are
+    zero count as equal to each other and orthogonal to the rest.
+    """
+    _check(features, "[n, D]")
+    units = _units(_exact(features))
+    count = len(units)
+    return ((units.sum(0).square().sum() - count) / (count * (count - 1))).item()
+
+
+def token_cosine(tokens: Tensor) -> float:
+    """The mean cosine between two different tokens of one image, `[n, N, D]`: 1 where all tokens say the same."""
+    _check(tokens, "[n, N, D]")
+    count = tokens.shape[1]
+    if count < 2:
+        raise ValueError("tokens must be at least 2 for each image, not 1")
+    total = sum(_units(piece).sum(1).square().sum() - len(piece) * count for piece in _pieces(tokens))
+    return (total / (len(tokens) * count * (count - 1))).item()
+
+
+def dimension_std(features: Tensor) -> tuple[float, float, float]:
+    """(mean, smallest, share of dead ones) of the dimensions' standard deviations over images, features `[n, D]`.
+
+    In units of the features' root mean square, so that their scale is left out: 1 where every dimension varies
+    around zero alike, 0 for a collapse onto one vector (Chen & He, CVPR 2021, figure 2, watch nearly this). A
+    dimension is dead below .01.
+    """
+    _check(features, "[n, D]")
+    rows = _exact(features)
+    size = rows.square().mean().sqrt()
+    relative = rows.std(0) / size.clamp(min=torch.finfo(torch.float64).tiny)
+    return tuple(torch.stack([relative.mean(), relative.min(), (relative < DEAD).double().mean()]).tolist())
+
+
+def position_readout(tokens: Tensor, grid: tuple[int, int]) -> float:
+    """R² with which a linear map reads the place of a patch from its token, for tokens `[n, N, D]` in raster order.
+
+    A ridge regression from standardised tokens to (row, column), fitted on four fifths of the images and read on the
+    fifth, for each fifth in turn; the mean of the R² of rows and of columns. 1: the place can be read exactly; 0: no
+    better than the middle of the grid; below 0: too few tokens for the width, and the fit is noise.
+
+    Raises:
+        ValueError: also for a grid of another number of patches than tokens, or of one patch.
+    """
+    _check(tokens, "[n, N, D]")
+    if grid[0] * grid[1] != tokens.shape[1] or tokens.shape[1] < 2:
+        raise ValueError(f"grid must have the {tokens.shape[1]} patches of the tokens, and at least 2, not {grid}")
+    places = _places(grid).to(_exact(tokens[:1]).device)
+    mean, scale = _standardization(tokens)
+    folds = [tokens[number::NUM_FOLDS] for number in range(min(NUM_FOLDS, len(tokens)))]
+    grams, products = [], []
+    for fold in folds:
+        gram, product = 0, 0
+        for piece in _pieces(fold):
+            rows = (piece - mean) * scale
+            gram = gram + rows.flatten(0, 1).T @ rows.flatten(0, 1)
+            product = product + rows.sum(0).T @ places
+        grams.append(gram)
+        products.append(product)
+    error = 0
+    for fold, gram, product in zip(folds, grams, products, strict=True):
+        count = (len(tokens) - len(fold)) * tokens.shape[1]
+        ridge = RIDGE * count * torch.eye(tokens.shape[2], dtype=gram.dtype, device=gram.device)
+        weights = torch.linalg.solve(sum(grams) - gram + ridge, sum(products) - product)
+        # The squared error |y - Xw|² in the fold left out, less its |y|², from the fold's sums.
+        error = error + (weights * (gram @ weights)).sum(0) - 2 * (weights * product).sum(0)
+    return (-error / (len(tokens) * places.square().sum(0))).mean().item()
+
+
+def position_share(tokens: Tensor) -> float:
+    """The share of the variance of tokens `[n, N, D]` that the position alone explains, whatever the image.
+
+    Two-way analysis of variance, token = mean + position + image + rest, with unbiased estimates of the variances of
+    the three: 1 for pure position codes, 0 on average for tokens without any (so it may fall just below 0), and 0
+    where nothing varies.
+    """
+    _check(tokens, "[n, N, D]")
+    images, count, _ = tokens.shape
+    if count < 2:
+        raise ValueError("tokens must be at least 2 for each image, not 1")
+    start = _exact(tokens[:1]).mean((0, 1))  # near the mean, so that little cancels in the sums of squares
+    places, total, by_image, size = 0, 0, 0, 0
+    for piece in _pieces(tokens):
+        size = size + piece.square().sum()
+        piece = piece - start
+        places = places + piece.sum(0)
+        total = total + piece.square().sum()
+        by_image = by_image + piece.sum(1).square().sum() / count
+    common = places.sum(0).square().sum() / (images * count)
+    by_place = places.square().sum() / images - common
+    by_image, total = by_image - common, total - common
+    rest = (total - by_place - by_image) / ((images - 1) * (count - 1))
+    place = (by_place / (count - 1) - rest) / images
+    image = (by_image / (images - 1) - rest) / count
+    if total <= ROUNDING**2 * size:
+        return 0.0
+    return (place / (place + image + rest)).item()
+
+
+def measure_health(pooled: Tensor, tokens: Tensor, grid: tuple[int, int]) -> dict[str, float]:
+    """All measures, by name, of pooled features `[n, D]` and patch tokens `[m, N, D]`; cheap enough for training."""
+    rank, (mean, least, dead) = rank_me(pooled), dimension_std(pooled)
+    return {
+        "rank_me": rank,
+        "rank_me_share": rank / min(pooled.shape),
+        "effective_rank": effective_rank(pooled),
+        "mean_cosine": mean_cosine(pooled),
+        "token_cosine": token_cosine(tokens),
+        "std_mean": mean,
+        "std_min": least,
+        "dead_dimensions": dead,
+        "position_readout": position_readout(tokens, grid),
+        "position_share": position_share(tokens),
+    }
+
+
+@dataclass(frozen=True)
+class Measure:
+    """How a measure is read. `limit`: where worry begins, `below` it or above; None where only comparing helps."""
+
+    name: str
+    meaning: str
+    limit: float | None = None
+    below: bool = False
+
+    def worry(self, value: float) -> str:
+        if self.limit is None:
+            return "compare"
+        return "yes" if (value < self.limit if self.below else value > self.limit) else "no"
+
+
+# The limits are this project's, not the field's: past them little is left of what a measure looks for.
+MEASURES = (
+    Measure("rank_me", "directions that pooled features fill, up to min(images, width)"),
+    Measure("rank_me_share", "the same as a share of that; below 0.1 few directions are left", 0.1, below=True),
+    Measure(
+        "effective_rank", "directions that hold their variance; below 2 one direction is nearly all", 2, below=True
+    ),
+    Measure("mean_cosine", "between pooled features of two images; above 0.99 all images look alike", 0.99),
+    Measure("token_cosine", "between two tokens of one image; above 0.99 they all say the same", 0.99),
+    Measure("std_mean", "spread of a dimension over images; 1: around zero, below 0.1: all alike", 0.1, below=True),
+    Measure("std_min", "the same of the dimension that varies least"),
+    Measure("dead_dimensions", "share of dimensions with a spread below 0.01; above 0.5 most are idle", 0.5),
+    Measure("position_readout", "R² of a linear map from a patch's token to its place; high is usual"),
+    Measure("position_share", "of a token's variance, what its place alone explains; above 0.5 most of it", 0.5),
+)
+ADVICE = (
+    "The limits are wide, and the field has agreed on none: compare with the same encoder untrained and with earlier "
+    "checkpoints, on the same images."
+)
+
+
+@dataclass
+class Health:
+    """Measures of collapse, without labels: see the functions of this file for what each means.
+
+    The pooled features of `num_images` images, and the patch tokens of the same layer of the first `num_token_images`
+    of them. The headline is RankMe. `untrained` measures the same encoder with fresh weights beside it: most measures
+    have no accepted limits, and a number that was worse before training is no reason to worry.
+    """
+
+    name: ClassVar[str] = "health"
+    needs: ClassVar[str] = "images"
+
+    features: str = field(default="last/mean/norm", metadata={"help": "layer/pooling/norm of the pooled features"})
+    num_images: int = field(default=2048, metadata={"help": "images, drawn at random; all if there are fewer"})
+    num_token_images: int = field(default=256, metadata={"help": "of these, images whose patch tokens are measured"})
+    untrained: bool = field(default=True, metadata={"help": "measure the encoder with fresh weights too"})
+    seed: int = field(default=0, metadata={"help": "of the choice of images and of the fresh weights"})
+
+    def __post_init__(self):
+        if FeatureSpec.parse(self.features).pooling == "tokens":
+            raise ValueError(f"features must be pooled, mean or cls, not {self.features}; tokens are measured anyway")
+        for name, least in (("num_images", 2), ("num_token_images", 2), ("seed", 0)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} must be at least {least}, not {getattr(self, name)}")
+
+    def run(self, extract, images) -> Result:
+        """Raises ValueError for fewer than 2 images."""
+        if len(images) < 2:
+            raise ValueError(f"images must be at least 2 to be compared, not {len(images)}")
+        chosen = torch.randperm(len(images), generator=generator(self.seed))[: self.num_images]
+        pooled_images, token_images = images.select(chosen), images.select(chosen[: self.num_token_images])
+        values = self._measure(extract, pooled_images, token_images)
+        columns = {"value": values}
+        if self.untrained:
+            untrained = extract.replace(encoder=extract.encoder.untrained(self.seed))
+            columns["untrained"] = self._measure(untrained, pooled_images, token_images)
+        table = [
+            {"measure": measure.name}
+            | {column: found[measure.name] for column, found in columns.items()}
+            | {"worry": measure.worry(values[measure.name]), "meaning": measure.meaning}
+            for measure in MEASURES
+        ]
+        worries = [row["measure"] for row in table if row["worry"] == "yes"]
+        return Result(
+            self.name,
+            "RankMe",
+            values["rank_me"],
+            settings=asdict(self),
+            data=pooled_images.describe() | {"token_images": len(token_images)},
+            table=table,
+            notes=[f"Worry: {', '.join(worries)}." if worries else "No measure is past its limit.", ADVICE],
+        )
+
+    def _measure(self, extract, pooled_images, token_images) -> dict[str, float]:
+        spec = FeatureSpec.parse(self.features)
+        (pooled,), (tokens,) = extract(pooled_images, [spec]), extract(token_images, [replace(spec, pooling="tokens")])
+        return measure_health(pooled, tokens, extract.encoder.grid)
+
+
+def _check(features: Tensor, shape: str) -> None:
+    if features.ndim != shape.count(",") + 1 or not features.is_floating_point() or 0 in features.shape:
+        raise ValueError(f"features must be floats {shape}, not {features.dtype} {list(features.shape)}")
+    if len(features) < 2:
+        raise ValueError("features must be of at least 2 images, not of 1")
+    if not torch.stack(features.aminmax()).isfinite().all():  # needs no second table of that size
+        raise ValueError(
+            "features hold numbers that are not finite: the checkpoint is broken, or its numbers overflowed"
+        )
+
+
+def _exact(features: Tensor) -> Tensor:
+    """In float64, on the CPU where the device has none."""
+    return (features.cpu() if features.device.type == "mps" else features).detach().double()
+
+
+def _pieces(tokens: Tensor) -> Iterator[Tensor]:
+    """A few images at a time, in float64."""
+    return map(_exact, tokens.split(max(1, _PIECE // tokens[0].numel())))
+
+
+def _units(rows: Tensor) -> Tensor:
+    """Unit vectors `[..., D + 1]`: what is zero points into a dimension of its own."""
+    lengths = rows.norm(dim=-1, keepdim=True)
+    zero = lengths == 0
+    return torch.cat([rows / lengths.masked_fill(zero, 1), zero.to(rows)], dim=-1)
+
+
+def _eigenvalues(rows: Tensor) -> Tensor:
+    """The squared singular values of `[n, D]`, from the smaller of the two Gram matrices."""
+    gram = rows.T @ rows if rows.shape[0] >= rows.shape[1] else rows @ rows.T
+    return torch.linalg.eigvalsh(gram).clamp(min=0)
+
+
+def _exp_entropy(values: Tensor, epsilon: float = 0.0) -> float:
+    """exp(entropy) of values ≥ 0 as shares of their sum; 1 where all are 0."""
+    shares = values / values.sum().clamp(min=torch.finfo(values.dtype).tiny) + epsilon
+    return (-torch.xlogy(shares, shares).sum()).exp().item()
+
+
+def _places(grid: tuple[int, int]) -> Tensor:
+    """The row and the column of each patch `[N, 2]`, centred; of a grid of one row or column only the other."""
+    rows, columns = (torch.arange(side, dtype=torch.float64) - (side - 1) / 2 for side in grid)
+    places = torch.stack([rows.repeat_interleave(grid[1]), columns.repeat(grid[0])], dim=1)
+    return places[:, [side > 1 for side in grid]]
+
+
+def _standardization(tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean `[D]` and 1 / standard deviation `[D]` over all tokens; 0 for a dimension that varies by rounding alone."""
+    count = tokens.shape[0] * tokens.shape[1]
+    mean = sum(piece.sum((0, 1)) for piece in _pieces(tokens)) / count
+    deviation = (sum((piece - mean).square().sum((0, 1)) for piece in _pieces(tokens)) / count).sqrt()
+    rounding = ROUNDING * (deviation.square() + mean.square()).mean().sqrt()
+    return mean, torch.where(deviation > rounding, 1 / deviation, 0)
