@@ -93,21 +93,21 @@ class MixAugment(nn.Module):
         mean, std: one value for each channel, for pixels scaled to [0, 1].
         mixup, cutmix: α of Beta(α, α), from which λ is drawn; 0: never. With both, each batch tosses a coin.
         label_smoothing: s in [0, 1).
-        erase: probability of erasing a part of an image.
+        random_erase: probability of erasing a part of an image.
         flip: probability of a left-right flip.
     """
 
-    def __init__(self, mean, std, mixup=0.8, cutmix=1.0, label_smoothing=0.1, erase=0.25, flip=0.5):
+    def __init__(self, mean, std, mixup=0.8, cutmix=1.0, label_smoothing=0.1, random_erase=0.25, flip=0.5):
         super().__init__()
         for name, alpha in (("mixup", mixup), ("cutmix", cutmix)):
             if not alpha >= 0:
                 raise ValueError(f"{name} must be at least 0, not {alpha!r}")
         if not 0 <= label_smoothing < 1:
             raise ValueError(f"label_smoothing must lie in [0, 1), not {label_smoothing!r}")
-        if not 0 <= erase <= 1:
-            raise ValueError(f"erase must lie in [0, 1], not {erase!r}")
+        if not 0 <= random_erase <= 1:
+            raise ValueError(f"random_erase must lie in [0, 1], not {random_erase!r}")
         self.normalize = DeviceAugment(mean, std, flip_probability=flip)
-        self.mixup, self.cutmix, self.label_smoothing, self.erase = mixup, cutmix, label_smoothing, erase
+        self.mixup, self.cutmix, self.label_smoothing, self.erase = mixup, cutmix, label_smoothing, random_erase
         self.weight = 1.0  # λ of the last batch, which `loss` has to know
 
     @torch.no_grad()

@@ -59,14 +59,14 @@ class RandAugment:
     """`augment(image, rng)` → image: all its randomness comes from `rng`.
 
     magnitude: mean of the magnitudes, 0..10.
-    magnitude_std: their standard deviation.
+    std: their standard deviation.
     num_operations: draws for each image.
     probability: of carrying out a draw.
     fill: the colour of uncovered ground, one value in 0..255 for each channel.
     """
 
     magnitude: float = 9.0
-    magnitude_std: float = 0.5
+    std: float = 0.5
     num_operations: int = 2
     probability: float = 0.5
     fill: tuple[int, ...] = (124, 116, 104)
@@ -74,8 +74,8 @@ class RandAugment:
     def __post_init__(self):
         if not 0 <= self.magnitude <= LARGEST_MAGNITUDE:
             raise ValueError(f"magnitude must lie in [0, {LARGEST_MAGNITUDE:g}], not {self.magnitude!r}")
-        if self.magnitude_std < 0:
-            raise ValueError(f"magnitude_std must be at least 0, not {self.magnitude_std!r}")
+        if self.std < 0:
+            raise ValueError(f"std must be at least 0, not {self.std!r}")
         if self.num_operations < 0:
             raise ValueError(f"num_operations must be at least 0, not {self.num_operations!r}")
         if not 0 <= self.probability <= 1:
@@ -88,7 +88,7 @@ class RandAugment:
         names, drawn = list(OPERATIONS), []
         for _ in range(self.num_operations):
             name = names[int(rng.random() * len(names))]
-            magnitude = min(max(rng.gauss(self.magnitude, self.magnitude_std), 0.0), LARGEST_MAGNITUDE)
+            magnitude = min(max(rng.gauss(self.magnitude, self.std), 0.0), LARGEST_MAGNITUDE)
             sign = -1 if name in SIGNED and rng.random() < 0.5 else 1
             if rng.random() < self.probability:
                 drawn.append((name, sign * magnitude / LARGEST_MAGNITUDE))

@@ -41,30 +41,28 @@ class FinetuningArguments(TrainingArguments):
     )
     num_train_epochs: float = field(default=100, metadata={"help": "Passes over the training images."})
     per_device_train_batch_size: int = field(default=128, metadata={"help": "Images per device and step."})
+    per_device_eval_batch_size: int = field(default=128, metadata={"help": "Images per device in evaluation."})
     lr_scheduler_type: str = field(default="cosine", metadata={"help": "Of the learning rate, after the warm-up."})
     weight_decay: float = field(default=0.05, metadata={"help": "Of matrices; none on biases, norms, tokens, tables."})
     max_grad_norm: float = field(default=0.0, metadata={"help": "Gradient norm to clip to; 0: no clipping."})
     logging_strategy: str = field(default="epoch", metadata={"help": "When to log."})
     remove_unused_columns: bool = field(default=False, metadata={"help": "Drop columns that the model does not take."})
 
+    dataloader_persistent_workers: bool = field(default=True, metadata={"help": "Keep workers between epochs."})
+
     def __post_init__(self):
         super().__post_init__()
-        for name in ("base_lr", "num_train_epochs"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be above 0, not {getattr(self, name)!r}")
-        if not 0 < self.layer_decay <= 1:
-            raise ValueError(f"layer_decay must lie in (0, 1], not {self.layer_decay!r}")
-        if self.learning_rate is None:
-            self.learning_rate = self.base_lr * self.images_per_step / 256
         if self.warmup_epochs is None:
             self.warmup_epochs = min(5, self.num_train_epochs / 10)
-        if not 0 <= self.warmup_epochs < self.num_train_epochs:
-            raise ValueError(
-                f"warmup_epochs must be at least 0 and below the {self.num_train_epochs:g} epochs of the run, not "
-                f"{self.warmup_epochs!r}"
-            )
+        check_schedule(self.num_train_epochs, self.warmup_epochs, self.base_lr, self.layer_decay, self.weight_decay)
+        if self.learning_rate is None:
+            self.learning_rate = self.base_lr * self.images_per_step / 256
         if not self.warmup_steps:
             self.warmup_steps = self.warmup_epochs / self.num_train_epochs  # below 1, Trainer reads it as a share
+        if self.dataloader_num_workers == 0:
+            self.dataloader_persistent_workers = False  # torch refuses it
+        if self.device.type == "cpu":
+            self.dataloader_pin_memory = False  # torch warns that there is nothing to pin for
 
     @property
     def n_gpu(self) -> int:
@@ -77,7 +75,20 @@ class FinetuningArguments(TrainingArguments):
         return self.per_device_train_batch_size * self.gradient_accumulation_steps * self.world_size
 
 
-def training_images(images, encoder, crop_scale=(0.08, 1.0), magnitude: float = 9.0, magnitude_std=0.5, seed: int = 0):
+def check_schedule(epochs: float, warmup_epochs: float | None, base_lr: float, layer_decay: float, weight_decay: float):
+    """Raise ValueError, naming the argument, for a value outside its range."""
+    for name, value in (("epochs", epochs), ("base_lr", base_lr)):
+        if not value > 0:
+            raise ValueError(f"{name} must be above 0, not {value!r}")
+    if not 0 <= (warmup_epochs or 0) < epochs:
+        raise ValueError(f"warmup_epochs must be at least 0 and below the {epochs:g} epochs, not {warmup_epochs!r}")
+    if not 0 < layer_decay <= 1:
+        raise ValueError(f"layer_decay must lie in (0, 1], not {layer_decay!r}")
+    if not weight_decay >= 0:
+        raise ValueError(f"weight_decay must be at least 0, not {weight_decay!r}")
+
+
+def training_images(images, encoder, crop_scale=(0.08, 1.0), magnitude=9.0, magnitude_std=0.5, seed=0):
     """The dataset to fine-tune on: labelled random crops of a `datasets.Dataset`, through RandAugment.
 
     Args:
@@ -127,10 +138,18 @@ class Finetune:
     def __post_init__(self):
         if self.batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, not {self.batch_size!r}")
-        self._arguments("unused", torch.device("cpu"))  # they check the rest, and so do the augmentations
+        if self.blocks is not None and self.blocks < 0:
+            raise ValueError(f"blocks must be at least 0, a linear probe, not {self.blocks!r}")
+        check_schedule(self.epochs, self.warmup_epochs, self.base_lr, self.layer_decay, self.weight_decay)
         self._augment([0.5], [0.5])
-        RandAugment(self.randaugment_magnitude, self.randaugment_std)
-        RandomCrop(tuple(self.crop_scale))
+        for prefix, check in (
+            ("randaugment_", lambda: RandAugment(self.randaugment_magnitude, self.randaugment_std)),
+            ("crop_", lambda: RandomCrop(tuple(self.crop_scale))),
+        ):
+            try:
+                check()
+            except ValueError as error:
+                raise ValueError(f"{prefix}{error}") from None
 
     def run(self, extract, train, test) -> Result:
         encoder, labels = extract.encoder, train.read_labels()
@@ -183,16 +202,13 @@ class Finetune:
             seed=self.seed,
             use_cpu=device.type == "cpu",
             dataloader_num_workers=num_workers,
-            dataloader_pin_memory=device.type != "cpu",
             dataloader_drop_last=True,
             save_strategy="no",
             disable_tqdm=silent,
         )
 
     def _augment(self, mean, std) -> MixAugment:
-        return MixAugment(
-            mean, std, self.mixup, self.cutmix, self.label_smoothing, erase=self.random_erase, flip=self.flip
-        )
+        return MixAugment(mean, std, self.mixup, self.cutmix, self.label_smoothing, self.random_erase, self.flip)
 
     def _result(self, trainer: Trainer, logits: torch.Tensor, train, test) -> Result:
         """Here, and nowhere before, test labels are read."""
