@@ -10,7 +10,7 @@ import datasets
 import evaluate
 import numpy as np
 import torch
-from scipy.ndimage import distance_transform_edt
+from scipy.spatial import cKDTree
 from torch import Tensor
 from transformers import EvalPrediction
 
@@ -108,13 +108,11 @@ def boundary_f(mask, truth, bound: float = BOUNDARY_TOLERANCE) -> float:
     """
     mask, truth = _mask_pair(mask, truth)
     radius = bound if bound >= 1 else np.ceil(bound * np.hypot(*mask.shape))
-    ours, theirs = boundary_map(mask), boundary_map(truth)
-    if not ours.any() or not theirs.any():
-        return float(ours.any() == theirs.any())
-    window = _bounding_box(ours | theirs)  # all that is near a boundary pixel lies in it
-    ours, theirs = ours[window], theirs[window]
-    precision = np.mean(distance_transform_edt(~theirs)[ours] <= radius)
-    recall = np.mean(distance_transform_edt(~ours)[theirs] <= radius)
+    ours, theirs = (np.argwhere(boundary_map(one)) for one in (mask, truth))
+    if not len(ours) or not len(theirs):
+        return float(len(ours) == len(theirs))
+    precision = np.mean(cKDTree(theirs).query(ours)[0] <= radius)
+    recall = np.mean(cKDTree(ours).query(theirs)[0] <= radius)
     return float(2 * precision * recall / (precision + recall)) if precision + recall else 0.0
 
 
@@ -304,11 +302,6 @@ def _mask_pair(mask, truth) -> tuple[np.ndarray, np.ndarray]:
     if mask.ndim != 2 or mask.shape != truth.shape:
         raise ValueError(f"mask and truth must be [H, W] of one size, not {list(mask.shape)} and {list(truth.shape)}")
     return mask, truth
-
-
-def _bounding_box(mask: np.ndarray) -> tuple[slice, slice]:
-    rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
-    return slice(rows[0], rows[-1] + 1), slice(columns[0], columns[-1] + 1)
 
 
 def _array(values) -> np.ndarray:

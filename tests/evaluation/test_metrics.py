@@ -140,8 +140,8 @@ def test_boundary_f_forgives_what_is_within_the_tolerance():
     truth = square(40, 40, side=60, size=(240, 427))  # diagonal 489.9 pixels, tolerance ceil(3.92) = 4
     assert boundary_f(square(40, 44, side=60, size=(240, 427)), truth) == 1
     beyond = boundary_f(square(40, 45, side=60, size=(240, 427)), truth)
-    # The outline is 61×61, 240 pixels. Beyond the tolerance lie the side that sticks out, and of the side within all but
-    # 5 pixels at either end, which are near the top and the bottom.
+    # The outline is 61×61, 240 pixels. Beyond the tolerance lie the side that sticks out, and of the side within all
+    # but 5 pixels at either end, which are near the top and the bottom.
     assert beyond == pytest.approx((240 - 61 - (61 - 10)) / 240)
     assert boundary_f(square(40, 45, side=60, size=(240, 427)), truth, bound=5) == 1
     assert boundary_f(square(150, 300, side=60, size=(240, 427)), truth) == 0
