@@ -1,0 +1,156 @@
+"""Low-shot classification: logistic regression on frozen features of a few labelled images (I-JEPA, arXiv 2301.08243).
+
+With few labels the draw of the images decides as much as the features, so every number is a mean over several draws,
+with their standard deviation.
+"""
+
+import re
+import statistics
+import warnings
+from dataclasses import asdict, dataclass, field
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from hf_mim.evaluation.encoder import FeatureSpec
+from hf_mim.evaluation.probing import mean_and_scale
+from hf_mim.evaluation.result import Result
+from hf_mim.evaluation.splits import check_labels, random_ranks
+
+MAX_ITERATIONS = 2000
+FOLDS = 3  # at most, of the cross-validation
+
+
+def parse_budget(budget: str) -> tuple[float | None, int | None]:
+    """("1%" → 1.0, None), ("5" → None, 5). Raises ValueError for anything else."""
+    match = re.fullmatch(r"(\d+\.?\d*|\.\d+)%|(\d+)", budget.strip())
+    if match and match[1] and 0 < float(match[1]) <= 100:
+        return float(match[1]), None
+    if match and match[2] and int(match[2]) > 0:
+        return None, int(match[2])
+    raise ValueError(f"budgets must be percentages such as 1% or images per class such as 5, not {budget}")
+
+
+def draw_images(labels: Tensor, budget: str, seed: int, draw: int = 0) -> Tensor:
+    """Ids of a seeded draw: the same number of images of each class, which for a percentage is at least one.
+
+    Where a percentage asks for more than a small class has, it gives all of its images. Of one draw, a smaller budget's
+    images are among a larger one's, so that budgets can be compared.
+
+    Raises:
+        ValueError: no such budget, or a class is smaller than the number.
+    """
+    percent, count = parse_budget(budget)
+    ranks, sizes = random_ranks(labels, seed, draw)
+    if percent is not None:
+        count = max(1, round(len(labels) * percent / 100 / len(labels.unique())))
+    elif count > sizes.min():
+        label, size = int(labels[sizes.argmin()]), int(sizes.min())
+        raise ValueError(f"budgets {budget} asks for {count} images of each class, and class {label} has {size}")
+    return (ranks < count).nonzero()[:, 0]
+
+
+def fit_logistic(features: Tensor, labels: Tensor, c: list[float], seed: int = 0):
+    """L2-regularised logistic regression on `[n, D]` and `[n]`; of several C the one that cross-validation prefers.
+
+    C is scikit-learn's: the loss summed over the images is weighed by C against `|w|² / 2`. With a single image of some
+    class nothing can be held out, and the middle C is taken. Of equal ones the smallest is.
+    """
+    from sklearn.exceptions import ConvergenceWarning  # slow to import, so only when asked for
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.model_selection import GridSearchCV, StratifiedKFold
+
+    x, y, c = features.double().numpy(), labels.numpy(), sorted(c)
+    folds = min(FOLDS, int(labels.bincount()[labels].min()))
+    model = LogisticRegression(C=c[len(c) // 2], max_iter=MAX_ITERATIONS)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)  # the caller reads n_iter_
+        if len(c) == 1 or folds == 1:
+            return model.fit(x, y)
+        held_out = StratifiedKFold(folds, shuffle=True, random_state=seed)
+        return GridSearchCV(model, {"C": c}, cv=held_out).fit(x, y).best_estimator_
+
+
+@dataclass
+class LowShot:
+    """Top-1 accuracy of logistic regression on 1 %, 10 %, or k images per class; the value is that of the first budget.
+
+    Each budget is drawn several times, balanced and seeded; mean and sample standard deviation over the draws. The
+    features are standardised by the statistics of all training images, whose labels this does not need, and divided by
+    √D, so that one C means the same for any width. C is chosen within the drawn images alone.
+
+    Source: MSN (arXiv 2204.07141, section 4) and I-JEPA (arXiv 2301.08243, section 5), which report 1 % of ImageNet.
+    """
+
+    name: ClassVar[str] = "lowshot"
+    needs: ClassVar[str] = "labels"
+
+    budgets: list[str] = field(
+        default_factory=lambda: ["1%", "10%", "5"],
+        metadata={"help": "percentages such as 1%, or numbers of images per class such as 5"},
+    )
+    layer: str = field(default="last/mean/norm", metadata={"help": "features; mean or cls"})
+    draws: int = field(default=5, metadata={"help": "of each budget"})
+    c: list[float] = field(
+        default_factory=lambda: [0.1, 1.0, 10.0, 100.0, 1000.0],
+        metadata={"help": "C of the logistic regression; several are compared by cross-validation"},
+    )
+    seed: int = field(default=0, metadata={"help": "of the draws"})
+
+    def __post_init__(self):
+        if FeatureSpec.parse(self.layer).pooling == "tokens":
+            raise ValueError(f"layer of a low-shot probe must be pooled, mean or cls, not {self.layer}")
+        if not self.budgets:
+            raise ValueError("budgets must name at least one, such as 1%")
+        self.budgets = list(dict.fromkeys(budget.strip() for budget in self.budgets))
+        for budget in self.budgets:
+            parse_budget(budget)
+        for name, lowest in (("draws", 1), ("seed", 0)):
+            if getattr(self, name) < lowest:
+                raise ValueError(f"{name} must be at least {lowest}, not {getattr(self, name)}")
+        if not self.c or min(self.c) <= 0:
+            raise ValueError(f"c must be numbers above 0, at least one, not {self.c}")
+
+    def run(self, extract, train, test) -> Result:
+        labels = train.read_labels()
+        check_labels(labels)
+        for budget in self.budgets:
+            draw_images(labels, budget, self.seed)
+        spec = FeatureSpec.parse(self.layer)
+        (features,), labels = extract(train, [spec]), train.read_labels()  # now without images that cannot be decoded
+        mean, scale = mean_and_scale(features, torch.arange(len(features)), str(spec))
+        scale = scale / len(scale) ** 0.5
+        (test_features,) = extract(test, [spec])
+        test_features = ((test_features - mean) * scale).numpy()
+        rows, predictions = [], []
+        for budget in self.budgets:
+            for draw in range(self.draws):
+                ids = draw_images(labels, budget, self.seed, draw)
+                model = fit_logistic((features[ids] - mean) * scale, labels[ids], self.c, self.seed)
+                predictions.append(torch.from_numpy(model.predict(test_features)))
+                converged = int(model.n_iter_.max()) < MAX_ITERATIONS
+                rows.append({"budget": budget, "draw": draw, "images": len(ids), "C": model.C, "converged": converged})
+        test_labels = test.read_labels()
+        for row, predicted in zip(rows, predictions, strict=True):
+            row["accuracy"] = (predicted == test_labels).double().mean().item()
+        return self._result(rows, {"train": train.describe(), "test": test.describe()})
+
+    def _result(self, rows: list[dict], data: dict) -> Result:
+        scores, first = {}, self.budgets[0]
+        for budget in self.budgets:
+            drawn = [row["accuracy"] for row in rows if row["budget"] == budget]
+            scores[f"top1 {budget}"] = statistics.fmean(drawn)
+            if len(drawn) > 1:
+                scores[f"top1 {budget} standard deviation"] = statistics.stdev(drawn)
+        stopped = sum(not row["converged"] for row in rows)
+        return Result(
+            protocol=self.name,
+            metric=f"top-1 accuracy with {first if '%' in first else first + ' images per class'}",
+            value=scores[f"top1 {first}"],
+            scores=scores,
+            table=rows,
+            settings=asdict(self) | {"folds": FOLDS, "classifier": "scikit-learn LogisticRegression, lbfgs"},
+            data=data,
+            notes=[f"{stopped} of {len(rows)} fits stopped after {MAX_ITERATIONS} iterations."] if stopped else [],
+        )
