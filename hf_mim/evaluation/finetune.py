@@ -47,7 +47,6 @@ class FinetuningArguments(TrainingArguments):
     max_grad_norm: float = field(default=0.0, metadata={"help": "Gradient norm to clip to; 0: no clipping."})
     logging_strategy: str = field(default="epoch", metadata={"help": "When to log."})
     remove_unused_columns: bool = field(default=False, metadata={"help": "Drop columns that the model does not take."})
-
     dataloader_persistent_workers: bool = field(default=True, metadata={"help": "Keep workers between epochs."})
 
     def __post_init__(self):
@@ -140,6 +139,8 @@ class Finetune:
             raise ValueError(f"batch_size must be at least 1, not {self.batch_size!r}")
         if self.blocks is not None and self.blocks < 0:
             raise ValueError(f"blocks must be at least 0, a linear probe, not {self.blocks!r}")
+        if not 0 <= self.drop_path < 1:
+            raise ValueError(f"drop_path must lie in [0, 1), not {self.drop_path!r}")
         check_schedule(self.epochs, self.warmup_epochs, self.base_lr, self.layer_decay, self.weight_decay)
         self._augment([0.5], [0.5])
         for prefix, check in (
