@@ -15,6 +15,7 @@ from hf_mim import schedules
 from hf_mim.data.dataset import MAX_BROKEN, BrokenImagesError, check_broken
 from hf_mim.evaluation.encoder import FrozenEncoder
 from hf_mim.evaluation.features import FeatureExtractor
+from hf_mim.evaluation.health import measure_health
 from hf_mim.evaluation.images import Images, LabelledImages
 from hf_mim.evaluation.knn import knn_predict
 
@@ -115,8 +116,6 @@ class OnlineProbe(TrainerCallback):
 
     def measure(self):
         """Log one measurement."""
-        from hf_mim.evaluation.health import measure_health
-
         trainer = self.trainer
         model = trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False).base_model
         training = model.training

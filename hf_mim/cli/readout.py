@@ -33,6 +33,13 @@ def fixed_sample(images: Dataset | IterableDataset, count: int, start: int = 0) 
     return Dataset.from_list(list(images.skip(start).take(count)), features=images.features)
 
 
+def labelled_sample(images: Dataset | IterableDataset, count: int, start: int = 0) -> Dataset:
+    """As `fixed_sample`, of those with a label; of a stream those among `count`."""
+    if isinstance(images, Dataset):
+        return fixed_sample(labelled_only(images), count, start)
+    return labelled_only(fixed_sample(images, count, start))
+
+
 def fixed_view(images, config: PreTrainedConfig, count: int, size=None) -> ImageDataset:
     """Centred crops of a fixed sample, of `size` or that which the encoder sees."""
     sample = fixed_sample(images, count)
@@ -57,16 +64,16 @@ class Readout:
         """The training split votes, a test split is classified. None where there are no labels.
 
         Without a test split, a fifth of the training images at most is classified and does not vote: the model has seen
-        them, without their labels. Of a stream, or of fewer than 5 images, there is None.
+        them, without their labels. Of a stream, or of fewer than 5 labelled images, there is None.
         """
         if not _has_labels(images):
             return None
         tested, split = find_test_split(run, labelled=True)
         own, num_tested = tested is not None, run.knn_test_images
         if not own:
-            if not isinstance(images, Dataset) or len(images) < 5:
+            if not isinstance(images, Dataset) or len(labelled := labelled_only(images)) < 5:
                 return None
-            tested, split, num_tested = images, run.train_split, min(num_tested, len(images) // 5)
+            tested, split, num_tested = images, run.train_split, min(num_tested, len(labelled) // 5)
         data = {
             "train": f"{run.dataset}, split {run.train_split}",
             "test": f"{run.test_dataset or run.dataset}, split {split}",
@@ -79,16 +86,15 @@ class Readout:
         counts = [
             most if count is None else min(most, count) for count, most in zip((train, test), self.most, strict=True)
         ]
-        voting = labelled_only(fixed_sample(self.train_images, counts[0], self.start))
         return (
-            LabelledImages(voting, self.data["train"]),
-            LabelledImages(labelled_only(fixed_sample(self.test_images, counts[1])), self.data["test"]),
+            LabelledImages(labelled_sample(self.train_images, counts[0], self.start), self.data["train"]),
+            LabelledImages(labelled_sample(self.test_images, counts[1]), self.data["test"]),
         )
 
     def measure(self, model, untrained, augment, batch_size: int, folder: Path) -> Result:
         """The trained encoder, with the untrained one and the raw pixels as baselines: printed, and in results/."""
         train, test = self.sample()
-        normalization = [values.flatten().tolist() for values in augment.statistics()]
+        normalization = augment.statistics()
         size = model.config.image_height_width
         encoders = {
             "trained": FrozenEncoder(model.base_model, *normalization, name=str(folder)),

@@ -60,7 +60,7 @@ def mae_run(tmp_path_factory):
 def test_a_run_folder_is_complete(mae_run):
     folder, _ = mae_run
     files = "config.json model.safetensors preprocessor_config.json recipe.yaml trainer_state.json loss.png".split()
-    assert {*files, "reconstructions.png", "knn.json"} <= {path.name for path in folder.iterdir()}
+    assert {*files, "reconstructions.png", "results"} <= {path.name for path in folder.iterdir()}
     state = json.loads((folder / "trainer_state.json").read_text())
     assert state["global_step"] == 4
     assert sum("loss" in entry for entry in state["log_history"]) == 4  # short runs have a curve too
@@ -69,14 +69,15 @@ def test_a_run_folder_is_complete(mae_run):
 
 def test_the_end_compares_trained_untrained_and_raw_pixels(mae_run):
     folder, printed = mae_run
-    result = json.loads((folder / "knn.json").read_text())
-    assert (result["k"], result["train_images"], result["test_images"]) == (20, 200, 100)
-    assert result["data"]["test_images_seen_in_pretraining"] is False
-    accuracies = {"trained": result["accuracy"], **result["baselines"]}
+    result = json.loads((folder / "results" / "knn.json").read_text())
+    data = result["data"]
+    assert (result["settings"]["k"], data["train"]["images"], data["test"]["images"]) == (20, 200, 100)
+    assert data["test"]["seen_in_pretraining"] is False
+    accuracies = {"trained": result["value"], **result["scores"]}
     assert list(accuracies) == ["trained", "untrained", "raw pixels"]
     for name, accuracy in accuracies.items():
         assert re.search(rf"{name} +{100 * accuracy:.1f} %", printed)
-    assert result["baselines"]["raw pixels"] > 0.8
+    assert result["scores"]["raw pixels"] > 0.8
 
 
 def test_the_three_lines_printed_load_the_encoder_in_a_fresh_process_offline(mae_run, tmp_path):
@@ -132,14 +133,14 @@ def test_a_resumed_run_ends_as_one_that_was_never_interrupted(tmp_path):
     shutil.copy(whole / "recipe.yaml", broken / "recipe.yaml")
     run("--output_dir", broken, "--resume")
     assert same_weights(whole, broken)
-    assert not (broken / "knn.json").exists()
+    assert not (broken / "results" / "knn.json").exists()
 
 
 @pytest.mark.parametrize("method", ["latent_mim", "stop_jepa"])
 def test_the_other_methods_fill_their_run_folders_and_load(tmp_path, method):
     folder = tmp_path / method
     run("--method", method, *TINY_RUN, "--output_dir", folder)
-    assert (folder / "knn.json").exists() and (folder / "loss.png").exists()
+    assert (folder / "results" / "knn.json").exists() and (folder / "loss.png").exists()
     assert not (folder / "reconstructions.png").exists()
     model, encoder = AutoModelForPreTraining.from_pretrained(folder), AutoModel.from_pretrained(folder)
     for name, weight in model.base_model.state_dict().items():
@@ -170,9 +171,11 @@ def test_a_folder_of_ones_own_images_with_a_broken_file(tmp_path, capsys, caplog
     run("--dataset", pictures, *options, "--output_dir", tmp_path / "run")
     assert "broken.jpg" in caplog.text
     assert "seen in pretraining without their labels" in capsys.readouterr().out
-    data = json.loads((tmp_path / "run" / "knn.json").read_text())
-    assert data["num_classes"] == 2 and data["data"]["test_images_seen_in_pretraining"] is True
-    assert data["train_images"] + data["test_images"] == 151
+    result = json.loads((tmp_path / "run" / "results" / "knn.json").read_text())
+    train, test = result["data"]["train"], result["data"]["test"]
+    assert result["settings"]["num_classes"] == 2 and test["seen_in_pretraining"] is True
+    assert train["images"] + test["images"] == 150  # the broken one is left out here, and counted
+    assert train.get("broken_images_left_out", 0) + test.get("broken_images_left_out", 0) == 1
     processor = AutoImageProcessor.from_pretrained(tmp_path / "run")
     for mode in ("RGB", "L", "RGBA", "P", "CMYK"):
         picture = Image.new("RGB", (40, 30)).convert(mode)
@@ -183,8 +186,8 @@ def test_images_of_which_some_have_no_label_are_pretrained_on(tmp_path):
     rows = {"image": [encoded_grey(seed) for seed in range(64)], "label": [None, 0, 1, 1] * 16}
     Dataset.from_dict(rows).to_parquet(tmp_path / "some.parquet")
     run("--dataset", tmp_path / "some.parquet", *SMALL, *OWN_IMAGES, "--output_dir", tmp_path / "run")
-    data = json.loads((tmp_path / "run" / "knn.json").read_text())
-    assert data["train_images"] + data["test_images"] == 48
+    data = json.loads((tmp_path / "run" / "results" / "knn.json").read_text())["data"]
+    assert data["train"]["images"] + data["test"]["images"] == 48
 
 
 def encoded_grey(seed) -> bytes:
@@ -197,7 +200,7 @@ def test_a_handful_of_images_is_pretrained_on_without_a_readout(tmp_path):
     pictures = make_pictures(tmp_path / "pictures", count=4)
     options = [*SMALL, *OWN_IMAGES, "--per_device_train_batch_size", 2]
     run("--dataset", pictures / "photos", *options, "--output_dir", tmp_path / "run")
-    assert (tmp_path / "run" / "config.json").exists() and not (tmp_path / "run" / "knn.json").exists()
+    assert (tmp_path / "run" / "config.json").exists() and not (tmp_path / "run" / "results" / "knn.json").exists()
 
 
 def test_ctrl_c_is_one_line_that_says_how_to_go_on(tmp_path, monkeypatch, capsys):
@@ -247,7 +250,7 @@ def test_ten_channels_from_arrays_to_processor(tmp_path):
 def test_a_stream_is_pretrained_on_and_measured(tmp_path):
     options = [*TINY_RUN, "--streaming", "--dataloader_num_workers", 0, "--max_steps", 2]
     run(*options, "--output_dir", tmp_path / "run")
-    assert json.loads((tmp_path / "run" / "knn.json").read_text())["test_images"] == 100
+    assert json.loads((tmp_path / "run" / "results" / "knn.json").read_text())["data"]["test"]["images"] == 100
 
 
 def test_eval_loss_is_measured_on_test_images(tmp_path):
@@ -317,7 +320,7 @@ def test_mistakes_are_one_line_before_anything_is_written(arguments, message, tm
 def test_the_program_lists_its_commands_and_refuses_others(capsys):
     assert main([]) == 0 and "pretrain" in capsys.readouterr().out
     assert main(["train"]) == 2
-    assert capsys.readouterr().err == "error: unknown command train; there is pretrain\n"
+    assert capsys.readouterr().err == "error: unknown command train; there is pretrain, evaluate\n"
 
 
 @pytest.mark.slow
@@ -350,7 +353,7 @@ def test_two_ranks_write_one_run_folder(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("Three lines of Python") == 1
-    assert (tmp_path / "run" / "knn.json").exists()
+    assert (tmp_path / "run" / "results" / "knn.json").exists()
     failed = subprocess.run(
         [*command, "--output_dir", str(tmp_path / "run")],
         cwd=REPOSITORY,

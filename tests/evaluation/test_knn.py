@@ -1,38 +1,72 @@
-"""k-NN classification against a loop that does what the paper says."""
+"""k-NN classification against scikit-learn and against loops that do what the papers say."""
 
-import json
 import math
 
+import numpy as np
 import pytest
 import torch
+from sklearn.neighbors import KNeighborsClassifier, NearestNeighbors
 
 from hf_mim.evaluation import knn
-from hf_mim.evaluation.features import extract_features, mean_patch_token, raw_pixels
-from hf_mim.evaluation.knn import evaluate_knn, knn_predict
-from hf_mim.models.configuration_mae import MAEConfig
-from hf_mim.models.modeling_mae import MAEModel
+from hf_mim.evaluation.features import FeatureExtractor
+from hf_mim.evaluation.knn import KNN, LeaveOneOut, knn_predict, knn_sweep, nearest_other
 
 
-def features_and_labels(seed=0, n=60, m=25, classes=5):
+def features_and_labels(seed=0, n=600, m=250, classes=5, width=8):
     generator = torch.Generator().manual_seed(seed)
-    train, test = torch.randn(n, 8, generator=generator), torch.randn(m, 8, generator=generator)
+    train, test = torch.randn(n, width, generator=generator), torch.randn(m, width, generator=generator)
     return train, torch.randint(classes, (n,), generator=generator), test
 
 
-def predict_by_loop(train, labels, test, k, temperature):
+def predict_by_scikit_learn(train, labels, test, k, temperature):
+    model = KNeighborsClassifier(
+        k, weights=lambda distance: np.exp(-distance / temperature), algorithm="brute", metric="cosine"
+    )
+    return model.fit(train.double().numpy(), labels.numpy()).predict(test.double().numpy()).tolist()
+
+
+def predict_by_loop(train, labels, test, k, temperature, num_classes=5):
+    """Ties are settled as documented: of equally near images the first, of equal classes the first."""
     predictions = []
-    for feature in test:
-        cosines = [torch.cosine_similarity(feature, other, dim=0).item() for other in train]
-        votes = {}
-        for similarity, label in sorted(zip(cosines, labels.tolist(), strict=True), reverse=True)[:k]:
-            votes[label] = votes.get(label, 0) + math.exp(similarity / temperature)
-        predictions.append(max(votes, key=votes.get))
+    train = train.double() / train.double().norm(dim=1, keepdim=True)
+    for feature in test.double():
+        cosines = [round((feature / feature.norm() @ other).item(), 10) for other in train]
+        nearest = sorted(range(len(train)), key=lambda i: -cosines[i])[:k]  # stable
+        votes = [0.0] * num_classes
+        for i in nearest:
+            votes[labels[i]] += math.exp((cosines[i] - 1) / temperature)
+        predictions.append(next(c for c in range(num_classes) if votes[c] >= max(votes) * (1 - 1e-9)))
     return predictions
 
 
-@pytest.mark.parametrize("k", [1, 5, 20, 60])
-def test_predictions_are_those_of_a_loop_over_images(k):
+@pytest.mark.parametrize(("k", "temperature"), [(1, 0.07), (5, 0.07), (20, 0.07), (20, 1.0), (600, 0.2)])
+def test_random_features_are_classified_as_by_scikit_learn(k, temperature):
     train, labels, test = features_and_labels()
+    expected = predict_by_scikit_learn(train, labels, test, k, temperature)
+    assert knn_predict(train, labels, test, k, temperature).tolist() == expected
+
+
+@pytest.mark.parametrize("k", [3, 4, 12])
+def test_tied_votes_and_tied_neighbours_within_k_are_settled_as_by_scikit_learn(k):
+    # Corners of a cube, each four times with one label: every neighbour has twins, and the votes of classes tie.
+    corners = torch.cartesian_prod(*[torch.tensor([-1.0, 1.0])] * 3)
+    labels = torch.tensor([0, 1, 1, 0, 2, 0, 1, 2]).repeat_interleave(4)
+    train, test = corners.repeat_interleave(4, dim=0), torch.eye(3)
+    if k == 12:  # 16 corners are equally near: which 12 of them is a matter of convention
+        assert knn_predict(train, labels, test, k).tolist() == predict_by_loop(train, labels, test, k, 0.07)
+    else:
+        near = torch.cat([corners, corners[:1]])  # the corners themselves have one nearest set of four twins
+        expected = predict_by_scikit_learn(train, labels, near, k, 0.07)
+        assert knn_predict(train, labels, near, k).tolist() == expected
+
+
+@pytest.mark.parametrize("k", [1, 7, 20])
+def test_of_equally_near_images_the_first_vote(k):
+    generator = torch.Generator().manual_seed(0)
+    base = torch.randn(40, 16, generator=generator)
+    copies = torch.randint(40, (400,), generator=generator)
+    train, labels = base[copies] * (1 + copies[:, None]), torch.randint(5, (400,), generator=generator)
+    test = torch.randn(60, 16, generator=generator)
     assert knn_predict(train, labels, test, k).tolist() == predict_by_loop(train, labels, test, k, 0.07)
 
 
@@ -46,52 +80,80 @@ def test_near_neighbours_outvote_many_far_ones():
 
 def test_chunks_do_not_change_the_result(monkeypatch):
     train, labels, test = features_and_labels()
-    whole = knn_predict(train, labels, test)
-    monkeypatch.setattr(knn, "LARGEST_TABLE", 3 * len(train))
+    whole, other = knn_predict(train, labels, test), nearest_other(train)
+    monkeypatch.setattr(knn, "LARGEST_TABLE", 7 * len(train))
     assert torch.equal(knn_predict(train, labels, test), whole)
+    assert torch.equal(nearest_other(train), other)
 
 
 def test_the_length_of_a_feature_does_not_count():
     train, labels, test = features_and_labels()
-    scaled = train * torch.rand(len(train), 1) * 100 + 0
+    scaled = train * (0.1 + torch.rand(len(train), 1)) * 100
     assert torch.equal(knn_predict(scaled, labels, test * 7), knn_predict(train, labels, test))
 
 
+def test_one_search_gives_every_k_and_temperature():
+    train, labels, test = features_and_labels()
+    for (k, temperature), predictions in knn_sweep(train, labels, test, [1, 30, 5], [0.07, 1.0], 5).items():
+        assert torch.equal(predictions, knn_predict(train, labels, test, k, temperature))
+
+
 @pytest.mark.parametrize(
-    ("kwargs", "message"), [({"k": 0}, "k must"), ({"k": 61}, "k must"), ({"temperature": 0}, "temp")]
+    ("kwargs", "message"), [({"k": 0}, "k must"), ({"k": 601}, "k must"), ({"temperature": 0}, "temp")]
 )
 def test_impossible_settings_are_errors(kwargs, message):
     with pytest.raises(ValueError, match=message):
         knn_predict(*features_and_labels(), **kwargs)
 
 
-def test_the_result_counts_correct_images_and_saves_its_protocol(tmp_path):
-    train = (torch.eye(4).repeat(3, 1), torch.arange(4).repeat(3))
-    test = (torch.eye(4), torch.tensor([0, 1, 2, 0]))
-    result = evaluate_knn(train, test, features="unit vectors", data={"train": "here"})
-    result.save(tmp_path / "knn.json")
-    saved = json.loads((tmp_path / "knn.json").read_text())
-    assert saved["accuracy"] == 0.75
-    assert saved["k"] == 12  # fewer training images than 20: all vote
-    assert (saved["train_images"], saved["test_images"], saved["num_classes"]) == (12, 4, 4)
-    assert saved["features"] == "unit vectors" and saved["temperature"] == 0.07 and "torch" in saved["versions"]
+@pytest.mark.parametrize("offset", [0.0, 1000.0])
+def test_the_nearest_other_image_is_that_of_scikit_learn(offset):
+    features = features_and_labels()[0] + offset  # residual streams have a large common part
+    _, expected = NearestNeighbors(n_neighbors=2, algorithm="brute").fit(features.double()).kneighbors()
+    assert nearest_other(features).tolist() == expected[:, 0].tolist()
 
 
-def test_features_are_the_mean_patch_token_without_cls_and_unknown_labels_are_left_out():
-    torch.manual_seed(0)
-    config = MAEConfig(image_size=8, patch_size=4, hidden_size=16, num_hidden_layers=1, num_attention_heads=2)
-    encoder = MAEModel(config).eval()
-    pixels = torch.randint(0, 256, (5, 3, 8, 8), dtype=torch.uint8)
-    images = [{"pixel_values": p, "labels": label} for p, label in zip(pixels, [3, -1, 0, 1, -1], strict=True)]
-    features, labels = extract_features(mean_patch_token(encoder), images, lambda x: x / 255, batch_size=2)
-    assert labels.tolist() == [3, 0, 1]
-    expected = encoder(pixels[[0, 2, 3]] / 255).last_hidden_state[:, 1:].mean(1)
-    torch.testing.assert_close(features, expected)
+def test_an_image_is_not_its_own_neighbour_but_its_twin_is():
+    features = torch.randn(6, 4).repeat(2, 1)
+    assert nearest_other(features).tolist() == [6, 7, 8, 9, 10, 11, 0, 1, 2, 3, 4, 5]
 
 
-def test_raw_pixels_are_averaged_down_to_32():
-    images = torch.arange(64.0).view(1, 1, 1, 64).expand(2, 1, 64, 64)
-    pixels = raw_pixels(images)
-    assert pixels.shape == (2, 32 * 32)
-    assert pixels[0, :3].tolist() == [0.5, 2.5, 4.5]
-    assert torch.equal(raw_pixels(images[..., :8, :8]), images[..., :8, :8].flatten(1))
+def test_the_protocol_counts_correct_images_and_says_what_it_did(tiny_encoder, digits_splits):
+    train, test = digits_splits[0].select(range(300)), digits_splits[1].select(range(100))
+    extract = FeatureExtractor(tiny_encoder, progress=False)
+    result = KNN(k=5, ks=[1], temperatures=[]).run(extract, train, test)
+    (train_features,), (test_features,) = extract(train, ["last/mean/norm"]), extract(test, ["last/mean/norm"])
+    predictions = knn_predict(train_features, train.read_labels(), test_features, k=5)
+    assert result.value == (predictions == test.read_labels()).double().mean().item() > 0.3
+    assert result.settings["k"] == 5 and result.settings["features"] == "last/mean/norm"
+    assert (result.data["train"]["images"], result.data["test"]["images"]) == (300, 100)
+    assert [row["k"] for row in result.table] == [1, 5] and result.table[1]["T 0.07"] == result.value
+
+
+def test_leave_one_out_is_latent_mims(tiny_encoder, digits_splits):
+    test = digits_splits[1].select(range(100))
+    extract = FeatureExtractor(tiny_encoder, progress=False)
+    (tokens,) = extract(test, ["last/tokens/raw"])
+    distance = torch.cdist(tokens.mean(1), tokens.mean(1)).fill_diagonal_(torch.inf)
+    labels = test.read_labels()
+    expected = (labels[distance.argmin(1)] == labels).double().mean().item()
+    assert LeaveOneOut().run(extract, digits_splits[0], test).value == expected
+
+
+@pytest.mark.parametrize(
+    ("protocol", "message"),
+    [
+        (lambda: KNN(k=0), "k must be at least 1, not 0"),
+        (lambda: KNN(temperatures=[0.1, 0.0]), "temperatures must be above 0, not 0.0"),
+        (lambda: KNN(features="last/mean"), "features must be layer/pooling/norm"),
+    ],
+)
+def test_options_out_of_range_are_errors(protocol, message):
+    with pytest.raises(ValueError, match=message):
+        protocol()
+
+
+def test_fewer_images_than_k_are_an_error(tiny_encoder, digits_splits):
+    train = digits_splits[0].select(range(10))
+    with pytest.raises(ValueError, match="k must be at most the 10 training images, not 20"):
+        KNN().run(FeatureExtractor(tiny_encoder), train, digits_splits[1])

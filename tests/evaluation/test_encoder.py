@@ -1,0 +1,198 @@
+"""Features of any encoder against what transformers itself returns."""
+
+import pytest
+import torch
+from transformers import (
+    BertConfig,
+    BertModel,
+    CLIPConfig,
+    CLIPModel,
+    Dinov2Config,
+    Dinov2Model,
+    Dinov2WithRegistersConfig,
+    Dinov2WithRegistersModel,
+    IJepaConfig,
+    IJepaModel,
+    ResNetConfig,
+    ResNetModel,
+    ViTConfig,
+    ViTForImageClassification,
+    ViTImageProcessor,
+    ViTMAEConfig,
+    ViTMAEModel,
+    ViTModel,
+)
+
+from hf_mim.evaluation.encoder import FeatureSpec, FrozenEncoder, RawPixels, checkpoint_sha256
+from hf_mim.models.configuration_mae import MAEConfig
+from hf_mim.models.configuration_stop_jepa import StopJepaConfig
+from hf_mim.models.modeling_mae import MAEForPreTraining, MAEModel
+from hf_mim.models.modeling_stop_jepa import StopJepaForPreTraining
+
+TINY = dict(hidden_size=32, num_hidden_layers=5, num_attention_heads=2, intermediate_size=64, image_size=32)
+TINY |= dict(patch_size=8)
+OTHERS = {
+    "vit": (ViTModel, ViTConfig, 1),
+    "dinov2": (Dinov2Model, Dinov2Config, 1),
+    "dinov2 with registers": (Dinov2WithRegistersModel, Dinov2WithRegistersConfig, 5),
+    "ijepa": (IJepaModel, IJepaConfig, 0),
+    "mae": (MAEModel, MAEConfig, 1),
+}
+NORMALIZATION = dict(mean=[0.5] * 3, std=[0.5] * 3)
+
+
+def build(name):
+    torch.manual_seed(0)
+    model_class, config_class, prefix = OTHERS[name]
+    return model_class(config_class(**TINY)).eval(), prefix
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_features_are_those_of_the_model_itself(name):
+    model, prefix = build(name)
+    images = torch.randn(3, 3, 32, 32)
+    encoder = FrozenEncoder(model, **NORMALIZATION, name=name)
+    output = model(images, output_hidden_states=True)
+    norm = model.norm if name == "mae" else model.layernorm
+    last4 = torch.cat([norm(tokens)[:, prefix:].mean(1) for tokens in output.hidden_states[-4:]], dim=1)
+    expected = {
+        "last/mean/norm": output.last_hidden_state[:, prefix:].mean(1),
+        "last/tokens/norm": output.last_hidden_state[:, prefix:],
+        "last/mean/raw": output.hidden_states[-1][:, prefix:].mean(1),
+        "2/mean/raw": output.hidden_states[2][:, prefix:].mean(1),
+        "last4/mean/norm": last4,
+    }
+    if prefix:
+        expected["last/cls/norm"] = output.last_hidden_state[:, 0]
+    assert (encoder.num_prefix_tokens, encoder.width, encoder.num_layers, encoder.grid) == (prefix, 32, 5, (4, 4))
+    features = encoder.extract(images, [FeatureSpec.parse(spec) for spec in expected])
+    for (spec, value), feature in zip(expected.items(), features, strict=True):
+        torch.testing.assert_close(feature, value.detach(), msg=lambda text, spec=spec: f"{spec}: {text}")
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_positions_are_resized_for_another_image_size(name):
+    encoder = FrozenEncoder(build(name)[0], **NORMALIZATION, image_size=(48, 64))
+    (tokens,) = encoder.extract(torch.randn(2, 3, 48, 64), [FeatureSpec("last", "tokens")])
+    assert encoder.grid == (6, 8) and tokens.shape == (2, 48, 32)
+
+
+def test_transformers_mae_is_not_masked_and_keeps_raster_order():
+    torch.manual_seed(0)
+    model = ViTMAEModel(ViTMAEConfig(**TINY))
+    encoder = FrozenEncoder(model, **NORMALIZATION)
+    spec = [FeatureSpec("last", "tokens")]
+    image = torch.randn(1, 3, 32, 32)
+    (tokens,) = encoder.extract(image, spec)
+    assert tokens.shape == (1, 16, 32)
+    model.embeddings.patch_embeddings.projection.weight.data.zero_()  # then a token knows nothing but its neighbours
+    model.embeddings.position_embeddings.data[:, 1:] = torch.arange(16.0)[None, :, None]
+    for layer in encoder.blocks:
+        layer.register_forward_hook(lambda module, args, output: args[0])  # every block is the identity
+    (places,) = encoder.extract(image, [FeatureSpec("last", "tokens", norm=False)])
+    assert places[0, :, 0].diff().tolist() == [1.0] * 15
+
+
+def test_of_clip_the_image_half_is_evaluated():
+    vision = TINY | {"projection_dim": 16}
+    text = dict(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, vocab_size=20)
+    encoder = FrozenEncoder(CLIPModel(CLIPConfig(vision_config=vision, text_config=text)), **NORMALIZATION)
+    features = encoder.extract(torch.randn(2, 3, 32, 32), [FeatureSpec(), FeatureSpec(pooling="cls", norm=False)])
+    assert [f.shape for f in features] == [(2, 32)] * 2 and encoder.num_prefix_tokens == 1
+
+
+def test_a_pretraining_checkpoint_gives_its_encoder_and_stop_jepas_is_the_target(tmp_path):
+    for config_class, model_class in ((MAEConfig, MAEForPreTraining), (StopJepaConfig, StopJepaForPreTraining)):
+        torch.manual_seed(0)
+        model = model_class(config_class(**TINY)).eval()
+        for parameter in model.base_model.parameters():
+            parameter.data.add_(0.01)  # so that StoP-JEPA's target is not its online encoder
+        folder = tmp_path / model_class.__name__
+        model.save_pretrained(folder)
+        ViTImageProcessor(
+            image_mean=[0.1, 0.2, 0.3], image_std=[1, 2, 4], size={"height": 32, "width": 32}
+        ).save_pretrained(folder)
+        encoder = FrozenEncoder.load(folder)
+        image = torch.randint(0, 256, (1, 3, 32, 32), dtype=torch.uint8)
+        pixels = encoder.preprocess(image)
+        expected = (image / 255 - torch.tensor([0.1, 0.2, 0.3]).view(3, 1, 1)) / torch.tensor([1, 2, 4]).view(3, 1, 1)
+        torch.testing.assert_close(pixels, expected)
+        (feature,) = encoder.extract(pixels, [FeatureSpec()])
+        torch.testing.assert_close(feature, model.base_model(pixels).pooler_output.detach())
+        assert len(checkpoint_sha256(folder)) == 64
+
+
+def test_a_classifier_without_pooler_loads_and_missing_weights_are_an_error(tmp_path):
+    model = ViTForImageClassification(ViTConfig(**TINY))
+    model.save_pretrained(tmp_path / "vit")
+    assert FrozenEncoder.load(tmp_path / "vit").mean == [0.485, 0.456, 0.406]  # no image processor: ImageNet's
+    state = {k: v for k, v in model.state_dict().items() if "layers.3." not in k and "layer.3." not in k}
+    model.save_pretrained(tmp_path / "half", state_dict=state)
+    with pytest.raises(ValueError, match=r"half lacks 16 weights of its encoder, such as .*3.*partly random"):
+        FrozenEncoder.load(tmp_path / "half")
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (lambda: BertModel(BertConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1)), "no vision transf"),
+        (lambda: ResNetModel(ResNetConfig(embedding_size=8, hidden_sizes=[8], depths=[1])), "no vision transformer"),
+    ],
+)
+def test_other_models_are_refused_in_one_line(model, message, tmp_path):
+    model().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=message) as error:
+        FrozenEncoder.load(tmp_path)
+    assert "\n" not in str(error.value)
+
+
+def test_a_folder_without_checkpoint_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="holds no encoder that can be loaded"):
+        FrozenEncoder.load(tmp_path)
+
+
+def test_sizes_that_do_not_fit_are_refused():
+    model = build("vit")[0]
+    with pytest.raises(ValueError, match="divisible by the patch size.*not 36,32; 32 would be right for 36"):
+        FrozenEncoder(model, **NORMALIZATION, image_size=(36, 32))
+    with pytest.raises(ValueError, match="image_mean and image_std must have 3 values"):
+        FrozenEncoder(model, mean=[0.5], std=[0.5])
+    with pytest.raises(ValueError, match="last/cls/norm need a CLS token"):
+        FrozenEncoder(build("ijepa")[0], **NORMALIZATION).check(FeatureSpec(pooling="cls"))
+    with pytest.raises(ValueError, match="need a layer .* it has 5"):
+        FrozenEncoder(model, **NORMALIZATION).check(FeatureSpec("6"))
+
+
+@pytest.mark.parametrize("text", ["last", "last/mean", "last/mean/normed", "0/mean/norm", "first/mean/norm", "a/b/c/d"])
+def test_feature_names_are_checked(text):
+    with pytest.raises(ValueError, match="features must be layer/pooling/norm"):
+        FeatureSpec.parse(text)
+
+
+def test_feature_names_read_as_they_are_written():
+    for text in ("last/mean/norm", "last4/cls/raw", "6/tokens/norm"):
+        assert str(FeatureSpec.parse(text)) == text
+
+
+def test_the_untrained_encoder_has_other_weights_always_the_same(tiny_encoder):
+    torch.manual_seed(5)
+    state = torch.get_rng_state()
+    one, two = tiny_encoder.untrained(seed=1), tiny_encoder.untrained(seed=1)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert one.sha256 == two.sha256 != tiny_encoder.sha256
+    assert tiny_encoder.untrained(seed=2).sha256 != one.sha256
+
+
+def test_bfloat16_features_are_close(tiny_encoder):
+    images = torch.randn(4, 3, 32, 32)
+    half = FrozenEncoder(tiny_encoder.model, **NORMALIZATION, dtype=torch.bfloat16)
+    one, two = (encoder.extract(images, [FeatureSpec()])[0] for encoder in (tiny_encoder, half))
+    assert two.dtype == torch.float32 and 0 < (one - two).abs().max() < 0.05
+
+
+def test_raw_pixels_are_averaged_down_to_32():
+    encoder = RawPixels([0.0], [1 / 255], (64, 64))
+    images = torch.arange(64, dtype=torch.uint8).view(1, 1, 1, 64).expand(2, 1, 64, 64)
+    (pixels,) = encoder.extract(encoder.preprocess(images), [FeatureSpec()])
+    assert pixels.shape == (2, 32 * 32) and encoder.width == 32 * 32
+    torch.testing.assert_close(pixels[0, :3], torch.tensor([0.5, 2.5, 4.5]))

@@ -1,0 +1,210 @@
+"""The cache of features: kept, resumed, and never wrong."""
+
+import io
+import json
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset
+from PIL import Image
+
+from hf_mim.data import BrokenImagesError, CenterCrop, WholeImage
+from hf_mim.evaluation import cache as cache_module
+from hf_mim.evaluation import features as features_module
+from hf_mim.evaluation.encoder import FrozenEncoder
+from hf_mim.evaluation.features import FeatureExtractor
+from hf_mim.evaluation.images import Images, LabelledImages
+
+SPECS = ["last/mean/norm", "last/cls/raw", "last/tokens/norm"]
+
+
+def png(seed, size=(20, 30)) -> bytes:
+    pixels = np.random.default_rng(seed).integers(0, 256, (*size, 3), dtype=np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def pictures(count=10, **changed) -> LabelledImages:
+    rows = [{"bytes": changed.get(f"image{i}", png(i)), "path": None} for i in range(count)]
+    from datasets import Features, Value
+    from datasets import Image as ImageFeature
+
+    features = Features(image=ImageFeature(decode=False), label=Value("int64"))
+    return LabelledImages(
+        Dataset.from_dict({"image": rows, "label": list(range(count))}, features=features), "pictures"
+    )
+
+
+@pytest.fixture
+def counted(tiny_encoder, monkeypatch):
+    """The encoder, and how many images it has encoded."""
+    seen = []
+    extract = tiny_encoder.extract
+    monkeypatch.setattr(
+        tiny_encoder, "extract", lambda pixels, specs: seen.append(len(pixels)) or extract(pixels, specs)
+    )
+    return tiny_encoder, seen
+
+
+@pytest.fixture
+def small_chunks(monkeypatch):
+    for module in (cache_module, features_module):
+        monkeypatch.setattr(module, "CHUNK", 4)
+
+
+def same(one, two) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
+
+
+def test_one_pass_gives_every_layer_and_pooling_with_and_without_a_cache(counted, tmp_path, small_chunks):
+    encoder, seen = counted
+    images = torch.stack([torch.from_numpy(np.array(Image.open(io.BytesIO(png(i, (32, 32)))))) for i in range(10)])
+    expected = encoder.extract(
+        encoder.preprocess(images.permute(0, 3, 1, 2)), [features_module.FeatureSpec.parse(s) for s in SPECS]
+    )
+    seen.clear()
+    split = pictures(10, **{f"image{i}": png(i, (32, 32)) for i in range(10)})
+    for cache in (None, tmp_path):
+        features = FeatureExtractor(encoder, batch_size=3, cache=cache, progress=False)(split, SPECS)
+        for one, two in zip(features, expected, strict=True):
+            torch.testing.assert_close(one, two)
+    assert sum(seen) == 20
+
+
+def test_cached_features_are_read_and_not_computed_again(counted, tmp_path):
+    encoder, seen = counted
+    extract = FeatureExtractor(encoder, cache=tmp_path, progress=False)
+    first = extract(pictures(), SPECS)
+    again = extract(pictures(), SPECS[::-1])[::-1]
+    assert same(first, again) and sum(seen) == 10
+    extract(pictures(), ["1/mean/norm", *SPECS])  # a new layer is computed for all, and the others are still right
+    assert same(first, extract(pictures(), SPECS)) and sum(seen) == 20
+
+
+@pytest.mark.parametrize("what", ["weights", "image", "order", "size", "crop", "mean", "dtype"])
+def test_whatever_decides_a_feature_is_part_of_the_key(what, tiny_encoder, tmp_path):
+    extract, split = FeatureExtractor(tiny_encoder, cache=tmp_path, progress=False), pictures()
+    before = extract(split, SPECS[:1])
+    options = dict(mean=[0.5] * 3, std=[0.5] * 3)
+    if what == "weights":
+        tiny_encoder.model.layers[0].mlp.fc1.bias.data[0] += 1
+        extract = extract.replace(encoder=FrozenEncoder(tiny_encoder.model, **options))
+    elif what == "image":
+        split = pictures(image3=png(99))
+    elif what == "order":
+        split = split.select(range(9, -1, -1))
+    elif what == "crop":
+        extract = extract.replace(crop=WholeImage())
+    else:
+        options |= {"size": {"image_size": 16}, "mean": {"mean": [0.4] * 3}, "dtype": {"dtype": torch.bfloat16}}[what]
+        extract = extract.replace(encoder=FrozenEncoder(tiny_encoder.model, **options))
+    after = extract(split, SPECS[:1])
+    assert not same(before, after)
+    assert same(after, extract.replace(cache=None)(split, SPECS[:1]))
+
+
+def test_files_that_change_are_read_again(tiny_encoder, tmp_path):
+    for i in range(3):
+        (tmp_path / f"{i}.png").write_bytes(png(i))
+    from hf_mim.data import load_images
+
+    extract = FeatureExtractor(tiny_encoder, cache=tmp_path / "cache", progress=False)
+    before = extract(Images(load_images(tmp_path)), SPECS)
+    (tmp_path / "1.png").write_bytes(png(7))
+    after = extract(Images(load_images(tmp_path)), SPECS)
+    assert not same(before, after) and torch.equal(before[0][0], after[0][0])
+
+
+def test_an_interrupted_extraction_goes_on_where_it_stopped(counted, tmp_path, small_chunks, monkeypatch):
+    encoder, seen = counted
+    extract = FeatureExtractor(encoder, batch_size=2, cache=tmp_path, progress=False)
+    whole = extract.replace(cache=None)(pictures(), SPECS)
+    seen.clear()
+    encode = encoder.extract
+
+    def interrupted(pixels, specs):
+        if sum(seen) >= 8:
+            raise KeyboardInterrupt
+        return encode(pixels, specs)
+
+    monkeypatch.setattr(encoder, "extract", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        extract(pictures(), SPECS)
+    monkeypatch.setattr(encoder, "extract", encode)
+    assert same(extract(pictures(), SPECS), whole)
+    assert sum(seen) == 8 + 2  # the two chunks of four that were complete are not computed again
+
+
+def damage(path, how):
+    if how == "deleted":
+        path.unlink()
+    elif how == "truncated":
+        path.write_bytes(path.read_bytes()[:-100])
+    elif how == "one bit":
+        data = bytearray(path.read_bytes())
+        data[len(data) // 2] ^= 1
+        path.write_bytes(data)
+    elif how == "zeros":
+        path.write_bytes(bytes(path.stat().st_size))
+    elif how == "longer":
+        path.write_bytes(path.read_bytes() + b"1234")
+    elif how == "text":
+        path.write_text("no record")
+    elif how == "other record":
+        path.write_text(json.dumps({"0": 5, "x": {"crc32": 1}}))
+
+
+@pytest.mark.parametrize(
+    ("suffix", "how"),
+    [(".f32", how) for how in ("deleted", "truncated", "one bit", "zeros", "longer")]
+    + [(".json", how) for how in ("deleted", "truncated", "one bit", "text", "other record")],
+)
+def test_a_damaged_cache_never_gives_a_wrong_number(suffix, how, tiny_encoder, tmp_path, small_chunks):
+    extract = FeatureExtractor(tiny_encoder, cache=tmp_path, progress=False)
+    whole = [tensor.clone() for tensor in extract(pictures(), SPECS)]
+    paths = sorted(tmp_path.rglob(f"*{suffix}"))
+    assert len(paths) == 3
+    for path in paths:
+        damage(path, how)
+        assert same(extract(pictures(), SPECS), whole)
+
+
+def test_writing_into_features_does_not_change_the_cache(tiny_encoder, tmp_path):
+    extract = FeatureExtractor(tiny_encoder, cache=tmp_path, progress=False)
+    (features,) = extract(pictures(), SPECS[:1])
+    kept = features.clone()
+    features.zero_()
+    assert same(extract(pictures(), SPECS[:1]), [kept])
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_a_broken_image_is_left_out_and_counted(cached, tiny_encoder, tmp_path, caplog):
+    extract = FeatureExtractor(tiny_encoder, cache=tmp_path if cached else None, progress=False)
+    for _ in range(2):  # from the cache, too
+        split = pictures(10, image4=b"no image")
+        (features,) = extract(split, SPECS[:1])
+        assert len(features) == len(split) == 9 and split.read_labels().tolist() == [0, 1, 2, 3, 5, 6, 7, 8, 9]
+        assert split.describe()["broken_images_left_out"] == 1
+    assert "1 of 10 images cannot be decoded: image 4" in caplog.text
+    intact = pictures(10).select([0, 1, 2, 3, 5, 6, 7, 8, 9])
+    assert same([features], extract.replace(cache=None)(intact, SPECS[:1]))
+
+
+def test_too_many_broken_images_are_an_error(tiny_encoder):
+    split = pictures(10, image4=b"no image", image7=b"")
+    with pytest.raises(BrokenImagesError, match="2 of 10 images cannot be decoded: image 4, image 7; repair"):
+        FeatureExtractor(tiny_encoder, progress=False)(split, SPECS)
+
+
+def test_extraction_draws_nothing_from_the_random_numbers_of_a_training(tiny_encoder):
+    torch.manual_seed(3)
+    state = torch.get_rng_state()
+    FeatureExtractor(tiny_encoder, progress=False, crop=CenterCrop())(pictures(), SPECS)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_workers_change_nothing(tiny_encoder):
+    extract = FeatureExtractor(tiny_encoder, batch_size=4, progress=False)
+    assert same(extract(pictures(), SPECS), extract.replace(num_workers=2)(pictures(), SPECS))

@@ -1,0 +1,82 @@
+"""Labelled splits: which images, with labels of one meaning."""
+
+import pytest
+from datasets import ClassLabel, Dataset, Features, Value
+from datasets import Image as ImageFeature
+from PIL import Image
+
+from hf_mim.evaluation.images import LabelledImages, check_classes, load_labelled
+
+
+def folder_of_classes(path, counts: dict):
+    """A folder of class folders; an image's grey level is its class's, which its name tells."""
+    for name, count in counts.items():
+        (path / name).mkdir(parents=True)
+        for number in range(count):
+            Image.new("L", (8, 8), 10 * len(name)).save(path / name / f"{number}.png")
+    return path
+
+
+def rows(labels, names=None) -> Dataset:
+    feature = ClassLabel(names=names) if names else Value("int64")
+    features = Features(image=ImageFeature(decode=False), label=feature)
+    images = [{"bytes": f"{index}".encode(), "path": None} for index in range(len(labels))]
+    return Dataset.from_dict({"image": images, "label": labels}, features=features)
+
+
+def test_the_test_split_of_a_source_is_found():
+    train, test = load_labelled("digits")
+    assert (len(train), len(test)) == (1437, 360)
+    assert train.describe() == {"source": "digits, split train", "images": 1437}
+    assert test.name == "digits, split test"
+
+
+def test_without_a_test_split_a_fifth_is_held_out_and_does_not_train(tmp_path):
+    source = folder_of_classes(tmp_path / "pictures", {"cat": 20, "horse": 30})
+    train, test = load_labelled(source)
+    assert (len(train), len(test)) == (40, 10)
+    paths = [{row["path"] for row in split.images["image"]} for split in (train, test)]
+    assert not paths[0] & paths[1]
+    again = load_labelled(source)[1]
+    assert [row["path"] for row in again.images["image"]] == [row["path"] for row in test.images["image"]]
+
+
+def test_classes_of_two_sources_are_matched_by_name_not_by_number(tmp_path):
+    one = folder_of_classes(tmp_path / "one", {"ant": 3, "bee": 3, "cow": 3})
+    two = folder_of_classes(tmp_path / "two", {"bee": 2, "cow": 2})  # there, bee is 0 and cow 1
+    train, test = load_labelled(one, two)
+    assert train.class_names == test.class_names == ["ant", "bee", "cow"]
+    assert test.read_labels().tolist() == [1, 1, 2, 2]
+
+
+def test_a_test_class_that_training_lacks_is_an_error(tmp_path):
+    one = folder_of_classes(tmp_path / "one", {"ant": 3, "bee": 3})
+    two = folder_of_classes(tmp_path / "two", {"bee": 2, "wasp": 2})
+    with pytest.raises(ValueError, match="classes that the training images lack: wasp; add images of them or remove"):
+        load_labelled(one, two)
+    with pytest.raises(ValueError, match="classes that the training images lack: 7"):
+        check_classes(LabelledImages(rows([0, 1])), LabelledImages(rows([1, 7])))
+
+
+def test_images_without_a_label_are_left_out(tmp_path):
+    folder_of_classes(tmp_path / "p", {"a": 1})
+    image = {"bytes": (tmp_path / "p" / "a" / "0.png").read_bytes(), "path": None}
+    data = Dataset.from_dict({"image": [image] * 8, "label": [0, 1, None, 1, -1, 0, 1, 0]})
+    data.to_parquet(tmp_path / "train.parquet")
+    train, test = load_labelled(tmp_path / "train.parquet", test_split="train")
+    assert train.read_labels().tolist() == test.read_labels().tolist() == [0, 1, 1, 0, 1, 0]
+
+
+def test_no_labels_and_one_class_are_errors(tmp_path):
+    folder_of_classes(tmp_path / "flat", {"only": 4})
+    with pytest.raises(ValueError, match="has no labels in split train; name their column by label_column"):
+        load_labelled(tmp_path / "flat")
+    with pytest.raises(ValueError, match="must be of two classes at least, not of 1"):
+        check_classes(LabelledImages(rows([3, 3])), LabelledImages(rows([3])))
+
+
+def test_a_named_test_split_that_is_missing_is_an_error(tmp_path):
+    with pytest.raises(ValueError, match="split 'validation' is not in source 'digits'; it has test, train"):
+        load_labelled("digits", test_split="validation")
+    with pytest.raises(ValueError, match="does not exist"):
+        load_labelled("digits", tmp_path / "missing here")

@@ -1,0 +1,41 @@
+"""Results as files and as text."""
+
+import pytest
+
+from hf_mim.evaluation.result import Result, format_table, result_path
+
+
+def result(**changes) -> Result:
+    data = {"train": {"source": "a", "images": 9}, "test": {"source": "digits, split test", "images": 1360}}
+    return Result("knn", "accuracy", 0.87654321, {"k": 20}, data, **changes)
+
+
+def test_a_saved_result_is_the_same_when_loaded(tmp_path):
+    one = result(scores={"untrained": 0.5}, table=[{"k": 1, "accuracy": 0.1}], notes=["a note"], seconds=1.5)
+    path = one.save(tmp_path / "results" / "knn.json")
+    assert Result.load(path) == one
+    assert [file.name for file in path.parent.iterdir()] == ["knn.json"]
+
+
+def test_another_file_is_no_result(tmp_path):
+    for text in ("{", "[]", '{"value": 1}'):
+        (tmp_path / "x.json").write_text(text)
+        with pytest.raises(ValueError, match="x.json holds no result"):
+            Result.load(tmp_path / "x.json")
+
+
+def test_the_headline_says_value_and_data():
+    assert result().headline() == "knn: accuracy 0.8765 on 1,360 images of digits, split test"
+
+
+def test_a_table_is_aligned_numbers_to_the_right():
+    rows = [{"head": "a", "lr": 0.1, "accuracy": 0.5}, {"head": "long", "lr": 1e-5, "accuracy": None}]
+    assert format_table(rows).splitlines() == [
+        "  head      lr  accuracy",
+        "  a     0.1000    0.5000",
+        "  long   1e-05",
+    ]
+
+
+def test_a_result_is_named_after_what_it_measures(tmp_path):
+    assert result_path("run", "knn", "my photos!", "").as_posix() == "run/results/knn_my_photos.json"
