@@ -1,0 +1,163 @@
+"""Counting and distance: do frozen features keep what is small and where it is?
+
+CLEVR's two low-level tasks of VTAB (arXiv 1910.04867), which I-JEPA and StoP report: the number of objects (3 to 10,
+one class each) and a distance in six classes. CLEVR itself is 18 GB; here the scenes are drawn (`hf_mim.data.scenes`),
+so the numbers compare encoders with each other, not with the papers. VTAB's distance is that of the object nearest to
+the camera; the scenes here have no depth, and ask for the two objects nearest to each other.
+"""
+
+from dataclasses import asdict, dataclass, field
+from typing import ClassVar
+
+import torch
+from sklearn.linear_model import LogisticRegression, RidgeCV
+from torch import Tensor
+
+from hf_mim.data import WholeImage, scenes
+from hf_mim.evaluation.encoder import FeatureSpec, RawPixels
+from hf_mim.evaluation.images import Images
+from hf_mim.evaluation.lowshot import fit_logistic
+from hf_mim.evaluation.probing import mean_and_scale
+from hf_mim.evaluation.result import Result
+from hf_mim.evaluation.splits import stratified_split
+
+NUM_BINS = 6  # of the distance, as VTAB's
+HELD_OUT = 0.2  # of the training scenes, to choose C
+CS = (0.01, 0.1, 1.0, 10.0, 100.0)
+RIDGES = tuple(10.0**exponent for exponent in range(-3, 4))
+PIXELS = (16, 16)  # to which the raw pixels are averaged: about as wide as a ViT-B
+SIZES = (64, 128)  # within which scenes are drawn, in pixels
+TASKS = ("count", "distance")
+NOTHING = "none (largest class, mean)"
+
+
+class Scenes(Images):
+    """Drawn scenes; the images are for everyone, the answers only by `read_labels`."""
+
+    def __init__(self, count: int, size: int, seed: int, split: str):
+        drawn = scenes(count, size, seed, split)
+        self.size = size
+        super().__init__(drawn.select_columns("image"), f"scenes of {size} px, seed {seed}, split {split}")
+        self._answers = drawn.select_columns(["num_objects", "distance"])
+
+    def read_labels(self) -> dict[str, Tensor]:
+        """ "count" and "distance" (of the nearest pair, as a share of the side), float64 `[n]`."""
+        return {
+            task: torch.tensor(self._answers[column][:], dtype=torch.float64)
+            for task, column in zip(TASKS, ("num_objects", "distance"), strict=True)
+        }
+
+
+@dataclass
+class Local:
+    """Accuracy of counting objects, and of telling the distance of the nearest pair, by linear probes.
+
+    Scenes are drawn square, at the encoder's size within 64..128 px, and resized to the encoder's size. On standardised
+    features, L2-regularised logistic regression classifies the number (8 classes) and the distance (6 bins that hold
+    equally many training scenes); its C is chosen on a fifth of the training scenes, and it is fitted again on all.
+    Beside it ridge regression on the same features (its strength by leave-one-out on training scenes) gives R² and the
+    mean absolute error, in objects and in shares of the side. The same on raw pixels, and the largest class of the
+    training scenes, are what features have to be better than. Test answers are read when all is predicted.
+
+    Source: VTAB (arXiv 1910.04867); I-JEPA (arXiv 2301.08243, section 6), linear probes on averaged patch tokens.
+    """
+
+    name: ClassVar[str] = "local"
+    needs: ClassVar[str] = "nothing"
+
+    features: str = field(default="last/mean/norm", metadata={"help": "layer/pooling/norm; mean or cls"})
+    num_train: int = field(default=4000, metadata={"help": "training scenes"})
+    num_test: int = field(default=1000, metadata={"help": "test scenes"})
+    size: int | None = field(
+        default=None, metadata={"help": "side of the scenes as drawn, in pixels; none: the encoder's, within 64..128"}
+    )
+    seed: int = field(default=0, metadata={"help": "of the scenes and of what is held out to choose C"})
+
+    def __post_init__(self):
+        if FeatureSpec.parse(self.features).pooling == "tokens":
+            raise ValueError(f"features must be pooled, mean or cls, not {self.features}")
+        for name, least in (("num_train", 100), ("num_test", 1), ("seed", 0)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} must be at least {least}, not {getattr(self, name)}")
+        if self.size is not None and not 16 <= self.size <= 1024:
+            raise ValueError(f"size must lie between 16 and 1024 pixels, not {self.size}")
+
+    def run(self, extract) -> Result:
+        """Raises ValueError for an encoder of images that are not square, or of more than 4 channels."""
+        encoder = extract.encoder
+        height, width = encoder.image_size
+        if height != width:
+            raise ValueError(
+                f"image_size must be square for the scenes, not {height},{width}; give image_size={height}"
+            )
+        if encoder.num_channels > 4:
+            raise ValueError(f"scenes are pictures in colour, and {encoder.name} takes {encoder.num_channels} channels")
+        size = self.size or min(max(height, SIZES[0]), SIZES[1])
+        train, test = (
+            Scenes(count, size, self.seed, split)
+            for count, split in ((self.num_train, "train"), (self.num_test, "test"))
+        )
+        pixels = RawPixels(encoder.mean, encoder.std, PIXELS, encoder.device)
+        answers = train.read_labels()
+        edges = torch.quantile(answers["distance"], torch.linspace(0, 1, NUM_BINS + 1, dtype=torch.float64)[1:-1])
+        rows, predictions = [], []
+        for source, spec, used in (("encoder", self.features, encoder), ("raw pixels", "last/mean/norm", pixels)):
+            # A scene has to be seen whole: what is cut off cannot be counted.
+            features = [extract.replace(encoder=used, crop=WholeImage())(split, [spec])[0] for split in (train, test)]
+            fit, query = _standardized(*features, source)
+            for task in TASKS:
+                probe = fit_probe(fit, as_classes(task, answers, edges), self.seed)
+                ridge = RidgeCV(RIDGES).fit(fit, answers[task])
+                rows.append({"task": task, "features": source, "C": probe.C})
+                predictions.append((torch.from_numpy(probe.predict(query)), torch.from_numpy(ridge.predict(query))))
+        for task in TASKS:
+            largest = as_classes(task, answers, edges).mode().values
+            rows.append({"task": task, "features": NOTHING, "C": None})
+            predictions.append((largest.expand(self.num_test), answers[task].mean().expand(self.num_test)))
+        return self._result(rows, predictions, edges, train, test)
+
+    def _result(self, rows: list[dict], predictions: list, edges: Tensor, train: Scenes, test: Scenes) -> Result:
+        answers = test.read_labels()
+        for row, (classes, values) in zip(rows, predictions, strict=True):
+            truth = answers[row["task"]]
+            row["accuracy"] = (classes == as_classes(row["task"], answers, edges)).double().mean().item()
+            row["R2"] = (1 - (values - truth).square().sum() / (truth - truth.mean()).square().sum()).item()
+            row["mean_absolute_error"] = (values - truth).abs().mean().item()
+        names = {"encoder": "", "raw pixels": " from raw pixels", NOTHING: " by chance"}
+        return Result(
+            self.name,
+            "accuracy of counting",
+            rows[0]["accuracy"],
+            settings=asdict(self)
+            | {"size": test.size, "bin_edges": edges.tolist(), "held_out": HELD_OUT, "C": CS, "ridge": RIDGES}
+            | {"raw_pixels": PIXELS},
+            data={"train": train.describe(), "test": test.describe()},
+            scores={f"{row['task']}{names[row['features']]}": row["accuracy"] for row in rows},
+            table=rows,
+            notes=[
+                "Scenes drawn by hf_mim, not CLEVR: they compare encoders with each other, not with published numbers. "
+                "The distance is that of the nearest pair, in shares of the side."
+            ],
+        )
+
+
+def as_classes(task: str, answers: dict[str, Tensor], edges: Tensor) -> Tensor:
+    """Class ids `[n]`: the number of objects, or the bin of the distance between `edges`."""
+    return answers["count"].long() if task == "count" else torch.bucketize(answers["distance"], edges)
+
+
+def fit_probe(features: Tensor, labels: Tensor, seed: int = 0) -> LogisticRegression:
+    """Logistic regression on all of `[n, D]` and `[n]`, with the C that is best on a fifth held out from a first fit.
+
+    Of equally good ones the smallest C.
+    """
+    kept, held = stratified_split(labels, HELD_OUT, seed)
+    accuracy = {c: fit_logistic(features[kept], labels[kept], [c]).score(features[held], labels[held]) for c in CS}
+    return fit_logistic(features, labels, [max(accuracy, key=accuracy.get)])
+
+
+def _standardized(train: Tensor, test: Tensor, name: str) -> tuple[Tensor, Tensor]:
+    """By the mean and deviation of the training features, and divided by √D: one C means the same for any width."""
+    mean, scale = mean_and_scale(train, torch.arange(len(train)), name)
+    scale = scale / len(scale) ** 0.5
+    return (train - mean) * scale, (test - mean) * scale
