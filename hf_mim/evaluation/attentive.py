@@ -121,7 +121,7 @@ class Attentive:
     name: ClassVar[str] = "attentive"
     needs: ClassVar[str] = "labels"
 
-    layer: str = field(default="last/tokens/norm", metadata={"help": "features; tokens, such as 6/tokens/raw"})
+    features: str = field(default="last/tokens/norm", metadata={"help": "layer/tokens/norm"})
     attention_heads: int = field(default=8, metadata={"help": "of the pooling; divides the width"})
     learning_rates: list[float] = field(
         default_factory=lambda: [0.001, 0.005, 0.02],
@@ -137,13 +137,15 @@ class Attentive:
 
     def __post_init__(self):
         check_probe_options(self)
-        if FeatureSpec.parse(self.layer).pooling != "tokens":
-            raise ValueError(f"layer of an attentive probe must be tokens, such as last/tokens/norm, not {self.layer}")
+        if FeatureSpec.parse(self.features).pooling != "tokens":
+            raise ValueError(
+                f"features of an attentive probe must be tokens, such as last/tokens/norm, not {self.features}"
+            )
         if self.attention_heads < 1:
             raise ValueError(f"attention_heads must be at least 1, not {self.attention_heads}")
 
     def run(self, extract, train, test) -> Result:
-        spec, encoder = FeatureSpec.parse(self.layer), extract.encoder
+        spec, encoder = FeatureSpec.parse(self.features), extract.encoder
         width = encoder.width * len(spec.blocks(encoder.num_layers))
         if width % self.attention_heads:
             raise ValueError(
@@ -161,7 +163,7 @@ class Attentive:
         grid = [(rate, decay) for rate in self.learning_rates for decay in self.weight_decays]
         return Result(
             protocol=self.name,
-            metric="top-1 accuracy",
+            metric="accuracy",
             **choose_and_test(fit, extract, train, test, [spec], grid, self.held_out, self.seed),
             settings=asdict(self) | {"optimizer": f"AdamW, betas {BETAS}, warm-up {WARMUP} of the steps, cosine to 0"},
             data={"train": train.describe(), "test": test.describe()},

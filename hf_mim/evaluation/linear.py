@@ -131,9 +131,11 @@ class Linear:
     name: ClassVar[str] = "linear"
     needs: ClassVar[str] = "labels"
 
-    layers: list[str] | None = field(
+    features: list[str] | None = field(
         default=None,
-        metadata={"help": "features; default: last/mean/norm, last/cls/norm and last4/mean/norm where they exist"},
+        metadata={
+            "help": "layer/pooling/norm; default: last/mean/norm, last/cls/norm and last4/mean/norm where they exist"
+        },
     )
     learning_rates: list[float] = field(
         default_factory=lambda: [0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0],
@@ -149,12 +151,12 @@ class Linear:
 
     def __post_init__(self):
         check_probe_options(self)
-        for layer in self.layers or []:
-            if FeatureSpec.parse(layer).pooling == "tokens":
-                raise ValueError(f"layers of a linear probe must be pooled, mean or cls, not {layer}")
+        for features in self.features or []:
+            if FeatureSpec.parse(features).pooling == "tokens":
+                raise ValueError(f"features of a linear probe must be pooled, mean or cls, not {features}")
 
     def run(self, extract, train, test) -> Result:
-        specs = [FeatureSpec.parse(layer) for layer in self.layers or default_layers(extract.encoder)]
+        specs = [FeatureSpec.parse(text) for text in self.features or default_features(extract.encoder)]
         names = [str(spec) for spec in specs]
 
         def fit(features, labels, ids, grids, num_classes):
@@ -164,15 +166,15 @@ class Linear:
         grid = [(rate, decay) for rate in self.learning_rates for decay in self.weight_decays]
         return Result(
             protocol=self.name,
-            metric="top-1 accuracy",
+            metric="accuracy",
             **choose_and_test(fit, extract, train, test, specs, grid, self.held_out, self.seed),
-            settings=asdict(self) | {"layers": names, "optimizer": f"SGD, momentum {MOMENTUM}, cosine to 0"},
+            settings=asdict(self) | {"features": names, "optimizer": f"SGD, momentum {MOMENTUM}, cosine to 0"},
             data={"train": train.describe(), "test": test.describe()},
         )
 
 
-def default_layers(encoder) -> list[str]:
+def default_features(encoder) -> list[str]:
     """The kinds of features that papers report, as far as the encoder has them."""
-    layers = ["last/mean/norm"]
-    layers += ["last/cls/norm"] if encoder.num_prefix_tokens else []
-    return layers + (["last4/mean/norm"] if encoder.num_layers >= 4 else [])
+    features = ["last/mean/norm"]
+    features += ["last/cls/norm"] if encoder.num_prefix_tokens else []
+    return features + (["last4/mean/norm"] if encoder.num_layers >= 4 else [])

@@ -90,7 +90,7 @@ class LowShot:
         default_factory=lambda: ["1%", "10%", "5"],
         metadata={"help": "percentages such as 1%, or numbers of images per class such as 5"},
     )
-    layer: str = field(default="last/mean/norm", metadata={"help": "features; mean or cls"})
+    features: str = field(default="last/mean/norm", metadata={"help": "layer/pooling/norm; mean or cls"})
     draws: int = field(default=5, metadata={"help": "of each budget"})
     c: list[float] = field(
         default_factory=lambda: [0.1, 1.0, 10.0, 100.0, 1000.0],
@@ -99,8 +99,8 @@ class LowShot:
     seed: int = field(default=0, metadata={"help": "of the draws"})
 
     def __post_init__(self):
-        if FeatureSpec.parse(self.layer).pooling == "tokens":
-            raise ValueError(f"layer of a low-shot probe must be pooled, mean or cls, not {self.layer}")
+        if FeatureSpec.parse(self.features).pooling == "tokens":
+            raise ValueError(f"features of a low-shot probe must be pooled, mean or cls, not {self.features}")
         if not self.budgets:
             raise ValueError("budgets must name at least one, such as 1%")
         self.budgets = list(dict.fromkeys(budget.strip() for budget in self.budgets))
@@ -117,7 +117,7 @@ class LowShot:
         check_labels(labels)
         for budget in self.budgets:
             draw_images(labels, budget, self.seed)
-        spec = FeatureSpec.parse(self.layer)
+        spec = FeatureSpec.parse(self.features)
         (features,), labels = extract(train, [spec]), train.read_labels()  # now without images that cannot be decoded
         mean, scale = mean_and_scale(features, torch.arange(len(features)), str(spec))
         scale = scale / len(scale) ** 0.5
@@ -146,7 +146,9 @@ class LowShot:
         stopped = sum(not row["converged"] for row in rows)
         return Result(
             protocol=self.name,
-            metric=f"top-1 accuracy with {first if '%' in first else first + ' images per class'}",
+            metric=f"accuracy with {first} of the images"
+            if "%" in first
+            else f"accuracy with {first} images per class",
             value=scores[f"top1 {first}"],
             scores=scores,
             table=rows,

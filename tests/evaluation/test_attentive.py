@@ -101,13 +101,13 @@ def test_protocol_runs_on_an_encoder_and_repeats_itself(tiny_encoder, digits_spl
     first, second = results
     assert (first.value, first.table, first.scores) == (second.value, second.table, second.scores)
     assert 0.3 < first.value < first.scores["top5"] and len(first.table) == 2
-    assert first.settings["attention_heads"] == 8 and first.settings["layer"] == "last/tokens/norm"
+    assert first.settings["attention_heads"] == 8 and first.settings["features"] == "last/tokens/norm"
 
 
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"layer": "last/mean/norm"}, "must be tokens, such as last/tokens/norm, not last/mean/norm"),
+        ({"features": "last/mean/norm"}, "must be tokens, such as last/tokens/norm, not last/mean/norm"),
         ({"attention_heads": 0}, "attention_heads must be at least 1"),
         ({"weight_decays": []}, "weight_decays must be numbers 0 or more"),
     ],

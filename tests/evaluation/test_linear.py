@@ -81,7 +81,7 @@ def test_convex_training_reaches_the_optimum_of_scikit_learn():
 def test_probe_is_within_a_point_of_logistic_regression_on_digits(tiny_encoder, digits_splits):
     extract = FeatureExtractor(tiny_encoder, progress=False)
     train, test = digits_splits
-    result = Linear(layers=["last/mean/norm", "last/cls/raw"]).run(extract, train, test)
+    result = Linear(features=["last/mean/norm", "last/cls/raw"]).run(extract, train, test)
     for name in ("last/mean/norm", "last/cls/raw"):
         (x,), (z,) = extract(train, [name]), extract(test, [name])
         mean, scale = mean_and_scale(x, torch.arange(len(x)), name)
@@ -133,7 +133,7 @@ def test_choice_falls_on_the_features_that_tell_the_classes_by_held_out_images()
     result = Linear(epochs=5).run(*given())
     assert result.value == result.scores["top1 last/cls/norm"] > 0.5 > result.scores["top1 last/mean/norm"]
     assert "last/cls/norm" in result.notes[0] and "40 held-out images" in result.notes[0]
-    assert result.settings["layers"] == ["last/mean/norm", "last/cls/norm"]
+    assert result.settings["features"] == ["last/mean/norm", "last/cls/norm"]
     assert "top5" not in result.scores, "of four classes the likeliest five are all"
 
 
@@ -172,8 +172,8 @@ def test_a_learning_rate_at_the_end_of_the_grid_is_reported():
         ({"weight_decays": [-0.1]}, "weight_decays must be numbers 0 or more"),
         ({"epochs": 0}, "epochs must be at least 1, not 0"),
         ({"held_out": 1.0}, "held_out must be a share between 0 and 1"),
-        ({"layers": ["last/tokens/norm"]}, "mean or cls, not last/tokens/norm"),
-        ({"layers": ["best"]}, "such as last/mean/norm"),
+        ({"features": ["last/tokens/norm"]}, "mean or cls, not last/tokens/norm"),
+        ({"features": ["best"]}, "such as last/mean/norm"),
     ],
 )
 def test_options_that_make_no_sense_are_refused(options, message):

@@ -51,7 +51,7 @@ def test_a_class_smaller_than_the_budget_is_named_before_any_work(tiny_encoder, 
         ({"draws": 0}, "draws must be at least 1, not 0"),
         ({"c": [1.0, 0.0]}, "c must be numbers above 0"),
         ({"budgets": []}, "budgets must name at least one"),
-        ({"layer": "last/tokens/norm"}, "mean or cls, not last/tokens/norm"),
+        ({"features": "last/tokens/norm"}, "mean or cls, not last/tokens/norm"),
     ],
 )
 def test_options_that_make_no_sense_are_refused(options, message):

@@ -1,0 +1,145 @@
+"""`benchmark.py evaluate`: k-NN against scikit-learn's brute force, linear heads in one pass against one by one.
+
+The features are drawn: clusters around a centre for each class. Speed does not depend on what they mean.
+"""
+
+import multiprocessing
+import resource
+import sys
+import time
+
+
+def add_evaluate(subcommands):
+    parser = subcommands.add_parser("evaluate", help="k-NN and linear heads: seconds and memory, against plain ways")
+    parser.add_argument("--train", type=int, default=50_000, help="training images")
+    parser.add_argument("--test", type=int, default=10_000, help="test images")
+    parser.add_argument("--width", type=int, default=384, help="dimensions of a feature")
+    parser.add_argument("--classes", type=int, default=10)
+    parser.add_argument("--k", type=int, default=20)
+    parser.add_argument("--heads", type=int, default=24, help="linear heads that are trained together and one by one")
+    parser.add_argument("--epochs", type=int, default=2, help="of the linear heads")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--repeats", type=int, default=3, help="rounds of k-NN; the fastest counts")
+    parser.set_defaults(run=benchmark_evaluate)
+
+
+def benchmark_evaluate(args) -> dict:
+    import torch
+    from threadpoolctl import threadpool_limits
+
+    memory = knn_memory(args)  # first, while this process is small
+    before = torch.get_num_threads()
+    torch.set_num_threads(args.threads)
+    try:
+        with threadpool_limits(args.threads):
+            result = {"knn": benchmark_knn(args) | memory, "linear": benchmark_heads(args)}
+    finally:
+        torch.set_num_threads(before)
+    return result | {name: getattr(args, name) for name in ("train", "test", "width", "classes", "threads")}
+
+
+def clusters(count: int, width: int, classes: int, seed: int):
+    """Features `[count, width]` and labels `[count]`; the centres are those of every seed."""
+    import torch
+
+    centers = torch.randn(classes, width, generator=torch.Generator().manual_seed(0))
+    random = torch.Generator().manual_seed(seed)
+    labels = torch.randint(0, classes, (count,), generator=random)
+    return torch.randn(count, width, generator=random).mul_(3).add_(centers[labels]), labels
+
+
+def knn_data(args):
+    return *clusters(args.train, args.width, args.classes, 1), clusters(args.test, args.width, args.classes, 2)[0]
+
+
+def knn_memory(args) -> dict:
+    """MiB that our k-NN takes at its peak beyond the features themselves and beyond the libraries, in a process alone.
+
+    From a fork server: a process that is started directly inherits the peak of the one that started it.
+    """
+    context = multiprocessing.get_context("forkserver")
+    receive, send = context.Pipe(duplex=False)
+    process = context.Process(target=measure_knn_memory, args=(args, send))
+    process.start()
+    send.close()
+    peak = receive.recv()
+    process.join()
+    return peak
+
+
+def measure_knn_memory(args, pipe):
+    import torch
+
+    from hf_mim.evaluation.knn import knn_predict
+
+    torch.set_num_threads(args.threads)
+    data = knn_data(args)
+    knn_predict(data[0][:1000], data[1][:1000], data[2][:10], k=args.k)  # what libraries set aside at first use
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    knn_predict(*data, k=args.k)
+    after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    unit = 2**20 if sys.platform == "darwin" else 2**10  # macOS counts bytes, Linux KiB
+    pipe.send({"peak_mb": (after - before) / unit, "process_peak_mb": after / unit})
+
+
+def benchmark_knn(args) -> dict:
+    """Ours and scikit-learn's two exact ways, in turns: cosine distances, and Euclidean ones of unit vectors, which are
+    in the same order and which it computes faster. All with the same votes."""
+    import numpy as np
+    import torch
+    import torch.nn.functional as F
+    from sklearn.neighbors import KNeighborsClassifier
+
+    from hf_mim.evaluation.knn import knn_predict
+
+    x, labels, queries = knn_data(args)
+
+    def scikit_learn(metric, normalize, weights):
+        classifier = KNeighborsClassifier(
+            args.k, weights=weights, algorithm="brute", metric=metric, n_jobs=args.threads
+        )
+        train, test = (F.normalize(y, dim=1) if normalize else y for y in (x, queries))
+        return torch.from_numpy(classifier.fit(train.numpy(), labels.numpy()).predict(test.numpy()))
+
+    ways = {
+        "ours": lambda: knn_predict(x, labels, queries, k=args.k),
+        "scikit-learn, cosine": lambda: scikit_learn("cosine", False, lambda d: np.exp(-d / 0.07)),
+        "scikit-learn, unit vectors": lambda: scikit_learn("euclidean", True, lambda d: np.exp(-(d**2) / 2 / 0.07)),
+    }
+    seconds, predictions = dict.fromkeys(ways, float("inf")), {}
+    for _ in range(args.repeats):
+        for name, predict in ways.items():
+            start = time.perf_counter()
+            predictions[name] = predict()
+            seconds[name] = min(seconds[name], time.perf_counter() - start)
+    print(f"k-NN, {args.test} x {args.train} x {args.width}, k {args.k}, {args.threads} threads\n")
+    print(f"{'way':<30}{'seconds':>10}{'ours is':>10}{'equal':>10}")
+    equal = {name: (found == predictions["ours"]).double().mean().item() for name, found in predictions.items()}
+    for name, value in seconds.items():
+        print(f"{name:<30}{value:>10.2f}{value / seconds['ours']:>9.2f}x{equal[name]:>10.2%}")
+    return {"seconds": seconds, "equal_predictions": equal, "k": args.k}
+
+
+def benchmark_heads(args) -> dict:
+    """All heads in one call, then each in a call of its own, on the same features in memory."""
+    import torch
+
+    from hf_mim.evaluation.linear import train_heads
+
+    x, labels = clusters(args.train, args.width, args.classes, 1)
+    ids = torch.arange(len(x))
+    rates = torch.logspace(-3, 0, -(-args.heads // 2)).tolist()
+    grid = [(rate, decay) for rate in rates for decay in (0.0, 1e-3)][: args.heads]
+
+    def seconds(grid):
+        start = time.perf_counter()
+        train_heads([x], labels, ids, [grid], args.classes, epochs=args.epochs)
+        return time.perf_counter() - start
+
+    seconds(grid[:1])  # memory and threads are set up
+    together, alone = seconds(grid), sum(seconds([head]) for head in grid)
+    print(f"\n{len(grid)} linear heads, {args.train} x {args.width}, {args.classes} classes, {args.epochs} epochs\n")
+    print(
+        f"{'together':<12}{together:>8.2f} s\n{'one by one':<12}{alone:>8.2f} s\n{'ratio':<12}{together / alone:>8.3f}"
+    )
+    return {"heads": len(grid), "seconds_together": together, "seconds_alone": alone, "ratio": together / alone}
