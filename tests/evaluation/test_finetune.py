@@ -12,6 +12,7 @@ from transformers import (
     Dinov2ForImageClassification,
     Dinov2Model,
     ResNetConfig,
+    Trainer,
     ViTConfig,
     ViTForImageClassification,
     ViTMAEConfig,
@@ -21,6 +22,7 @@ from transformers import (
 )
 
 from hf_mim import MAEConfig, MAEForPreTraining, StopJepaConfig, StopJepaForPreTraining
+from hf_mim.callbacks import DatasetEpoch, RankSeeds
 from hf_mim.data import CenterCrop
 from hf_mim.data.crop import crop_rng, load_crop
 from hf_mim.data.decode import open_image
@@ -33,13 +35,13 @@ from hf_mim.evaluation.classifier import (
 )
 from hf_mim.evaluation.encoder import FrozenEncoder
 from hf_mim.evaluation.features import FeatureExtractor
-from hf_mim.evaluation.finetune import Finetune, FinetuningArguments
+from hf_mim.evaluation.finetune import Finetune, FinetuningArguments, training_images
 from hf_mim.evaluation.images import LabelledImages
 
 TINY = dict(image_size=32, patch_size=8, hidden_size=64, num_hidden_layers=2, num_attention_heads=4)
 CLASSES = [f"class {number}" for number in range(10)]
 # No augmentation and a rate that a tiny untrained model can do with.
-QUICK = dict(epochs=4, batch_size=64, base_lr=8e-3, layer_decay=0.9, drop_path=0.0, mixup=0, cutmix=0, random_erase=0)
+QUICK = dict(epochs=4, batch_size=32, base_lr=16e-3, layer_decay=0.9, drop_path=0.0, mixup=0, cutmix=0, random_erase=0)
 QUICK |= dict(randaugment_magnitude=0, flip=0, crop_scale=(0.7, 1.0), label_smoothing=0)
 
 
@@ -189,13 +191,13 @@ def test_learning_rate_follows_the_batch_and_warm_up_is_five_epochs_of_a_long_ru
 
 
 def test_digits_are_learned_and_the_same_seed_gives_the_same_result(checkpoint, digits_splits):
-    train, test = digits_splits[0].select(range(960)), digits_splits[1]
+    train, test = digits_splits[0].select(range(640)), digits_splits[1]
     first, second = (Finetune(**QUICK).run(extractor(checkpoint), train, test) for _ in range(2))
     assert first.value > 0.4  # chance is .1
     assert first.value == second.value and first.table == second.table
     assert first.table[-1]["training loss"] < first.table[0]["training loss"]
-    assert first.settings["learning_rate"] == pytest.approx(8e-3 * 64 / 256)
-    assert first.settings["steps"] == 4 * (len(train) // 64)
+    assert first.settings["learning_rate"] == pytest.approx(16e-3 * 32 / 256)
+    assert first.settings["steps"] == 4 * (len(train) // 32)
 
 
 def test_the_global_random_state_is_left_alone(checkpoint, digits_splits):
@@ -205,6 +207,50 @@ def test_the_global_random_state_is_left_alone(checkpoint, digits_splits):
     torch.manual_seed(5)
     Finetune(**QUICK | dict(epochs=1, batch_size=20)).run(extractor(checkpoint), few, few)
     assert torch.equal(torch.rand(3), expected)
+
+
+def train_by_pieces(checkpoint, images, folder, augmented=True, resume=False, **arguments):
+    """Weights at the end of a run put together as in `training/finetune.py`."""
+    encoder = extractor(checkpoint).encoder
+    arguments = (
+        dict(num_train_epochs=2, per_device_train_batch_size=20, base_lr=0.01, save_strategy="epoch") | arguments
+    )
+    args = FinetuningArguments(output_dir=str(folder), use_cpu=True, disable_tqdm=True, **arguments)
+    data = training_images(images, encoder, magnitude=9.0 * augmented)
+    torch.manual_seed(0)
+    model = load_classifier(checkpoint, CLASSES, drop_path=0.2 * augmented)
+    augment = MixAugment(encoder.mean, encoder.std) if augmented else MixAugment([0.3] * 3, [0.3] * 3, 0, 0, 0.1, 0, 0)
+    augment.attach(model)
+    groups = parameter_groups(model, args.learning_rate, args.weight_decay, args.layer_decay)
+    # AdamW would not notice a loss that is too large.
+    optimizer = torch.optim.AdamW if augmented else torch.optim.SGD, {"params": groups, "lr": args.learning_rate}
+    Trainer(
+        model,
+        args,
+        train_dataset=data,
+        compute_loss_func=augment.loss,
+        optimizer_cls_and_kwargs=optimizer,
+        callbacks=[DatasetEpoch(data), RankSeeds()],
+    ).train(resume_from_checkpoint=str(folder / "checkpoint-3") if resume else None)
+    return torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
+
+
+def test_a_resumed_run_ends_in_the_same_weights(checkpoint, digits_splits, tmp_path):
+    """All randomness included: crops, RandAugment, mixing, erasing, drop path."""
+    images = digits_splits[0].select(range(60)).images
+    whole = train_by_pieces(checkpoint, images, tmp_path)
+    assert torch.equal(train_by_pieces(checkpoint, images, tmp_path, resume=True), whole)
+    other = train_by_pieces(checkpoint, images, tmp_path, seed=1)
+    assert not torch.equal(other, whole)
+
+
+def test_accumulated_batches_take_the_steps_of_the_whole_batch(checkpoint, digits_splits, tmp_path):
+    images = digits_splits[0].select(range(60)).images
+    whole = train_by_pieces(checkpoint, images, tmp_path, augmented=False, base_lr=1.0)
+    split = dict(per_device_train_batch_size=5, gradient_accumulation_steps=4, base_lr=1.0)
+    start = train_by_pieces(checkpoint, images, tmp_path, augmented=False, learning_rate=1e-12)
+    steps = train_by_pieces(checkpoint, images, tmp_path, augmented=False, **split) - start
+    assert ((steps - (whole - start)).norm() / steps.norm()).item() < 1e-3
 
 
 class Sealed(LabelledImages):
@@ -223,9 +269,9 @@ class Sealed(LabelledImages):
 def test_the_kept_classifier_predicts_what_was_measured_and_test_labels_are_read_last(
     checkpoint, digits_splits, tmp_path
 ):
-    train, test = digits_splits[0].select(range(600)), digits_splits[1].select(range(60))
+    train, test = digits_splits[0].select(range(320)), digits_splits[1].select(range(60))
     sealed = Sealed(test.images, tmp_path)
-    result = Finetune(**QUICK | dict(output_dir=str(tmp_path))).run(extractor(checkpoint), train, sealed)
+    result = Finetune(**QUICK | dict(output_dir=str(tmp_path), epochs=3)).run(extractor(checkpoint), train, sealed)
     classifier = pipeline("image-classification", model=str(tmp_path), device="cpu")
     answers = [classifier(open_image(value).convert("RGB"), top_k=1)[0]["label"] for value in test.images["image"]]
     right = sum(int(answer) == label for answer, label in zip(answers, test.read_labels().tolist(), strict=True))
@@ -319,7 +365,7 @@ def test_a_checkpoint_without_an_encoder_is_refused_in_one_line(tmp_path):
 
 
 @pytest.mark.slow
-def test_the_script_trains_keeps_and_resumes(checkpoint, tmp_path):
+def test_the_script_trains_and_keeps_in_one_process_and_in_two(checkpoint, tmp_path):
     """Its own example, and under torchrun with two processes."""
     root = Path(__file__).parents[2]
     save_classifier(MAEForPreTraining.from_pretrained(checkpoint), tmp_path, (32, 32), [0.3] * 3, [0.3] * 3)
