@@ -112,7 +112,9 @@ class OnlineProbe(TrainerCallback):
 
     def on_step_end(self, args, state, control, **kwargs):
         if state.global_step % self.every == 0:
+            should_log = control.should_log
             self.measure()
+            control.should_log = should_log  # what `log` takes back, though the loss is still to be logged
 
     def measure(self):
         """Log one measurement."""

@@ -7,6 +7,7 @@ it needs (`NEEDS`), and its own. Anything else is an error.
 import dataclasses
 import difflib
 import inspect
+import textwrap
 import time
 from dataclasses import MISSING, dataclass, field
 from pathlib import Path
@@ -16,6 +17,7 @@ import torch
 
 from hf_mim.cli.help import section
 from hf_mim.cli.values import convert, split_options
+from hf_mim.data import CenterCrop, WholeImage
 from hf_mim.evaluation import PROTOCOLS, load_protocol
 
 USAGE = """\
@@ -38,41 +40,42 @@ class EncoderArguments:
     untrained: bool = field(default=False, metadata={"help": "the same architecture with random weights, to compare"})
     dtype: Literal["float32", "bfloat16"] = field(default="float32", metadata={"help": "bfloat16: autocast"})
     device: str | None = field(default=None, metadata={"help": "default: the accelerator, or else the CPU"})
-    batch_size: int = field(default=64, metadata={"help": "images at a time in extraction; changes no feature"})
+    extract_batch_size: int = field(default=64, metadata={"help": "images at a time; changes no feature"})
     num_workers: int = field(default=0, metadata={"help": "processes that decode"})
-    cache: str | None = field(
+    cache: str = field(
         default="default",
         metadata={"help": "folder that keeps features (default: ~/.cache/hf_mim/features), or none"},
-    )
-    crop_fraction: float = field(
-        default=1.0, metadata={"help": "of the image's shorter side in the central crop; .875 in papers at 224 pixels"}
     )
     output: str | None = field(default=None, metadata={"help": "file of the result; default: in CHECKPOINT/results"})
 
     def __post_init__(self):
         if isinstance(self.image_size, list) and len(self.image_size) != 2:
             raise ValueError(f"image_size must be a side or height,width, not {self.image_size}")
-        for name, least in (("batch_size", 1), ("num_workers", 0)):
+        for name, least in (("extract_batch_size", 1), ("num_workers", 0)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name} must be at least {least}, not {getattr(self, name)}")
         if (self.image_mean is None) != (self.image_std is None):
             raise ValueError("image_mean and image_std must be given together")
 
-    def extractor(self, checkpoint: str):
+        if self.device is not None:
+            try:
+                torch.empty(0, device=self.device)
+            except (RuntimeError, AssertionError):  # unknown to torch, or not in this machine
+                raise ValueError(f"device must be one that this machine has, such as cpu, not {self.device}") from None
+
+    def extractor(self, checkpoint: str, crop):
         """A `FeatureExtractor` of the checkpoint's encoder."""
-        from hf_mim.data import CenterCrop
         from hf_mim.evaluation.cache import default_cache
         from hf_mim.evaluation.encoder import FrozenEncoder
         from hf_mim.evaluation.features import FeatureExtractor
 
-        crop = CenterCrop(self.crop_fraction)
         size = tuple(self.image_size) if isinstance(self.image_size, list) else self.image_size
         dtype = getattr(torch, self.dtype)
         encoder = FrozenEncoder.load(checkpoint, size, self.device, dtype, self.image_mean, self.image_std)
         if self.untrained:
             encoder = encoder.untrained()
-        cache = default_cache() if self.cache == "default" else self.cache and Path(self.cache)
-        return FeatureExtractor(encoder, self.batch_size, self.num_workers, cache, crop)
+        cache = {"default": default_cache(), "none": None}.get(self.cache, Path(self.cache))
+        return FeatureExtractor(encoder, self.extract_batch_size, self.num_workers, cache, crop)
 
 
 def source_field(text: str):
@@ -80,7 +83,34 @@ def source_field(text: str):
 
 
 @dataclass
-class LabelledArguments:
+class CropArguments:
+    """Images that need not be seen whole."""
+
+    crop_fraction: float = field(
+        default=1.0, metadata={"help": "of the image's shorter side in the central crop; .875 in papers at 224 pixels"}
+    )
+
+    def __post_init__(self):
+        self.crop()
+
+    def crop(self):
+        """How an image is brought to the encoder's size."""
+        try:
+            return CenterCrop(self.crop_fraction)
+        except ValueError as error:
+            raise ValueError(f"crop_{error}") from None
+
+
+class WholeArguments:
+    """Images that are seen whole."""
+
+    def crop(self):
+        """How an image is brought to the encoder's size."""
+        return WholeImage()
+
+
+@dataclass
+class LabelledArguments(CropArguments):
     """Labelled images to learn from and to test on."""
 
     dataset: str | None = source_field("images with labels, as for hf-mim pretrain")
@@ -108,7 +138,7 @@ class LabelledArguments:
 
 
 @dataclass
-class MaskedArguments:
+class MaskedArguments(WholeArguments):
     """Images with masks to learn from and to test on."""
 
     dataset: str | None = source_field("images with a mask each: Parquet, a folder of images/ and masks/, the Hub")
@@ -131,7 +161,7 @@ class MaskedArguments:
 
 
 @dataclass
-class VideoArguments:
+class VideoArguments(WholeArguments):
     """Videos with masks."""
 
     dataset: str | None = source_field("a folder in DAVIS' layout, or rows of image, mask, sequence (label), frame")
@@ -145,7 +175,7 @@ class VideoArguments:
 
 
 @dataclass
-class ImageArguments:
+class ImageArguments(CropArguments):
     """Images without labels."""
 
     dataset: str | None = source_field("images, as for hf-mim pretrain")
@@ -162,7 +192,7 @@ class ImageArguments:
 
 
 @dataclass
-class NoArguments:
+class NoArguments(WholeArguments):
     """The protocol draws its own images."""
 
     dataset: ClassVar[str | None] = None
@@ -218,7 +248,7 @@ class Evaluation:
             raise ValueError(f"dataset must be given: {arguments_help(NEEDS[protocol_class.needs])['dataset']}")
         self.checkpoint, self.arguments, self.source = checkpoint, encoder, source
         self.path = self._path()
-        self.extract = encoder.extractor(checkpoint)
+        self.extract = encoder.extractor(checkpoint, source.crop())
         self.splits = source.load()
 
     def _path(self) -> Path:
@@ -256,8 +286,9 @@ def argument_kinds(protocol: type) -> tuple[type, type, type]:
 
 
 def option_types(protocol: type) -> dict[str, Any]:
-    """Name → type of every option."""
-    return {name: hint for kind in argument_kinds(protocol) for name, hint in arguments(kind).items()}
+    """Name → type of every option. A protocol may have no use for some of the encoder's: it lists them as `unused`."""
+    types = {name: hint for kind in argument_kinds(protocol) for name, hint in arguments(kind).items()}
+    return {name: hint for name, hint in types.items() if name not in getattr(protocol, "unused", ())}
 
 
 def arguments(kind: type) -> dict[str, Any]:
@@ -273,7 +304,10 @@ def arguments_help(kind: type) -> dict[str, str]:
 def evaluate_help(protocol: str | None) -> str:
     """All options of a protocol; without one, what protocols there are."""
     if protocol is None:
-        lines = [f"  {name:<14}{_first_line(load_protocol(name))}" for name in PROTOCOLS]
+        lines = [
+            textwrap.fill(inspect.getdoc(load_protocol(name)).splitlines()[0], 118, **_indents(f"  {name:<15}"))
+            for name in PROTOCOLS
+        ]
         return USAGE + "\n\nprotocols:\n" + "\n".join(lines)
     protocol_class = load_protocol(protocol)
     kinds = {
@@ -281,12 +315,14 @@ def evaluate_help(protocol: str | None) -> str:
         "images": NEEDS[protocol_class.needs],
         "encoder": EncoderArguments,
     }
-    sections = [section(title, _rows(kind)) for title, kind in kinds.items() if dataclasses.fields(kind)]
+    offered = option_types(protocol_class)
+    rows = {title: [row for row in _rows(kind) if row[0] in offered] for title, kind in kinds.items()}
+    sections = [section(title, found) for title, found in rows.items() if found]
     return "\n\n".join([USAGE, inspect.getdoc(protocol_class), *sections])
 
 
-def _first_line(kind: type) -> str:
-    return inspect.getdoc(kind).splitlines()[0]
+def _indents(first: str) -> dict[str, str]:
+    return {"initial_indent": first, "subsequent_indent": " " * len(first)}
 
 
 def _rows(kind: type) -> list[tuple[str, Any, str]]:

@@ -1,0 +1,164 @@
+"""`hf-mim evaluate` as a user runs it: results, and one line for every mistake."""
+
+import dataclasses
+import json
+
+import pytest
+import torch
+from PIL import Image
+from transformers import BertConfig, BertModel
+
+from hf_mim.cli import main
+from hf_mim.cli.evaluate import EncoderArguments, argument_kinds, option_types
+from hf_mim.evaluation import PROTOCOLS, load_protocol
+from hf_mim.models.configuration_mae import MAEConfig
+from hf_mim.models.modeling_mae import MAEForPreTraining
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("checkpoint")
+    config = MAEConfig(
+        image_size=32, patch_size=8, num_channels=3, hidden_size=32, num_hidden_layers=2, num_attention_heads=4
+    )
+    MAEForPreTraining(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def cache(monkeypatch, tmp_path):
+    monkeypatch.setenv("HF_MIM_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def evaluate(*words) -> int:
+    return main(["evaluate", *map(str, words)])
+
+
+SMALL = ["--dataset", "digits", "--train_images", 200, "--test_images", 100]
+
+
+def test_a_result_is_printed_and_saved_with_its_protocol(checkpoint, capsys, cache):
+    assert evaluate("knn", checkpoint, *SMALL, "--k", 5) == 0
+    path = checkpoint / "results" / "knn_digits.json"
+    result = json.loads(path.read_text())
+    printed = capsys.readouterr().out
+    assert f"knn: accuracy {result['value']:.4f} on 100 images of digits, split test" in printed
+    assert str(path) in printed and "T 0.07" in printed
+    assert result["settings"] | {"k": 5, "image_size": [32, 32], "dtype": "float32"} == result["settings"]
+    assert result["checkpoint"] == str(checkpoint) and len(result["checkpoint_sha256"]) == 64
+    assert result["seconds"] > 0 and "torch" in result["versions"]
+    assert len(list(cache.rglob("*.f32"))) == 2
+
+
+def test_two_runs_give_the_same_numbers_with_and_without_cache(checkpoint, tmp_path, cache, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    values = []
+    for options in (["--cache", "none"], [], []):
+        path = tmp_path / f"{len(values)}.json"
+        assert evaluate("knn", checkpoint, *SMALL, *options, "--output", path) == 0
+        result = json.loads(path.read_text())
+        values.append((result["value"], result["table"]))
+        assert cache.exists() == (not options or len(values) > 1)
+    assert values[0] == values[1] == values[2]
+    assert {path.name for path in tmp_path.iterdir()} == {"0.json", "1.json", "2.json", "cache"}
+
+
+def test_the_untrained_encoder_has_a_file_of_its_own(checkpoint):
+    assert evaluate("leave_one_out", checkpoint, *SMALL, "--untrained") == 0
+    result = json.loads((checkpoint / "results" / "leave_one_out_digits_untrained.json").read_text())
+    assert result["checkpoint"].endswith("(untrained)") and result["checkpoint_sha256"] is None
+
+
+def test_another_image_size_changes_the_grid(checkpoint, tmp_path):
+    assert evaluate("knn", checkpoint, *SMALL, "--image_size", "16,48", "--output", tmp_path / "r.json") == 0
+    assert json.loads((tmp_path / "r.json").read_text())["settings"]["image_size"] == [16, 48]
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+def test_every_option_of_every_protocol_is_explained_and_means_one_thing(protocol, capsys):
+    kinds = argument_kinds(load_protocol(protocol))
+    unused = getattr(load_protocol(protocol), "unused", ())
+    fields = [f for kind in kinds for f in dataclasses.fields(kind) if f.name not in unused]
+    names = [f.name for f in fields]
+    assert len(set(names)) == len(names)
+    assert evaluate(protocol, "--help") == 0
+    printed = capsys.readouterr().out
+    for f in fields:
+        assert f.metadata["help"] and f"--{f.name}" in printed
+
+
+def test_help_lists_the_protocols(capsys):
+    assert evaluate() == evaluate("--help") == 0
+    printed = capsys.readouterr().out
+    for name in PROTOCOLS:
+        assert f"\n  {name}" in printed
+    assert max(map(len, printed.splitlines())) <= 120
+
+
+def fails_with(capsys, *words) -> str:
+    """The error of a command that must fail with one line, status 2, and nothing written."""
+    assert evaluate(*words) == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert lines[-1].startswith("error: ")
+    assert sum("error" in line for line in lines) == 1
+    return lines[-1].removeprefix("error: ")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("knnn {checkpoint} --dataset digits", "protocol must be one of knn, leave_one_out, linear"),
+        ("--dataset digits", "evaluate needs a protocol first"),
+        ("knn --dataset digits", "evaluate knn needs one CHECKPOINT, not none"),
+        ("knn {checkpoint} other --dataset digits", "evaluate knn needs one CHECKPOINT, not"),
+        ("knn {checkpoint}", "dataset must be given"),
+        ("knn {checkpoint} --dataset", "dataset needs a value"),
+        ("knn {checkpoint} --dataset digits --tempature 1", "knn has no option tempature; did you mean temperature?"),
+        ("knn {checkpoint} --dataset digits --k many", "k must be a whole number, not 'many'"),
+        ("knn {checkpoint} --dataset digits --k 0", "k must be at least 1, not 0"),
+        ("knn {checkpoint} --dataset digits --train_images 200 --k 201", "k must be at most the 200 training images"),
+        ("knn {checkpoint} --dataset digits --train_images 0", "train_images must be at least 1, not 0"),
+        ("knn {checkpoint} --dataset digits --features last/cls", "features must be layer/pooling/norm"),
+        ("knn {checkpoint} --dataset digits --features 3/cls/norm", "features 3/cls/norm need a layer"),
+        ("knn {checkpoint} --dataset digits --image_size 30", "image_size must be divisible by the patch size (8, 8)"),
+        ("knn {checkpoint} --dataset digits --image_size 8,16,24", "image_size must be a side or height,width"),
+        ("knn {checkpoint} --dataset digits --image_mean 0.5", "image_mean and image_std must be given together"),
+        ("knn {checkpoint} --dataset digits --extract_batch_size 0", "extract_batch_size must be at least 1, not 0"),
+        ("knn {checkpoint} --dataset digits --crop_fraction 2", "crop_fraction must lie in (0, 1], not 2.0"),
+        ("knn {checkpoint} --dataset digits --device abacus", "device must be one that this machine has"),
+        ("knn {checkpoint} --dataset {empty}", "source"),
+        ("knn {checkpoint} --dataset {flat}", "has no labels in split train; name their column by label_column"),
+        ("knn {empty} --dataset digits", "holds no encoder that can be loaded"),
+        ("knn {bert} --dataset digits", "BertModel, which is no vision transformer"),
+        ("segment {checkpoint} --dataset {flat}", "mask"),
+    ],
+)
+def test_a_mistake_is_one_line_and_nothing_is_written(words, message, checkpoint, tmp_path, capsys):
+    places = {name: tmp_path / name for name in ("empty", "flat", "bert")}
+    for path in places.values():
+        path.mkdir()
+    for number in range(3):
+        Image.new("RGB", (32, 32)).save(places["flat"] / f"{number}.png")
+    if "{bert}" in words:
+        BertModel(BertConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1)).save_pretrained(places["bert"])
+    output = tmp_path / "result.json"
+    words = words.format(checkpoint=checkpoint, **places).split()
+    assert message in fails_with(capsys, *words, "--output", output)
+    assert not output.exists() and not (tmp_path / "cache").exists()
+
+
+def test_an_option_that_a_protocol_does_not_use_is_not_offered():
+    assert "dataset" not in option_types(load_protocol("local"))
+    assert "label_column" not in option_types(load_protocol("propagate"))
+    assert {f.name for f in dataclasses.fields(EncoderArguments)} <= option_types(load_protocol("knn")).keys()
+
+
+def test_an_interrupted_evaluation_says_that_it_goes_on(checkpoint, capsys, monkeypatch):
+    def interrupt(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(load_protocol("knn"), "run", interrupt)
+    assert evaluate("knn", checkpoint, *SMALL) == 130
+    assert "the same command goes on from them" in capsys.readouterr().err
