@@ -1,6 +1,7 @@
 """Masks: images whose pixels are ids (of classes, or of objects), and images that have a mask each."""
 
 import contextlib
+import copy
 import io
 import os
 from collections.abc import Iterator, Sequence
@@ -51,9 +52,9 @@ class MaskedImages:
 
     def select(self, indices: Sequence[int]) -> "MaskedImages":
         """Those of these indices, in their order."""
-        part, indices = object.__new__(MaskedImages), [int(index) for index in indices]  # checked already
-        part.images, part._masks = self.images.select(indices), self._masks.select(indices)
-        part.name, part.num_broken, part.sizes = self.name, 0, [self.sizes[index] for index in indices]
+        part, indices = copy.copy(self), [int(index) for index in indices]  # not checked anew
+        part.images, part._masks, part.num_broken = self.images.select(indices), self._masks.select(indices), 0
+        part.sizes = [self.sizes[index] for index in indices]
         return part
 
     def leave_out(self, indices: list[int]):
