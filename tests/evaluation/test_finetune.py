@@ -190,14 +190,23 @@ def test_learning_rate_follows_the_batch_and_warm_up_is_five_epochs_of_a_long_ru
     assert args.learning_rate == 1 and args.get_warmup_steps(1000) == 100
 
 
-def test_digits_are_learned_and_the_same_seed_gives_the_same_result(checkpoint, digits_splits):
+def test_digits_are_learned(checkpoint, digits_splits):
     train, test = digits_splits[0].select(range(640)), digits_splits[1]
-    first, second = (Finetune(**QUICK).run(extractor(checkpoint), train, test) for _ in range(2))
-    assert first.value > 0.4  # chance is .1
-    assert first.value == second.value and first.table == second.table
-    assert first.table[-1]["training loss"] < first.table[0]["training loss"]
-    assert first.settings["learning_rate"] == pytest.approx(16e-3 * 32 / 256)
-    assert first.settings["steps"] == 4 * (len(train) // 32)
+    result = Finetune(**QUICK).run(extractor(checkpoint), train, test)
+    assert result.value > 0.35  # chance is .1
+    assert result.table[-1]["training loss"] < result.table[0]["training loss"] - 0.2
+    assert result.settings["learning_rate"] == pytest.approx(16e-3 * 32 / 256)
+    assert result.settings["steps"] == 4 * (len(train) // 32)
+
+
+def test_the_same_seed_gives_the_same_result_with_all_augmentation(checkpoint, digits_splits):
+    few = digits_splits[0].select(range(96))
+    first, again, other = (
+        Finetune(epochs=2, batch_size=32, base_lr=0.02, seed=seed).run(extractor(checkpoint), few, few)
+        for seed in (0, 0, 1)
+    )
+    assert (first.value, first.table) == (again.value, again.table)
+    assert first.table != other.table
 
 
 def test_the_global_random_state_is_left_alone(checkpoint, digits_splits):
