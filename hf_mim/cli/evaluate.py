@@ -165,13 +165,16 @@ class VideoArguments(WholeArguments):
     """Videos with masks."""
 
     dataset: str | None = source_field("a folder in DAVIS' layout, or rows of image, mask, sequence (label), frame")
-    split: str = field(default="test", metadata={"help": "of dataset"})
+    split: str | None = source_field("of dataset; default: the list val of a DAVIS folder; test, validation or train")
+    image_column: str | None = source_field("default: found by its type")
+    mask_column: str | None = source_field("default: found by its name")
+    sequence_column: str | None = source_field("default: sequence, video, clip or label")
 
     def load(self) -> tuple:
         """(videos,)."""
         from hf_mim.data.videos import load_videos
 
-        return (load_videos(self.dataset, self.split),)
+        return (load_videos(self.dataset, self.split, self.image_column, self.mask_column, self.sequence_column),)
 
 
 @dataclass

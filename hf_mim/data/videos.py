@@ -123,7 +123,7 @@ def load_videos(
             or with `frames` (or `images`) and `masks`, and in each one folder for each sequence. Frames are in the
             order of the numbers in their names. Or what `load_images` takes, as a table with a row for each frame.
         split: of DAVIS, the name of a list in `ImageSets/2017` (or `2016`), by default "val"; of a folder without lists
-            nothing; of tables as in `load_images`.
+            nothing; of tables as in `load_images`, by default the first that is there of test, validation and train.
         image_column, mask_column: found when left out, as in `load_masks`.
         sequence_column: names or ids of sequences; by default "sequence", "video", "clip" or "label". Rows are in the
             order of the column "frame", or as they come where there is none.
@@ -136,8 +136,8 @@ def load_videos(
     folder = _child(path, _FRAME_FOLDERS) if path is not None and path.is_dir() else None
     if folder is not None:
         return _load_folders(path, folder, split)
-    data = open_source(source, split or "train")
-    name = f"{source}, split {split or 'train'}" if path is not None else f"a dataset of {len(data)} frames"
+    data, split = _open_split(source, split)
+    name = f"{source}, split {split}" if path is not None else f"a dataset of {len(data)} frames"
     sequence_column = sequence_column or next((c for c in SEQUENCE_COLUMNS if c in data.features), None)
     if sequence_column not in data.features:
         raise ValueError(
@@ -154,6 +154,16 @@ def load_videos(
     numbers = data[frame_column][:]
     order = sorted(range(len(numbers)), key=numbers.__getitem__)
     return Videos(frames.select(order), [sequences[row] for row in order])
+
+
+def _open_split(source, split: str | None) -> tuple[Dataset, str]:
+    """The table, and its split's name."""
+    for name in ("test", "validation") if split is None else ():
+        try:
+            return open_source(source, name), name
+        except ValueError:  # no such split; what else is wrong with the source is said below
+            continue
+    return open_source(source, split or "train"), split or "train"
 
 
 def _load_folders(source: Path, frame_folder: Path, split: str | None) -> Videos:

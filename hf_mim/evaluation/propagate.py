@@ -146,6 +146,7 @@ class Propagate:
 
     name: ClassVar[str] = "propagate"
     needs: ClassVar[str] = "videos"
+    unused: ClassVar[tuple[str, ...]] = ("image_size", "cache")  # short_side says the size; frames are read once
 
     def __post_init__(self):
         FeatureSpec.parse(str(self.spec))

@@ -110,6 +110,20 @@ def test_a_table_is_grouped_by_sequence_and_sorted_by_frame():
     assert (videos.read_masks("b") == np.stack([object_at(0, 2), object_at(1, 2)])).all()
 
 
+def test_without_a_split_a_table_is_tested_on_its_test_split(tmp_path):
+    for split, shade in (("train", 10), ("validation", 20), ("test", 30)):
+        frames = [np.full((24, 32, 3), shade, np.uint8)] * 2
+        columns = {"image": [png(frame) for frame in frames], "mask": [png(object_at(i)) for i in range(2)]}
+        features = Features(image=ImageFeature(), mask=ImageFeature(), video=Value("string"))
+        Dataset.from_dict(columns | {"video": ["a", "a"]}, features).to_parquet(tmp_path / f"{split}.parquet")
+    assert shades(load_videos(tmp_path), "a") == [30, 30]
+    assert shades(load_videos(tmp_path, split="val"), "a") == [20, 20]
+    (tmp_path / "test.parquet").unlink()
+    assert shades(load_videos(tmp_path), "a") == [20, 20]
+    (tmp_path / "validation.parquet").unlink()
+    assert load_videos(tmp_path).name == f"{tmp_path}, split train"
+
+
 def test_255_is_the_object_where_there_is_no_other_and_void_where_there_is(tmp_path):
     binary = load_videos(davis(tmp_path / "binary", value=255))
     assert (binary.read_masks("bear")[2] == object_at(2, 1)).all()
