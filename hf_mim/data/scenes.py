@@ -17,8 +17,8 @@ from datasets import Image as ImageFeature
 from PIL import Image
 
 COUNTS = (3, 10)  # objects in a scene, as in CLEVR
-DISTANCES = (0.07, 0.19)  # of the nearest pair, centre to centre, in shares of the side
-RADII = (0.06, 0.12)  # of the disc that has the object's area, in shares of the side
+DISTANCES = (0.06, 0.24)  # of the nearest pair, centre to centre, in shares of the side
+RADII = (0.055, 0.11)  # of the disc that has the object's area, in shares of the side
 MIN_VISIBLE = 0.4  # of an object's area, when all objects are drawn
 SHAPES = {  # (tips, radius of the notches as a share of the tips')
     "circle": (48, math.cos(math.pi / 48)),  # within .2 % of the radius

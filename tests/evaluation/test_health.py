@@ -209,3 +209,10 @@ def test_it_is_cheap_enough_for_training():
         measure_health(pooled, tokens, (8, 8))
         seconds.append(time.process_time() - start)
     assert min(seconds) < 2  # .3 on one core of a busy machine
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_device_measures_the_same():
+    tokens = position_codes(40) + normal(40, 48, 32)
+    on_cpu = measure_health(tokens.mean(1), tokens, GRID)
+    assert measure_health(tokens.mean(1).cuda(), tokens.cuda(), GRID) == pytest.approx(on_cpu, rel=1e-6)

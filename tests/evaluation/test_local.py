@@ -106,7 +106,7 @@ def test_scenes_are_drawn_at_the_encoders_size_within_limits(tiny_encoder, monke
     monkeypatch.setattr(local, "SIZES", (64, 128))
     for side, expected in ((32, 64), (96, 96), (224, 128)):
         tiny_encoder.image_size = (side, side)
-        assert Local(num_train=100, num_test=5).run(Oracle(tiny_encoder)).settings["size"] == expected
+        assert Local(num_train=100, num_test=10).run(Oracle(tiny_encoder)).settings["size"] == expected
 
 
 @pytest.mark.parametrize(
@@ -114,6 +114,7 @@ def test_scenes_are_drawn_at_the_encoders_size_within_limits(tiny_encoder, monke
     [
         ({"features": "last/tokens/norm"}, "features must be pooled, mean or cls, not last/tokens/norm"),
         ({"num_train": 10}, "num_train must be at least 100, not 10"),
+        ({"num_test": 1}, "num_test must be at least 10, not 1"),
         ({"size": 8}, "size must lie between 16 and 1024 pixels, not 8"),
         ({"seed": -1}, "seed must be at least 0, not -1"),
     ],
@@ -125,6 +126,8 @@ def test_mistakes_are_named_in_one_line(options, message):
 
 def test_encoders_that_cannot_see_a_scene_are_refused(tiny_encoder):
     extract = FeatureExtractor(tiny_encoder, progress=False)
+    with pytest.raises(ValueError, match="features 7/mean/norm need a layer that tiny has not"):
+        Local(features="7/mean/norm").run(extract)
     tiny_encoder.num_channels = 13
     with pytest.raises(ValueError, match="scenes are pictures in colour, and tiny takes 13 channels"):
         Local().run(extract)
