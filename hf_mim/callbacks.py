@@ -3,10 +3,14 @@
 No callback keeps anything that a checkpoint would have to hold: what they do follows from the step number.
 """
 
+import contextlib
+import re
 import time
 
+import torch
 from accelerate.utils import gather_object, set_seed
 from datasets import Dataset
+from torch import nn
 from transformers import TrainerCallback
 from transformers.trainer_callback import ProgressCallback
 from transformers.trainer_utils import has_length
@@ -44,6 +48,33 @@ class WeightDecay(TrainerCallback):
         for group in optimizer.param_groups:
             if group["decays"]:
                 group["weight_decay"] = value
+
+
+# Learned tokens and position tables: a decay would pull them to zero, which says nothing about what they fit.
+UNDECAYED_NAMES = re.compile(r"(^|\.)(\w+_tokens?|position_embeddings?)(\.|$)")
+
+
+def decayed_parameters(model: nn.Module) -> list[str]:
+    """The names of all matrices but tokens, tables, embeddings; so of neither biases nor norms, which are vectors."""
+    embeddings = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, nn.Embedding)}
+    return [
+        name
+        for name, parameter in model.named_parameters()
+        if parameter.ndim > 1 and name not in embeddings and not UNDECAYED_NAMES.search(name)
+    ]
+
+
+@contextlib.contextmanager
+def seeded(seed: int, device: torch.device):
+    """Random numbers from `seed` inside, on the CPU and `device`; outside they go on as if nothing had been drawn."""
+    generators = [torch.random] if device.type == "cpu" else [torch.random, torch.get_device_module(device)]
+    states = [generator.get_rng_state() for generator in generators]
+    torch.manual_seed(seed)
+    try:
+        yield
+    finally:
+        for generator, state in zip(generators, states, strict=True):
+            generator.set_rng_state(state)
 
 
 class RankSeeds(TrainerCallback):

@@ -5,8 +5,6 @@ contract (`set_progress`, `update_target`), the papers' schedules and parameter 
 masks on each rank, and evaluation on fixed masks.
 """
 
-import contextlib
-import re
 from dataclasses import dataclass, field
 
 import torch
@@ -19,13 +17,20 @@ from transformers.trainer_utils import has_length
 from transformers.utils import logging
 
 from hf_mim import schedules
-from hf_mim.callbacks import BrokenImages, DatasetEpoch, MIMProgress, RankSeeds, TargetUpdate, Throughput, WeightDecay
+from hf_mim.callbacks import (
+    BrokenImages,
+    DatasetEpoch,
+    MIMProgress,
+    RankSeeds,
+    TargetUpdate,
+    Throughput,
+    WeightDecay,
+    decayed_parameters,
+    seeded,
+)
 from hf_mim.data import ImageStream
 
 logger = logging.get_logger(__name__)
-
-# Learned tokens and position tables: a decay would pull them to zero, which says nothing about what they fit.
-UNDECAYED_NAMES = re.compile(r"(^|\.)(\w+_tokens?|position_embeddings?)(\.|$)")
 
 
 @dataclass
@@ -162,19 +167,6 @@ class ScalarMeans:
         return dict(zip(names, (totals / counts).tolist(), strict=True))
 
 
-@contextlib.contextmanager
-def seeded(seed: int, device: torch.device):
-    """Random numbers from `seed` inside, on the CPU and `device`; outside they go on as if nothing had been drawn."""
-    generators = [torch.random] if device.type == "cpu" else [torch.random, torch.get_device_module(device)]
-    states = [generator.get_rng_state() for generator in generators]
-    torch.manual_seed(seed)
-    try:
-        yield
-    finally:
-        for generator, state in zip(generators, states, strict=True):
-            generator.set_rng_state(state)
-
-
 class MIMTrainer(Trainer):
     """Pretrains a model of the contract: `forward(pixel_values, **ids)` with `loss` and `metrics` in its output.
 
@@ -239,12 +231,7 @@ class MIMTrainer(Trainer):
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         """All matrices but tokens, tables and embeddings; so neither biases nor norms, which are vectors."""
-        embeddings = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, nn.Embedding)}
-        return [
-            name
-            for name, parameter in model.named_parameters()
-            if parameter.ndim > 1 and name not in embeddings and not UNDECAYED_NAMES.search(name)
-        ]
+        return decayed_parameters(model)
 
     def create_optimizer(self, model=None):
         optimizer = super().create_optimizer(model)

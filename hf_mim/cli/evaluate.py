@@ -277,8 +277,11 @@ class Evaluation:
         encoder = self.extract.encoder
         result.seconds = round(time.perf_counter() - start, 1)
         result.checkpoint, result.device = encoder.name, str(encoder.device)
-        result.checkpoint_sha256 = None if self.arguments.untrained else checkpoint_sha256(self.checkpoint)
-        result.settings |= {"image_size": list(encoder.image_size), "dtype": self.arguments.dtype}
+        result.checkpoint_sha256 = None if encoder.is_untrained else checkpoint_sha256(self.checkpoint)
+        offered = option_types(type(self.protocol))
+        about = {"image_size": list(encoder.image_size), "dtype": self.arguments.dtype}
+        result.settings |= {name: value for name, value in about.items() if name in offered}
+        result.settings["untrained"] = encoder.is_untrained
         result.save(self.path)
         return result
 

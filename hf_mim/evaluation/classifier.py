@@ -13,13 +13,15 @@ from transformers import AutoConfig, AutoModelForImageClassification
 from transformers.utils import logging
 
 import hf_mim  # noqa: F401 (registers the models)
+from hf_mim.callbacks import decayed_parameters
 from hf_mim.models.configuration_vit import pair
-from hf_mim.trainer import UNDECAYED_NAMES
 
 HEAD_STD = 2e-5  # MAE's: the first predictions are even, so the first gradients leave the encoder in peace
 
 
-def load_classifier(checkpoint, classes: Sequence[str], drop_path: float = 0.0, blocks: int | None = None):
+def load_classifier(
+    checkpoint, classes: Sequence[str], drop_path: float = 0.0, blocks: int | None = None, untrained: bool = False
+):
     """The encoder of a checkpoint under a new linear classifier, of our models or of transformers.
 
     Our models pool the mean of the patch tokens before the final norm, as MAE's fine-tuning; with `blocks=0` after it,
@@ -30,6 +32,7 @@ def load_classifier(checkpoint, classes: Sequence[str], drop_path: float = 0.0, 
         classes: their names, in the order of the class ids.
         drop_path: stochastic depth of the last block, growing linearly from 0; for models that have it.
         blocks: train only the last so many blocks (MAE, figure 9), see `freeze_below`; None: everything.
+        untrained: take the architecture alone, with new random weights.
 
     Raises:
         ValueError: no checkpoint that can be classified with, or one that lacks weights of the encoder.
@@ -45,24 +48,29 @@ def load_classifier(checkpoint, classes: Sequence[str], drop_path: float = 0.0, 
             config.drop_path_rate = drop_path
         if hasattr(config, "pool_before_norm"):
             config.pooling, config.pool_before_norm, config.head_batch_norm = "mean", blocks != 0, blocks == 0
-        with _quiet():  # it reports, at length, that the classifier is new
-            model, loading = AutoModelForImageClassification.from_pretrained(
-                checkpoint, config=config, output_loading_info=True, ignore_mismatched_sizes=True
-            )
+        model = AutoModelForImageClassification.from_config(config) if untrained else _load(checkpoint, config)
     except (OSError, ValueError, KeyError) as error:
         reason = " ".join(str(error).split())[:300]
         raise ValueError(f"checkpoint {checkpoint} holds no encoder that can be fine-tuned: {reason}") from error
     encoder = _encoder_prefix(model)
-    wrong = [*loading["missing_keys"], *(key for key, *_ in loading["mismatched_keys"])]
-    wrong = sorted(key for key in wrong if key.startswith(encoder) and ".pooler." not in key)
-    if wrong:
-        raise ValueError(f"checkpoint {checkpoint} lacks {len(wrong)} weights of its encoder, such as {wrong[0]}")
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear) and not name.startswith(encoder):
             nn.init.trunc_normal_(module.weight, std=HEAD_STD)
             nn.init.zeros_(module.bias)
     if blocks is not None:
         freeze_below(model, blocks)
+    return model
+
+
+def _load(checkpoint: str, config):
+    with _quiet():  # it reports, at length, that the classifier is new
+        model, loading = AutoModelForImageClassification.from_pretrained(
+            checkpoint, config=config, output_loading_info=True, ignore_mismatched_sizes=True
+        )
+    wrong = [*loading["missing_keys"], *(key for key, *_ in loading["mismatched_keys"])]
+    wrong = sorted(key for key in wrong if key.startswith(_encoder_prefix(model)) and ".pooler." not in key)
+    if wrong:
+        raise ValueError(f"it lacks {len(wrong)} weights of its encoder, such as {wrong[0]}")
     return model
 
 
@@ -101,12 +109,11 @@ def parameter_groups(model: nn.Module, learning_rate: float, weight_decay: float
     """
     if not 0 < layer_decay <= 1:
         raise ValueError(f"layer_decay must lie in (0, 1], not {layer_decay!r}")
-    depths, groups = parameter_depths(model), {}
+    depths, decayed, groups = parameter_depths(model), set(decayed_parameters(model)), {}
     top = len(find_layers(model)[1]) + 1
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            decays = parameter.ndim > 1 and not UNDECAYED_NAMES.search(name)
-            groups.setdefault((depths[name], decays), []).append(parameter)
+            groups.setdefault((depths[name], name in decayed), []).append(parameter)
     return [
         {
             "params": parameters,

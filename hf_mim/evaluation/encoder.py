@@ -48,7 +48,7 @@ class FeatureSpec:
         is_layer = layer in ("last", "last4") or (layer.isdigit() and int(layer) > 0)
         if text.count("/") != 2 or not is_layer or pooling not in POOLINGS or norm not in ("norm", "raw"):
             raise ValueError(
-                f"features must be layer/pooling/norm, such as last/mean/norm, last4/cls/raw or 6/tokens/norm, not {text}"
+                f"features must be layer/pooling/norm, such as last/mean/norm, last4/cls/raw, 6/tokens/norm, not {text}"
             )
         return cls(layer, pooling, norm == "norm")
 
@@ -73,7 +73,7 @@ class FrozenEncoder:
         dtype: float32, or bfloat16 for autocast.
 
     Attributes: `image_size`, `patch_size`, `grid` (rows, columns), `num_channels`, `width` (D), `num_layers`,
-    `num_prefix_tokens` (CLS, registers), `norm` (the final norm), `device`.
+    `num_prefix_tokens` (CLS, registers), `norm` (the final norm), `device`, `is_untrained` (see `untrained`).
 
     Raises:
         ValueError: not such a model, or positions that cannot be resized to image_size.
@@ -81,7 +81,7 @@ class FrozenEncoder:
 
     def __init__(self, model: nn.Module, mean, std, image_size=None, name: str | None = None, dtype=torch.float32):
         model = getattr(model, "vision_model", model)  # of an image-text model the image's half
-        self.model, self.name, self.dtype = model.eval(), name, dtype
+        self.model, self.name, self.dtype, self.is_untrained = model.eval(), name, dtype, False
         self.mean, self.std = list(mean), list(std)
         self.blocks = _blocks(model, name)
         self.norm = next((m for n in NORM_NAMES if isinstance(m := getattr(model, n, None), nn.Module)), nn.Identity())
@@ -147,8 +147,9 @@ class FrozenEncoder:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             model = type(self.model)(self.model.config)
-        name = f"{self.name} (untrained)"
-        return FrozenEncoder(model.to(self.device), self.mean, self.std, self.image_size, name, self.dtype)
+        encoder = FrozenEncoder(model.to(self.device), self.mean, self.std, self.image_size, self.name, self.dtype)
+        encoder.is_untrained = True
+        return encoder
 
     def describe(self) -> dict:
         """All of the encoder that decides a feature, but layer and pooling."""

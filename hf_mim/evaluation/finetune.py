@@ -12,7 +12,7 @@ import torch
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
-from hf_mim.callbacks import BrokenImages, DatasetEpoch, RankSeeds
+from hf_mim.callbacks import BrokenImages, DatasetEpoch, RankSeeds, seeded
 from hf_mim.data import ImageDataset, RandomCrop, check_broken
 from hf_mim.data.mix import MixAugment
 from hf_mim.data.randaugment import RandAugment, RandAugmentedImages
@@ -20,7 +20,6 @@ from hf_mim.evaluation.classifier import load_classifier, parameter_groups, save
 from hf_mim.evaluation.metrics import top_k_accuracy
 from hf_mim.evaluation.result import Result
 from hf_mim.evaluation.splits import check_labels
-from hf_mim.trainer import seeded
 
 
 @dataclass
@@ -113,6 +112,7 @@ class Finetune:
 
     name: ClassVar[str] = "finetune"
     needs: ClassVar[str] = "labels"
+    unused: ClassVar[tuple[str, ...]] = ("dtype", "cache", "extract_batch_size")  # of the encoder's options
 
     epochs: float = field(default=100.0, metadata={"help": "passes over the training images"})
     batch_size: int = field(default=128, metadata={"help": "images of a step; 1024 in the paper"})
@@ -164,7 +164,7 @@ class Finetune:
             test.images.select_columns("image"), encoder.image_size, encoder.num_channels, extract.crop
         )
         with seeded(self.seed, encoder.device), tempfile.TemporaryDirectory() as folder:
-            model = load_classifier(encoder.name, classes, self.drop_path, self.blocks)
+            model = load_classifier(encoder.name, classes, self.drop_path, self.blocks, encoder.is_untrained)
             augment = self._augment(encoder.mean, encoder.std)
             augment.attach(model, **size_options(model, encoder.image_size))
             args = self._arguments(folder, encoder.device, extract.num_workers, not extract.progress)

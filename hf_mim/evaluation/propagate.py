@@ -131,8 +131,7 @@ class Propagate:
     out), then over all objects of all sequences. The frames' positions are resized to the grid that `short_side` gives.
     """
 
-    layer: str = field(default="last", metadata={"help": "last, last4, or the number of a block from 1"})
-    norm: bool = field(default=True, metadata={"help": "features after the encoder's final norm"})
+    features: str = field(default="last/tokens/norm", metadata={"help": "layer/tokens/norm"})
     k: int = field(default=5, metadata={"help": "patches that a patch takes its label from"})
     temperature: float = field(default=0.1, metadata={"help": "of the weights exp(cosine / temperature)"})
     neighbourhood: int = field(default=12, metadata={"help": "rows and columns of patches that an object may move"})
@@ -149,7 +148,8 @@ class Propagate:
     unused: ClassVar[tuple[str, ...]] = ("image_size", "cache")  # short_side says the size; frames are read once
 
     def __post_init__(self):
-        FeatureSpec.parse(str(self.spec))
+        if self.spec.pooling != "tokens":
+            raise ValueError(f"features must be tokens, such as last/tokens/norm, not {self.features}")
         for option, least in (("k", 1), ("neighbourhood", 0), ("queue", 0), ("short_side", 1)):
             if getattr(self, option) < least:
                 raise ValueError(f"{option} must be {least} or more, not {getattr(self, option)}")
@@ -158,7 +158,7 @@ class Propagate:
 
     @property
     def spec(self) -> FeatureSpec:
-        return FeatureSpec(self.layer, "tokens", self.norm)
+        return FeatureSpec.parse(self.features)
 
     def run(self, extract: FeatureExtractor, videos: Videos) -> Result:
         """Predict all sequences, then read their masks. Raises ValueError for sequences without a frame to score."""
@@ -185,7 +185,6 @@ class Propagate:
             value=(j + f) / 2,
             settings=asdict(self)
             | {
-                "features": str(self.spec),
                 "labels_of_first_frame": "shares of patch areas",
                 "label_maps": "enlarged bilinearly, each stretched to 0..1 in each frame, argmax",
                 "scored_frames": "all but the first and the last",

@@ -68,7 +68,7 @@ def test_two_runs_give_the_same_numbers_with_and_without_cache(checkpoint, tmp_p
 def test_the_untrained_encoder_has_a_file_of_its_own(checkpoint):
     assert evaluate("leave_one_out", checkpoint, *SMALL, "--untrained") == 0
     result = json.loads((checkpoint / "results" / "leave_one_out_digits_untrained.json").read_text())
-    assert result["checkpoint"].endswith("(untrained)") and result["checkpoint_sha256"] is None
+    assert result["settings"]["untrained"] is True and result["checkpoint_sha256"] is None
 
 
 def test_another_image_size_changes_the_grid(checkpoint, tmp_path):

@@ -195,7 +195,7 @@ def test_no_answer_is_read_before_all_is_predicted(extract, monkeypatch):
 
 def test_the_layer_and_the_norm_are_those_asked_for(extract):
     videos = drawn_videos()
-    protocols = [Propagate(short_side=32), Propagate("1", short_side=32), Propagate(norm=False, short_side=32)]
+    protocols = [Propagate(short_side=32), *(Propagate(f, short_side=32) for f in ("1/tokens/norm", "last/tokens/raw"))]
     values = {str(protocol.spec): protocol.predict(extract, videos, "two") for protocol in protocols}
     assert list(values) == ["last/tokens/norm", "1/tokens/norm", "last/tokens/raw"]
     shares = list(values.values())
@@ -211,7 +211,8 @@ def test_the_layer_and_the_norm_are_those_asked_for(extract):
         ({"queue": -1}, "queue must be 0 or more"),
         ({"temperature": 0.0}, "temperature must be above 0"),
         ({"short_side": 0}, "short_side must be 1 or more"),
-        ({"layer": "first"}, "features must be layer/pooling/norm"),
+        ({"features": "first/tokens/norm"}, "features must be layer/pooling/norm"),
+        ({"features": "last/mean/norm"}, "features must be tokens, such as last/tokens/norm, not last/mean/norm"),
     ],
 )
 def test_options_are_checked_before_any_work(options, message):
