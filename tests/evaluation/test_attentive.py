@@ -56,7 +56,7 @@ def probes_of(x, grid, num_classes=4, heads=4):
 def test_each_probe_is_the_plain_one_that_torch_trains_alone():
     x, labels = hidden_in_one_token(n=24)
     x = x * 3 + 2
-    grid = [(0.01, 0.0), (0.003, 0.5)]
+    grid = [(0.01, 0.0), (0.003, 20.0)]
     probes = probes_of(x, grid)
     plain = [PlainProbe(probes, number) for number in range(2)]
     torch.testing.assert_close(probes.logits(x)[:, 0], plain[0](x), rtol=1e-4, atol=1e-5)
@@ -77,6 +77,8 @@ def test_each_probe_is_the_plain_one_that_torch_trains_alone():
             F.cross_entropy(model(x), labels).backward()
             optimizer.step()
         torch.testing.assert_close(probes.logits(x)[:, number], model(x), rtol=1e-3, atol=1e-4)
+        for name, parameter in model.named_parameters():
+            torch.testing.assert_close(getattr(probes, name)[number], parameter, rtol=1e-3, atol=1e-5)
 
 
 def test_attention_finds_the_token_that_tells_the_class_where_the_mean_tells_nothing():

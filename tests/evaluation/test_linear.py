@@ -1,5 +1,7 @@
 """Linear heads against torch's SGD, torch's BatchNorm and scikit-learn; the protocol against what it promises."""
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,7 +11,7 @@ from torch import nn
 from hf_mim.evaluation import linear, probing
 from hf_mim.evaluation.features import FeatureExtractor
 from hf_mim.evaluation.linear import Linear, LinearHeads, train_heads
-from hf_mim.evaluation.probing import describe_choice, mean_and_scale
+from hf_mim.evaluation.probing import describe_choice, mean_and_scale, train_together
 
 
 def clusters(n=300, width=12, num_classes=4, seed=0):
@@ -90,6 +92,26 @@ def test_probe_is_within_a_point_of_logistic_regression_on_digits(tiny_encoder, 
         assert result.scores[f"top1 {name}"] >= reference - 0.01, (result.scores, reference)
     assert result.value in (result.scores["top1 last/mean/norm"], result.scores["top1 last/cls/raw"])
     assert result.value <= result.scores["top5"] <= 1
+
+
+def test_an_epoch_shows_every_row_once_in_even_batches_at_scheduled_rates():
+    class Recorder:
+        device = torch.device("cpu")
+        batches, rates = [], []
+
+        def step(self, features, labels, rate):
+            assert torch.equal(features[:, 0], labels)
+            self.batches.append(features[:, 0].tolist())
+            self.rates.append(rate)
+
+    rows, ids = torch.arange(200), torch.arange(50, 180)
+    train_together([Recorder()], [rows[:, None]], rows, ids, epochs=2, batch_size=64, seed=0, warmup=0.5)
+    assert [len(batch) for batch in Recorder.batches] == [44, 43, 43] * 2
+    first, second = sum(Recorder.batches[:3], []), sum(Recorder.batches[3:], [])
+    assert sorted(first) == sorted(second) == ids.tolist() and first != second
+    peak = 64 / 256
+    expected = [0, peak / 3, 2 * peak / 3] + [peak * (1 + math.cos(math.pi * i / 3)) / 2 for i in range(3)]
+    assert Recorder.rates == pytest.approx(expected)
 
 
 class Given:

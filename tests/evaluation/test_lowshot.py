@@ -5,6 +5,7 @@ import statistics
 import pytest
 import torch
 from sklearn.linear_model import LogisticRegression
+from sklearn.model_selection import StratifiedKFold, cross_val_score
 
 from hf_mim.evaluation.features import FeatureExtractor
 from hf_mim.evaluation.lowshot import LowShot, draw_images, fit_logistic
@@ -69,12 +70,17 @@ def test_fit_minimises_the_loss_of_its_definition():
     assert max(weight.grad.abs().max(), bias.grad.abs().max()) < 1e-2
 
 
-def test_c_is_chosen_by_what_it_is_worth_on_other_drawn_images():
+def test_c_is_the_one_that_cross_validation_prefers():
     random = torch.Generator().manual_seed(1)
     labels = torch.arange(60) % 2
     x = torch.randn(60, 200, generator=random)
     x[:, 0] += 4 * (labels - 0.5)  # one telling dimension among much noise
-    assert fit_logistic(x, labels, [1e3, 1e-6]).C == fit_logistic(x, labels, [1e-6, 1e3]).C
+    folds = StratifiedKFold(3, shuffle=True, random_state=0)
+    grid = [1e-6, 1e-3, 1.0, 1e3, 1e6]
+    models = {c: LogisticRegression(C=c, max_iter=2000) for c in grid}
+    worth = [cross_val_score(models[c], x.double().numpy(), labels.numpy(), cv=folds).mean() for c in grid]
+    best = grid[worth.index(max(worth))]
+    assert best != 1.0 and fit_logistic(x, labels, grid[::-1]).C == best
     assert fit_logistic(x[:2], labels[:2], [10.0, 1.0, 0.1]).C == 1.0, "single images: the middle one"
 
 
