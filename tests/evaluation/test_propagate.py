@@ -201,7 +201,7 @@ def test_the_layer_and_the_norm_are_those_asked_for(extract):
     shares = list(values.values())
     assert not torch.equal(shares[0], shares[1]) and not torch.equal(shares[0], shares[2])
     with pytest.raises(ValueError, match="need a layer that tiny has not"):
-        Propagate("3").run(extract, videos)
+        Propagate("3/tokens/norm").run(extract, videos)
 
 
 @pytest.mark.parametrize(
