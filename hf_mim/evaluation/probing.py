@@ -28,8 +28,9 @@ class Probes(Protocol):
 
 def fetch(features: Tensor, ids: Tensor, device: torch.device) -> Tensor:
     """Rows of features in the CPU's memory or on its disk, on the device; does not wait for the device's other work."""
-    rows = features.index_select(0, ids)
-    return rows.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else rows.to(device)
+    is_cuda = device.type == "cuda"
+    rows = torch.empty(len(ids), *features.shape[1:], dtype=features.dtype, pin_memory=is_cuda)
+    return torch.index_select(features, 0, ids, out=rows).to(device, non_blocking=is_cuda)
 
 
 def pieces(ids: Tensor, row_size: int) -> Iterator[Tensor]:
