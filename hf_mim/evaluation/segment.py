@@ -34,17 +34,16 @@ Grid = tuple[int, int]  # rows and columns of patches
 
 
 def upsample(scores: Tensor, grid: Grid, size: tuple[int, int]) -> Tensor:
-    """Scores of patches `[B, N, C]` → of pixels `[B, h, w, C]`, bilinear between the centres of the patches.
+    """Scores of patches `[B, N, C]` → of pixels `[B, C, h, w]`, bilinear between the centres of the patches.
 
-    The same as `F.interpolate(mode="bilinear")` to rounding, as two matrix products: its gradient is too, and so equal
-    in two runs on a GPU, where that of `F.interpolate` is not.
+    The same as `F.interpolate(mode="bilinear")` to rounding, by two matrix products: their gradient is the same in two
+    runs on a GPU, where that of `F.interpolate` is not.
     """
     rows, columns = (
         F.interpolate(torch.eye(n, device=scores.device)[None], m, mode="linear")[0]
         for n, m in zip(grid, size, strict=True)
     )
-    scores = torch.einsum("brsc,sw->brwc", scores.unflatten(1, grid), columns)
-    return torch.einsum("brwc,rh->bhwc", scores, rows)
+    return rows.mT @ scores.mT.unflatten(2, grid) @ columns
 
 
 def read_targets(
@@ -117,12 +116,12 @@ def train_heads(
         for batch in images[torch.randperm(len(images), generator=order)].tensor_split(in_epoch):
             for group, (rate, _) in zip(optimizer.param_groups, heads, strict=True):
                 group["lr"] = learning_rate(step / (epochs * in_epoch), peak=rate)
-            x, y = (fetch(tokens, batch, device) - mean) * scale, fetch(targets, batch, device).long().flatten()
-            labelled = (y != IGNORED).sum().clamp(min=1)
+            x, y = (fetch(tokens, batch, device) - mean) * scale, fetch(targets, batch, device)[:, None].long()
+            counted = y != IGNORED
             optimizer.zero_grad()
             for layer in layers:  # one at a time: only one head's scores of pixels are held
-                scores = upsample(layer(x), grid, targets.shape[1:]).flatten(0, 2)
-                (F.cross_entropy(scores, y, ignore_index=IGNORED, reduction="sum") / labelled).backward()
+                likelihood = upsample(layer(x), grid, targets.shape[1:]).log_softmax(dim=1).gather(1, y.clamp(min=0))
+                (-(likelihood * counted).sum() / counted.sum().clamp(min=1)).backward()
             optimizer.step()
             step += 1
     with torch.no_grad():
@@ -142,7 +141,7 @@ def head_scores(
     for batch in images.split(batch_size):
         x, y = fetch(tokens, batch, device), fetch(targets, batch, device)
         for layer, confusion in zip(layers, confusions, strict=True):
-            predicted = upsample(layer(x), grid, y.shape[1:]).argmax(dim=-1)
+            predicted = upsample(layer(x), grid, y.shape[1:]).max(dim=1).indices
             confusion += confusion_matrix(predicted, y, num_classes, ignore_index=IGNORED)
     return [mean_iou(confusion) for confusion in confusions]
 
@@ -200,7 +199,7 @@ def predict_masks(
     for images in _batches_of_one_size(sizes, num_classes):
         x = fetch(tokens, torch.tensor(images), device)
         for name, reader in readers.items():
-            classes = upsample(reader(x), grid, sizes[images[0]]).argmax(dim=-1).cpu().numpy()
+            classes = upsample(reader(x), grid, sizes[images[0]]).max(dim=1).indices.cpu().numpy()
             for index, predicted in zip(images, classes, strict=True):
                 maps[name][index][:] = predicted
     return maps
@@ -248,9 +247,9 @@ class Segment:
     ignore_index: int | None = field(default=255, metadata={"help": "id of pixels that do not count"})
     num_classes: int | None = field(default=None, metadata={"help": "default: the largest id of training masks + 1"})
     learning_rates: list[float] = field(
-        default_factory=lambda: [0.0003, 0.001, 0.003, 0.01], metadata={"help": "compared on held-out images"}
+        default_factory=lambda: [0.001, 0.01, 0.1, 1.0], metadata={"help": "compared on held-out images"}
     )
-    weight_decays: list[float] = field(default_factory=lambda: [0.0, 0.1], metadata={"help": "likewise"})
+    weight_decays: list[float] = field(default_factory=lambda: [0.0, 0.01], metadata={"help": "likewise"})
     epochs: int = field(default=20, metadata={"help": "passes over the training images"})
     batch_size: int = field(default=16, metadata={"help": "images of a step"})
     held_out: float = field(default=0.1, metadata={"help": "share of the training images that chooses the head"})
