@@ -20,6 +20,7 @@ from transformers.utils import cached_file
 import hf_mim  # noqa: F401 (registers the models)
 from hf_mim.data import IMAGENET_MEAN, IMAGENET_STD, DeviceAugment
 from hf_mim.models.configuration_vit import pair
+from hf_mim.models.positions import sincos_table
 
 POOLINGS = ("mean", "cls", "tokens")
 # What a final norm is called in transformers' vision models, CLIP's and SigLIP's last.
@@ -147,6 +148,10 @@ class FrozenEncoder:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             model = type(self.model)(self.model.config)
+            if model.config.model_type == "vit_mae":
+                table = model.embeddings.position_embeddings.data  # from a config it comes out zero
+                side = model.config.image_size // model.config.patch_size
+                table.copy_(sincos_table((side, side), table.shape[-1], num_prefix_tokens=1))
         encoder = FrozenEncoder(model.to(self.device), self.mean, self.std, self.image_size, self.name, self.dtype)
         encoder.is_untrained = True
         return encoder

@@ -2,7 +2,7 @@
 
 A pretraining loss can fall while the features collapse: onto one vector, onto a few directions, or onto the position of
 the patch. Each measure here sees one of these. Most have no threshold that the field agrees on: what counts is the
-comparison with the same encoder before training (`evaluate health` of an untrained checkpoint) and the trend in a run.
+comparison with the same encoder before training (the column `untrained`) and the trend in a run.
 
 All numbers are computed in float64, in pieces of bounded memory, on the device of the features.
 """
@@ -211,10 +211,10 @@ ADVICE = (
 
 @dataclass
 class Health:
-    """Measures of collapse, without labels: see the functions of this file for what each means.
+    """RankMe and other measures of collapse, without labels.
 
     The pooled features of `num_images` images, and the patch tokens of the same layer of the first `num_token_images`
-    of them. The headline is RankMe. `untrained` measures the same encoder with fresh weights beside it: most measures
+    of them. The headline is RankMe. `compare` measures the same encoder with fresh weights beside it: most measures
     have no accepted limits, and a number that was worse before training is no reason to worry.
     """
 
@@ -224,7 +224,7 @@ class Health:
     features: str = field(default="last/mean/norm", metadata={"help": "layer/pooling/norm of the pooled features"})
     num_images: int = field(default=2048, metadata={"help": "images, drawn at random; all if there are fewer"})
     num_token_images: int = field(default=256, metadata={"help": "of these, images whose patch tokens are measured"})
-    untrained: bool = field(default=True, metadata={"help": "measure the encoder with fresh weights too"})
+    compare: bool = field(default=True, metadata={"help": "measure the encoder with fresh weights too"})
     seed: int = field(default=0, metadata={"help": "of the choice of images and of the fresh weights"})
 
     def __post_init__(self):
@@ -242,7 +242,7 @@ class Health:
         pooled_images, token_images = images.select(chosen), images.select(chosen[: self.num_token_images])
         values = self._measure(extract, pooled_images, token_images)
         columns = {"value": values}
-        if self.untrained:
+        if self.compare:
             untrained = extract.replace(encoder=extract.encoder.untrained(self.seed))
             columns["untrained"] = self._measure(untrained, pooled_images, token_images)
         table = [

@@ -183,6 +183,11 @@ def test_the_untrained_encoder_has_other_weights_always_the_same(tiny_encoder):
     assert tiny_encoder.untrained(seed=2).sha256 != one.sha256
 
 
+def test_transformers_untrained_mae_has_positions():
+    encoder = FrozenEncoder(ViTMAEModel(ViTMAEConfig(**TINY)), **NORMALIZATION)
+    assert encoder.untrained().model.embeddings.position_embeddings[0, 1:].norm(dim=1).min() > 1
+
+
 def test_bfloat16_features_are_close(tiny_encoder):
     images = torch.randn(4, 3, 32, 32)
     half = FrozenEncoder(tiny_encoder.model, **NORMALIZATION, dtype=torch.bfloat16)

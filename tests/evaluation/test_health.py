@@ -184,7 +184,7 @@ def test_the_protocol_measures_images_without_labels(tiny_encoder):
     assert protocol.run(extract, images).table == result.table
     other = Health(num_images=200, num_token_images=40, seed=1).run(extract, images).table[0]
     assert other["untrained"] != pytest.approx(other["value"], rel=1e-3)
-    assert "untrained" not in Health(num_images=50, untrained=False).run(extract, images).table[0]
+    assert "untrained" not in Health(num_images=50, compare=False).run(extract, images).table[0]
     with pytest.raises(ValueError, match="images must be at least 2 to be compared, not 1"):
         protocol.run(extract, images.select([0]))
 
@@ -193,7 +193,7 @@ def test_a_collapsed_encoder_gives_reason_to_worry(tiny_encoder):
     torch.nn.init.zeros_(tiny_encoder.model.norm.weight)
     torch.nn.init.ones_(tiny_encoder.model.norm.bias)
     images = Images(digits()[1].remove_columns("label"), "digits")
-    result = Health(num_images=50, untrained=False).run(FeatureExtractor(tiny_encoder, progress=False), images)
+    result = Health(num_images=50, compare=False).run(FeatureExtractor(tiny_encoder, progress=False), images)
     worried = {row["measure"] for row in result.table if row["worry"] == "yes"}
     assert {"rank_me_share", "effective_rank", "mean_cosine", "token_cosine", "std_mean", "dead_dimensions"} == worried
     assert "mean_cosine" in result.notes[0]
