@@ -1,7 +1,7 @@
 """Attentive probing: one cross-attention with a learned query pools frozen patch tokens, a linear layer classifies.
 
 I-JEPA's features say where things are in each token rather than in their mean, so later works of the field probe by
-attention: AIM (arXiv 2401.08541, section 4.3), V-JEPA (arXiv 2404.08471, section 4.1), CAPI (arXiv 2502.08769).
+attention: AIM (arXiv 2401.08541), V-JEPA (arXiv 2404.08471), CAPI (arXiv 2502.08769).
 """
 
 import math
@@ -13,6 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hf_mim.evaluation.encoder import FeatureSpec
+from hf_mim.evaluation.features import FeatureExtractor
+from hf_mim.evaluation.images import LabelledImages
 from hf_mim.evaluation.probing import (
     Grid,
     check_probe_options,
@@ -114,7 +116,7 @@ class Attentive:
     small grid (learning rate × weight decay) is trained together on a part of the training images; the best on the
     held-out part is trained again on all of them and tested.
 
-    Source: AIM (arXiv 2401.08541, section 4.3), whose pooling it is; V-JEPA (arXiv 2404.08471) adds a block of its own
+    Source: AIM (arXiv 2401.08541), whose pooling it is; V-JEPA (arXiv 2404.08471) adds a block of its own
     after the pooling.
     """
 
@@ -144,7 +146,7 @@ class Attentive:
         if self.attention_heads < 1:
             raise ValueError(f"attention_heads must be at least 1, not {self.attention_heads}")
 
-    def run(self, extract, train, test) -> Result:
+    def run(self, extract: FeatureExtractor, train: LabelledImages, test: LabelledImages) -> Result:
         spec, encoder = FeatureSpec.parse(self.features), extract.encoder
         width = encoder.width * len(spec.blocks(encoder.num_layers))
         if width % self.attention_heads:

@@ -11,7 +11,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from hf_mim.evaluation.encoder import FeatureSpec
+from hf_mim.evaluation.encoder import FeatureSpec, FrozenEncoder
+from hf_mim.evaluation.features import FeatureExtractor
+from hf_mim.evaluation.images import LabelledImages
 from hf_mim.evaluation.probing import (
     LARGEST_TABLE,
     Grid,
@@ -155,7 +157,7 @@ class Linear:
             if FeatureSpec.parse(features).pooling == "tokens":
                 raise ValueError(f"features of a linear probe must be pooled, mean or cls, not {features}")
 
-    def run(self, extract, train, test) -> Result:
+    def run(self, extract: FeatureExtractor, train: LabelledImages, test: LabelledImages) -> Result:
         specs = [FeatureSpec.parse(text) for text in self.features or default_features(extract.encoder)]
         names = [str(spec) for spec in specs]
 
@@ -173,7 +175,7 @@ class Linear:
         )
 
 
-def default_features(encoder) -> list[str]:
+def default_features(encoder: FrozenEncoder) -> list[str]:
     """The kinds of features that papers report, as far as the encoder has them."""
     features = ["last/mean/norm"]
     features += ["last/cls/norm"] if encoder.num_prefix_tokens else []

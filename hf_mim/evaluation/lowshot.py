@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 
 from hf_mim.evaluation.encoder import FeatureSpec
+from hf_mim.evaluation.features import FeatureExtractor
+from hf_mim.evaluation.images import LabelledImages
 from hf_mim.evaluation.probing import mean_and_scale
 from hf_mim.evaluation.result import Result
 from hf_mim.evaluation.splits import check_labels, random_ranks
@@ -80,7 +82,7 @@ class LowShot:
     features are standardised by the statistics of all training images, whose labels this does not need, and divided by
     √D, so that one C means the same for any width. C is chosen within the drawn images alone.
 
-    Source: MSN (arXiv 2204.07141, section 4) and I-JEPA (arXiv 2301.08243, section 5), which report 1 % of ImageNet.
+    Source: MSN (arXiv 2204.07141) and I-JEPA (arXiv 2301.08243, section 5), which report 1 % of ImageNet.
     """
 
     name: ClassVar[str] = "lowshot"
@@ -112,7 +114,7 @@ class LowShot:
         if not self.c or min(self.c) <= 0:
             raise ValueError(f"c must be numbers above 0, at least one, not {self.c}")
 
-    def run(self, extract, train, test) -> Result:
+    def run(self, extract: FeatureExtractor, train: LabelledImages, test: LabelledImages) -> Result:
         labels = train.read_labels()
         check_labels(labels)
         for budget in self.budgets:

@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 
 from hf_mim.evaluation.encoder import FeatureSpec
+from hf_mim.evaluation.features import FeatureExtractor
+from hf_mim.evaluation.images import LabelledImages
 from hf_mim.evaluation.splits import check_labels, generator, stratified_split
 from hf_mim.schedules import learning_rate
 
@@ -88,9 +90,9 @@ def train_together(
 
 def choose_and_test(
     fit: Callable[[Sequence[Tensor], Tensor, Tensor, Sequence[Grid], int], Sequence[Probes]],
-    extract,
-    train,
-    test,
+    extract: FeatureExtractor,
+    train: LabelledImages,
+    test: LabelledImages,
     specs: Sequence[FeatureSpec],
     grid: Grid,
     held_out: float,
