@@ -1,6 +1,6 @@
 """Attentive probing: one cross-attention with a learned query pools frozen patch tokens, a linear layer classifies.
 
-I-JEPA's features say where things are in each token rather than in their mean, so later works of the field probe by
+No loss of masked image modeling asks the mean of the tokens for anything, so later works of the field probe by
 attention: AIM (arXiv 2401.08541), V-JEPA (arXiv 2404.08471), CAPI (arXiv 2502.08769).
 """
 
