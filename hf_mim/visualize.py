@@ -15,30 +15,31 @@ COLORS = ("#0969da", "#cf222e", "#1a7f37", "#8250df", "#9a6700")
 
 
 def plot_training(log_history: list[dict], path: str | Path):
-    """Draw the loss, and below it the standard deviations that a collapse would send to zero, over optimizer steps.
+    """Draw over optimizer steps the loss, and below it what was logged of these: the standard deviations that a collapse
+    would send to zero, and the online probe's k-NN accuracy and RankMe.
 
-    `log_history` is that of Trainer's state; an entry without `loss` is left out.
+    `log_history` is that of Trainer's state.
     """
-    entries = [entry for entry in log_history if "loss" in entry]
-    steps = [entry["step"] for entry in entries]
-    spreads = sorted({name for entry in entries for name in entry if name.endswith("_std")})
-    figure = Figure(figsize=(7, 5 if spreads else 3.2), layout="constrained")
-    axes = figure.subplots(2 if spreads else 1, sharex=True, squeeze=False, height_ratios=[2, 1] if spreads else [1])[
-        :, 0
-    ]
-    axes[0].plot(steps, [entry["loss"] for entry in entries], color=COLORS[0], linewidth=1.5)
-    axes[0].set_ylabel("loss")
-    for name, color in zip(spreads, COLORS[1:], strict=False):
-        axes[1].plot(steps, [entry.get(name) for entry in entries], color=color, linewidth=1.5, label=name)
-    if spreads:
-        axes[1].set_ylim(bottom=0)
-        axes[1].set_ylabel("feature spread\n(0: collapse)")
-        axes[1].legend(frameon=False, labelcolor=INK)
-    axes[-1].set_xlabel("optimizer step")
-    for ax in axes:
+    spreads = sorted({name for entry in log_history for name in entry if name.endswith("_std") and "loss" in entry})
+    panels = [("loss", ["loss"], None), ("feature spread\n(0: collapse)", spreads, 0)]
+    panels += [("probe: k-NN\naccuracy", ["probe_knn"], None), ("probe: RankMe", ["probe_rank_me"], 0)]
+    logged = {name for entry in log_history for name in entry}
+    panels = [panel for panel in panels if logged & set(panel[1])]
+    figure = Figure(figsize=(7, 1.4 + 1.8 * len(panels)), layout="constrained")
+    heights = [2 if names == ["loss"] else 1 for _, names, _ in panels]
+    axes = figure.subplots(len(panels), sharex=True, squeeze=False, height_ratios=heights)[:, 0]
+    for ax, (label, names, bottom) in zip(axes, panels, strict=True):
+        for name, color in zip(names, COLORS if len(names) == 1 else COLORS[1:], strict=False):
+            points = [(entry["step"], entry[name]) for entry in log_history if name in entry]
+            ax.plot(*zip(*points, strict=True), color=color, linewidth=1.5, label=name)
+        if len(names) > 1:
+            ax.legend(frameon=False, labelcolor=INK)
+        ax.set_ylabel(label)
+        ax.set_ylim(bottom=bottom)
         ax.grid(color=GRID, linewidth=0.6)
         ax.spines[["top", "right"]].set_visible(False)
         ax.tick_params(colors=MUTED)
+    axes[-1].set_xlabel("optimizer step")
     figure.savefig(path, dpi=120)
 
 
