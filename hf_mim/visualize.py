@@ -15,8 +15,8 @@ COLORS = ("#0969da", "#cf222e", "#1a7f37", "#8250df", "#9a6700")
 
 
 def plot_training(log_history: list[dict], path: str | Path):
-    """Draw over optimizer steps the loss, and below it what was logged of these: the standard deviations that a collapse
-    would send to zero, and the online probe's k-NN accuracy and RankMe.
+    """Draw the loss over optimizer steps, and below it what was logged of these: the standard deviations that a
+    collapse would send to zero, and the online probe's k-NN accuracy and RankMe.
 
     `log_history` is that of Trainer's state.
     """

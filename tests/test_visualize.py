@@ -80,10 +80,17 @@ def test_the_curve_has_the_losses_and_spreads_of_the_log(tmp_path, monkeypatch):
 
     monkeypatch.setattr(Axes, "plot", spy)
     log = [
+        {"step": 0, "probe_knn": 0.25, "probe_rank_me": 3.0, "probe_std_mean": 9.0},
         {"step": 1, "loss": 2.0, "feature_std": 0.5},
+        {"step": 5, "probe_knn": 0.5, "probe_rank_me": 4.0, "probe_std_mean": 9.0},
         {"step": 5, "loss": 1.0, "feature_std": 0.4},
         {"step": 5, "train_loss": 1.5},
     ]
     plot_training(log, tmp_path / "loss.png")
-    assert drawn == {"loss": ([1, 5], [2.0, 1.0]), "feature_std": ([1, 5], [0.5, 0.4])}
+    assert drawn == {
+        "loss": ([1, 5], [2.0, 1.0]),
+        "feature_std": ([1, 5], [0.5, 0.4]),
+        "probe_knn": ([0, 5], [0.25, 0.5]),
+        "probe_rank_me": ([0, 5], [3.0, 4.0]),
+    }
     assert (tmp_path / "loss.png").stat().st_size > 1000
