@@ -7,6 +7,9 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 
+LONGEST_TABLE = 16  # rows that are printed
+
+
 def installed_versions() -> dict[str, str]:
     """Of the packages that decide a number."""
     found = {}
@@ -75,8 +78,10 @@ class Result:
         if self.scores:
             width = max(map(len, self.scores))
             parts.append("\n".join(f"  {name:<{width}}  {format_number(x)}" for name, x in self.scores.items()))
-        if self.table:
+        if 0 < len(self.table) <= LONGEST_TABLE:
             parts.append(format_table(self.table))
+        elif self.table:
+            parts.append(f"The table of {len(self.table)} rows is in the file.")
         parts += self.notes
         return "\n\n".join(parts)
 

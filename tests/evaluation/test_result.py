@@ -37,5 +37,11 @@ def test_a_table_is_aligned_numbers_to_the_right():
     ]
 
 
+def test_a_long_table_is_left_to_the_file():
+    rows = [{"head": number} for number in range(16)]
+    assert "head" in str(result(table=rows)) and "in the file" not in str(result(table=rows))
+    assert "The table of 17 rows is in the file." in str(result(table=[*rows, {"head": 16}]))
+
+
 def test_a_result_is_named_after_what_it_measures(tmp_path):
     assert result_path("run", "knn", "my photos!", "").as_posix() == "run/results/knn_my_photos.json"
