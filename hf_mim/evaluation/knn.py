@@ -23,6 +23,7 @@ LARGEST_TABLE = 2**26  # similarities that are held at once: 256 MB
 # float32 similarities of unit vectors are within 1e-6 of the truth; what lies closer is compared in float64.
 ROUNDING = 4e-6
 DIGITS = 12  # to which float64 similarities are equal
+GROUP = 32  # columns
 
 
 def nearest_neighbours(train: Tensor, queries: Tensor, k: int) -> Iterator[tuple[Tensor, Tensor]]:
@@ -34,22 +35,45 @@ def nearest_neighbours(train: Tensor, queries: Tensor, k: int) -> Iterator[tuple
     if not 1 <= k <= len(train):
         raise ValueError(f"k must be between 1 and the {len(train)} training images, not {k}")
     candidates = min(k + 1, len(train))
-    row = max(len(train), 3 * candidates * train.shape[1])  # what a query takes: its similarities, its neighbours
-    for chunk in queries.split(max(1, LARGEST_TABLE // row)):
-        rough, nearest = (chunk @ train.T).topk(candidates, dim=1)
-        exact = torch.einsum("qd,qkd->qk", chunk.double(), train[nearest].double())
-        exact = (exact * 10**DIGITS).round() / 10**DIGITS
+    chunk = max(1, LARGEST_TABLE // max(len(train), candidates * GROUP))
+    table = torch.empty(min(chunk, len(queries)), len(train), device=train.device)  # fresh memory costs on a CPU
+    for part in queries.split(chunk):
+        rough, nearest = largest(torch.mm(part, train.T, out=table[: len(part)]), candidates)
+        exact = torch.cat([_inner(x, train[ids]) for x, ids in zip(part.split(64), nearest.split(64), strict=True)])
         exact, order = exact.sort(dim=1, descending=True, stable=True)
         exact, nearest = exact[:, :k], nearest.gather(1, order)[:, :k]
         if candidates > k:
             for query in (rough[:, k - 1] - rough[:, k] <= ROUNDING).nonzero().flatten().tolist():  # rare
-                exact[query], nearest[query] = _nearest_of_one(train, chunk[query], k)
+                exact[query], nearest[query] = _nearest_of_one(train, part[query], k)
         yield exact, nearest
 
 
+def largest(table: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """`table.topk(k)` of `[m, n]`, twice as fast for many columns.
+
+    The k largest lie in the k groups of columns with the largest maxima, so only these are sorted.
+    """
+    grouped = table.shape[1] // GROUP * GROUP
+    if grouped <= 4 * k * GROUP:
+        return table.topk(k, dim=1)
+    groups = table[:, :grouped].unflatten(1, (-1, GROUP))
+    best = groups.amax(dim=2).topk(k, dim=1).indices
+    values = groups.gather(1, best[..., None].expand(-1, -1, GROUP)).flatten(1)
+    ids = (best[..., None] * GROUP + torch.arange(GROUP, device=table.device)).flatten(1)
+    rest = torch.arange(grouped, table.shape[1], device=table.device).expand(len(table), -1)
+    values, ids = torch.cat([values, table[:, grouped:]], dim=1), torch.cat([ids, rest], dim=1)
+    values, order = values.topk(k, dim=1)
+    return values, ids.gather(1, order)
+
+
+def _inner(queries: Tensor, neighbours: Tensor) -> Tensor:
+    """Inner products in float64 of `[q, D]` with `[q, k, D]`; those that differ by rounding alone come out equal."""
+    exact = torch.einsum("qd,qkd->qk", queries.double(), neighbours.double())
+    return (exact * 10**DIGITS).round() / 10**DIGITS
+
+
 def _nearest_of_one(train: Tensor, query: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    similarity = torch.cat([part.double() @ query.double() for part in train.split(2**16)])
-    similarity = (similarity * 10**DIGITS).round() / 10**DIGITS
+    similarity = torch.cat([_inner(query[None], part[None])[0] for part in train.split(2**16)])
     similarity, order = similarity.sort(descending=True, stable=True)
     return similarity[:k], order[:k]
 
@@ -97,7 +121,7 @@ def knn_sweep(
     for temperature in temperatures:
         if temperature <= 0:
             raise ValueError(f"temperature must be above 0, not {temperature}")
-    train, queries = (F.normalize(x.float(), dim=1) for x in (train_features, test_features))
+    train, queries = (F.normalize(x.detach().float(), dim=1) for x in (train_features, test_features))
     predictions: dict[tuple[int, float], list[Tensor]] = {(k, t): [] for k in ks for t in temperatures}
     for similarity, nearest in nearest_neighbours(train, queries, max(ks)):
         labels = train_labels[nearest]

@@ -6,7 +6,6 @@ from dataclasses import asdict, dataclass, field, fields
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-
 LONGEST_TABLE = 16  # rows that are printed
 
 

@@ -81,9 +81,18 @@ def test_near_neighbours_outvote_many_far_ones():
 def test_chunks_do_not_change_the_result(monkeypatch):
     train, labels, test = features_and_labels()
     whole, other = knn_predict(train, labels, test), nearest_other(train)
-    monkeypatch.setattr(knn, "LARGEST_TABLE", 7 * len(train))
+    monkeypatch.setattr(knn, "LARGEST_TABLE", 7 * 21 * knn.GROUP)
     assert torch.equal(knn_predict(train, labels, test), whole)
     assert torch.equal(nearest_other(train), other)
+
+
+@pytest.mark.parametrize("columns", [2571, 2560, 90])
+def test_the_largest_of_a_table_are_those_of_topk(columns):
+    table = torch.randn(40, columns, generator=torch.Generator().manual_seed(0))
+    table[:, ::7] = table[:, :1]  # ties, within groups and across
+    values, ids = knn.largest(table, 12)
+    assert torch.equal(values, table.topk(12, dim=1).values)
+    assert torch.equal(table.gather(1, ids), values) and all(len(set(row)) == 12 for row in ids.tolist())
 
 
 def test_the_length_of_a_feature_does_not_count():
