@@ -17,7 +17,6 @@ from accelerate.utils import set_seed
 from datasets import Dataset
 from transformers import AutoModelForPreTraining, PreTrainedConfig
 from transformers.trainer_utils import get_last_checkpoint
-from transformers.utils import logging
 
 import hf_mim  # noqa: F401 (registers the models)
 from hf_mim.callbacks import OnlineProbe
@@ -25,6 +24,7 @@ from hf_mim.cli.readout import Readout, find_test_split, fixed_sample, fixed_vie
 from hf_mim.cli.recipe import Recipe, RunArguments, model_fields
 from hf_mim.cli.values import read_yaml
 from hf_mim.data import DeviceAugment, ImageDataset, ImageStream, RandomCrop, channel_statistics
+from hf_mim.data.processor import image_processor
 from hf_mim.trainer import MIMTrainer, MIMTrainingArguments
 from hf_mim.visualize import plot_reconstructions, plot_training
 
@@ -80,7 +80,8 @@ class Pretraining:
     def finish(self):
         """Image processor, pictures and k-NN accuracy into the run folder; on the main process only."""
         model = self.trainer.accelerator.unwrap_model(self.trainer.model).eval()
-        image_processor(model.config, self.recipe.run).save_pretrained(self.folder)
+        run = self.recipe.run
+        image_processor(model.config.image_height_width, run.image_mean, run.image_std).save_pretrained(self.folder)
         plot_training(self.trainer.state.log_history, self.folder / "loss.png")
         if self.recipe.run.method == "mae":
             view = fixed_view(self.images, model.config, NUM_PICTURES)
@@ -182,27 +183,3 @@ def device_augment(recipe: Recipe, images: ImageDataset | ImageStream, config: P
         run.blur_probability,
         run.blur_sigma,
     )
-
-
-def image_processor(config: PreTrainedConfig, run: RunArguments):
-    """The `ViTImageProcessor` that makes an image the encoder's input: whole, resized, normalised as in the run.
-
-    It takes pictures of any mode for 3 channels, grey ones for 1. PIL resizes images of up to 4 channels; for
-    others the arrays have to come in the right size, with `input_data_format` given.
-    """
-    height, width = config.image_height_width
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()  # importing it warns that torchvision is missing; without, it works by PIL
-    try:
-        from transformers import ViTImageProcessor
-
-        return ViTImageProcessor(
-            size={"height": height, "width": width},
-            resample=3,  # bicubic
-            do_resize=config.num_channels <= 4,
-            do_convert_rgb=config.num_channels == 3,
-            image_mean=list(run.image_mean),
-            image_std=list(run.image_std),
-        )
-    finally:
-        logging.set_verbosity(verbosity)

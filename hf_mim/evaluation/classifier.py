@@ -14,6 +14,7 @@ from transformers.utils import logging
 
 import hf_mim  # noqa: F401 (registers the models)
 from hf_mim.callbacks import decayed_parameters
+from hf_mim.data.processor import image_processor
 from hf_mim.models.configuration_vit import pair
 
 HEAD_STD = 2e-5  # MAE's: the first predictions are even, so the first gradients leave the encoder in peace
@@ -160,17 +161,9 @@ def save_classifier(model, folder, image_size: tuple[int, int], mean, std) -> No
     The processor brings the whole image to `image_size`, by PIL. The pipeline itself makes every image RGB, so it takes
     only models of 3 channels.
     """
-    with _quiet():  # importing it warns that torchvision is missing; without, it works by PIL
-        from transformers import ViTImageProcessor
     vars(model.config).pop("use_cache", None)  # Trainer's word to text models
     model.save_pretrained(folder)
-    ViTImageProcessor(
-        size={"height": image_size[0], "width": image_size[1]},
-        resample=3,  # bicubic
-        do_convert_rgb=len(mean) == 3,
-        image_mean=list(mean),
-        image_std=list(std),
-    ).save_pretrained(folder)
+    image_processor(image_size, mean, std).save_pretrained(folder)
 
 
 def size_options(model, image_size: tuple[int, int]) -> dict:
