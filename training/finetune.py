@@ -13,16 +13,14 @@ a name on the Hub, of our models or of any that `AutoModelForImageClassification
 import sys
 from dataclasses import dataclass, field
 
-import torch
 from accelerate.utils import set_seed
-from transformers import HfArgumentParser, Trainer
+from transformers import HfArgumentParser
 
-from hf_mim.callbacks import BrokenImages, DatasetEpoch, RankSeeds
 from hf_mim.data import CenterCrop, ImageDataset
 from hf_mim.data.mix import MixAugment
-from hf_mim.evaluation.classifier import load_classifier, parameter_groups, save_classifier, size_options
+from hf_mim.evaluation.classifier import load_classifier, save_classifier
 from hf_mim.evaluation.encoder import FrozenEncoder
-from hf_mim.evaluation.finetune import FinetuningArguments, training_images
+from hf_mim.evaluation.finetune import FinetuningArguments, make_trainer, training_images
 from hf_mim.evaluation.images import load_labelled
 from hf_mim.evaluation.metrics import compute_metrics
 
@@ -39,7 +37,7 @@ class Arguments:
     label_smoothing: float = field(default=0.1, metadata={"help": "Share of a label given to all classes alike."})
     random_erase: float = field(default=0.25, metadata={"help": "Probability of erasing a part of an image."})
     flip: float = field(default=0.5, metadata={"help": "Probability of a left-right flip."})
-    randaugment: float = field(default=9.0, metadata={"help": "Magnitude of RandAugment, 0 to 10; 0: none."})
+    randaugment_magnitude: float = field(default=9.0, metadata={"help": "Mean, 0 to 10; 0: no RandAugment."})
 
 
 def main():
@@ -54,7 +52,7 @@ def main():
     with args.main_process_first(desc="loading the images"):
         train, test = load_labelled(ours.dataset, ours.test_dataset)
     classes = train.class_names or [str(number) for number in range(int(train.read_labels().max()) + 1)]
-    train_images = training_images(train.images, encoder, magnitude=ours.randaugment, seed=args.seed)
+    train_images = training_images(train.images, encoder, magnitude=ours.randaugment_magnitude, seed=args.seed)
     test_images = ImageDataset(test.images, encoder.image_size, encoder.num_channels, CenterCrop(), labels=True)
 
     set_seed(args.seed)
@@ -63,18 +61,9 @@ def main():
     augment = MixAugment(
         encoder.mean, encoder.std, ours.mixup, ours.cutmix, ours.label_smoothing, ours.random_erase, ours.flip
     )
-    augment.attach(model, **size_options(model, encoder.image_size))
-    groups = parameter_groups(model, args.learning_rate, args.weight_decay, args.layer_decay)
-
-    trainer = Trainer(
-        model,
-        args,
-        train_dataset=train_images,
-        eval_dataset=test_images,
-        compute_loss_func=augment.loss,
-        compute_metrics=compute_metrics,
-        optimizer_cls_and_kwargs=(torch.optim.AdamW, {"params": groups, "lr": args.learning_rate}),
-        callbacks=[DatasetEpoch(train_images), BrokenImages(train_images), RankSeeds()],
+    # A plain Trainer: AdamW with learning rates by depth.
+    trainer = make_trainer(
+        model, args, augment, train_images, eval_dataset=test_images, compute_metrics=compute_metrics
     )
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     if trainer.is_world_process_zero():  # the last epoch counts, as in papers

@@ -118,7 +118,7 @@ def load_masks(
     if path is not None and path.is_dir() and (splits := _image_and_mask_folders(path)):
         images, masks = pick_split(splits, split, source)
         masks = [masks.get(key) for key in images]  # None: reported by MaskedImages, with the image's name
-        return MaskedImages(_paths("image", list(images.values())), _paths("mask", masks), name)
+        return MaskedImages(path_column("image", list(images.values())), path_column("mask", masks), name)
     data = open_source(source, split)
     mask_column = _find_mask(data.features, mask_column, name)
     masks = data.select_columns([mask_column])
@@ -216,7 +216,8 @@ def _find_mask(features: Features, mask_column: str | None, name: str) -> str:
     raise ValueError(f"{name} has no masks: give a folder of images/ and masks/, or set mask_column to one of {known}")
 
 
-def _paths(column: str, paths: list[str | None]) -> Dataset:
+def path_column(column: str, paths: list[str | None]) -> Dataset:
+    """A dataset of one column of images, undecoded, from their paths."""
     return Dataset.from_dict({column: paths}, Features({column: ImageFeature(decode=False)}))
 
 

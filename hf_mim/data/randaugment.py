@@ -81,7 +81,10 @@ class RandAugment:
         if not 0 <= self.probability <= 1:
             raise ValueError(f"probability must lie in [0, 1], not {self.probability!r}")
         if len(self.fill) not in (1, 3):
-            raise ValueError(f"RandAugment is for images of 1 or 3 channels, not {len(self.fill)} (values in fill)")
+            raise ValueError(
+                f"RandAugment is for images of 1 or 3 channels, not {len(self.fill)} (values in fill): go without it, "
+                "by randaugment_magnitude 0"
+            )
 
     def draw(self, rng: random.Random) -> list[tuple[str, float]]:
         """The operations for one image, in order, each with its strength."""

@@ -6,18 +6,17 @@ from collections.abc import Sequence
 from pathlib import Path, PurePath
 
 import numpy as np
-from datasets import ClassLabel, Dataset, Features
-from datasets import Image as ImageFeature
+from datasets import ClassLabel, Dataset
 
 from .files import IMAGE_EXTENSIONS, find_files
-from .masks import IMAGE_FOLDERS, MASK_FOLDERS, MaskedImages, load_masks
+from .masks import IMAGE_FOLDERS, MASK_FOLDERS, MaskedImages, load_masks, path_column
 from .sources import open_source
 
 VOID = 255  # the id of pixels that are not scored, in DAVIS
 SEQUENCE_COLUMNS = ("sequence", "video", "clip", "label")
 FRAME_COLUMNS = ("frame", "frame_id", "frame_index")
 _FRAME_FOLDERS = ("jpegimages", "frames", *IMAGE_FOLDERS)
-_YEARS = ("2017", "2016")  # of DAVIS's lists, the one that is reported today first
+_LISTS = ("2017", "2016", "480p", "1080p")  # folders of DAVIS's lists, the one that is reported today first
 _USUAL_RESOLUTION = "480p"
 
 
@@ -122,8 +121,9 @@ def load_videos(
         source: a folder laid out as DAVIS (`JPEGImages/480p/SEQUENCE/00000.jpg` and the same in `Annotations`, `.png`),
             or with `frames` (or `images`) and `masks`, and in each one folder for each sequence. Frames are in the
             order of the numbers in their names. Or what `load_images` takes, as a table with a row for each frame.
-        split: of DAVIS, the name of a list in `ImageSets/2017` (or `2016`), by default "val"; of a folder without lists
-            nothing; of tables as in `load_images`, by default the first that is there of test, validation and train.
+        split: of DAVIS, the name of a list in `ImageSets/2017` (or `2016`, `480p`), by default "val"; of a folder
+            without lists nothing; of tables as in `load_images`, by default the first that is there of test,
+            validation and train.
         image_column, mask_column: found when left out, as in `load_masks`.
         sequence_column: names or ids of sequences; by default "sequence", "video", "clip" or "label". Rows are in the
             order of the column "frame", or as they come where there is none.
@@ -186,7 +186,7 @@ def _load_folders(source: Path, frame_folder: Path, split: str | None) -> Videos
     features = [str(frame_folder / frames[key]) for key in order]
     answers = [str(mask_folder / masks[key]) if key in masks else None for key in order]
     name = str(source) if listed is None else f"{source}, split {split or 'val'}"
-    return Videos(MaskedImages(_paths("image", features), _paths("mask", answers), name), names)
+    return Videos(MaskedImages(path_column("image", features), path_column("mask", answers), name), names)
 
 
 def _child(folder: Path, names: Sequence[str]) -> Path | None:
@@ -213,11 +213,12 @@ def _listed(source: Path, split: str | None) -> set[str] | None:
         if split is not None:
             raise ValueError(f"split {split!r} is not in source {str(source)!r}, which has no ImageSets: leave it out")
         return None
-    files = [path for year in _YEARS if (path := lists / year / f"{split or 'val'}.txt").is_file()]
+    files = [path for name in _LISTS if (path := lists / name / f"{split or 'val'}.txt").is_file()]
     if not files:
-        known = sorted({path.stem for year in _YEARS for path in (lists / year).glob("*.txt")})
+        known = sorted({path.stem for name in _LISTS for path in (lists / name).glob("*.txt")})
         raise ValueError(f"split {split or 'val'!r} is not in {str(lists)!r}; it has {', '.join(known) or 'none'}")
-    return set(files[0].read_text().split())
+    words = map(PurePath, files[0].read_text().split())  # names, or in a resolution's list paths of frames and masks
+    return {word.parent.name or word.name for word in words}
 
 
 def _without_extension(path: str) -> PurePath:
@@ -227,7 +228,3 @@ def _without_extension(path: str) -> PurePath:
 def _natural(text: str) -> list:
     """Sorts frame10 after frame9."""
     return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", text)]
-
-
-def _paths(column: str, paths: list[str | None]) -> Dataset:
-    return Dataset.from_dict({column: paths}, Features({column: ImageFeature(decode=False)}))

@@ -8,6 +8,7 @@ import contextlib
 import inspect
 from collections.abc import Sequence
 
+import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForImageClassification
 from transformers.utils import logging
@@ -26,7 +27,7 @@ def load_classifier(
     """The encoder of a checkpoint under a new linear classifier, of our models or of transformers.
 
     Our models pool the mean of the patch tokens before the final norm, as MAE's fine-tuning; with `blocks=0` after it,
-    through a BatchNorm without affine, as linear probes.
+    through a BatchNorm without affine, as linear probes. Weights are float32, whatever they were saved in.
 
     Args:
         checkpoint: a folder, or a name on the Hub.
@@ -49,7 +50,10 @@ def load_classifier(
             config.drop_path_rate = drop_path
         if hasattr(config, "pool_before_norm"):
             config.pooling, config.pool_before_norm, config.head_batch_norm = "mean", blocks != 0, blocks == 0
-        model = AutoModelForImageClassification.from_config(config) if untrained else _load(checkpoint, config)
+        if untrained:
+            model = AutoModelForImageClassification.from_config(config, dtype=torch.float32)
+        else:
+            model = _load(checkpoint, config)
     except (OSError, ValueError, KeyError) as error:
         reason = " ".join(str(error).split())[:300]
         raise ValueError(f"checkpoint {checkpoint} holds no encoder that can be fine-tuned: {reason}") from error
@@ -66,7 +70,7 @@ def load_classifier(
 def _load(checkpoint: str, config):
     with _quiet():  # it reports, at length, that the classifier is new
         model, loading = AutoModelForImageClassification.from_pretrained(
-            checkpoint, config=config, output_loading_info=True, ignore_mismatched_sizes=True
+            checkpoint, config=config, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True
         )
     wrong = [*loading["missing_keys"], *(key for key, *_ in loading["mismatched_keys"])]
     wrong = sorted(key for key in wrong if key.startswith(_encoder_prefix(model)) and ".pooler." not in key)

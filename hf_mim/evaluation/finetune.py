@@ -100,6 +100,27 @@ def training_images(images, encoder, crop_scale=(0.08, 1.0), magnitude=9.0, magn
     return RandAugmentedImages(images, encoder.image_size, encoder.num_channels, **arguments, randaugment=randaugment)
 
 
+def make_trainer(model, args: FinetuningArguments, augment: MixAugment, train_images: ImageDataset, **options):
+    """A plain Trainer of a classifier: AdamW with rates by depth, images augmented on the device, the loss to it.
+
+    Args:
+        model: from `load_classifier`; gets `augment` before its forward.
+        train_images: from `training_images`.
+        options: of `Trainer`, such as `eval_dataset`.
+    """
+    augment.attach(model, **size_options(model, train_images.size))
+    groups = parameter_groups(model, args.learning_rate, args.weight_decay, args.layer_decay)
+    return Trainer(
+        model,
+        args,
+        train_dataset=train_images,
+        compute_loss_func=augment.loss,
+        optimizer_cls_and_kwargs=(torch.optim.AdamW, {"params": groups, "lr": args.learning_rate}),
+        callbacks=[DatasetEpoch(train_images), BrokenImages(train_images), RankSeeds()],
+        **options,
+    )
+
+
 @dataclass
 class Finetune:
     """Top-1 accuracy of the whole model, or of its last blocks, trained to classify; of the last epoch, as in papers.
@@ -153,7 +174,13 @@ class Finetune:
                 raise ValueError(f"{prefix}{error}") from None
 
     def run(self, extract, train, test) -> Result:
-        encoder, labels = extract.encoder, train.read_labels()
+        encoder = extract.encoder
+        if index := encoder.device.index:
+            raise ValueError(
+                f"device must be {encoder.device.type}, the first that Trainer sees, not {encoder.device}; choose "
+                f"another GPU by CUDA_VISIBLE_DEVICES={index}"
+            )
+        labels = train.read_labels()
         check_labels(labels)
         if self.batch_size > len(train):
             raise ValueError(f"batch_size must be at most the {len(train)} training images, not {self.batch_size}")
@@ -165,18 +192,8 @@ class Finetune:
         )
         with seeded(self.seed, encoder.device), tempfile.TemporaryDirectory() as folder:
             model = load_classifier(encoder.name, classes, self.drop_path, self.blocks, encoder.is_untrained)
-            augment = self._augment(encoder.mean, encoder.std)
-            augment.attach(model, **size_options(model, encoder.image_size))
             args = self._arguments(folder, encoder.device, extract.num_workers, not extract.progress)
-            groups = parameter_groups(model, args.learning_rate, args.weight_decay, args.layer_decay)
-            trainer = Trainer(
-                model,
-                args,
-                train_dataset=train_images,
-                compute_loss_func=augment.loss,
-                optimizer_cls_and_kwargs=(torch.optim.AdamW, {"params": groups, "lr": args.learning_rate}),
-                callbacks=[DatasetEpoch(train_images), BrokenImages(train_images), RankSeeds()],
-            )
+            trainer = make_trainer(model, args, self._augment(encoder.mean, encoder.std), train_images)
             trainer.remove_callback(PrinterCallback)
             trainer.train()
             args.dataloader_drop_last = False
@@ -213,7 +230,7 @@ class Finetune:
 
     def _result(self, trainer: Trainer, logits: torch.Tensor, train, test) -> Result:
         """Here, and nowhere before, test labels are read."""
-        config, history = trainer.model.config, trainer.state.log_history
+        history = trainer.state.log_history
         ks = [1, 5] if logits.shape[1] > 5 else [1]
         scores = top_k_accuracy(logits, test.read_labels(), ks)
         settings = asdict(self) | {
@@ -223,9 +240,6 @@ class Finetune:
             "optimizer": "AdamW (.9, .999), cosine to 0",
             "classifier": type(trainer.model).__name__,
         }
-        notes = []
-        if self.drop_path and not hasattr(config, "drop_path_rate"):
-            notes.append(f"{type(trainer.model).__name__} has no drop path: drop_path {self.drop_path:g} did nothing.")
         return Result(
             protocol=self.name,
             metric="top-1 accuracy",
@@ -234,5 +248,14 @@ class Finetune:
             data={"train": train.describe(), "test": test.describe()},
             scores=scores,
             table=[{"epoch": row["epoch"], "training loss": row["loss"]} for row in history if "loss" in row],
-            notes=notes,
+            notes=self.notes(trainer.model, trainer.args.device),
         )
+
+    def notes(self, model, device: torch.device) -> list[str]:
+        """What a reader of the result has to know of a run of this model on this device."""
+        notes = []
+        if self.drop_path and not hasattr(model.config, "drop_path_rate"):
+            notes.append(f"{type(model).__name__} has no drop path: drop_path {self.drop_path:g} did nothing.")
+        if device.type == "cuda":
+            notes.append("Another run with the same seed may differ in the last digits: fused attention on a GPU.")
+        return notes

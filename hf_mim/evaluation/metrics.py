@@ -36,6 +36,7 @@ def top_k_accuracy(logits, labels, ks: Sequence[int] = (1, 5)) -> dict[str, floa
     own = logits.gather(1, labels[:, None])
     later = torch.arange(num_classes, device=logits.device) > labels[:, None]
     beaten = ((logits < own) | ((logits == own) & later)).sum(dim=1)  # counted so that NaN beats nothing
+    beaten = torch.where(own[:, 0].isnan(), -1, beaten)  # not even with k = C, which asks to beat none
     return {f"top{k}_accuracy": (beaten >= num_classes - k).double().mean().item() for k in ks}
 
 

@@ -81,6 +81,17 @@ def test_a_split_is_one_of_davis_lists(tmp_path):
         load_videos(tmp_path, split="test")
 
 
+def test_the_lists_of_davis_2016_are_pairs_of_paths(tmp_path):
+    davis(tmp_path)
+    path = tmp_path / "ImageSets" / "480p" / "val.txt"
+    path.parent.mkdir(parents=True)
+    names = [f"480p/car/{frame:05d}" for frame in range(3)]
+    path.write_text("".join(f"/JPEGImages/{name}.jpg /Annotations/{name}.png \n" for name in names) + "\n")
+    assert load_videos(tmp_path).names == ["car"]
+    with pytest.raises(ValueError, match="it has val"):
+        load_videos(tmp_path, split="train")
+
+
 def test_frames_are_in_the_order_of_their_numbers(tmp_path):
     for frame in range(12):  # frame10 stands before frame9 in the alphabet
         save_frame(tmp_path / "frames" / "walk" / f"frame{frame}.png", frame)
@@ -135,6 +146,15 @@ def test_255_is_the_object_where_there_is_no_other_and_void_where_there_is(tmp_p
     videos = load_videos(tmp_path / "void")
     assert videos.object_ids("bear").tolist() == [1]
     assert (videos.read_masks("bear")[1] == object_at(1, 255)).all()  # the first mask tells for all
+
+
+def test_the_first_mask_alone_tells_what_255_is(tmp_path):
+    """An id that comes later changes nothing: what the task gives away is the first mask."""
+    later = davis(tmp_path, value=255) / "Annotations" / "480p" / "bear" / "00001.png"
+    save_mask(later, object_at(1, 255) + object_at(20, 7))
+    videos = load_videos(tmp_path)
+    assert videos.object_ids("bear").tolist() == [1]
+    assert (videos.read_masks("bear") == np.stack([object_at(i) for i in range(3)])).all()
 
 
 def test_only_first_masks_are_decoded_in_loading(tmp_path, monkeypatch):

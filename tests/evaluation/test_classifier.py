@@ -1,7 +1,5 @@
 """Rates by depth worked out by hand, what is frozen stays, and what a checkpoint has to hold."""
 
-from pathlib import Path
-
 import pytest
 import torch
 from transformers import (
@@ -27,21 +25,13 @@ TINY = dict(image_size=32, patch_size=8, hidden_size=64, num_hidden_layers=2, nu
 CLASSES = [f"class {number}" for number in range(10)]
 
 
-def save_mae(folder, **overrides) -> Path:
-    torch.manual_seed(0)
-    config = MAEConfig(**TINY | overrides, decoder_hidden_size=32, decoder_num_hidden_layers=1)
-    MAEForPreTraining(config).save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-    return save_mae(tmp_path_factory.mktemp("mae"))
-
-
 @pytest.fixture(scope="module")
 def deep(tmp_path_factory):
-    return save_mae(tmp_path_factory.mktemp("deep"), num_hidden_layers=4)
+    torch.manual_seed(0)
+    config = MAEConfig(**TINY | {"num_hidden_layers": 4}, decoder_hidden_size=32, decoder_num_hidden_layers=1)
+    folder = tmp_path_factory.mktemp("deep")
+    MAEForPreTraining(config).save_pretrained(folder)
+    return folder
 
 
 def rates(model, layer_decay, weight_decay=0.05):
@@ -149,6 +139,13 @@ def test_the_encoder_is_the_checkpoints_and_the_classifier_new(checkpoint, tmp_p
     for classes in (CLASSES, CLASSES[:4]):  # of as many classes, and of others
         again = load_classifier(tmp_path, classes)
         assert again.classifier.linear.weight.abs().max() < 1e-3 and len(again.classifier.linear.weight) == len(classes)
+
+
+@pytest.mark.parametrize("untrained", [False, True])
+def test_a_checkpoint_in_half_precision_is_fine_tuned_in_float32(checkpoint, tmp_path, untrained):
+    MAEForPreTraining.from_pretrained(checkpoint).bfloat16().save_pretrained(tmp_path)
+    model = load_classifier(tmp_path, CLASSES, untrained=untrained)
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32} == {model.config.dtype}
 
 
 def test_stop_jepa_is_fine_tuned_from_its_target_encoder(tmp_path):

@@ -3,9 +3,11 @@
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from transformers import (
     AutoModelForImageClassification,
     Dinov2Config,
@@ -16,20 +18,15 @@ from transformers import (
     pipeline,
 )
 
-from hf_mim import MAEConfig, MAEForPreTraining
-from hf_mim.callbacks import DatasetEpoch, RankSeeds
+from hf_mim import MAEForPreTraining
 from hf_mim.data import CenterCrop
 from hf_mim.data.crop import crop_rng, load_crop
 from hf_mim.data.decode import open_image
 from hf_mim.data.mix import MixAugment
-from hf_mim.evaluation.classifier import (
-    load_classifier,
-    parameter_groups,
-    save_classifier,
-)
+from hf_mim.evaluation.classifier import load_classifier, save_classifier
 from hf_mim.evaluation.encoder import FrozenEncoder
 from hf_mim.evaluation.features import FeatureExtractor
-from hf_mim.evaluation.finetune import Finetune, FinetuningArguments, training_images
+from hf_mim.evaluation.finetune import Finetune, FinetuningArguments, make_trainer, training_images
 from hf_mim.evaluation.images import LabelledImages
 
 TINY = dict(image_size=32, patch_size=8, hidden_size=64, num_hidden_layers=2, num_attention_heads=4)
@@ -37,14 +34,6 @@ CLASSES = [f"class {number}" for number in range(10)]
 # No augmentation and a rate that a tiny untrained model can do with.
 QUICK = dict(epochs=4, batch_size=32, base_lr=16e-3, layer_decay=0.9, drop_path=0.0, mixup=0, cutmix=0, random_erase=0)
 QUICK |= dict(randaugment_magnitude=0, flip=0, crop_scale=(0.7, 1.0), label_smoothing=0)
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-    torch.manual_seed(0)
-    folder = tmp_path_factory.mktemp("mae")
-    MAEForPreTraining(MAEConfig(**TINY, decoder_hidden_size=32, decoder_num_hidden_layers=1)).save_pretrained(folder)
-    return folder
 
 
 def extractor(checkpoint):
@@ -99,18 +88,10 @@ def train_by_pieces(checkpoint, images, folder, augmented=True, resume=False, **
     torch.manual_seed(0)
     model = load_classifier(checkpoint, CLASSES, drop_path=0.2 * augmented)
     augment = MixAugment(encoder.mean, encoder.std) if augmented else MixAugment([0.3] * 3, [0.3] * 3, 0, 0, 0.1, 0, 0)
-    augment.attach(model)
-    groups = parameter_groups(model, args.learning_rate, args.weight_decay, args.layer_decay)
-    # AdamW would not notice a loss that is too large.
-    optimizer = torch.optim.AdamW if augmented else torch.optim.SGD, {"params": groups, "lr": args.learning_rate}
-    Trainer(
-        model,
-        args,
-        train_dataset=data,
-        compute_loss_func=augment.loss,
-        optimizer_cls_and_kwargs=optimizer,
-        callbacks=[DatasetEpoch(data), RankSeeds()],
-    ).train(resume_from_checkpoint=str(folder / "checkpoint-3") if resume else None)
+    trainer = make_trainer(model, args, augment, data)
+    if not augmented:  # AdamW would not notice a loss that is too large
+        trainer.optimizer_cls_and_kwargs = torch.optim.SGD, trainer.optimizer_cls_and_kwargs[1]
+    trainer.train(resume_from_checkpoint=str(folder / "checkpoint-3") if resume else None)
     return torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
 
 
@@ -196,6 +177,37 @@ def test_predictions_are_the_classifiers_on_the_evaluation_crop(checkpoint, digi
 
 def load_saved(folder):
     return AutoModelForImageClassification.from_pretrained(folder).eval()
+
+
+def test_training_has_the_rates_and_the_loss_that_were_asked_for(checkpoint, digits_splits, monkeypatch):
+    """Of the Trainer as it begins: the groups of its optimizer, and its loss against torch's with smoothed labels."""
+    trainers, few = [], digits_splits[0].select(range(32))
+    monkeypatch.setattr(Trainer, "train", lambda trainer: trainers.append(trainer))
+    options = dict(base_lr=0.8, layer_decay=0.5, weight_decay=0.2, label_smoothing=0.6, epochs=8, warmup_epochs=2)
+    Finetune(**QUICK | options).run(extractor(checkpoint), few, few)
+    (trainer,) = trainers
+    groups = trainer.create_optimizer().param_groups
+    assert sorted({group["lr"] for group in groups}) == pytest.approx([0.0125, 0.025, 0.05, 0.1])
+    assert {group["weight_decay"] for group in groups} == {0.2, 0.0}
+    assert trainer.args.get_warmup_steps(80) == 20 and trainer.args.num_train_epochs == 8
+    batch = dict(pixel_values=torch.zeros(10, 3, 32, 32, dtype=torch.uint8), labels=torch.arange(10))
+    torch.nn.init.normal_(trainer.model.classifier.linear.weight)  # at MAE's 2e-5 all losses are log 10
+    loss, outputs = trainer.compute_loss(trainer.model.train(), batch, return_outputs=True)
+    expected = F.cross_entropy(outputs["logits"], torch.arange(10), label_smoothing=0.6)
+    torch.testing.assert_close(loss, expected)
+
+
+def test_a_device_that_trainer_would_not_take_is_refused():
+    extract = SimpleNamespace(encoder=SimpleNamespace(device=torch.device("cuda:1")))
+    with pytest.raises(ValueError, match="device must be .* not cuda:1; .*CUDA_VISIBLE_DEVICES=1$"):
+        Finetune().run(extract, None, None)
+
+
+def test_a_run_on_a_gpu_says_that_another_may_differ(checkpoint):
+    model = load_classifier(checkpoint, CLASSES)
+    assert Finetune().notes(model, torch.device("cpu")) == []
+    (note,) = Finetune().notes(model, torch.device("cuda:0"))
+    assert "same seed" in note
 
 
 def test_bad_options_are_named_in_one_line():

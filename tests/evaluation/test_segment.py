@@ -18,6 +18,7 @@ from sklearn.metrics import log_loss
 from hf_mim.data import CenterCrop
 from hf_mim.data.crop import load_crop
 from hf_mim.data.masks import MaskedImages, load_masks
+from hf_mim.evaluation import segment
 from hf_mim.evaluation.features import FeatureExtractor
 from hf_mim.evaluation.segment import (
     Segment,
@@ -181,6 +182,22 @@ def test_held_out_scores_are_mean_iou_of_the_pixels():
     tokens = torch.tensor([[[1.0, 0], [1, 0], [0, 1], [0, 1]]])
     targets = torch.tensor([[[0, 1], [1, -1]]], dtype=torch.int16)  # predicted 0 0 1 1
     assert head_scores([head], tokens, targets, torch.tensor([0]), (2, 2), 16) == [pytest.approx(0.5)]
+
+
+def test_heads_are_chosen_on_images_that_they_did_not_train_on(monkeypatch):
+    """All images train or choose, none both; the chosen head trains on all."""
+    asked = []
+
+    def record(call, position):
+        return lambda *args: asked.append(set(args[position].tolist())) or call(*args)
+
+    monkeypatch.setattr(segment, "train_heads", record(train_heads, 2))
+    monkeypatch.setattr(segment, "head_scores", record(head_scores, 3))
+    data = masked(*coloured_scenes(10))
+    run(data, data, epochs=1, held_out=0.3)
+    kept, held, everything = asked
+    assert len(held) == 3 and kept.isdisjoint(held)
+    assert kept | held == everything == set(range(10))
 
 
 def test_the_bank_holds_the_share_of_each_class_in_a_patch():
