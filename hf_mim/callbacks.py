@@ -4,6 +4,7 @@ No callback keeps anything that a checkpoint would have to hold: what they do fo
 """
 
 import contextlib
+import logging
 import re
 import time
 
@@ -22,6 +23,8 @@ from hf_mim.evaluation.features import FeatureExtractor
 from hf_mim.evaluation.health import measure_health
 from hf_mim.evaluation.images import Images, LabelledImages
 from hf_mim.evaluation.knn import knn_predict
+
+logger = logging.getLogger(__name__)
 
 
 class TargetUpdate(TrainerCallback):
@@ -148,21 +151,28 @@ class OnlineProbe(TrainerCallback):
             control.should_log = should_log  # what `log` takes back, though the loss is still to be logged
 
     def measure(self):
-        """Log one measurement."""
+        """Log one measurement; features that are not finite are said, and left to the training to deal with."""
         trainer = self.trainer
         model = trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False).base_model
         training = model.training
-        encoder = FrozenEncoder(model, *trainer.augment.statistics())
-        extract = FeatureExtractor(encoder, trainer.args.per_device_eval_batch_size, progress=False)
+        try:
+            trainer.log({f"probe_{name}": value for name, value in self.values(model).items()})
+        except ValueError as error:
+            logger.warning("no probe at step %d: %s", trainer.state.global_step, error)
+        model.train(training)
+        trainer.throughput.restart_clock()
+
+    def values(self, model: nn.Module) -> dict[str, float]:
+        """Health of the test images' features by an encoder, and `knn` where there are labels."""
+        encoder = FrozenEncoder(model, *self.trainer.augment.statistics())
+        extract = FeatureExtractor(encoder, self.trainer.args.per_device_eval_batch_size, progress=False)
         pooled, tokens = extract(self.test, ["last/mean/norm", "last/tokens/norm"])
         values = measure_health(pooled, tokens, encoder.grid)
         if self.train is not None:
             (features,), labels = extract(self.train, ["last/mean/norm"]), self.train.read_labels()
             predictions = knn_predict(features, labels, pooled, k=min(20, len(labels)))
             values["knn"] = (predictions == self.test.read_labels()).double().mean().item()
-        model.train(training)
-        trainer.log({f"probe_{name}": value for name, value in values.items()})
-        trainer.throughput.restart_clock()
+        return values
 
 
 class Throughput(TrainerCallback):

@@ -82,7 +82,11 @@ def evaluate_command(arguments: list[str]) -> int:
     except KeyboardInterrupt:
         print("\ninterrupted; the features so far are kept, and the same command goes on from them", file=sys.stderr)
         return 130
-    print(f"{result}\n\nThe result is in {run.path}.")
+    print(result)  # first: what was measured is seen even if it cannot be saved
+    try:
+        print(f"\nThe result is in {result.save(run.path)}.")
+    except OSError as error:
+        return _fail(one_line(error))
     return 0
 
 

@@ -7,6 +7,7 @@ it needs (`NEEDS`), and its own. Anything else is an error.
 import dataclasses
 import difflib
 import inspect
+import os
 import textwrap
 import time
 from dataclasses import MISSING, dataclass, field
@@ -155,6 +156,8 @@ class MaskedArguments(WholeArguments):
         from hf_mim.data.masks import load_masks
 
         columns = self.image_column, self.mask_column
+        if self.test in (None, self.dataset) and self.train_split == self.test_split:
+            raise ValueError(f"test_split must be another split than {self.train_split}, which trains, or give test")
         train = load_masks(self.dataset, self.train_split, *columns)
         test = load_masks(self.dataset if self.test is None else self.test, self.test_split, *columns)
         return fixed_part(train, self.train_images, "train_images"), fixed_part(test, self.test_images, "test_images")
@@ -224,6 +227,10 @@ def fixed_part(images, count: int | None, name: str):
     return images.select(sorted(order[:count].tolist()))
 
 
+# Options that change no number, and those that name the result already.
+UNNAMED = {"dataset", "test", "device", "extract_batch_size", "num_workers", "cache", "output", "output_dir"}
+
+
 class Evaluation:
     """One measurement, ready to start. Raises ValueError, before any work, if it cannot be made."""
 
@@ -250,26 +257,28 @@ class Evaluation:
         if protocol_class.needs != "nothing" and source.dataset is None:
             raise ValueError(f"dataset must be given: {arguments_help(NEEDS[protocol_class.needs])['dataset']}")
         self.checkpoint, self.arguments, self.source = checkpoint, encoder, source
-        self.path = self._path()
+        self.path = self._path(values)
+        check_writable(self.path)
         self.extract = encoder.extractor(checkpoint, source.crop())
         self.splits = source.load()
 
-    def _path(self) -> Path:
-        """Of the result; a Hub name has no folder, so its results go to results/ here."""
+    def _path(self, values: dict[str, Any]) -> Path:
+        """Of the result, named after protocol, data and every option that was given and may change the number."""
         from hf_mim.evaluation.result import result_path
 
         if self.arguments.output:
             return Path(self.arguments.output)
-        folder = Path(self.checkpoint)
-        if not folder.is_dir():
-            folder = Path(".") if not folder.exists() else folder.parent
-        dataset = Path(self.source.dataset).stem if self.source.dataset else ""
-        untrained = "untrained" if self.arguments.untrained else ""
-        owner = "" if folder == Path(self.checkpoint) else self.checkpoint.replace("/", "_")
-        return result_path(folder, owner, self.protocol.name, dataset, untrained)
+        folder, names = Path(self.checkpoint), [self.protocol.name]
+        if not folder.is_dir():  # a Hub name has no folder: its results go to results/ here
+            names = [self.checkpoint.replace("/", "_"), *names]
+            folder = Path(".")
+        names += [Path(values[name]).stem for name in ("dataset", "test") if values.get(name)]
+        given = sorted((name, value) for name, value in values.items() if name not in UNNAMED)
+        names += [name if value is True else f"{name}_{value}" for name, value in given]
+        return result_path(folder, *names)
 
     def __call__(self):
-        """Measure, save and return the `Result`."""
+        """Measure and return the `Result`; `path` is where it is to be saved."""
         from hf_mim.evaluation.encoder import checkpoint_sha256
 
         start = time.perf_counter()
@@ -280,10 +289,17 @@ class Evaluation:
         result.checkpoint_sha256 = None if encoder.is_untrained else checkpoint_sha256(self.checkpoint)
         offered = option_types(type(self.protocol))
         about = {"image_size": list(encoder.image_size), "dtype": self.arguments.dtype}
+        about |= {"image_mean": encoder.mean, "image_std": encoder.std, "crop_fraction": self.extract.crop.fraction}
         result.settings |= {name: value for name, value in about.items() if name in offered}
         result.settings["untrained"] = encoder.is_untrained
-        result.save(self.path)
         return result
+
+
+def check_writable(path: Path):
+    """Raise ValueError, before any work, if a result could not be written to `path`."""
+    above = next(parent for parent in path.absolute().parents if parent.exists())
+    if path.is_dir() or not above.is_dir() or not os.access(above, os.W_OK):
+        raise ValueError(f"output must be a file that can be written, and {path} cannot; give another --output")
 
 
 def argument_kinds(protocol: type) -> tuple[type, type, type]:

@@ -57,7 +57,13 @@ class Pretraining:
         set_seed(args.seed)
         model = AutoModelForPreTraining.from_config(config)
         self.trainer = MIMTrainer(
-            model, args, train_dataset=train_images, eval_dataset=eval_images, augment=self.augment
+            model,
+            args,
+            train_dataset=train_images,
+            eval_dataset=eval_images,
+            augment=self.augment,
+            # Saved with each checkpoint, so that each can be evaluated.
+            processing_class=image_processor(config.image_height_width, run.image_mean, run.image_std),
         )
         if run.probe_every:
             samples = self.readout.sample(run.probe_images, run.probe_images // 4) if self.readout else None
@@ -78,10 +84,8 @@ class Pretraining:
             self.finish()
 
     def finish(self):
-        """Image processor, pictures and k-NN accuracy into the run folder; on the main process only."""
+        """Pictures and k-NN accuracy into the run folder; on the main process only."""
         model = self.trainer.accelerator.unwrap_model(self.trainer.model).eval()
-        run = self.recipe.run
-        image_processor(model.config.image_height_width, run.image_mean, run.image_std).save_pretrained(self.folder)
         plot_training(self.trainer.state.log_history, self.folder / "loss.png")
         if self.recipe.run.method == "mae":
             view = fixed_view(self.images, model.config, NUM_PICTURES)

@@ -12,7 +12,7 @@ from hf_mim.cli.recipe import RunArguments
 from hf_mim.data import CenterCrop, ImageDataset, load_images
 from hf_mim.evaluation.encoder import FrozenEncoder, RawPixels, checkpoint_sha256
 from hf_mim.evaluation.features import FeatureExtractor
-from hf_mim.evaluation.images import LabelledImages, labelled_only
+from hf_mim.evaluation.images import LabelledImages, labelled_only, match_names
 from hf_mim.evaluation.knn import KNN
 from hf_mim.evaluation.result import Result, result_path
 
@@ -70,6 +70,8 @@ class Readout:
             return None
         tested, split = find_test_split(run, labelled=True)
         own, num_tested = tested is not None, run.knn_test_images
+        if isinstance(tested, Dataset) and isinstance(images, Dataset):
+            tested = match_names(labelled_only(tested), images)
         if not own:
             if not isinstance(images, Dataset) or len(labelled := labelled_only(images)) < 5:
                 return None

@@ -85,6 +85,7 @@ class WholeImage:
     """The whole image, stretched to the target: what the saved `ViTImageProcessor` does."""
 
     exact = True
+    fraction = 1.0
 
     def box(self, width: int, height: int, size: tuple[int, int], rng: random.Random) -> Box:
         return 0, 0, width, height

@@ -20,6 +20,10 @@ _MAX_SHARDS = 64  # into which a local source is divided for streaming
 _NUM_PROBED = 16  # images opened to see whether any can be read
 
 
+class SplitNotFound(ValueError):
+    """A source that can be read has no such split."""
+
+
 def load_images(
     source: str | os.PathLike | Dataset | IterableDataset,
     split: str = "train",
@@ -124,7 +128,12 @@ def _load_hub(name: str, split: str, streaming: bool) -> Dataset | IterableDatas
         raise ValueError(f"source {name!r} does not exist, and is no name of a dataset on the Hub")
     name, _, config = name.partition(":")
     with _one_line_errors(name, "no local path, and from the Hub"):
-        return datasets.load_dataset(name, config or None, split=split, streaming=streaming)
+        try:
+            return datasets.load_dataset(name, config or None, split=split, streaming=streaming)
+        except ValueError as error:
+            if "unknown split" not in str(error).lower() and "bad split" not in str(error).lower():
+                raise
+            raise SplitNotFound(f"split {split!r} is not in source {name!r}: {error}") from error
 
 
 def pick_split(splits: dict, split: str, source):
@@ -135,7 +144,7 @@ def pick_split(splits: dict, split: str, source):
     for name in splits:
         if canonical_split(name) == canonical_split(split):
             return splits[name]
-    raise ValueError(f"split {split!r} is not in source {str(source)!r}; it has {', '.join(sorted(splits))}")
+    raise SplitNotFound(f"split {split!r} is not in source {str(source)!r}; it has {', '.join(sorted(splits))}")
 
 
 class _one_line_errors:
@@ -148,6 +157,8 @@ class _one_line_errors:
         return self
 
     def __exit__(self, kind, error, traceback):
+        if isinstance(error, SplitNotFound):
+            return
         if isinstance(error, DatasetsError | ValueError | OSError | RuntimeError | tarfile.TarError):
             while error.__cause__ is not None:  # the first cause says what is wrong with the data
                 error = error.__cause__

@@ -7,16 +7,20 @@ that was damaged or is missing is computed again.
 
 import hashlib
 import json
+import math
 import os
+import shutil
 import zlib
 from pathlib import Path
 
 import numpy as np
+import psutil
 import torch
 from datasets import Dataset
 from torch import Tensor
 
 CHUNK = 512  # images
+FORMAT = 2  # part of every key: another one when what was kept before may be wrong
 
 
 def default_cache() -> Path:
@@ -47,9 +51,25 @@ def _identity(value) -> bytes:
         return f"{array.dtype}{array.shape}".encode() + array.tobytes()
     if value.get("bytes") is not None:
         return value["bytes"]
-    path = os.path.abspath(value["path"])
-    about = os.stat(path)
+    path = os.path.abspath(value["path"] or "")
+    try:
+        about = os.stat(path)
+    except OSError:  # a file that is not there has no features, which the extraction finds
+        return path.encode()
     return f"{path} {about.st_size} {about.st_mtime_ns}".encode()
+
+
+def check_room(shapes: list[tuple[int, ...]], folder: Path | None):
+    """Raise ValueError, before hours of work, where features of these shapes find no room, on the disk or in memory."""
+    needed = 4 * sum(math.prod(shape) for shape in shapes)
+    if folder is None:
+        free, where = psutil.virtual_memory().available, "memory, where --cache none keeps them"
+    else:
+        existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
+        free, where = shutil.disk_usage(existing).free, f"{folder}; give another cache"
+    if needed > free:
+        needed, free = (f"{size / 2**30:.1f} GiB" for size in (needed, free))
+        raise ValueError(f"the features take {needed}, and {free} are free in {where}, or fewer images (train_images)")
 
 
 class FeatureStore:
@@ -68,8 +88,10 @@ class FeatureStore:
         size = 4 * int(np.prod(self.shape))
         if not path.exists() or path.stat().st_size != size:
             self.record.unlink(missing_ok=True)
-            with path.open("wb") as file:
+            with path.open("ab") as file:  # another process may have it mapped
                 file.truncate(size)
+                if size and hasattr(os, "posix_fallocate"):  # a full disk shows now, not as a bus error
+                    os.posix_fallocate(file.fileno(), 0, size)
         # Read and written here; the readers of `tensor` get a private view of the same pages.
         self.array = np.memmap(path, np.float32, "r+", shape=self.shape)
         self.chunks = {number: entry for number, entry in self._recorded().items() if self._is_whole(number, entry)}
@@ -87,7 +109,8 @@ class FeatureStore:
         return sorted(index for entry in self.chunks.values() for index in entry["broken"])
 
     def write(self, rows: list[int], features: Tensor):
-        """Features `[b, ...]` of these images."""
+        """Features `[b, ...]` of these images, which follow each other."""
+        assert len(features) == len(rows) == rows[-1] + 1 - rows[0]
         self.array[rows[0] : rows[-1] + 1] = features.cpu().numpy()
 
     def commit(self, number: int, broken: list[int]):
@@ -95,9 +118,18 @@ class FeatureStore:
         self.chunks[number] = {"crc32": self._checksum(number) if self.path else None, "broken": broken}
         if self.path:
             self.array.flush()
-            aside = self.record.with_suffix(".part")
+            aside = self.record.with_suffix(f".{os.getpid()}.part")
             aside.write_text(json.dumps(self.chunks))
             aside.replace(self.record)
+
+    def copy_to(self, other: "FeatureStore", kept: Tensor) -> "FeatureStore":
+        """Fill what `other` lacks with the rows that are `kept`, in order; returns it."""
+        rows = kept.nonzero()[:, 0]
+        for number in other.missing():
+            part = range(number * CHUNK, min((number + 1) * CHUNK, len(rows)))
+            other.write(part, torch.from_numpy(self.array[rows[part.start : part.stop].numpy()]))
+            other.commit(number, broken=[])
+        return other
 
     def tensor(self) -> Tensor:
         """float32 `[n, ...]`; of a file memory-mapped, and what is written to it stays in memory."""

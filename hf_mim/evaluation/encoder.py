@@ -4,27 +4,32 @@ Ours, and any vision transformer that `AutoModel` loads (ViT, DINOv2, I-JEPA, CL
 that a layer means the same in each: the residual stream after the block, before any final norm.
 """
 
+import contextlib
 import hashlib
 import inspect
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import AutoModel, BaseImageProcessor
+from transformers import AutoModel
 from transformers.utils import cached_file
 
 import hf_mim  # noqa: F401 (registers the models)
 from hf_mim.data import IMAGENET_MEAN, IMAGENET_STD, DeviceAugment
+from hf_mim.evaluation.processor import InputSpec, read_processor
 from hf_mim.models.configuration_vit import pair
 from hf_mim.models.positions import sincos_table
 
+logger = logging.getLogger(__name__)
+
 POOLINGS = ("mean", "cls", "tokens")
 # What a final norm is called in transformers' vision models, CLIP's and SigLIP's last.
-NORM_NAMES = ("norm", "layernorm", "post_layernorm")
+NORM_NAMES = ("norm", "layernorm", "post_layernorm", "rms_norm")
 
 
 @dataclass(frozen=True)
@@ -81,11 +86,12 @@ class FrozenEncoder:
     """
 
     def __init__(self, model: nn.Module, mean, std, image_size=None, name: str | None = None, dtype=torch.float32):
-        model = getattr(model, "vision_model", model)  # of an image-text model the image's half
+        model = image_model(model)
         self.model, self.name, self.dtype, self.is_untrained = model.eval(), name, dtype, False
         self.mean, self.std = list(mean), list(std)
         self.blocks = _blocks(model, name)
-        self.norm = next((m for n in NORM_NAMES if isinstance(m := getattr(model, n, None), nn.Module)), nn.Identity())
+        norms = (getattr(model, name, None) for name in NORM_NAMES)
+        self.norm = next((norm for norm in norms if norm is not None and not isinstance(norm, nn.Identity)), None)
         self.num_layers, self.num_channels = len(self.blocks), getattr(model.config, "num_channels", 3)
         self.native_size, self.patch_size = pair(model.config.image_size), pair(model.config.patch_size)
         self.image_size = self.native_size if image_size is None else pair(image_size)
@@ -94,8 +100,6 @@ class FrozenEncoder:
                 f"image_mean and image_std must have {self.num_channels} values, not {self.mean}, {self.std}"
             )
         self.normalize = DeviceAugment(self.mean, self.std).eval()
-        if model.config.model_type == "vit_mae":
-            model.config.mask_ratio = 0.0  # it would mask at inference too
         self._check_size()
 
     @classmethod
@@ -106,8 +110,9 @@ class FrozenEncoder:
         """
         checkpoint = str(checkpoint)
         try:
-            model, loading = AutoModel.from_pretrained(checkpoint, output_loading_info=True)
-        except (OSError, ValueError, KeyError) as error:
+            # float32 even where it was saved in half precision: `dtype` is what autocast computes in.
+            model, loading = AutoModel.from_pretrained(checkpoint, dtype=torch.float32, output_loading_info=True)
+        except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
             reason = " ".join(str(error).split())
             raise ValueError(f"checkpoint {checkpoint} holds no encoder that can be loaded: {reason[:300]}") from error
         missing = sorted(key for key in loading["missing_keys"] if not key.startswith(("pooler", "head")))
@@ -116,15 +121,18 @@ class FrozenEncoder:
                 f"checkpoint {checkpoint} lacks {len(missing)} weights of its encoder, such as {missing[0]}: "
                 "what was evaluated would be partly random"
             )
-        processor = _processor(checkpoint)
-        known = processor.get("image_mean") and processor.get("do_normalize", True)
-        channels = getattr(getattr(model, "vision_model", model).config, "num_channels", 3)
-        if mean is None and not known and channels != 3:
-            raise ValueError(f"checkpoint {checkpoint} has no image processor: give image_mean and image_std")
-        mean = mean or (processor["image_mean"] if known else IMAGENET_MEAN)
-        std = std or (processor["image_std"] if known else IMAGENET_STD)
+        channels = getattr(image_model(model).config, "num_channels", 3)
+        known = read_processor(checkpoint, channels)
+        if mean is None and known is None:
+            if channels != 3:
+                raise ValueError(f"checkpoint {checkpoint} has no image processor: give image_mean and image_std")
+            logger.warning("checkpoint %s has no image processor: ImageNet's mean and std are taken", checkpoint)
+        known = known or InputSpec(list(IMAGENET_MEAN), list(IMAGENET_STD), None)
+        if mean is not None:
+            known = InputSpec(list(mean), list(std), known.size)
         device = device or (torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu")
-        return cls(model.to(device), mean, std, image_size or _processor_size(processor), checkpoint, dtype)
+        size = known.size if image_size is None else image_size
+        return cls(model.to(device), known.mean, known.std, size, checkpoint, dtype)
 
     @property
     def device(self) -> torch.device:
@@ -134,9 +142,9 @@ class FrozenEncoder:
     def grid(self) -> tuple[int, int]:
         return tuple(side // patch for side, patch in zip(self.image_size, self.patch_size, strict=True))
 
-    @cached_property
+    @property
     def sha256(self) -> str:
-        """Of the weights: names, types, shapes and values."""
+        """Of the weights as they are now: names, types, shapes and values."""
         digest = hashlib.sha256()
         for name, tensor in sorted(self.model.state_dict().items()):
             digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
@@ -176,6 +184,8 @@ class FrozenEncoder:
         """Raise ValueError if the encoder has no such features."""
         if spec.blocks(self.num_layers)[0] < 1 or spec.blocks(self.num_layers)[-1] > self.num_layers:
             raise ValueError(f"features {spec} need a layer that {self.name} has not: it has {self.num_layers}")
+        if spec.norm and self.norm is None:
+            raise ValueError(f"features {spec} need a final norm, and {self.name} has none: take raw")
         if spec.pooling == "cls" and self.num_prefix_tokens == 0:
             raise ValueError(f"features {spec} need a CLS token, and {self.name} has none: take mean")
 
@@ -198,6 +208,7 @@ class FrozenEncoder:
         for spec in specs:
             layers = [(normed if spec.norm else streams)[block] for block in spec.blocks(self.num_layers)]
             features.append(torch.cat([self._pool(tokens, spec.pooling) for tokens in layers], dim=-1))
+        assert all(len(feature) == len(pixel_values) for feature in features)
         return features
 
     def _pool(self, tokens: Tensor, pooling: str) -> Tensor:
@@ -218,24 +229,37 @@ class FrozenEncoder:
 
         handles = [self.blocks[number - 1].register_forward_hook(keep(number)) for number in wanted]
         try:
-            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16):
-                self.model(pixel_values, **self._options(tuple(pixel_values.shape[2:])))
+            with self._unmasked(), torch.autocast(self.device.type, torch.bfloat16, self.dtype == torch.bfloat16):
+                self.model(pixel_values, **self._options(len(pixel_values), tuple(pixel_values.shape[2:])))
         finally:
             for handle in handles:
                 handle.remove()
         return streams
 
-    def _options(self, size: tuple[int, int]) -> dict:
+    @contextlib.contextmanager
+    def _unmasked(self):
+        """transformers' ViTMAE masks at inference too, but for this."""
+        config = self.model.config
+        if config.model_type != "vit_mae":
+            yield
+            return
+        ratio, config.mask_ratio = config.mask_ratio, 0.0
+        try:
+            yield
+        finally:
+            config.mask_ratio = ratio
+
+    def _options(self, batch_size: int, size: tuple[int, int]) -> dict:
         options = {}
         if size != self.native_size and "interpolate_pos_encoding" in inspect.signature(self.model.forward).parameters:
             options["interpolate_pos_encoding"] = True
         if self.model.config.model_type == "vit_mae":  # even unmasked, its patches come in the order of the noise
             patches = (size[0] // self.patch_size[0]) * (size[1] // self.patch_size[1])
-            options["noise"] = torch.arange(patches, device=self.device)[None].float()
+            options["noise"] = torch.arange(patches, device=self.device).float().expand(batch_size, -1)
         return options
 
     def _check_size(self):
-        """One image through the model tells whether it takes the size, and how many tokens go before the patches."""
+        """Two images through the model tell whether it takes the size, and how many tokens go before the patches."""
         height, width = self.image_size
         for side, patch in zip(self.image_size, self.patch_size, strict=True):
             if side < patch or side % patch:
@@ -243,17 +267,21 @@ class FrozenEncoder:
                     f"image_size must be divisible by the patch size {self.patch_size} of {self.name}, not "
                     f"{height},{width}; {max(side // patch, 1) * patch} would be right for {side}"
                 )
-        blank = torch.zeros(1, self.num_channels, height, width, device=self.device)
+        blank = torch.zeros(2, self.num_channels, height, width, device=self.device)
         try:
             with torch.no_grad():
                 tokens = self._streams(blank, [self.num_layers])[self.num_layers]
-        except (ValueError, RuntimeError, TypeError, KeyError) as error:
+        except (ValueError, RuntimeError, TypeError, KeyError, AttributeError) as error:
             reason = " ".join(str(error).split())[:200]
             raise ValueError(f"image_size {height},{width} does not suit {self.name}: {reason}") from error
-        rows, columns = self.grid
-        if tokens.ndim != 3 or tokens.shape[1] < rows * columns:
-            raise ValueError(f"{self.name} is no encoder of patches: {list(tokens.shape)} for {rows * columns} patches")
-        self.num_prefix_tokens, self.width = tokens.shape[1] - rows * columns, tokens.shape[2]
+        patches = self.grid[0] * self.grid[1]
+        # CLS, a distillation token and registers come first; of more tokens nobody knows which are patches.
+        most = 2 + getattr(self.model.config, "num_register_tokens", 0)
+        if tokens.ndim != 3 or len(tokens) != 2 or not 0 <= tokens.shape[1] - patches <= most:
+            raise ValueError(
+                f"{self.name} is no encoder of patches: {list(tokens.shape)} for 2 images of {patches} patches each"
+            )
+        self.num_prefix_tokens, self.width = tokens.shape[1] - patches, tokens.shape[2]
 
 
 class RawPixels:
@@ -303,6 +331,12 @@ def checkpoint_sha256(checkpoint: str | Path) -> str | None:
     return digest.hexdigest() if files else None
 
 
+def image_model(model: nn.Module) -> nn.Module:
+    """The encoder in a model: without a head, and of an image-text model the image's half."""
+    model = getattr(model, "base_model", model)
+    return getattr(model, "vision_model", model)
+
+
 def _blocks(model: nn.Module, name: str | None) -> nn.ModuleList:
     """The transformer blocks: the longest ModuleList of a model that has patches."""
     lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
@@ -310,22 +344,3 @@ def _blocks(model: nn.Module, name: str | None) -> nn.ModuleList:
     if not lists or not hasattr(config, "patch_size") or not hasattr(config, "image_size"):
         raise ValueError(f"checkpoint {name} holds {type(model).__name__}, which is no vision transformer")
     return max(lists, key=len)
-
-
-def _processor(checkpoint: str) -> dict:
-    """The settings of the image processor that came with the checkpoint; empty if none did."""
-    try:
-        return BaseImageProcessor.get_image_processor_dict(checkpoint)[0]
-    except OSError:
-        return {}
-
-
-def _processor_size(processor: dict) -> tuple[int, int] | None:
-    size = (processor.get("do_center_crop") and processor.get("crop_size")) or processor.get("size")
-    if isinstance(size, int):
-        return size, size
-    if not size:
-        return None
-    if "shortest_edge" in size:
-        return size["shortest_edge"], size["shortest_edge"]
-    return (size["height"], size["width"]) if "height" in size else None

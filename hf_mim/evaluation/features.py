@@ -15,7 +15,7 @@ from hf_mim.data import BrokenImagesError, CenterCrop
 from hf_mim.data.crop import crop_rng, load_crop
 from hf_mim.data.dataset import MAX_BROKEN
 from hf_mim.data.decode import BrokenImage, decoding, image_name
-from hf_mim.evaluation.cache import CHUNK, FeatureStore, fingerprint, images_sha256
+from hf_mim.evaluation.cache import CHUNK, FORMAT, FeatureStore, check_room, fingerprint, images_sha256
 from hf_mim.evaluation.encoder import FeatureSpec, FrozenEncoder, RawPixels
 from hf_mim.evaluation.result import installed_versions
 
@@ -51,25 +51,32 @@ class FeatureExtractor:
         Images that cannot be decoded are left out of a split that has `leave_out`, up to 1 % of them.
 
         Raises:
-            ValueError: features that the encoder has not.
+            ValueError: features that the encoder has not, or that find no room on the disk or in memory.
             BrokenImagesError: too many images cannot be decoded, or any of a split that cannot leave them out.
         """
         specs = [FeatureSpec.parse(spec) for spec in specs]
         for spec in specs:
             self.encoder.check(spec)
-        folder = None if self.cache is None else self._folder(split)
-        stores = [FeatureStore((len(split), *self._row(spec)), self._file(folder, spec)) for spec in specs]
+        stores = self._stores(split, specs)
         missing = sorted({number for store in stores for number in store.missing()})
         if missing:
             self._fill(split, specs, stores, missing)
-        broken = stores[0].broken()
-        features = [store.tensor() for store in stores]
-        if not broken:
-            return features
-        self._leave_out(split, broken)
-        kept = torch.ones(len(features[0]), dtype=torch.bool)
-        kept[broken] = False
-        return [tensor[kept] for tensor in features]
+        if broken := sorted({row for store in stores for row in store.broken()}):
+            self._leave_out(split, broken)
+            kept = torch.ones(stores[0].shape[0], dtype=torch.bool)
+            kept[broken] = False
+            stores = [store.copy_to(new, kept) for store, new in zip(stores, self._stores(split, specs), strict=True)]
+        return [store.tensor() for store in stores]
+
+    def _stores(self, split, specs: list[FeatureSpec]) -> list[FeatureStore]:
+        shapes = [(len(split), *self._row(spec)) for spec in specs]
+        if self.cache is None:
+            check_room(shapes, None)
+            return [FeatureStore(shape) for shape in shapes]
+        folder = self._folder(split)
+        paths = [folder / f"{str(spec).replace('/', '-')}.f32" for spec in specs]
+        check_room([shape for shape, path in zip(shapes, paths, strict=True) if not path.exists()], self.cache)
+        return [FeatureStore(shape, path) for shape, path in zip(shapes, paths, strict=True)]
 
     def _fill(self, split, specs, stores: list[FeatureStore], missing: list[int]):
         chunks = [range(number * CHUNK, min((number + 1) * CHUNK, len(split))) for number in missing]
@@ -85,7 +92,12 @@ class FeatureExtractor:
         broken: list[int] = []
         for rows, (pixels, decoded) in zip(batches, loader, strict=True):
             features = self.encoder.extract(self.encoder.preprocess(pixels), specs)
-            for store, tensor in zip(stores, features, strict=True):
+            for spec, store, tensor in zip(specs, stores, features, strict=True):
+                if not tensor.isfinite().all():
+                    raise ValueError(
+                        f"features {spec} of {self.encoder.name} hold numbers that are not finite: the checkpoint is "
+                        f"broken, or they overflow in {self.encoder.dtype}"
+                    )
                 store.write(rows, tensor)
             broken += [row for row, good in zip(rows, decoded.tolist(), strict=True) if not good]
             if (rows[-1] + 1) % CHUNK == 0 or rows[-1] + 1 == len(split):
@@ -115,12 +127,9 @@ class FeatureExtractor:
             "images": images_sha256(split.images),
             "crop": repr(self.crop),
             "versions": installed_versions(),
+            "format": FORMAT,
         }
         return Path(self.cache) / fingerprint(about)
-
-    @staticmethod
-    def _file(folder: Path | None, spec: FeatureSpec) -> Path | None:
-        return None if folder is None else folder / f"{str(spec).replace('/', '-')}.f32"
 
 
 class _Decoded(Dataset):

@@ -1,10 +1,14 @@
 """Labelled images for the protocols: loaded, checked, and their labels kept apart until they are asked for."""
 
+import os
+
 import torch
 from datasets import ClassLabel, Dataset, Features, Image, IterableDataset
 from torch import Tensor
 
 from hf_mim.data import load_images
+from hf_mim.data.sources import SplitNotFound, open_source
+from hf_mim.evaluation.splits import stratified_split
 
 HELD_OUT = 0.2  # of the training images, where a source has no test images
 
@@ -70,41 +74,52 @@ def load_labelled(
 ) -> tuple[LabelledImages, LabelledImages]:
     """(train, test) images with labels of one meaning; those without a label are left out.
 
-    The test images are those of `test_source` or of the source's validation or test split; where there are none, a
-    fifth of the training images, which then do not train. Classes of two sources are matched by their names.
+    The test images are those of `test_source` or of the source's test or validation split; where there are none, a
+    fifth of each class of the training images, which then do not train. Classes of two sources are matched by name.
 
     Raises:
-        ValueError: no labels, one class, or a test class that is not among the training images; in one line.
+        ValueError: no labels, one class, a test class that is not among the training images, or test images that are
+            the training images; in one line.
     """
 
-    def load(source, split):
-        images = load_images(source, split, image_column=image_column, label_column=label_column)
+    def load(dataset, source, split):
+        images = load_images(dataset, split, image_column=image_column, label_column=label_column)
         return labelled_only(images, source, split)
 
-    train = load(source, train_split)
-    test_from = source if test_source is None else test_source
-    splits = [test_split] if test_split else ["test", "validation", "train"]
-    if test_source is None:
-        splits = [split for split in splits if split != train_split] if not test_split else splits
-    test = None
-    for split in splits:
-        try:
-            test = load(test_from, split)
-        except ValueError:
-            if test_split or (test_source is not None and split == splits[-1]):
-                raise
-            continue
-        break
-    name = f"{source}, split {train_split}"
-    if test is None:
-        order = torch.randperm(len(train), generator=torch.Generator().manual_seed(0)).tolist()
-        count = int(HELD_OUT * len(train))
-        test, train = train.select(sorted(order[:count])), train.select(sorted(order[count:]))
-        pair = LabelledImages(train, name), LabelledImages(test, f"a held-out fifth of {name}")
+    train = load(source, source, train_split)
+    test_from, name = source if test_source is None else test_source, f"{short_name(source)}, split {train_split}"
+    test, split = _open_test(test_from, test_split, train_split if str(test_from) == str(source) else None)
+    if test is not None:
+        test = match_names(load(test, test_from, split), train)
+        pair = LabelledImages(train, name), LabelledImages(test, f"{short_name(test_from)}, split {split}")
     else:
-        pair = LabelledImages(train, name), LabelledImages(match_names(test, train), f"{test_from}, split {split}")
+        labels = torch.tensor(train["label"][:])
+        kept, held = stratified_split(labels, HELD_OUT, seed=0)
+        pair = (
+            LabelledImages(train.select(kept), name),
+            LabelledImages(train.select(held), f"a held-out fifth of {name}"),
+        )
     check_classes(*pair)
     return pair
+
+
+def short_name(source) -> str:
+    """A source as it was named; of a dataset in memory its type."""
+    return str(source) if isinstance(source, str | os.PathLike) else f"a {type(source).__name__} in memory"
+
+
+def _open_test(source, split: str | None, taken: str | None):
+    """The test dataset and its split, (None, None) where the source has none but `taken`, the training images' own."""
+    if split is not None and split == taken:
+        raise ValueError(f"test_split must be another split than {taken}, which trains: of {source} or of another test")
+    splits = [split] if split else [name for name in ("test", "validation", "train") if name != taken]
+    for name in splits:
+        try:
+            return open_source(source, name), name
+        except SplitNotFound:
+            if split or (taken is None and name == splits[-1]):
+                raise
+    return None, None
 
 
 def labelled_only(images: Dataset | IterableDataset, source="source", split: str = "train") -> Dataset:
@@ -139,6 +154,9 @@ def match_names(test: Dataset, train: Dataset) -> Dataset:
 
 def check_classes(train: LabelledImages, test: LabelledImages):
     """Raise ValueError for one class, or for test classes that training lacks. Only the set of classes is looked at."""
+    for split in (train, test):
+        if len(split) == 0:
+            raise ValueError(f"{split.name} holds no images")
     known = set(train.read_labels().tolist())
     if len(known) < 2:
         raise ValueError(f"labels of {train.name} must be of two classes at least, not of {len(known)}")

@@ -22,29 +22,32 @@ from hf_mim.evaluation.result import Result
 LARGEST_TABLE = 2**26  # similarities that are held at once: 256 MB
 # float32 similarities of unit vectors are within 1e-6 of the truth; what lies closer is compared in float64.
 ROUNDING = 4e-6
-DIGITS = 12  # to which float64 similarities are equal
+DIGITS = 13  # to which float64 similarities are equal
 GROUP = 32  # columns
 
 
 def nearest_neighbours(train: Tensor, queries: Tensor, k: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """For chunks of the queries `[m, D]`: the similarity (float64) and index of the k nearest of `train` `[n, D]`.
+    """For chunks of the queries `[m, D]`: cosine (float64) and index of the k nearest of `train` `[n, D]`.
 
-    Both are unit vectors; similarity is their inner product. Exact: every pair is compared, by a matrix product in
-    float32; where that cannot tell the k-th from the next, in float64. Of equals the first counts as nearer.
+    Exact: every pair is compared, by a matrix product in float32; what that leaves open, in float64. Of equals the
+    first counts as nearer.
     """
     if not 1 <= k <= len(train):
         raise ValueError(f"k must be between 1 and the {len(train)} training images, not {k}")
     candidates = min(k + 1, len(train))
+    units, queries = unit_vectors(train), queries.float()
     chunk = max(1, LARGEST_TABLE // max(len(train), candidates * GROUP))
     table = torch.empty(min(chunk, len(queries)), len(train), device=train.device)  # fresh memory costs on a CPU
     for part in queries.split(chunk):
-        rough, nearest = largest(torch.mm(part, train.T, out=table[: len(part)]), candidates)
-        exact = torch.cat([_inner(x, train[ids]) for x, ids in zip(part.split(64), nearest.split(64), strict=True)])
+        rough, nearest = largest(torch.mm(unit_vectors(part), units.T, out=table[: len(part)]), candidates)
+        exact = torch.cat([cosine(x, train[ids]) for x, ids in zip(part.split(64), nearest.split(64), strict=True)])
         exact, order = exact.sort(dim=1, descending=True, stable=True)
         exact, nearest = exact[:, :k], nearest.gather(1, order)[:, :k]
         if candidates > k:
             for query in (rough[:, k - 1] - rough[:, k] <= ROUNDING).nonzero().flatten().tolist():  # rare
-                exact[query], nearest[query] = _nearest_of_one(train, part[query], k)
+                near = (table[query] >= rough[query, k - 1] - ROUNDING).nonzero().flatten()
+                similarity, order = cosine(part[query][None], train[near][None])[0].sort(descending=True, stable=True)
+                exact[query], nearest[query] = similarity[:k], near[order[:k]]
         yield exact, nearest
 
 
@@ -66,16 +69,12 @@ def largest(table: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return values, ids.gather(1, order)
 
 
-def _inner(queries: Tensor, neighbours: Tensor) -> Tensor:
-    """Inner products in float64 of `[q, D]` with `[q, k, D]`; those that differ by rounding alone come out equal."""
-    exact = torch.einsum("qd,qkd->qk", queries.double(), neighbours.double())
+def cosine(queries: Tensor, neighbours: Tensor) -> Tensor:
+    """Cosines in float64 of `[q, D]` with `[q, k, D]`; those that differ by rounding alone come out equal."""
+    queries, neighbours = queries.double(), neighbours.double()
+    lengths = queries.norm(dim=1)[:, None] * neighbours.norm(dim=2)
+    exact = torch.einsum("qd,qkd->qk", queries, neighbours) / lengths.clamp(min=torch.finfo(torch.float64).tiny)
     return (exact * 10**DIGITS).round() / 10**DIGITS
-
-
-def _nearest_of_one(train: Tensor, query: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    similarity = torch.cat([_inner(query[None], part[None])[0] for part in train.split(2**16)])
-    similarity, order = similarity.sort(descending=True, stable=True)
-    return similarity[:k], order[:k]
 
 
 def vote(similarity: Tensor, labels: Tensor, temperature: float, num_classes: int) -> Tensor:
@@ -90,12 +89,7 @@ def vote(similarity: Tensor, labels: Tensor, temperature: float, num_classes: in
 
 
 def knn_predict(
-    train_features: Tensor,
-    train_labels: Tensor,
-    test_features: Tensor,
-    k: int = 20,
-    temperature: float = 0.07,
-    num_classes: int | None = None,
+    train_features: Tensor, train_labels: Tensor, test_features: Tensor, k: int = 20, temperature: float = 0.07
 ) -> Tensor:
     """The predicted class `[m]` of each test feature `[m, D]`, from training features `[n, D]` and labels `[n]`.
 
@@ -104,9 +98,7 @@ def knn_predict(
     Raises:
         ValueError: k is not in 1..n, or the temperature is not positive.
     """
-    num_classes = int(train_labels.max()) + 1 if num_classes is None else num_classes
-    grid = knn_sweep(train_features, train_labels, test_features, [k], [temperature], num_classes)
-    return grid[k, temperature]
+    return knn_sweep(train_features, train_labels, test_features, [k], [temperature])[k, temperature]
 
 
 def knn_sweep(
@@ -115,19 +107,30 @@ def knn_sweep(
     test_features: Tensor,
     ks: Sequence[int],
     temperatures: Sequence[float],
-    num_classes: int,
 ) -> dict[tuple[int, float], Tensor]:
     """As `knn_predict`, for each (k, temperature), with one search for the largest k."""
     for temperature in temperatures:
         if temperature <= 0:
             raise ValueError(f"temperature must be above 0, not {temperature}")
-    train, queries = (F.normalize(x.detach().float(), dim=1) for x in (train_features, test_features))
+    classes, train_labels = train_labels.unique(return_inverse=True)
     predictions: dict[tuple[int, float], list[Tensor]] = {(k, t): [] for k in ks for t in temperatures}
-    for similarity, nearest in nearest_neighbours(train, queries, max(ks)):
+    for similarity, nearest in nearest_neighbours(train_features.detach(), test_features.detach(), max(ks)):
         labels = train_labels[nearest]
         for (k, temperature), parts in predictions.items():
-            parts.append(vote(similarity[:, :k], labels[:, :k], temperature, num_classes))
+            parts.append(classes[vote(similarity[:, :k], labels[:, :k], temperature, len(classes))])
     return {setting: torch.cat(parts) for setting, parts in predictions.items()}
+
+
+def unit_vectors(features: Tensor) -> Tensor:
+    """Rows of length 1, float32; by their largest number first, so that no square overflows or vanishes."""
+    features = features.float()
+    largest_number = features.abs().amax(dim=1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
+    return F.normalize(features / largest_number, dim=1)
+
+
+def exact_device(device: torch.device) -> torch.device:
+    """The device, or the CPU for one that has no float64."""
+    return torch.device("cpu") if device.type == "mps" else device
 
 
 @dataclass
@@ -161,21 +164,18 @@ class KNN:
         if len(train) < self.k:
             raise ValueError(f"k must be at most the {len(train)} training images, not {self.k}")
         (train_features,), (test_features,) = extract(train, [self.features]), extract(test, [self.features])
-        device = extract.encoder.device
+        device = exact_device(extract.encoder.device)
         train_labels = train.read_labels().to(device)
         ks = sorted({self.k, *(k for k in self.ks if k <= len(train))})
         temperatures = sorted({self.temperature, *self.temperatures})
-        num_classes = int(train_labels.max()) + 1
-        predictions = knn_sweep(
-            train_features.to(device), train_labels, test_features.to(device), ks, temperatures, num_classes
-        )
+        predictions = knn_sweep(train_features.to(device), train_labels, test_features.to(device), ks, temperatures)
         labels = test.read_labels().to(device)
         accuracy = {setting: (p == labels).double().mean().item() for setting, p in predictions.items()}
         return Result(
             self.name,
             "accuracy",
             accuracy[self.k, self.temperature],
-            settings=asdict(self) | {"similarity": "cosine", "num_classes": num_classes},
+            settings=asdict(self) | {"similarity": "cosine", "num_classes": len(train_labels.unique())},
             data={"train": train.describe(), "test": test.describe()},
             table=[{"k": k} | {f"T {t:g}": accuracy[k, t] for t in temperatures} for k in ks],
         )
@@ -202,7 +202,7 @@ class LeaveOneOut:
         if len(test) < 2:
             raise ValueError(f"test must have at least 2 images, not {len(test)}")
         (features,) = extract(test, [self.features])
-        nearest = nearest_other(features.to(extract.encoder.device)).cpu()
+        nearest = nearest_other(features.to(exact_device(extract.encoder.device))).cpu()
         labels = test.read_labels()
         return Result(
             self.name,
@@ -220,10 +220,10 @@ def nearest_other(features: Tensor) -> Tensor:
     nearest = []
     for start in range(0, len(features), step := max(1, LARGEST_TABLE // (2 * len(features)))):
         chunk = features[start : start + step]
-        distance = squares - 2 * chunk @ features.T  # to which the chunk's own square would add the same
-        distance += squares[start : start + step, None]
+        both = squares[start : start + step, None] + squares
+        distance = both - 2 * chunk @ features.T
         rows = torch.arange(len(chunk), device=features.device)
         distance[rows, start + rows] = torch.inf
         lowest = distance.min(dim=1, keepdim=True).values
-        nearest.append((distance <= lowest + 1e-9 * squares.mean()).int().argmax(dim=1))
+        nearest.append((distance <= lowest + 1e-13 * both).int().argmax(dim=1))  # equal but for rounding
     return torch.cat(nearest)

@@ -1,6 +1,9 @@
 """What a protocol returns: a number, the protocol in full, and what it was measured on."""
 
+import hashlib
 import json
+import math
+import os
 import re
 from dataclasses import asdict, dataclass, field, fields
 from importlib.metadata import PackageNotFoundError, version
@@ -12,7 +15,7 @@ LONGEST_TABLE = 16  # rows that are printed
 def installed_versions() -> dict[str, str]:
     """Of the packages that decide a number."""
     found = {}
-    for name in ("hf-mim", "torch", "transformers", "scikit-learn", "numpy"):
+    for name in ("hf-mim", "torch", "transformers", "scikit-learn", "numpy", "pillow"):
         try:
             found[name] = version(name)
         except PackageNotFoundError:  # run from its folder, not installed
@@ -50,8 +53,8 @@ class Result:
         """Write as JSON, whole or not at all; makes the folder."""
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        aside = path.with_name(path.name + ".part")
-        aside.write_text(json.dumps(asdict(self), indent=2, default=str) + "\n")
+        aside = path.with_name(f"{path.name}.{os.getpid()}.part")
+        aside.write_text(json.dumps(_finite(asdict(self)), indent=2, default=str, allow_nan=False) + "\n")
         aside.replace(path)
         return path
 
@@ -85,9 +88,20 @@ class Result:
         return "\n\n".join(parts)
 
 
+def _finite(value):
+    """The same with None for numbers that JSON does not know: NaN and infinities."""
+    if isinstance(value, dict):
+        return {name: _finite(x) for name, x in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(x) for x in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def result_path(folder: str | Path, *names: str) -> Path:
-    """Where a result of a checkpoint is kept: `results/` in its folder, named after protocol, dataset, …"""
+    """Where a result of a checkpoint is kept: `results/` in its folder, named after protocol, dataset, options."""
     name = "_".join(re.sub(r"[^\w.-]+", "_", part).strip("_") for part in names if part)
+    if len(name) > 120:
+        name = f"{name[:100]}_{hashlib.sha256(name.encode()).hexdigest()[:12]}"
     return Path(folder) / "results" / f"{name}.json"
 
 

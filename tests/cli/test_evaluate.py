@@ -41,13 +41,15 @@ SMALL = ["--dataset", "digits", "--train_images", 200, "--test_images", 100]
 
 def test_a_result_is_printed_and_saved_with_its_protocol(checkpoint, capsys, cache):
     assert evaluate("knn", checkpoint, *SMALL, "--k", 5) == 0
-    path = checkpoint / "results" / "knn_digits.json"
+    path = checkpoint / "results" / "knn_digits_k_5_test_images_100_train_images_200.json"
     result = json.loads(path.read_text())
     printed = capsys.readouterr().out
     assert f"knn: accuracy {result['value']:.4f} on 100 images of digits, split test" in printed
     assert str(path) in printed and "T 0.07" in printed
     assert result["settings"] | {"k": 5, "image_size": [32, 32], "dtype": "float32"} == result["settings"]
     assert result["checkpoint"] == str(checkpoint) and len(result["checkpoint_sha256"]) == 64
+    about = {"image_mean": [0.485, 0.456, 0.406], "crop_fraction": 1.0, "untrained": False}
+    assert result["settings"] | about == result["settings"]
     assert result["seconds"] > 0 and "torch" in result["versions"]
     assert len(list(cache.rglob("*.f32"))) == 2
 
@@ -67,8 +69,17 @@ def test_two_runs_give_the_same_numbers_with_and_without_cache(checkpoint, tmp_p
 
 def test_the_untrained_encoder_has_a_file_of_its_own(checkpoint):
     assert evaluate("leave_one_out", checkpoint, *SMALL, "--untrained") == 0
-    result = json.loads((checkpoint / "results" / "leave_one_out_digits_untrained.json").read_text())
+    result = json.loads(
+        (checkpoint / "results" / "leave_one_out_digits_test_images_100_train_images_200_untrained.json").read_text()
+    )
     assert result["settings"]["untrained"] is True and result["checkpoint_sha256"] is None
+
+
+def test_other_options_do_not_overwrite_a_result(checkpoint):
+    before = set((checkpoint / "results").glob("*")) if (checkpoint / "results").exists() else set()
+    for options in ([], ["--features", "1/cls/raw"], ["--crop_fraction", 0.5], ["--extract_batch_size", 7]):
+        assert evaluate("leave_one_out", checkpoint, *SMALL[:2], "--test_images", 40, *options) == 0
+    assert len(set((checkpoint / "results").glob("*")) - before) == 3  # the batch size changes nothing
 
 
 def test_another_image_size_changes_the_grid(checkpoint, tmp_path):
@@ -128,6 +139,9 @@ def fails_with(capsys, *words) -> str:
         ("knn {checkpoint} --dataset digits --extract_batch_size 0", "extract_batch_size must be at least 1, not 0"),
         ("knn {checkpoint} --dataset digits --crop_fraction 2", "crop_fraction must lie in (0, 1], not 2.0"),
         ("knn {checkpoint} --dataset digits --device abacus", "device must be one that this machine has"),
+        ("knn {checkpoint} --dataset digits --image_size 0", "image_size must be divisible by the patch size"),
+        ("knn {checkpoint} --dataset digits --test_split train", "test_split must be another split than train"),
+        ("segment {checkpoint} --dataset digits --test_split train", "test_split must be another split than train"),
         ("knn {checkpoint} --dataset {empty}", "source"),
         ("knn {checkpoint} --dataset {flat}", "has no labels in split train; name their column by label_column"),
         ("knn {empty} --dataset digits", "holds no encoder that can be loaded"),
@@ -147,6 +161,15 @@ def test_a_mistake_is_one_line_and_nothing_is_written(words, message, checkpoint
     words = words.format(checkpoint=checkpoint, **places).split()
     assert message in fails_with(capsys, *words, "--output", output)
     assert not output.exists() and not (tmp_path / "cache").exists()
+
+
+def test_a_result_that_cannot_be_written_is_known_before_any_work(checkpoint, tmp_path, capsys, cache):
+    (tmp_path / "file").touch()
+    for output in (tmp_path, tmp_path / "file" / "result.json"):
+        assert "output must be a file that can be written" in fails_with(
+            capsys, "knn", checkpoint, *SMALL, "--output", output
+        )
+    assert not cache.exists()
 
 
 def test_an_option_that_a_protocol_does_not_use_is_not_offered():

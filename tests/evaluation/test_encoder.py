@@ -1,8 +1,12 @@
 """Features of any encoder against what transformers itself returns."""
 
+import json
+
 import pytest
 import torch
 from transformers import (
+    BeitConfig,
+    BeitModel,
     BertConfig,
     BertModel,
     CLIPConfig,
@@ -21,6 +25,8 @@ from transformers import (
     ViTMAEConfig,
     ViTMAEModel,
     ViTModel,
+    YolosConfig,
+    YolosModel,
 )
 
 from hf_mim.evaluation.encoder import FeatureSpec, FrozenEncoder, RawPixels, checkpoint_sha256
@@ -93,12 +99,28 @@ def test_transformers_mae_is_not_masked_and_keeps_raster_order():
     assert places[0, :, 0].diff().tolist() == [1.0] * 15
 
 
+def test_of_a_batch_for_transformers_mae_each_image_has_its_own_features():
+    torch.manual_seed(0)
+    config = ViTMAEConfig(**TINY)
+    model = ViTMAEModel(config)
+    encoder = FrozenEncoder(model, **NORMALIZATION)
+    images = torch.randn(4, 3, 32, 32)
+    (together,) = encoder.extract(images, [FeatureSpec()])
+    alone = torch.cat([encoder.extract(image[None], [FeatureSpec()])[0] for image in images])
+    torch.testing.assert_close(together, alone)
+    assert torch.cdist(together, together).fill_diagonal_(1).min() > 1e-3
+    assert config.mask_ratio == model.config.mask_ratio == 0.75  # as it was, for whoever trains it on
+
+
 def test_of_clip_the_image_half_is_evaluated():
     vision = TINY | {"projection_dim": 16}
     text = dict(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, vocab_size=20)
-    encoder = FrozenEncoder(CLIPModel(CLIPConfig(vision_config=vision, text_config=text)), **NORMALIZATION)
-    features = encoder.extract(torch.randn(2, 3, 32, 32), [FeatureSpec(), FeatureSpec(pooling="cls", norm=False)])
-    assert [f.shape for f in features] == [(2, 32)] * 2 and encoder.num_prefix_tokens == 1
+    model, images = CLIPModel(CLIPConfig(vision_config=vision, text_config=text)), torch.randn(2, 3, 32, 32)
+    encoder = FrozenEncoder(model, **NORMALIZATION)
+    normed, raw = encoder.extract(images, [FeatureSpec(pooling="cls"), FeatureSpec(pooling="cls", norm=False)])
+    output = model.vision_model(images)
+    torch.testing.assert_close(normed, output.pooler_output.detach())
+    torch.testing.assert_close(raw, output.last_hidden_state[:, 0].detach())
 
 
 def test_a_pretraining_checkpoint_gives_its_encoder_and_stop_jepas_is_the_target(tmp_path):
@@ -120,6 +142,64 @@ def test_a_pretraining_checkpoint_gives_its_encoder_and_stop_jepas_is_the_target
         (feature,) = encoder.extract(pixels, [FeatureSpec()])
         torch.testing.assert_close(feature, model.base_model(pixels).pooler_output.detach())
         assert len(checkpoint_sha256(folder)) == 64
+
+
+def test_a_model_with_a_head_gives_the_features_of_its_encoder():
+    model = ViTForImageClassification(ViTConfig(**TINY)).eval()
+    images = torch.randn(2, 3, 32, 32)
+    (tokens,) = FrozenEncoder(model, **NORMALIZATION).extract(images, [FeatureSpec(pooling="tokens")])
+    torch.testing.assert_close(tokens, model.vit(images).last_hidden_state[:, 1:].detach())
+
+
+def test_features_after_a_norm_that_is_not_there_are_refused():
+    encoder = FrozenEncoder(BeitModel(BeitConfig(**TINY, use_mean_pooling=True)), **NORMALIZATION)
+    with pytest.raises(ValueError, match="last/mean/norm need a final norm, and .* has none: take raw"):
+        encoder.check(FeatureSpec())
+    assert encoder.extract(torch.randn(2, 3, 32, 32), [FeatureSpec(norm=False)])[0].shape == (2, 32)
+
+
+def test_tokens_of_which_nobody_knows_which_are_patches_are_refused():
+    config = YolosConfig(**TINY | {"image_size": [32, 32]}, num_detection_tokens=10)
+    with pytest.raises(ValueError, match="is no encoder of patches"):
+        FrozenEncoder(YolosModel(config), **NORMALIZATION)
+
+
+@pytest.mark.parametrize("name", ["mae", "vit"])
+def test_a_checkpoint_in_half_precision_is_computed_in_float32(name, tmp_path):
+    model, _ = build(name)
+    model.to(torch.bfloat16).save_pretrained(tmp_path)
+    images = torch.randn(2, 3, 32, 32)
+    (feature,) = FrozenEncoder.load(tmp_path).extract(images, [FeatureSpec()])
+    (expected,) = FrozenEncoder(model.float(), **NORMALIZATION).extract(images, [FeatureSpec()])
+    torch.testing.assert_close(feature, expected)
+
+
+@pytest.mark.parametrize(
+    ("settings", "mean", "std"),
+    [
+        ({"image_mean": [0.1, 0.2, 0.3], "image_std": [1, 2, 4]}, [0.1, 0.2, 0.3], [1, 2, 4]),
+        ({"image_mean": 0.5, "image_std": 0.25}, [0.5] * 3, [0.25] * 3),
+        ({"do_normalize": False, "image_mean": [0.1] * 3, "image_std": [9] * 3}, [0] * 3, [1] * 3),
+        ({"rescale_factor": 1 / 127.5, "image_mean": [1] * 3, "image_std": [1] * 3}, [0.5] * 3, [0.5] * 3),
+        ({"do_rescale": False, "image_mean": [127.5] * 3, "image_std": [51] * 3}, [0.5] * 3, [0.2] * 3),
+    ],
+)
+def test_pixels_are_normalised_as_the_image_processor_says(settings, mean, std, tmp_path):
+    build("vit")[0].save_pretrained(tmp_path)
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(settings))
+    encoder = FrozenEncoder.load(tmp_path)
+    assert encoder.mean == pytest.approx(mean) and encoder.std == pytest.approx(std)
+
+
+def test_a_damaged_image_processor_and_damaged_weights_are_errors(tmp_path):
+    build("vit")[0].save_pretrained(tmp_path)
+    (tmp_path / "preprocessor_config.json").write_text("{")
+    with pytest.raises(ValueError, match="the image processor of .* cannot be read"):
+        FrozenEncoder.load(tmp_path)
+    weights = tmp_path / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(ValueError, match="holds no encoder that can be loaded"):
+        FrozenEncoder.load(tmp_path)
 
 
 def test_a_classifier_without_pooler_loads_and_missing_weights_are_an_error(tmp_path):

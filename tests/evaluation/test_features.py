@@ -2,6 +2,8 @@
 
 import io
 import json
+import multiprocessing
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -9,7 +11,7 @@ import torch
 from datasets import Dataset
 from PIL import Image
 
-from hf_mim.data import BrokenImagesError, CenterCrop, WholeImage
+from hf_mim.data import BrokenImagesError, CenterCrop, WholeImage, load_images
 from hf_mim.evaluation import cache as cache_module
 from hf_mim.evaluation import features as features_module
 from hf_mim.evaluation.encoder import FrozenEncoder
@@ -105,11 +107,58 @@ def test_whatever_decides_a_feature_is_part_of_the_key(what, tiny_encoder, tmp_p
     assert same(after, extract.replace(cache=None)(split, SPECS[:1]))
 
 
+def test_weights_that_change_give_new_features(tiny_encoder, tmp_path):
+    extract = FeatureExtractor(tiny_encoder, cache=tmp_path, progress=False)
+    before = extract(pictures(), SPECS)
+    tiny_encoder.model.layers[0].mlp.fc1.bias.data[0] += 1
+    assert not same(before, extract(pictures(), SPECS))
+
+
+def test_features_that_are_not_finite_are_an_error(tiny_encoder, tmp_path):
+    tiny_encoder.model.norm.weight.data[0] = torch.nan
+    extract = FeatureExtractor(tiny_encoder, cache=tmp_path, progress=False)
+    for _ in range(2):
+        with pytest.raises(ValueError, match="features last/mean/norm of tiny hold numbers that are not finite"):
+            extract(pictures(), SPECS)
+
+
+def test_features_without_room_are_an_error_before_any_work(tiny_encoder, tmp_path, monkeypatch):
+    for cache, place in ((tmp_path, "shutil.disk_usage"), (None, "psutil.virtual_memory")):
+        monkeypatch.setattr(place, lambda *args: SimpleNamespace(free=100, available=100))
+        with pytest.raises(ValueError, match=r"the features take .* GiB, and 0.0 GiB are free in"):
+            FeatureExtractor(tiny_encoder, cache=cache, progress=False)(pictures(), SPECS)
+    assert not list(tmp_path.iterdir())
+
+
+def test_two_extractions_at_once_into_one_cache_are_both_right(tiny_encoder, tmp_path, small_chunks):
+    whole = FeatureExtractor(tiny_encoder, progress=False)(pictures(40), SPECS)
+    context = multiprocessing.get_context("fork")
+    other = context.Process(
+        target=lambda: [FeatureExtractor(tiny_encoder, 2, cache=tmp_path, progress=False)(pictures(40), SPECS)]
+    )
+    other.start()
+    here = FeatureExtractor(tiny_encoder, 3, cache=tmp_path, progress=False)(pictures(40), SPECS)
+    other.join()
+    assert other.exitcode == 0
+    for features in (here, FeatureExtractor(tiny_encoder, cache=tmp_path, progress=False)(pictures(40), SPECS)):
+        for one, two in zip(features, whole, strict=True):
+            torch.testing.assert_close(one, two)
+
+
+def test_an_image_file_that_is_missing_is_left_out_with_a_cache_too(tiny_encoder, tmp_path):
+    for i in range(5):
+        (tmp_path / f"{i}.png").write_bytes(png(i))
+    images = load_images(tmp_path)
+    (tmp_path / "3.png").unlink()
+    for cache in (None, tmp_path / "cache"):
+        split = Images(images)
+        (features,) = FeatureExtractor(tiny_encoder, cache=cache, progress=False)(split, SPECS[:1])
+        assert len(features) == len(split) == 4
+
+
 def test_files_that_change_are_read_again(tiny_encoder, tmp_path):
     for i in range(3):
         (tmp_path / f"{i}.png").write_bytes(png(i))
-    from hf_mim.data import load_images
-
     extract = FeatureExtractor(tiny_encoder, cache=tmp_path / "cache", progress=False)
     before = extract(Images(load_images(tmp_path)), SPECS)
     (tmp_path / "1.png").write_bytes(png(7))

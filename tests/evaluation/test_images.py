@@ -31,10 +31,11 @@ def test_the_test_split_of_a_source_is_found():
     assert test.name == "digits, split test"
 
 
-def test_without_a_test_split_a_fifth_is_held_out_and_does_not_train(tmp_path):
-    source = folder_of_classes(tmp_path / "pictures", {"cat": 20, "horse": 30})
+def test_without_a_test_split_a_fifth_of_each_class_is_held_out_and_does_not_train(tmp_path):
+    source = folder_of_classes(tmp_path / "pictures", {"cat": 20, "horse": 30, "rare": 2, "single": 1})
     train, test = load_labelled(source)
-    assert (len(train), len(test)) == (40, 10)
+    assert train.read_labels().bincount().tolist() == [16, 24, 1, 1]
+    assert test.read_labels().bincount(minlength=4).tolist() == [4, 6, 1, 0]
     paths = [{row["path"] for row in split.images["image"]} for split in (train, test)]
     assert not paths[0] & paths[1]
     again = load_labelled(source)[1]
@@ -62,8 +63,9 @@ def test_images_without_a_label_are_left_out(tmp_path):
     folder_of_classes(tmp_path / "p", {"a": 1})
     image = {"bytes": (tmp_path / "p" / "a" / "0.png").read_bytes(), "path": None}
     data = Dataset.from_dict({"image": [image] * 8, "label": [0, 1, None, 1, -1, 0, 1, 0]})
-    data.to_parquet(tmp_path / "train.parquet")
-    train, test = load_labelled(tmp_path / "train.parquet", test_split="train")
+    for split in ("train", "test"):
+        data.to_parquet(tmp_path / f"{split}.parquet")
+    train, test = load_labelled(tmp_path)
     assert train.read_labels().tolist() == test.read_labels().tolist() == [0, 1, 1, 0, 1, 0]
 
 
@@ -73,6 +75,28 @@ def test_no_labels_and_one_class_are_errors(tmp_path):
         load_labelled(tmp_path / "flat")
     with pytest.raises(ValueError, match="must be of two classes at least, not of 1"):
         check_classes(LabelledImages(rows([3, 3])), LabelledImages(rows([3])))
+
+
+def test_the_training_images_cannot_be_the_test_images(tmp_path):
+    source = folder_of_classes(tmp_path / "pictures", {"cat": 20, "horse": 30})
+    for test_source in (None, "digits"):
+        with pytest.raises(ValueError, match="test_split must be another split than train, which trains"):
+            load_labelled("digits", test_source, test_split="train")
+    train, test = load_labelled(source, source)  # the same folder: a fifth is held out, as without
+    assert len(train) == 40 and len(test) == 10
+
+
+def test_a_test_split_that_cannot_be_read_is_an_error(tmp_path):
+    rows([0, 1] * 5).to_parquet(tmp_path / "train.parquet")
+    (tmp_path / "test.parquet").write_bytes(b"no parquet")
+    with pytest.raises(ValueError, match="test.parquet|source"):
+        load_labelled(tmp_path)
+
+
+def test_too_few_images_to_hold_any_out_are_an_error(tmp_path):
+    source = folder_of_classes(tmp_path / "pictures", {"cat": 1, "horse": 1})
+    with pytest.raises(ValueError, match="two images or more"):
+        load_labelled(source)
 
 
 def test_a_named_test_split_that_is_missing_is_an_error(tmp_path):

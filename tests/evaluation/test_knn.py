@@ -30,7 +30,7 @@ def predict_by_loop(train, labels, test, k, temperature, num_classes=5):
     predictions = []
     train = train.double() / train.double().norm(dim=1, keepdim=True)
     for feature in test.double():
-        cosines = [round((feature / feature.norm() @ other).item(), 10) for other in train]
+        cosines = [round((feature / feature.norm() @ other).item(), 13) for other in train]
         nearest = sorted(range(len(train)), key=lambda i: -cosines[i])[:k]  # stable
         votes = [0.0] * num_classes
         for i in nearest:
@@ -101,9 +101,31 @@ def test_the_length_of_a_feature_does_not_count():
     assert torch.equal(knn_predict(scaled, labels, test * 7), knn_predict(train, labels, test))
 
 
+@pytest.mark.parametrize("scale", [1e25, 1e-25])
+def test_large_and_small_features_are_classified_as_others(scale):
+    train, labels, test = features_and_labels()
+    assert torch.equal(knn_predict(train * scale, labels, test * scale), knn_predict(train, labels, test))
+
+
+def test_class_ids_may_have_gaps_and_be_large():
+    train, labels, test = features_and_labels()
+    ids = torch.tensor([3, 10**9, 0, 77, 12345])
+    predictions = knn_predict(train, ids[labels], test)
+    order = ids.argsort().argsort()  # ties go to the first id
+    assert torch.equal(predictions, ids.sort().values[knn_predict(train, order[labels], test)])
+
+
+def test_of_collapsed_features_the_true_neighbours_are_found():
+    generator = torch.Generator().manual_seed(0)
+    centre = torch.randn(1, 16, generator=generator)
+    train, test = (centre + 1e-3 * torch.randn(n, 16, generator=generator) for n in (3000, 40))
+    labels = torch.randint(5, (3000,), generator=generator)
+    assert knn_predict(train, labels, test, 7).tolist() == predict_by_loop(train, labels, test, 7, 0.07)
+
+
 def test_one_search_gives_every_k_and_temperature():
     train, labels, test = features_and_labels()
-    for (k, temperature), predictions in knn_sweep(train, labels, test, [1, 30, 5], [0.07, 1.0], 5).items():
+    for (k, temperature), predictions in knn_sweep(train, labels, test, [1, 30, 5], [0.07, 1.0]).items():
         assert torch.equal(predictions, knn_predict(train, labels, test, k, temperature))
 
 
@@ -118,6 +140,13 @@ def test_impossible_settings_are_errors(kwargs, message):
 @pytest.mark.parametrize("offset", [0.0, 1000.0])
 def test_the_nearest_other_image_is_that_of_scikit_learn(offset):
     features = features_and_labels()[0] + offset  # residual streams have a large common part
+    _, expected = NearestNeighbors(n_neighbors=2, algorithm="brute").fit(features.double()).kneighbors()
+    assert nearest_other(features).tolist() == expected[:, 0].tolist()
+
+
+def test_one_outlier_does_not_hide_the_neighbours_of_others():
+    features = features_and_labels()[0]
+    features[5] *= 1e6
     _, expected = NearestNeighbors(n_neighbors=2, algorithm="brute").fit(features.double()).kneighbors()
     assert nearest_other(features).tolist() == expected[:, 0].tolist()
 

@@ -45,3 +45,14 @@ def test_a_long_table_is_left_to_the_file():
 
 def test_a_result_is_named_after_what_it_measures(tmp_path):
     assert result_path("run", "knn", "my photos!", "").as_posix() == "run/results/knn_my_photos.json"
+    one, two = (result_path("run", "linear", *(f"option_{i}" for i in range(20)), x) for x in "ab")
+    assert one != two and len(one.name) < 130
+
+
+def test_numbers_that_json_does_not_know_are_null(tmp_path):
+    path = result(scores={"R2": float("nan"), "best": float("-inf")}, table=[{"x": float("inf")}]).save(
+        tmp_path / "r.json"
+    )
+    loaded = Result.load(path)
+    assert loaded.scores == {"R2": None, "best": None} and loaded.table == [{"x": None}]
+    assert "NaN" not in path.read_text()
