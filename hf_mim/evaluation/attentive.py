@@ -5,7 +5,7 @@ attention: AIM (arXiv 2401.08541), V-JEPA (arXiv 2404.08471), CAPI (arXiv 2502.0
 """
 
 import math
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 import torch
@@ -17,6 +17,7 @@ from hf_mim.evaluation.features import FeatureExtractor
 from hf_mim.evaluation.images import LabelledImages
 from hf_mim.evaluation.probing import (
     Grid,
+    check_least,
     check_probe_options,
     choose_and_test,
     fetch,
@@ -50,7 +51,7 @@ class AttentiveProbes:
         self, mean: Tensor, scale: Tensor, grid: Grid, num_classes: int, attention_heads: int, seed: int, device
     ):
         self.device, self.mean, self.scale = device, mean.to(device), scale.to(device)
-        random, width, heads = generator(seed), len(mean), attention_heads
+        random, width, heads = generator(seed, 2), len(mean), attention_heads
 
         def parameter(*shape, std: float) -> Tensor:
             start = torch.randn(1, *shape, generator=random).mul(std).repeat(len(grid), *[1] * len(shape))
@@ -140,33 +141,23 @@ class Attentive:
     def __post_init__(self):
         check_probe_options(self)
         if FeatureSpec.parse(self.features).pooling != "tokens":
-            raise ValueError(
-                f"features of an attentive probe must be tokens, such as last/tokens/norm, not {self.features}"
-            )
-        if self.attention_heads < 1:
-            raise ValueError(f"attention_heads must be at least 1, not {self.attention_heads}")
+            raise ValueError(f"features of {self.name} must be tokens, such as last/tokens/norm, not {self.features}")
+        check_least(self, attention_heads=1)
 
     def run(self, extract: FeatureExtractor, train: LabelledImages, test: LabelledImages) -> Result:
         spec, encoder = FeatureSpec.parse(self.features), extract.encoder
-        width = encoder.width * len(spec.blocks(encoder.num_layers))
+        width = encoder.feature_width(spec)
         if width % self.attention_heads:
-            raise ValueError(
-                f"attention_heads must divide the width {width} of {spec}, which {self.attention_heads} does not"
-            )
+            raise ValueError(f"attention_heads must divide the width {width} of {spec}, not {self.attention_heads}")
 
         def fit(features, labels, ids, grids, num_classes):
             statistics = mean_and_scale(features[0], ids, str(spec))
             probes = AttentiveProbes(
                 *statistics, grids[0], num_classes, self.attention_heads, self.seed, encoder.device
             )
-            train_together([probes], features, labels, ids, self.epochs, self.batch_size, self.seed, WARMUP)
+            options = self.epochs, self.batch_size, self.seed, WARMUP, extract.progress
+            train_together([probes], features, labels, ids, *options)
             return [probes]
 
-        grid = [(rate, decay) for rate in self.learning_rates for decay in self.weight_decays]
-        return Result(
-            protocol=self.name,
-            metric="accuracy",
-            **choose_and_test(fit, extract, train, test, [spec], grid, self.held_out, self.seed),
-            settings=asdict(self) | {"optimizer": f"AdamW, betas {BETAS}, warm-up {WARMUP} of the steps, cosine to 0"},
-            data={"train": train.describe(), "test": test.describe()},
-        )
+        optimizer = f"AdamW, betas {BETAS}, warm-up {WARMUP} of the steps, cosine to 0"
+        return choose_and_test(self, fit, extract, train, test, [spec], optimizer=optimizer)

@@ -14,7 +14,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from hf_mim.evaluation.encoder import FeatureSpec
+from hf_mim.evaluation.probing import check_least, parse_pooled
 from hf_mim.evaluation.result import Result
 from hf_mim.evaluation.splits import generator
 
@@ -228,11 +228,8 @@ class Health:
     seed: int = field(default=0, metadata={"help": "of the choice of images and of the fresh weights"})
 
     def __post_init__(self):
-        if FeatureSpec.parse(self.features).pooling == "tokens":
-            raise ValueError(f"features must be pooled, mean or cls, not {self.features}; tokens are measured anyway")
-        for name, least in (("num_images", 2), ("num_token_images", 2), ("seed", 0)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} must be at least {least}, not {getattr(self, name)}")
+        parse_pooled(self.features, self.name)
+        check_least(self, num_images=2, num_token_images=2, seed=0)
 
     def run(self, extract, images) -> Result:
         """Raises ValueError for fewer than 2 images."""
@@ -263,7 +260,7 @@ class Health:
         )
 
     def _measure(self, extract, pooled_images, token_images) -> dict[str, float]:
-        spec = FeatureSpec.parse(self.features)
+        spec = parse_pooled(self.features, self.name)
         (pooled,), (tokens,) = extract(pooled_images, [spec]), extract(token_images, [replace(spec, pooling="tokens")])
         return measure_health(pooled, tokens, extract.encoder.grid)
 
@@ -274,9 +271,7 @@ def _check(features: Tensor, shape: str) -> None:
     if len(features) < 2:
         raise ValueError("features must be of at least 2 images, not of 1")
     if not torch.stack(features.aminmax()).isfinite().all():  # needs no second table of that size
-        raise ValueError(
-            "features hold numbers that are not finite: the checkpoint is broken, or its numbers overflowed"
-        )
+        raise ValueError("features hold numbers that are not finite: the checkpoint is broken, or it overflows")
 
 
 def _exact(features: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ batch is read once, and the heads on one kind of features are a single matrix pr
 """
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 import torch
@@ -21,6 +21,7 @@ from hf_mim.evaluation.probing import (
     choose_and_test,
     fetch,
     mean_and_scale,
+    parse_pooled,
     pieces,
     train_together,
 )
@@ -97,6 +98,7 @@ def train_heads(
     seed: int = 0,
     device: torch.device | str = "cpu",
     names: Sequence[str] | None = None,
+    progress: bool = False,
 ) -> list[LinearHeads]:
     """The trained heads of each of `features`, `[n, D]` in the CPU's memory or on its disk.
 
@@ -105,6 +107,7 @@ def train_heads(
         ids: the rows to train on.
         grids: for each of `features` its heads: (learning rate for a batch of 256, weight decay).
         names: of the features, for errors.
+        progress: show a bar.
 
     Raises:
         ValueError: a feature is not finite.
@@ -114,7 +117,7 @@ def train_heads(
         LinearHeads(*mean_and_scale(x, ids, name), grid, num_classes, torch.device(device))
         for x, grid, name in zip(features, grids, names, strict=True)
     ]
-    train_together(heads, features, labels, ids, epochs, batch_size, seed)
+    train_together(heads, features, labels, ids, epochs, batch_size, seed, progress=progress)
     return heads
 
 
@@ -154,25 +157,18 @@ class Linear:
     def __post_init__(self):
         check_probe_options(self)
         for features in self.features or []:
-            if FeatureSpec.parse(features).pooling == "tokens":
-                raise ValueError(f"features of a linear probe must be pooled, mean or cls, not {features}")
+            parse_pooled(features, self.name)
 
     def run(self, extract: FeatureExtractor, train: LabelledImages, test: LabelledImages) -> Result:
         specs = [FeatureSpec.parse(text) for text in self.features or default_features(extract.encoder)]
         names = [str(spec) for spec in specs]
 
         def fit(features, labels, ids, grids, num_classes):
-            options = {"epochs": self.epochs, "batch_size": self.batch_size, "seed": self.seed, "names": names}
-            return train_heads(features, labels, ids, grids, num_classes, **options, device=extract.encoder.device)
+            options = self.epochs, self.batch_size, self.seed, extract.encoder.device, names, extract.progress
+            return train_heads(features, labels, ids, grids, num_classes, *options)
 
-        grid = [(rate, decay) for rate in self.learning_rates for decay in self.weight_decays]
-        return Result(
-            protocol=self.name,
-            metric="accuracy",
-            **choose_and_test(fit, extract, train, test, specs, grid, self.held_out, self.seed),
-            settings=asdict(self) | {"features": names, "optimizer": f"SGD, momentum {MOMENTUM}, cosine to 0"},
-            data={"train": train.describe(), "test": test.describe()},
-        )
+        optimizer = f"SGD, momentum {MOMENTUM}, cosine to 0"
+        return choose_and_test(self, fit, extract, train, test, specs, features=names, optimizer=optimizer)
 
 
 def default_features(encoder: FrozenEncoder) -> list[str]:

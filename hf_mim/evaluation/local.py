@@ -14,10 +14,10 @@ from sklearn.linear_model import LogisticRegression, RidgeCV
 from torch import Tensor
 
 from hf_mim.data import WholeImage, scenes
-from hf_mim.evaluation.encoder import FeatureSpec, RawPixels
+from hf_mim.evaluation.encoder import RawPixels
 from hf_mim.evaluation.images import Images
 from hf_mim.evaluation.lowshot import fit_logistic
-from hf_mim.evaluation.probing import mean_and_scale
+from hf_mim.evaluation.probing import check_least, parse_pooled, standardiser
 from hf_mim.evaluation.result import Result
 from hf_mim.evaluation.splits import stratified_split
 
@@ -74,11 +74,8 @@ class Local:
     seed: int = field(default=0, metadata={"help": "of the scenes and of what is held out to choose C"})
 
     def __post_init__(self):
-        if FeatureSpec.parse(self.features).pooling == "tokens":
-            raise ValueError(f"features must be pooled, mean or cls, not {self.features}")
-        for name, least in (("num_train", 100), ("num_test", 10), ("seed", 0)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} must be at least {least}, not {getattr(self, name)}")
+        parse_pooled(self.features, self.name)
+        check_least(self, num_train=100, num_test=10, seed=0)
         if self.size is not None and not 16 <= self.size <= 1024:
             raise ValueError(f"size must lie between 16 and 1024 pixels, not {self.size}")
 
@@ -88,12 +85,10 @@ class Local:
         encoder = extract.encoder
         height, width = encoder.image_size
         if height != width:
-            raise ValueError(
-                f"image_size must be square for the scenes, not {height},{width}; give image_size={height}"
-            )
+            raise ValueError(f"image_size must be square for scenes, not {height},{width}; give image_size={height}")
         if encoder.num_channels > 4:
             raise ValueError(f"scenes are pictures in colour, and {encoder.name} takes {encoder.num_channels} channels")
-        encoder.check(FeatureSpec.parse(self.features))  # before the scenes are drawn
+        encoder.check(parse_pooled(self.features, self.name))  # before the scenes are drawn
         size = self.size or min(max(height, SIZES[0]), SIZES[1])
         train, test = (
             Scenes(count, size, self.seed, split)
@@ -106,7 +101,7 @@ class Local:
         for source, spec, used in (("encoder", self.features, encoder), ("raw pixels", "last/mean/norm", pixels)):
             # A scene has to be seen whole: what is cut off cannot be counted.
             features = [extract.replace(encoder=used, crop=WholeImage())(split, [spec])[0] for split in (train, test)]
-            fit, query = _standardized(*features, source)
+            fit, query = map(standardiser(features[0], source), features)
             for task in TASKS:
                 probe = fit_probe(fit, as_classes(task, answers, edges), self.seed)
                 ridge = RidgeCV(RIDGES).fit(fit, answers[task])
@@ -156,10 +151,3 @@ def fit_probe(features: Tensor, labels: Tensor, seed: int = 0) -> LogisticRegres
     kept, held = stratified_split(labels, HELD_OUT, seed)
     accuracy = {c: fit_logistic(features[kept], labels[kept], [c]).score(features[held], labels[held]) for c in CS}
     return fit_logistic(features, labels, [max(accuracy, key=accuracy.get)])
-
-
-def _standardized(train: Tensor, test: Tensor, name: str) -> tuple[Tensor, Tensor]:
-    """By the mean and deviation of the training features, and divided by √D: one C means the same for any width."""
-    mean, scale = mean_and_scale(train, torch.arange(len(train)), name)
-    scale = scale / len(scale) ** 0.5
-    return (train - mean) * scale, (test - mean) * scale

@@ -12,11 +12,11 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor
+from tqdm.auto import tqdm
 
-from hf_mim.evaluation.encoder import FeatureSpec
 from hf_mim.evaluation.features import FeatureExtractor
 from hf_mim.evaluation.images import LabelledImages
-from hf_mim.evaluation.probing import mean_and_scale
+from hf_mim.evaluation.probing import check_least, check_numbers, parse_pooled, standardiser
 from hf_mim.evaluation.result import Result
 from hf_mim.evaluation.splits import check_labels, random_ranks
 
@@ -101,38 +101,33 @@ class LowShot:
     seed: int = field(default=0, metadata={"help": "of the draws"})
 
     def __post_init__(self):
-        if FeatureSpec.parse(self.features).pooling == "tokens":
-            raise ValueError(f"features of a low-shot probe must be pooled, mean or cls, not {self.features}")
+        parse_pooled(self.features, self.name)
         if not self.budgets:
             raise ValueError("budgets must name at least one, such as 1%")
         self.budgets = list(dict.fromkeys(budget.strip() for budget in self.budgets))
         for budget in self.budgets:
             parse_budget(budget)
-        for name, lowest in (("draws", 1), ("seed", 0)):
-            if getattr(self, name) < lowest:
-                raise ValueError(f"{name} must be at least {lowest}, not {getattr(self, name)}")
-        if not self.c or min(self.c) <= 0:
-            raise ValueError(f"c must be numbers above 0, at least one, not {self.c}")
+        check_least(self, draws=1, seed=0)
+        check_numbers("c", self.c)
 
     def run(self, extract: FeatureExtractor, train: LabelledImages, test: LabelledImages) -> Result:
         labels = train.read_labels()
         check_labels(labels)
         for budget in self.budgets:
             draw_images(labels, budget, self.seed)
-        spec = FeatureSpec.parse(self.features)
+        spec = parse_pooled(self.features, self.name)
         (features,), labels = extract(train, [spec]), train.read_labels()  # now without images that cannot be decoded
-        mean, scale = mean_and_scale(features, torch.arange(len(features)), str(spec))
-        scale = scale / len(scale) ** 0.5
+        standardise = standardiser(features, str(spec))
         (test_features,) = extract(test, [spec])
-        test_features = ((test_features - mean) * scale).numpy()
+        test_features = standardise(test_features).numpy()
         rows, predictions = [], []
-        for budget in self.budgets:
-            for draw in range(self.draws):
-                ids = draw_images(labels, budget, self.seed, draw)
-                model = fit_logistic((features[ids] - mean) * scale, labels[ids], self.c, self.seed)
-                predictions.append(torch.from_numpy(model.predict(test_features)))
-                converged = int(model.n_iter_.max()) < MAX_ITERATIONS
-                rows.append({"budget": budget, "draw": draw, "images": len(ids), "C": model.C, "converged": converged})
+        drawn = [(budget, draw) for budget in self.budgets for draw in range(self.draws)]
+        for budget, draw in tqdm(drawn, "draws", leave=False, disable=not extract.progress):
+            ids = draw_images(labels, budget, self.seed, draw)
+            model = fit_logistic(standardise(features[ids]), labels[ids], self.c, self.seed)
+            predictions.append(torch.from_numpy(model.predict(test_features)))
+            converged = int(model.n_iter_.max()) < MAX_ITERATIONS
+            rows.append({"budget": budget, "draw": draw, "images": len(ids), "C": model.C, "converged": converged})
         test_labels = test.read_labels()
         for row, predicted in zip(rows, predictions, strict=True):
             row["accuracy"] = (predicted == test_labels).double().mean().item()
@@ -148,9 +143,7 @@ class LowShot:
         stopped = sum(not row["converged"] for row in rows)
         return Result(
             protocol=self.name,
-            metric=f"accuracy with {first} of the images"
-            if "%" in first
-            else f"accuracy with {first} images per class",
+            metric=f"accuracy with {first} {'of the images' if '%' in first else 'images per class'}",
             value=scores[f"top1 {first}"],
             scores=scores,
             table=rows,

@@ -1,14 +1,18 @@
 """What linear and attentive probes share: many are trained together, held-out images choose, the test comes last."""
 
+import math
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
 from typing import Protocol
 
 import torch
 from torch import Tensor
+from tqdm.auto import tqdm
 
 from hf_mim.evaluation.encoder import FeatureSpec
 from hf_mim.evaluation.features import FeatureExtractor
 from hf_mim.evaluation.images import LabelledImages
+from hf_mim.evaluation.result import Result
 from hf_mim.evaluation.splits import check_labels, generator, stratified_split
 from hf_mim.schedules import learning_rate
 
@@ -62,6 +66,16 @@ def mean_and_scale(features: Tensor, ids: Tensor, name: str, eps: float = 1e-6) 
     return mean.float(), scale.float()
 
 
+def standardiser(train: Tensor, name: str) -> Callable[[Tensor], Tensor]:
+    """What standardises features `[n, D]` by the statistics of `train` and divides by √D: for logistic regression.
+
+    So one C means the same for any width. Raises as `mean_and_scale`.
+    """
+    mean, scale = mean_and_scale(train, torch.arange(len(train)), name)
+    scale = scale / len(scale) ** 0.5
+    return lambda features: (features - mean) * scale
+
+
 def train_together(
     probes: Sequence[Probes],
     features: Sequence[Tensor],
@@ -71,34 +85,37 @@ def train_together(
     batch_size: int,
     seed: int,
     warmup: float = 0.0,
+    progress: bool = False,
 ):
     """Train the probes of all `features` on the same batches of the rows `ids`; one pass over the features an epoch.
 
     Learning rates are multiplied by batch size / 256, as MAE's, and fall to zero by half a cosine after `warmup`, a
     share of the steps. The batches of an epoch are of about one size, so that no step rests on a few images.
+    `progress` shows a bar.
     """
-    batch_size, order = min(batch_size, len(ids)), generator(seed)
-    in_epoch, step = -(-len(ids) // batch_size), 0
-    for _ in range(epochs):
-        for batch in ids[torch.randperm(len(ids), generator=order)].tensor_split(in_epoch):
-            step += 1
-            rate = learning_rate((step - 1) / (epochs * in_epoch), peak=batch_size / 256, warmup=warmup)
-            y = fetch(labels, batch, probes[0].device)
-            for x, probe in zip(features, probes, strict=True):
-                probe.step(fetch(x, batch, probe.device), y, rate)
+    order = generator(seed, 1)  # the split's own stream would put the held-out images first
+    batch_size = min(batch_size, len(ids))
+    in_epoch = -(-len(ids) // batch_size)
+    orders = (ids[torch.randperm(len(ids), generator=order)] for _ in range(epochs))
+    batches = (batch for epoch in orders for batch in epoch.tensor_split(in_epoch))
+    bar = tqdm(batches, "probes", epochs * in_epoch, leave=False, unit=" steps", disable=not progress)
+    for step, batch in enumerate(bar):
+        rate = learning_rate(step / (epochs * in_epoch), peak=batch_size / 256, warmup=warmup)
+        y = fetch(labels, batch, probes[0].device)
+        for x, probe in zip(features, probes, strict=True):
+            probe.step(fetch(x, batch, probe.device), y, rate)
 
 
 def choose_and_test(
+    protocol,
     fit: Callable[[Sequence[Tensor], Tensor, Tensor, Sequence[Grid], int], Sequence[Probes]],
     extract: FeatureExtractor,
     train: LabelledImages,
     test: LabelledImages,
     specs: Sequence[FeatureSpec],
-    grid: Grid,
-    held_out: float,
-    seed: int,
-) -> dict:
-    """`value`, `scores`, `table` and `notes` of a result.
+    **settings,
+) -> Result:
+    """The best probe on each kind of features, and its accuracy on the test images.
 
     Every probe of the grid is fitted on a part of the training images, and its accuracy on the held-out part chooses:
     on each kind of features the best probe, and the best of these for the value. Those that are chosen are fitted again
@@ -106,19 +123,18 @@ def choose_and_test(
     first in the order of the grid is taken. Test labels are read last.
 
     Args:
+        protocol: `Linear` or `Attentive`: the grid, the share held out and the seed.
         fit: (features, labels, ids, a grid for each of the features, number of classes) → probes for each of them.
+        settings: for the result, beside the protocol's fields.
     """
     check_labels(train.read_labels())
     features, labels = extract(train, specs), train.read_labels()  # now without images that cannot be decoded
     num_classes, everything = int(labels.max()) + 1, torch.arange(len(labels))
-    kept, held = stratified_split(labels, held_out, seed)
+    kept, held = stratified_split(labels, protocol.held_out, protocol.seed)
+    grid = [(rate, decay) for rate in protocol.learning_rates for decay in protocol.weight_decays]
     probes = fit(features, labels, kept, [grid] * len(specs), num_classes)
-    accuracy = torch.stack(
-        [
-            (probe.predict(x, held)[..., 0] == labels[held, None]).double().mean(dim=0)
-            for probe, x in zip(probes, features, strict=True)
-        ]
-    )  # [specs, H]
+    found = torch.stack([probe.predict(x, held)[..., 0] for probe, x in zip(probes, features, strict=True)])
+    accuracy = (found == labels[held, None]).double().mean(dim=1)  # [specs, H]
     best = accuracy.argmax(dim=1).tolist()
     chosen = int(accuracy.amax(dim=1).argmax())
     probes = fit(features, labels, everything, [[grid[i]] for i in best], num_classes)
@@ -136,12 +152,16 @@ def choose_and_test(
         for s, spec in enumerate(specs)
         for h, (rate, decay) in enumerate(grid)
     ]
-    return {
-        "value": top1[chosen],
-        "scores": {f"top1 {spec}": value for spec, value in zip(specs, top1, strict=True)} | top5,
-        "table": table,
-        "notes": describe_choice(str(specs[chosen]), grid, best[chosen], len(held)),
-    }
+    return Result(
+        protocol=protocol.name,
+        metric="accuracy",
+        value=top1[chosen],
+        settings=asdict(protocol) | settings,
+        data={"train": train.describe(), "test": test.describe()},
+        scores={f"top1 {spec}": value for spec, value in zip(specs, top1, strict=True)} | top5,
+        table=table,
+        notes=describe_choice(str(specs[chosen]), grid, best[chosen], len(held)),
+    )
 
 
 def describe_choice(features: str, grid: Grid, best: int, held_out: int) -> list[str]:
@@ -155,13 +175,29 @@ def describe_choice(features: str, grid: Grid, best: int, held_out: int) -> list
 
 def check_probe_options(options):
     """Raise ValueError, in one line, for a learning rate, weight decay, … that no probe can have."""
-    for name, lowest in (("learning_rates", "above 0"), ("weight_decays", "0 or more")):
-        values = getattr(options, name)
-        right = [value > 0 or (value == 0 and lowest == "0 or more") for value in values]
-        if not values or not all(right):
-            raise ValueError(f"{name} must be numbers {lowest}, at least one, not {values}")
-    for name, lowest in (("epochs", 1), ("batch_size", 1), ("seed", 0)):
-        if getattr(options, name) < lowest:
-            raise ValueError(f"{name} must be at least {lowest}, not {getattr(options, name)}")
+    check_numbers("learning_rates", options.learning_rates)
+    check_numbers("weight_decays", options.weight_decays, or_zero=True)
+    check_least(options, epochs=1, batch_size=1, seed=0)
     if not 0 < options.held_out < 1:
         raise ValueError(f"held_out must be a share between 0 and 1, not {options.held_out}")
+
+
+def check_numbers(name: str, values: Sequence[float], or_zero: bool = False):
+    """Raise ValueError unless all are finite and positive, and there is one."""
+    if not values or not all(math.isfinite(value) and (value > 0 or or_zero and value == 0) for value in values):
+        raise ValueError(f"{name} must be numbers {'0 or more' if or_zero else 'above 0'}, at least one, not {values}")
+
+
+def check_least(options, **least: int):
+    """Raise ValueError for the first of these options that is below its least value."""
+    for name, value in least.items():
+        if getattr(options, name) < value:
+            raise ValueError(f"{name} must be at least {value}, not {getattr(options, name)}")
+
+
+def parse_pooled(text: str, protocol: str) -> FeatureSpec:
+    """Features of one vector an image. Raises ValueError for tokens, and for what are no features."""
+    spec = FeatureSpec.parse(text)
+    if spec.pooling == "tokens":
+        raise ValueError(f"features of {protocol} must be pooled, mean or cls, not {text}")
+    return spec

@@ -43,8 +43,9 @@ def stratified_split(labels: Tensor, share: float, seed: int) -> tuple[Tensor, T
 
 
 def generator(*seed: int) -> torch.Generator:
-    """Random numbers on the CPU, a stream of its own for each sequence of whole numbers from 0."""
+    """Random numbers on the CPU, a stream of its own for each sequence of whole numbers from 0 below 2³²."""
     from numpy.random import SeedSequence
 
-    state = SeedSequence(seed).generate_state(1, dtype="uint64")[0]
+    # The length, because SeedSequence takes a sequence and the same with zeros behind it for one.
+    state = SeedSequence([len(seed), *seed]).generate_state(1, dtype="uint64")[0]
     return torch.Generator().manual_seed(int(state >> 1))

@@ -92,14 +92,15 @@ def test_attention_finds_the_token_that_tells_the_class_where_the_mean_tells_not
     assert accuracy[0] > 0.97 and accuracy[1] < 0.5, "each probe learns at its own rate"
 
 
-def test_protocol_runs_on_an_encoder_and_repeats_itself(tiny_encoder, digits_splits, tmp_path):
+def test_protocol_runs_on_an_encoder_and_repeats_itself(tiny_encoder, digits_splits, tmp_path, capsys):
     train, test = (split.select(range(200)) for split in digits_splits)
     extract = FeatureExtractor(tiny_encoder, cache=tmp_path, progress=False)
     options = dict(epochs=20, batch_size=32, learning_rates=[0.05, 0.2], weight_decays=[0.01])
     results = []
     for number in range(2):
         torch.manual_seed(number)
-        results.append(Attentive(**options).run(extract, train, test))
+        results.append(Attentive(**options).run(extract.replace(progress=number == 1), train, test))
+        assert ("probes" in capsys.readouterr().err) == (number == 1), "a bar where the extractor has one"
     first, second = results
     assert (first.value, first.table, first.scores) == (second.value, second.table, second.scores)
     assert 0.3 < first.value < first.scores["top5"] and len(first.table) == 2
@@ -120,5 +121,5 @@ def test_options_that_make_no_sense_are_refused(options, message):
 
 
 def test_heads_that_do_not_divide_the_width_are_refused_before_any_work(tiny_encoder, digits_splits):
-    with pytest.raises(ValueError, match="must divide the width 32 of last/tokens/norm, which 5 does not"):
+    with pytest.raises(ValueError, match="must divide the width 32 of last/tokens/norm, not 5"):
         Attentive(attention_heads=5).run(FeatureExtractor(tiny_encoder), *digits_splits)

@@ -159,7 +159,7 @@ def test_half_precision_is_measured_in_float64():
         (lambda: dimension_std(torch.tensor([[1.0, torch.inf]] * 2)), "features hold numbers that are not finite"),
         (lambda: position_readout(torch.ones(3, 4, 2), (3, 3)), "grid must have the 4 patches of the tokens"),
         (lambda: position_share(torch.ones(3, 1, 2)), "tokens must be at least 2 for each image, not 1"),
-        (lambda: Health(features="last/tokens/norm"), "features must be pooled, mean or cls, not last/tokens/norm"),
+        (lambda: Health(features="last/tokens/norm"), "features of health must be pooled, mean or cls, not last"),
         (lambda: Health(num_images=1), "num_images must be at least 2, not 1"),
     ],
 )

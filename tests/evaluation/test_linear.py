@@ -9,9 +9,11 @@ from sklearn.linear_model import LogisticRegression
 from torch import nn
 
 from hf_mim.evaluation import linear, probing
+from hf_mim.evaluation.encoder import FeatureSpec
 from hf_mim.evaluation.features import FeatureExtractor
 from hf_mim.evaluation.linear import Linear, LinearHeads, train_heads
-from hf_mim.evaluation.probing import describe_choice, mean_and_scale, train_together
+from hf_mim.evaluation.probing import choose_and_test, describe_choice, mean_and_scale, train_together
+from hf_mim.evaluation.splits import stratified_split
 
 
 def clusters(n=300, width=12, num_classes=4, seed=0):
@@ -94,24 +96,45 @@ def test_probe_is_within_a_point_of_logistic_regression_on_digits(tiny_encoder, 
     assert result.value <= result.scores["top5"] <= 1
 
 
+class Recorder:
+    """Stands for probes of features that are the numbers of the rows."""
+
+    device = torch.device("cpu")
+
+    def __init__(self):
+        self.batches, self.rates = [], []
+
+    def step(self, features, labels, rate):
+        assert torch.equal(features[:, 0], labels)
+        self.batches.append(features[:, 0].tolist())
+        self.rates.append(rate)
+
+
 def test_an_epoch_shows_every_row_once_in_even_batches_at_scheduled_rates():
-    class Recorder:
-        device = torch.device("cpu")
-        batches, rates = [], []
-
-        def step(self, features, labels, rate):
-            assert torch.equal(features[:, 0], labels)
-            self.batches.append(features[:, 0].tolist())
-            self.rates.append(rate)
-
-    rows, ids = torch.arange(200), torch.arange(50, 180)
-    train_together([Recorder()], [rows[:, None]], rows, ids, epochs=2, batch_size=64, seed=0, warmup=0.5)
-    assert [len(batch) for batch in Recorder.batches] == [44, 43, 43] * 2
-    first, second = sum(Recorder.batches[:3], []), sum(Recorder.batches[3:], [])
+    rows, ids, recorder = torch.arange(200), torch.arange(50, 180), Recorder()
+    train_together([recorder], [rows[:, None]], rows, ids, epochs=2, batch_size=64, seed=0, warmup=0.5)
+    assert [len(batch) for batch in recorder.batches] == [44, 43, 43] * 2
+    first, second = sum(recorder.batches[:3], []), sum(recorder.batches[3:], [])
     assert sorted(first) == sorted(second) == ids.tolist() and first != second
     peak = 64 / 256
     expected = [0, peak / 3, 2 * peak / 3] + [peak * (1 + math.cos(math.pi * i / 3)) / 2 for i in range(3)]
-    assert Recorder.rates == pytest.approx(expected)
+    assert recorder.rates == pytest.approx(expected)
+
+
+def test_the_order_of_training_does_not_depend_on_what_was_held_out():
+    rows, recorder = torch.arange(1000), Recorder()
+    held = set(stratified_split(rows % 4, 0.1, seed=0)[1].tolist())
+    train_together([recorder], [rows[:, None]], rows, rows, epochs=1, batch_size=100, seed=0)
+    shares = [len(held.intersection(batch)) / len(held) for batch in recorder.batches]
+    assert max(shares) < 0.3, "held-out images come all over the epoch"
+
+
+def test_training_shows_a_bar_of_its_steps_only_if_asked(capsys):
+    rows = torch.arange(30)
+    for progress in (False, True):
+        assert capsys.readouterr().err == ""
+        train_together([Recorder()], [rows[:, None]], rows, rows, epochs=2, batch_size=10, seed=0, progress=progress)
+    assert "0/6" in capsys.readouterr().err
 
 
 class Given:
@@ -119,6 +142,7 @@ class Given:
 
     def __init__(self, features, log=None, num_layers=2):
         self.features, self.log = features, [] if log is None else log
+        self.progress = False
         self.encoder = type("Encoder", (), dict(device=torch.device("cpu"), num_prefix_tokens=1, num_layers=num_layers))
 
     def __call__(self, split, specs):
@@ -149,6 +173,44 @@ def test_the_choice_is_made_before_a_test_label_is_read():
     log = []
     Linear(epochs=1).run(*given(log))
     assert log[-2:] == ["features of test", "labels of test"] and log.count("labels of test") == 1
+
+
+class Memory:
+    """Stands for probes that learnt the labels of their rows by heart and are wrong on all others."""
+
+    def __init__(self, labels, ids, num_heads):
+        self.ids, self.num_heads, self.asked = ids, num_heads, []
+        self.classes = labels.clone()
+        self.classes[~torch.isin(torch.arange(len(labels)), ids)] += 1
+
+    def predict(self, features, ids, k=1):
+        self.asked.append(ids)
+        return self.classes[ids, None, None].expand(-1, self.num_heads, k)
+
+
+def test_the_heads_that_choose_never_saw_the_images_that_choose():
+    extract, train, test = given()
+    fitted = []
+
+    def fit(features, labels, ids, grids, num_classes):
+        fitted.append([Memory(labels, ids, len(grid)) for grid in grids])
+        return fitted[-1]
+
+    options, specs = Linear(learning_rates=[0.1, 1], weight_decays=[0]), [FeatureSpec(), FeatureSpec(pooling="cls")]
+    table = choose_and_test(options, fit, extract, train, test, specs).table
+    assert [row["held_out"] for row in table] == [0] * 4
+    (choosing, _), (final, _) = fitted
+    (held,) = choosing.asked
+    assert len(held) == 40 and sorted([*choosing.ids.tolist(), *held.tolist()]) == list(range(400))
+    assert sorted(final.ids.tolist()) == list(range(400)), "the chosen ones are fitted on all training images"
+
+
+def test_the_protocol_shows_a_bar_where_the_extractor_does(capsys):
+    extract, train, test = given()
+    for extract.progress in (False, True):
+        assert capsys.readouterr().err == ""
+        Linear(epochs=1).run(extract, train, test)
+    assert "probes" in capsys.readouterr().err
 
 
 def test_choice_falls_on_the_features_that_tell_the_classes_by_held_out_images():
@@ -191,10 +253,12 @@ def test_a_learning_rate_at_the_end_of_the_grid_is_reported():
     [
         ({"learning_rates": []}, "learning_rates must be numbers above 0, at least one"),
         ({"learning_rates": [0.1, 0]}, "learning_rates must be numbers above 0"),
+        ({"learning_rates": [0.1, math.inf]}, "learning_rates must be numbers above 0"),
+        ({"weight_decays": [0, math.nan]}, "weight_decays must be numbers 0 or more"),
         ({"weight_decays": [-0.1]}, "weight_decays must be numbers 0 or more"),
         ({"epochs": 0}, "epochs must be at least 1, not 0"),
         ({"held_out": 1.0}, "held_out must be a share between 0 and 1"),
-        ({"features": ["last/tokens/norm"]}, "mean or cls, not last/tokens/norm"),
+        ({"features": ["last/tokens/norm"]}, "features of linear must be pooled, mean or cls, not last/tokens/norm"),
         ({"features": ["best"]}, "such as last/mean/norm"),
     ],
 )

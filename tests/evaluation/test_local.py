@@ -64,7 +64,8 @@ def test_the_probe_chooses_a_strength_that_holds_on_fresh_features():
     train[:, :3], fresh[:, :3] = (x[:, :3] + torch.eye(3)[labels] / 5 for x in (train, fresh))
     accuracy = {c: local.fit_logistic(train, labels, [c]).score(fresh, labels) for c in local.CS}
     assert accuracy[local.CS[-1]] < max(accuracy.values()) - 0.04  # learnt by heart
-    assert accuracy[fit_probe(train, labels).C] >= max(accuracy.values()) - 0.02
+    chosen = [accuracy[fit_probe(train, labels, seed).C] for seed in range(5)]
+    assert sum(chosen) / 5 >= max(accuracy.values()) - 0.02, "other seeds hold out other images"
 
 
 def test_test_answers_are_read_once_and_after_all_predictions(tiny_encoder, monkeypatch):
@@ -112,7 +113,7 @@ def test_scenes_are_drawn_at_the_encoders_size_within_limits(tiny_encoder, monke
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"features": "last/tokens/norm"}, "features must be pooled, mean or cls, not last/tokens/norm"),
+        ({"features": "last/tokens/norm"}, "features of local must be pooled, mean or cls, not last/tokens/norm"),
         ({"num_train": 10}, "num_train must be at least 100, not 10"),
         ({"num_test": 1}, "num_test must be at least 10, not 1"),
         ({"size": 8}, "size must lie between 16 and 1024 pixels, not 8"),
@@ -132,5 +133,5 @@ def test_encoders_that_cannot_see_a_scene_are_refused(tiny_encoder):
     with pytest.raises(ValueError, match="scenes are pictures in colour, and tiny takes 13 channels"):
         Local().run(extract)
     tiny_encoder.image_size = (32, 64)
-    with pytest.raises(ValueError, match="image_size must be square for the scenes, not 32,64; give image_size=32"):
+    with pytest.raises(ValueError, match="image_size must be square for scenes, not 32,64; give image_size=32"):
         Local().run(extract)

@@ -1,5 +1,6 @@
 """Draws of a few labelled images, and logistic regression on them against its definition and by hand."""
 
+import math
 import statistics
 
 import pytest
@@ -51,8 +52,10 @@ def test_a_class_smaller_than_the_budget_is_named_before_any_work(tiny_encoder, 
     [
         ({"draws": 0}, "draws must be at least 1, not 0"),
         ({"c": [1.0, 0.0]}, "c must be numbers above 0"),
+        ({"c": [1.0, math.nan]}, "c must be numbers above 0"),
+        ({"c": [math.inf]}, "c must be numbers above 0"),
         ({"budgets": []}, "budgets must name at least one"),
-        ({"features": "last/tokens/norm"}, "mean or cls, not last/tokens/norm"),
+        ({"features": "last/tokens/norm"}, "features of lowshot must be pooled, mean or cls, not last/tokens/norm"),
     ],
 )
 def test_options_that_make_no_sense_are_refused(options, message):
@@ -84,6 +87,27 @@ def test_c_is_the_one_that_cross_validation_prefers():
     assert fit_logistic(x[:2], labels[:2], [10.0, 1.0, 0.1]).C == 1.0, "single images: the middle one"
 
 
+def test_every_draw_takes_the_c_that_cross_validation_prefers_on_it(capsys):
+    random, labels = torch.Generator().manual_seed(3), torch.arange(400) % 2
+    x = torch.randn(400, 200, generator=random)
+    x[:, 0] += 4 * (labels - 0.5)
+
+    class Split:
+        describe, read_labels = dict, lambda self: labels
+
+    def extract(split, specs):
+        return [x]
+
+    extract.progress, grid = True, [1e6, 1.0, 1e3, 1e-3]
+    result = LowShot(budgets=["50"], draws=3, c=grid).run(extract, Split(), Split())
+    chosen = [row["C"] for row in result.table]
+    drawn = [draw_images(labels, "50", 0, draw) for draw in range(3)]
+    z = (x - x.mean(0)) / torch.sqrt(x.var(0, correction=0) + 1e-6) / 200**0.5
+    assert chosen == [fit_logistic(z[ids], labels[ids], grid).C for ids in drawn]
+    assert len(set(chosen)) > 1
+    assert "0/3" in capsys.readouterr().err, "a bar over the draws"
+
+
 def test_value_is_the_mean_over_draws_and_test_labels_are_read_last(tiny_encoder, digits_splits):
     train, test = digits_splits
     extract, log = FeatureExtractor(tiny_encoder, progress=False), []
@@ -105,6 +129,7 @@ def test_value_is_the_mean_over_draws_and_test_labels_are_read_last(tiny_encoder
         log.append("features")
         return extract(split, specs)
 
+    watched.progress = False
     result = LowShot(budgets=["2", "10%"], draws=3, c=[1.0]).run(watched, train, Watched())
     assert log == ["features", "features", "labels"]
     drawn = [row["accuracy"] for row in result.table if row["budget"] == "2"]

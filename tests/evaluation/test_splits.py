@@ -8,6 +8,12 @@ from hf_mim.evaluation.splits import check_labels, generator, random_ranks, stra
 LABELS = torch.tensor([3] * 20 + [7] * 10 + [0] * 2 + [5])[torch.randperm(33, generator=generator(1))]
 
 
+def test_every_sequence_of_seeds_has_a_stream_of_its_own():
+    seeds = [(), (0,), (3,), (3, 0), (0, 3), (3, 0, 0), (1, 3), (3, 1)]
+    assert len({generator(*seed).initial_seed() for seed in seeds}) == len(seeds)
+    assert torch.equal(torch.rand(4, generator=generator(3, 1)), torch.rand(4, generator=generator(3, 1)))
+
+
 def test_ranks_number_the_images_of_each_class():
     ranks, counts = random_ranks(LABELS, 4)
     for label, size in ((3, 20), (7, 10), (0, 2), (5, 1)):
