@@ -14,9 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hf_mim.evaluation.encoder import FeatureSpec
 from hf_mim.evaluation.features import FeatureExtractor
 from hf_mim.evaluation.images import LabelledImages
+from hf_mim.evaluation.probing import parse_pooled
 from hf_mim.evaluation.result import Result
 
 LARGEST_TABLE = 2**26  # similarities that are held at once: 256 MB
@@ -151,7 +151,7 @@ class KNN:
     temperatures: list[float] = field(default_factory=lambda: [0.04, 0.07, 0.2], metadata={"help": "for the table"})
 
     def __post_init__(self):
-        FeatureSpec.parse(self.features)
+        parse_pooled(self.features, self.name)
         for name, values in (("k", [self.k]), ("ks", self.ks)):
             if min(values, default=1) < 1:
                 raise ValueError(f"{name} must be at least 1, not {min(values)}")
@@ -195,7 +195,7 @@ class LeaveOneOut:
     features: str = field(default="last/mean/raw", metadata={"help": "layer/pooling/norm"})
 
     def __post_init__(self):
-        FeatureSpec.parse(self.features)
+        parse_pooled(self.features, self.name)
 
     def run(self, extract: FeatureExtractor, train: LabelledImages, test: LabelledImages) -> Result:
         """Only the test images are used. Raises ValueError for fewer than two."""

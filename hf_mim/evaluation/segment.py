@@ -111,7 +111,7 @@ def train_heads(
     optimizer = torch.optim.AdamW(
         [{"params": layer.parameters(), "weight_decay": decay} for layer, (_, decay) in zip(layers, heads, strict=True)]
     )
-    order, in_epoch, step = generator(seed), -(-len(images) // batch_size), 0
+    order, in_epoch, step = generator(seed, 1), -(-len(images) // batch_size), 0
     for _ in range(epochs):
         for batch in images[torch.randperm(len(images), generator=order)].tensor_split(in_epoch):
             for group, (rate, _) in zip(optimizer.param_groups, heads, strict=True):

@@ -20,6 +20,7 @@ from transformers import AutoImageProcessor, AutoModel, AutoModelForPreTraining
 from hf_mim.cli import main, read_recipe
 from hf_mim.cli.values import read_yaml
 from hf_mim.data import DeviceAugment, ImageDataset, WholeImage, load_images
+from hf_mim.evaluation.encoder import FrozenEncoder
 
 SMALL = (
     "--hidden_size 16 --num_hidden_layers 1 --num_attention_heads 2 --per_device_train_batch_size 32 --use_cpu".split()
@@ -128,6 +129,8 @@ def test_a_resumed_run_ends_as_one_that_was_never_interrupted(tmp_path):
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     options = [*TINY_RUN, "--save_steps", 2, "--save_total_limit", 5, "--knn", "false", "--seed", 3]
     run(*options, "--output_dir", whole)
+    one, last = (FrozenEncoder.load(folder) for folder in (whole / "checkpoint-2", whole))  # each can be evaluated
+    assert one.mean == last.mean and one.std == last.std and len(one.mean) == 1
     broken.mkdir()
     shutil.copytree(whole / "checkpoint-2", broken / "checkpoint-2")
     shutil.copy(whole / "recipe.yaml", broken / "recipe.yaml")
@@ -180,6 +183,22 @@ def test_a_folder_of_ones_own_images_with_a_broken_file(tmp_path, capsys, caplog
     for mode in ("RGB", "L", "RGBA", "P", "CMYK"):
         picture = Image.new("RGB", (40, 30)).convert(mode)
         assert processor(picture, return_tensors="pt")["pixel_values"].shape == (1, 3, 16, 32)
+
+
+def test_classes_of_the_test_dataset_are_matched_by_name(tmp_path):
+    random = np.random.default_rng(0)
+    patterns = {name: random.integers(0, 240, (16, 32)) for name in ("ant", "bee", "cow")}
+    for source, names in (("one", ("ant", "bee", "cow")), ("two", ("bee", "cow"))):  # in two, bee is 0
+        for name in names:
+            (tmp_path / source / name).mkdir(parents=True)
+            for number in range(10):
+                Image.fromarray((patterns[name] + number).astype(np.uint8)).save(
+                    tmp_path / source / name / f"{number}.png"
+                )
+    options = [*SMALL, *OWN_IMAGES, "--per_device_train_batch_size", 8, "--output_dir", tmp_path / "run"]
+    run("--dataset", tmp_path / "one", "--test_dataset", tmp_path / "two", *options)
+    scores = json.loads((tmp_path / "run" / "results" / "knn.json").read_text())["scores"]
+    assert scores["raw pixels"] == 1.0
 
 
 def test_images_of_which_some_have_no_label_are_pretrained_on(tmp_path):
