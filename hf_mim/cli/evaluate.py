@@ -12,13 +12,13 @@ import textwrap
 import time
 from dataclasses import MISSING, dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Literal, get_type_hints
+from typing import Any, Literal, get_type_hints
 
 import torch
 
+from hf_mim.cli.evaluate_sources import NEEDS
 from hf_mim.cli.help import section
 from hf_mim.cli.values import convert, split_options
-from hf_mim.data import CenterCrop, WholeImage
 from hf_mim.evaluation import PROTOCOLS, load_protocol
 
 USAGE = """\
@@ -77,154 +77,6 @@ class EncoderArguments:
             encoder = encoder.untrained()
         cache = {"default": default_cache(), "none": None}.get(self.cache, Path(self.cache))
         return FeatureExtractor(encoder, self.extract_batch_size, self.num_workers, cache, crop)
-
-
-def source_field(text: str):
-    return field(default=None, metadata={"help": text})
-
-
-@dataclass
-class CropArguments:
-    """Images that need not be seen whole."""
-
-    crop_fraction: float = field(
-        default=1.0, metadata={"help": "of the image's shorter side in the central crop; .875 in papers at 224 pixels"}
-    )
-
-    def __post_init__(self):
-        self.crop()
-
-    def crop(self):
-        """How an image is brought to the encoder's size."""
-        try:
-            return CenterCrop(self.crop_fraction)
-        except ValueError as error:
-            raise ValueError(f"crop_{error}") from None
-
-
-class WholeArguments:
-    """Images that are seen whole."""
-
-    def crop(self):
-        """How an image is brought to the encoder's size."""
-        return WholeImage()
-
-
-@dataclass
-class LabelledArguments(CropArguments):
-    """Labelled images to learn from and to test on."""
-
-    dataset: str | None = source_field("images with labels, as for hf-mim pretrain")
-    test: str | None = source_field("test images; default: the test or validation split of dataset, or a fifth of it")
-    train_split: str = field(default="train", metadata={"help": "of dataset"})
-    test_split: str | None = source_field("of test, or else of dataset; default: test or validation")
-    image_column: str | None = source_field("default: found by its type")
-    label_column: str | None = source_field("default: found by its type")
-    train_images: int | None = source_field("at most so many, drawn at random by a fixed seed; default: all")
-    test_images: int | None = source_field("likewise")
-
-    def load(self) -> tuple:
-        """(train, test)."""
-        from hf_mim.evaluation.images import check_classes, load_labelled
-
-        train, test = load_labelled(
-            self.dataset, self.test, self.train_split, self.test_split, self.image_column, self.label_column
-        )
-        train, test = (
-            fixed_part(train, self.train_images, "train_images"),
-            fixed_part(test, self.test_images, "test_images"),
-        )
-        check_classes(train, test)
-        return train, test
-
-
-@dataclass
-class MaskedArguments(WholeArguments):
-    """Images with masks to learn from and to test on."""
-
-    dataset: str | None = source_field("images with a mask each: Parquet, a folder of images/ and masks/, the Hub")
-    test: str | None = source_field("test images; default: dataset")
-    train_split: str = field(default="train", metadata={"help": "of dataset"})
-    test_split: str = field(default="test", metadata={"help": "of test, or else of dataset"})
-    image_column: str | None = source_field("default: found by its type")
-    mask_column: str | None = source_field("default: found by its name")
-    train_images: int | None = source_field("at most so many, drawn at random by a fixed seed; default: all")
-    test_images: int | None = source_field("likewise")
-
-    def load(self) -> tuple:
-        """(train, test)."""
-        from hf_mim.data.masks import load_masks
-
-        columns = self.image_column, self.mask_column
-        if self.test in (None, self.dataset) and self.train_split == self.test_split:
-            raise ValueError(f"test_split must be another split than {self.train_split}, which trains, or give test")
-        train = load_masks(self.dataset, self.train_split, *columns)
-        test = load_masks(self.dataset if self.test is None else self.test, self.test_split, *columns)
-        return fixed_part(train, self.train_images, "train_images"), fixed_part(test, self.test_images, "test_images")
-
-
-@dataclass
-class VideoArguments(WholeArguments):
-    """Videos with masks."""
-
-    dataset: str | None = source_field("a folder in DAVIS' layout, or rows of image, mask, sequence (label), frame")
-    split: str | None = source_field("of dataset; default: the list val of a DAVIS folder; test, validation or train")
-    image_column: str | None = source_field("default: found by its type")
-    mask_column: str | None = source_field("default: found by its name")
-    sequence_column: str | None = source_field("default: sequence, video, clip or label")
-
-    def load(self) -> tuple:
-        """(videos,)."""
-        from hf_mim.data.videos import load_videos
-
-        return (load_videos(self.dataset, self.split, self.image_column, self.mask_column, self.sequence_column),)
-
-
-@dataclass
-class ImageArguments(CropArguments):
-    """Images without labels."""
-
-    dataset: str | None = source_field("images, as for hf-mim pretrain")
-    split: str = field(default="train", metadata={"help": "of dataset"})
-    image_column: str | None = source_field("default: found by its type")
-
-    def load(self) -> tuple:
-        """(images,)."""
-        from hf_mim.data import load_images
-        from hf_mim.evaluation.images import Images
-
-        images = load_images(self.dataset, self.split, image_column=self.image_column)
-        return (Images(images.select_columns("image"), f"{self.dataset}, split {self.split}"),)
-
-
-@dataclass
-class NoArguments(WholeArguments):
-    """The protocol draws its own images."""
-
-    dataset: ClassVar[str | None] = None
-
-    def load(self) -> tuple:
-        """()."""
-        return ()
-
-
-NEEDS = {
-    "labels": LabelledArguments,
-    "masks": MaskedArguments,
-    "videos": VideoArguments,
-    "images": ImageArguments,
-    "nothing": NoArguments,
-}
-
-
-def fixed_part(images, count: int | None, name: str):
-    """The same `count` of the images each time, or all."""
-    if count is None:
-        return images
-    if count < 1:
-        raise ValueError(f"{name} must be at least 1, not {count}")
-    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
-    return images.select(sorted(order[:count].tolist()))
 
 
 # Options that change no number, and those that name the result already.
