@@ -1,12 +1,25 @@
-"""How the authors' checkpoints name our tensors: one table per source, read in both directions.
+"""How other code names the tensors of our checkpoints: one table per source, read in both directions.
 
 A row is `(ours, theirs, layout)`; `{i}` stands for a layer's number. Layouts: None, the tensor is the same; "table",
 theirs has a leading batch axis of 1; "conv", theirs is a convolution `[D, C, ph, pw]` where ours is a Linear over
-(row, column, channel), `[D, ph·pw·C]`.
+(row, column, channel), `[D, ph·pw·C]`; "q", "k", "v", theirs is that third of our fused `qkv`.
+
+The tables, ours ↔ theirs:
+- `MAE`, `I_JEPA`, `STOP`, `LATENT_MIM`: the pretraining model ↔ the authors' file.
+- `MAE_ENCODER`: MAE's pretraining model, its encoder alone ↔ the authors' file without a decoder.
+- `MAE_CLS_CLASSIFIER`, `MAE_MEAN_CLASSIFIER`, `MAE_LINEAR_PROBE`: MAE's classifier ↔ the authors' files.
+- `TIMM_VIT_CLS`, `TIMM_VIT`: an encoder with, without a CLS token ↔ timm's `VisionTransformer` without its head.
+- `VIT_HF` = `VIT_MAE_ENCODER`: an encoder with a CLS token ↔ `ViTModel` without pooler, `ViTMAEModel`.
+- `IJEPA_HF`: an encoder without a CLS token ↔ `IJepaModel`.
+- `VIT_MAE`: `MAEForPreTraining` ↔ `ViTMAEForPreTraining`.
+
+"An encoder" is the state of `MAEModel`, `LatentMIMModel`, `StopJepaModel`, without a prefix; `within(table, ours,
+theirs)` is the same table for one that stands under a prefix on either side. Transformers' tables have the names of
+its modules (5.x); its files keep the names of 4.x, which `module_names` translates.
 """
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import torch
 
@@ -23,18 +36,27 @@ def _layer(ours: str, theirs: str) -> list[Row]:
     return [row for a, b in pairs for row in _parameters(f"{ours}.{{i}}.{a}", f"{theirs}.{{i}}.{b}")]
 
 
-def _conv_encoder(ours: str, theirs: str, cls_token: bool) -> list[Row]:
-    """A timm-like ViT without its final norm: MAE, I-JEPA, StoP."""
+def within(table: list[Row], ours: str, theirs: str) -> list[Row]:
+    """The table for tensors under a prefix on each side, such as "encoder." or ""."""
+    return [(f"{ours}{a}", f"{theirs}{b}", layout) for a, b, layout in table]
+
+
+def _timm_vit(norm: str) -> list[Row]:
+    """timm's ViT, whose names MAE, I-JEPA and StoP share, without a CLS token."""
     return [
-        (f"{ours}embeddings.projection.weight", f"{theirs}patch_embed.proj.weight", "conv"),
-        (f"{ours}embeddings.projection.bias", f"{theirs}patch_embed.proj.bias", None),
-        (f"{ours}embeddings.position_embeddings.table", f"{theirs}pos_embed", "table"),
-        *([(f"{ours}embeddings.cls_token", f"{theirs}cls_token", None)] if cls_token else []),
-        *_layer(f"{ours}layers", f"{theirs}blocks"),
+        ("embeddings.projection.weight", "patch_embed.proj.weight", "conv"),
+        ("embeddings.projection.bias", "patch_embed.proj.bias", None),
+        ("embeddings.position_embeddings.table", "pos_embed", "table"),
+        *_layer("layers", "blocks"),
+        *_parameters("norm", norm),
     ]
 
 
-MAE_ENCODER = [*_conv_encoder("encoder.", "", cls_token=True), *_parameters("encoder.norm", "norm")]
+CLS_TOKEN = ("embeddings.cls_token", "cls_token", None)
+TIMM_VIT = _timm_vit("norm")
+TIMM_VIT_CLS = [*TIMM_VIT, CLS_TOKEN]
+
+MAE_ENCODER = within(TIMM_VIT_CLS, "encoder.", "")
 
 MAE = [
     *MAE_ENCODER,
@@ -49,8 +71,7 @@ MAE = [
 MAE_CLS_CLASSIFIER = [*MAE_ENCODER, *_parameters("classifier.linear", "head")]
 
 MAE_MEAN_CLASSIFIER = [
-    *_conv_encoder("encoder.", "", cls_token=True),
-    *_parameters("encoder.norm", "fc_norm"),  # applied after pooling: `pool_before_norm`
+    *within([*_timm_vit("fc_norm"), CLS_TOKEN], "encoder.", ""),  # applied after pooling: `pool_before_norm`
     *_parameters("classifier.linear", "head"),
 ]
 
@@ -61,10 +82,8 @@ MAE_LINEAR_PROBE = [
 ]
 
 I_JEPA = [
-    *_conv_encoder("encoder.", "encoder.", cls_token=False),
-    *_parameters("encoder.norm", "encoder.norm"),
-    *_conv_encoder("target_encoder.", "target_encoder.", cls_token=False),
-    *_parameters("target_encoder.norm", "target_encoder.norm"),
+    *within(TIMM_VIT, "encoder.", "encoder."),
+    *within(TIMM_VIT, "target_encoder.", "target_encoder."),
     *_parameters("predictor.embed", "predictor.predictor_embed"),
     ("predictor.mask_token", "predictor.mask_token", None),
     ("predictor.position_embeddings.table", "predictor.predictor_pos_embed", "table"),
@@ -120,44 +139,120 @@ LATENT_MIM = [
 ]
 
 
+def _transformers_layer(ours: str, theirs: str) -> list[Row]:
+    return [
+        *(
+            (f"{ours}.{{i}}.attention.qkv.{name}", f"{theirs}.{{i}}.attention.{part}_proj.{name}", part)
+            for part in "qkv"
+            for name in ("weight", "bias")
+        ),
+        *(
+            row
+            for a, b in (
+                ("norm1", "layernorm_before"),
+                ("attention.proj", "attention.o_proj"),
+                ("norm2", "layernorm_after"),
+                ("mlp.fc1", "mlp.fc1"),
+                ("mlp.fc2", "mlp.fc2"),
+            )
+            for row in _parameters(f"{ours}.{{i}}.{a}", f"{theirs}.{{i}}.{b}")
+        ),
+    ]
+
+
+IJEPA_HF = [
+    ("embeddings.projection.weight", "embeddings.patch_embeddings.projection.weight", "conv"),
+    ("embeddings.projection.bias", "embeddings.patch_embeddings.projection.bias", None),
+    ("embeddings.position_embeddings.table", "embeddings.position_embeddings", "table"),
+    *_transformers_layer("layers", "layers"),
+    *_parameters("norm", "layernorm"),
+]
+
+VIT_HF = VIT_MAE_ENCODER = [*IJEPA_HF, ("embeddings.cls_token", "embeddings.cls_token", None)]
+
+VIT_MAE = [
+    *within(VIT_MAE_ENCODER, "encoder.", "vit."),
+    *_parameters("decoder.embed", "decoder.decoder_embed"),
+    ("decoder.mask_token", "decoder.mask_token", None),
+    ("decoder.position_embeddings.table", "decoder.decoder_pos_embed", "table"),
+    *_transformers_layer("decoder.layers", "decoder.decoder_layers"),
+    *_parameters("decoder.norm", "decoder.decoder_norm"),
+    *_parameters("decoder.head", "decoder.decoder_pred"),
+]
+
+# What transformers' files of these models say, and what its modules do. Files written by 5.x, which turns the names
+# back by rules that meet the decoder too, have "decoder_encoder.layer." where those of 4.x have "decoder_layers.".
+FILE_NAMES = (
+    ("decoder_encoder.layer.", "decoder_layers."),
+    ("encoder.layer.", "layers."),
+    ("attention.attention.query.", "attention.q_proj."),
+    ("attention.attention.key.", "attention.k_proj."),
+    ("attention.attention.value.", "attention.v_proj."),
+    ("attention.output.dense.", "attention.o_proj."),
+    ("intermediate.dense.", "mlp.fc1."),
+    ("output.dense.", "mlp.fc2."),
+)
+
+
+def module_names(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The tensors of a transformers file under its modules' names, which the tables have; those stay as they are."""
+    renamed = {}
+    for key, tensor in state.items():
+        for in_files, in_modules in FILE_NAMES:
+            key = key.replace(in_files, in_modules)
+        renamed[key] = tensor
+    return renamed
+
+
 def _match(pattern: str, key: str) -> str | None:
     """The layer number in `key` ("" if the pattern has none), or None where it is another key."""
     found = re.fullmatch(re.escape(pattern).replace(r"\{i\}", r"(\d+)"), key)
     return None if found is None else "".join(found.groups())
 
 
-def _rename(state: dict[str, torch.Tensor], table: list[tuple], change_layout) -> dict[str, torch.Tensor]:
-    renamed, unknown = {}, []
+def _rows(state: dict[str, torch.Tensor], table: list[tuple]) -> Iterator[tuple[str, str, torch.Tensor]]:
+    """(key under its other name, layout, tensor) of every row that a key matches. ValueError for unknown keys."""
+    unknown = []
     for key, tensor in state.items():
-        for source, destination, layout in table:
-            number = _match(source, key)
-            if number is not None:
-                renamed[destination.replace("{i}", number)] = change_layout(tensor, layout)
-                break
-        else:
+        matches = [(destination, layout, _match(source, key)) for source, destination, layout in table]
+        matches = [match for match in matches if match[2] is not None]
+        if not matches:
             unknown.append(key)
+        for destination, layout, number in matches:
+            yield destination.replace("{i}", number), layout, tensor
     if unknown:
         raise ValueError(f"keys that the table does not know: {', '.join(sorted(unknown))}")
-    return renamed
 
 
 def to_ours(state: dict[str, torch.Tensor], table: list[Row]) -> dict[str, torch.Tensor]:
-    """The authors' tensors under our names. Raises ValueError, listing them, for keys that the table does not know."""
-
-    def change_layout(tensor, layout):
+    """Their tensors under our names. Raises ValueError, listing them, for keys that the table does not know, and where
+    not all of query, key and value are there."""
+    renamed, fused = {}, {}
+    for key, layout, tensor in _rows(state, [(theirs, ours, layout) for ours, theirs, layout in table]):
         if layout == "conv":
-            return tensor.permute(0, 2, 3, 1).flatten(1).contiguous()
-        return tensor[0] if layout == "table" else tensor
-
-    return _rename(state, [(theirs, ours, layout) for ours, theirs, layout in table], change_layout)
+            renamed[key] = tensor.permute(0, 2, 3, 1).flatten(1).contiguous()
+        elif layout == "table":
+            renamed[key] = tensor[0]
+        elif layout in ("q", "k", "v"):
+            fused.setdefault(key, {})[layout] = tensor
+        else:
+            renamed[key] = tensor
+    for key, parts in fused.items():
+        if len(parts) < 3:
+            raise ValueError(f"{key} needs query, key and value, and there is only {' and '.join(sorted(parts))}")
+        renamed[key] = torch.cat([parts["q"], parts["k"], parts["v"]])
+    return renamed
 
 
 def to_theirs(state: dict[str, torch.Tensor], table: list[Row], patch_size: tuple[int, int]) -> dict[str, torch.Tensor]:
     """The inverse of `to_ours`; `patch_size` (height, width) gives the convolution its shape."""
-
-    def change_layout(tensor, layout):
+    renamed = {}
+    for key, layout, tensor in _rows(state, table):
         if layout == "conv":
-            return tensor.unflatten(1, (*patch_size, -1)).permute(0, 3, 1, 2).contiguous()
-        return tensor[None] if layout == "table" else tensor
-
-    return _rename(state, table, change_layout)
+            tensor = tensor.unflatten(1, (*patch_size, -1)).permute(0, 3, 1, 2).contiguous()
+        elif layout == "table":
+            tensor = tensor[None]
+        elif layout in ("q", "k", "v"):
+            tensor = tensor.chunk(3)["qkv".index(layout)].clone()
+        renamed[key] = tensor
+    return renamed
