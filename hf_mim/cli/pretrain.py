@@ -4,7 +4,8 @@
     run()                      # trains, saves, draws, measures
 
 The run folder is the checkpoint (config, weights, image processor) with `recipe.yaml`, `trainer_state.json`,
-`loss.png`, for MAE `reconstructions.png`, and where the images have labels `results/knn.json`.
+`loss.png`, for MAE `reconstructions.png`, in `results/` `training.json`, `health.json` and where the images have labels
+`knn.json`, and of all these the model card, `README.md`. With `--push_to_hub` it goes to the Hub as well.
 """
 
 import math
@@ -20,7 +21,15 @@ from transformers.trainer_utils import get_last_checkpoint
 
 import hf_mim  # noqa: F401 (registers the models)
 from hf_mim.callbacks import OnlineProbe
-from hf_mim.cli.readout import Readout, find_test_split, fixed_sample, fixed_view, load_split
+from hf_mim.cli.readout import (
+    Readout,
+    find_test_split,
+    fixed_sample,
+    fixed_view,
+    load_split,
+    measure_health,
+    training_record,
+)
 from hf_mim.cli.recipe import Recipe, RunArguments, model_fields
 from hf_mim.cli.values import read_yaml
 from hf_mim.data import DeviceAugment, ImageDataset, ImageStream, RandomCrop, channel_statistics
@@ -78,33 +87,51 @@ class Pretraining:
             self.folder.mkdir(parents=True, exist_ok=True)
             self.recipe.save(self.folder / "recipe.yaml")
         trainer.train(resume_from_checkpoint=self.checkpoint)
-        trainer.save_model()
+        trainer.save_model(_internal_call=True)  # else it would be pushed before it is described
         trainer.save_state()
         if main:
             self.finish()
+        if trainer.args.push_to_hub:
+            trainer.push_to_hub()
 
     def finish(self):
-        """Pictures and k-NN accuracy into the run folder; on the main process only."""
+        """Pictures, measurements and the card into the run folder; on the main process only."""
+        self.draw()
+        self.measure()
+        self.trainer.create_model_card()
+        print(
+            f"\nThe checkpoint is in {self.folder}, its card in README.md. Three lines of Python load its encoder:\n\n"
+            "    import hf_mim\n"
+            "    from transformers import AutoModel\n"
+            f'    model = AutoModel.from_pretrained("{self.folder}")'
+        )
+
+    def draw(self):
+        """The training curve and, of MAE, reconstructions."""
         model = self.trainer.accelerator.unwrap_model(self.trainer.model).eval()
         plot_training(self.trainer.state.log_history, self.folder / "loss.png")
         if self.recipe.run.method == "mae":
             view = fixed_view(self.images, model.config, NUM_PICTURES)
             images = torch.stack([sample["pixel_values"] for sample in view]).to(model.device)
             plot_reconstructions(model, images, self.augment, self.folder / "reconstructions.png")
-        if self.readout is not None and self.recipe.run.knn:
-            set_seed(self.trainer.args.seed)
+
+    def measure(self):
+        """What the training took, the health of the features and, where there are labels, their k-NN accuracy."""
+        trainer, run = self.trainer, self.recipe.run
+        model = trainer.accelerator.unwrap_model(trainer.model).eval()
+        batch_size = trainer.args.per_device_eval_batch_size
+        training_record(trainer, run, self.images, self.checkpoint)
+        try:
+            measure_health(model, self.augment, self.images, run, batch_size, self.folder)
+        except ValueError as error:  # features that are not finite, too many broken images
+            print(f"\nThe health of the features cannot be told: {error}")
+        if self.readout is not None and run.knn:
+            set_seed(trainer.args.seed)
             untrained = AutoModelForPreTraining.from_config(model.config).to(model.device).eval()
-            batch_size = self.trainer.args.per_device_eval_batch_size
             try:
                 self.readout.measure(model, untrained, self.augment, batch_size, self.folder)
             except ValueError as error:  # too many broken images, no label in a stream: the run itself is good
                 print(f"\nThere is no k-NN accuracy: {error}")
-        print(
-            f"\nThe checkpoint is in {self.folder}. Three lines of Python load its encoder:\n\n"
-            "    import hf_mim\n"
-            "    from transformers import AutoModel\n"
-            f'    model = AutoModel.from_pretrained("{self.folder}")'
-        )
 
 
 def training_arguments(recipe: Recipe) -> MIMTrainingArguments:

@@ -1,20 +1,24 @@
-"""What a run says of its features: k-NN accuracy, beside that of no training and of no encoder at all."""
+"""What a run says of itself: what it took, health of its features, and k-NN accuracy beside that of no training."""
 
+import platform
 import re
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from datasets import Dataset, IterableDataset
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, Trainer
 
 from hf_mim.cli.recipe import RunArguments
 from hf_mim.data import CenterCrop, ImageDataset, load_images
 from hf_mim.evaluation.encoder import FrozenEncoder, RawPixels, checkpoint_sha256
 from hf_mim.evaluation.features import FeatureExtractor
-from hf_mim.evaluation.images import LabelledImages, labelled_only, match_names
+from hf_mim.evaluation.health import Health
+from hf_mim.evaluation.images import Images, LabelledImages, labelled_only, match_names
 from hf_mim.evaluation.knn import KNN
 from hf_mim.evaluation.result import Result, result_path
+
+HEALTH_IMAGES = 512
 
 
 def load_split(run: RunArguments, argument: str, split: str) -> Dataset | IterableDataset:
@@ -120,6 +124,55 @@ class Readout:
         for name, value in results.items():
             print(f"    {name:<12}{100 * value.value:5.1f} %")
         return result
+
+
+def training_record(trainer: Trainer, run: RunArguments, images, resumed_from: str | None) -> Result:
+    """`results/training.json`: what the training took and where its loss went. Of a resumed run the part after that."""
+    args, state, folder = trainer.args, trainer.state, Path(trainer.args.output_dir)
+    losses = [entry["loss"] for entry in state.log_history if "loss" in entry]
+    seconds = next(entry["train_runtime"] for entry in reversed(state.log_history) if "train_runtime" in entry)
+    start = int(Path(resumed_from).name.rpartition("-")[2]) if resumed_from else 0
+    name = torch.get_device_module(args.device).get_device_name() if args.device.type == "cuda" else platform.machine()
+    counted = {"images": len(images)} if isinstance(images, Dataset) else {}
+    result = Result(
+        "pretrain",
+        "loss",
+        losses[-1],
+        settings={
+            "method": run.method,
+            "processes": args.world_size,
+            "precision": "bfloat16" if args.bf16 else "float16" if args.fp16 else "float32",
+            "images_per_step": args.images_per_step,
+            "seed": args.seed,
+        },
+        data={"source": f"{run.dataset}, split {run.train_split}"} | counted,
+        scores={
+            "first_loss": losses[0],
+            "steps": state.global_step,
+            "images_seen": state.global_step * args.images_per_step,
+            "images_per_second": (state.global_step - start) * args.images_per_step / seconds,
+            "hours": seconds / 3600,
+        },
+        notes=[f"Resumed at step {start}: time and speed are of the part after it."] if start else [],
+        checkpoint=str(folder),
+        checkpoint_sha256=checkpoint_sha256(folder),
+        device=f"{args.device.type} ({name})",
+        seconds=seconds,
+    )
+    result.save(result_path(folder, "training"))
+    return result
+
+
+def measure_health(model, augment, images, run: RunArguments, batch_size: int, folder: Path) -> Result:
+    """`results/health.json`: the features of training images, beside an untrained encoder's. Needs no labels."""
+    sample = Images(fixed_sample(images, HEALTH_IMAGES), f"{run.dataset}, split {run.train_split}")
+    encoder = FrozenEncoder(model.base_model, *augment.statistics(), name=str(folder))
+    result = Health(num_images=HEALTH_IMAGES).run(FeatureExtractor(encoder, batch_size, progress=False), sample)
+    result.checkpoint, result.checkpoint_sha256 = str(folder), checkpoint_sha256(folder)
+    result.device = str(model.device)
+    result.save(result_path(folder, "health"))
+    print(f"\n{result.headline()}. {result.notes[0]}")
+    return result
 
 
 def find_test_split(run: RunArguments, labelled: bool = False) -> tuple[Dataset | IterableDataset | None, str | None]:

@@ -157,6 +157,9 @@ class RunArguments:
     probe_images: int = field(
         default=2000, metadata={"help": "of which at most so many vote; a quarter as many are classified"}
     )
+    license: str | None = field(
+        default=None, metadata={"help": "of the checkpoint, for its card: apache-2.0, cc-by-nc-4.0, ..."}
+    )
     resume: bool = field(default=False, metadata={"help": "go on with the run in output_dir, by its own recipe.yaml"})
 
     def __post_init__(self):

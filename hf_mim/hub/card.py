@@ -1,0 +1,316 @@
+"""Model cards from what a checkpoint's folder holds: config, recipe, trainer state, results, pictures. No number comes
+from anywhere else; one that is in none of them is said to be missing.
+
+    model_card("runs/digits_mae").save("runs/digits_mae/README.md")  # or: hf-mim card runs/digits_mae
+
+The prose is in `card_template.md`.
+"""
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import yaml
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from transformers import AutoConfig, PreTrainedConfig
+
+import hf_mim  # noqa: F401 (registers the configs)
+from hf_mim.evaluation import PROTOCOLS
+from hf_mim.evaluation.encoder import checkpoint_sha256
+from hf_mim.evaluation.result import Result, format_number
+from hf_mim.models.configuration_vit import MIMConfig
+
+TEMPLATE = Path(__file__).with_name("card_template.md")
+
+# Method → what it is called, and its papers on arXiv. I-JEPA is StoP-JEPA without noise.
+METHODS = {
+    "mae": ("MAE", ["2111.06377"]),
+    "latent_mim": ("Latent MIM", ["2407.15837"]),
+    "stop_jepa": ("StoP-JEPA", ["2308.00566", "2301.08243"]),
+    "ijepa": ("I-JEPA", ["2301.08243"]),
+}
+# Protocols of classes and of masks; the Hub's word for anything else is image-feature-extraction.
+TASKS = dict.fromkeys(("knn", "leave_one_out", "linear", "attentive", "lowshot", "finetune"), "image-classification")
+TASKS |= dict.fromkeys(("segment", "propagate"), "image-segmentation")
+NOT_RECORDED = "not recorded"
+# Settings of a recipe that say where and how it ran, not what it computes.
+OF_THE_MACHINE = ("output_dir", "dataloader_", "logging_", "save_", "hub_", "push_to_hub", "report_to", "use_cpu")
+
+
+def model_card(folder: str | Path, repo_id: str | None = None, license: str | None = None) -> ModelCard:
+    """The card of a checkpoint.
+
+    Args:
+        folder: of one of hf_mim's models; what is beside the weights is told, what is not is said to be missing.
+        repo_id: the name on the Hub that the examples load; default: the folder's own name.
+        license: identifier such as apache-2.0; default: the recipe's, or that of the card that is there.
+
+    Raises:
+        ValueError: no checkpoint of ours, a file that is damaged, or a licence that is no identifier; in one line.
+    """
+    folder = Path(folder).absolute()
+    config = read_config(folder)
+    recipe = _read(folder / "recipe.yaml", yaml.safe_load) or {}
+    state = _read(folder / "trainer_state.json", json.loads) or {}
+    results = {path.name: Result.load(path) for path in sorted((folder / "results").glob("*.json"))}
+    training, health = results.pop("training.json", None), results.pop("health.json", None)
+    notes = _result_notes(results, checkpoint_sha256(folder))
+    own = {name: result for name, result in results.items() if name not in notes}
+    method = method_of(config)
+    license = check_license(license or recipe.get("license") or _license_of(folder / "README.md"))
+    name = repo_id.rpartition("/")[2] if repo_id else folder.name
+    measured = {result.protocol for result in own.values()} | ({"health"} if health else set())
+    return ModelCard.from_template(
+        _metadata(name, config, recipe, own, license),
+        template_str=TEMPLATE.read_text(encoding="utf-8"),
+        name=name,
+        address=repo_id or folder.name,
+        method=method,
+        title=METHODS[method][0],
+        config=config,
+        classifier=is_classifier(config),
+        remote_code=hasattr(config, "auto_map"),
+        auto_class="AutoModelForImageClassification" if is_classifier(config) else "AutoModel",
+        channels=config.num_channels,
+        image_size=_size(config.image_size),
+        training_size=_size(config.training_size),
+        overview=_overview(config, recipe, license),
+        results=_results_table(results, notes),
+        result_notes=[f"`{name}`: {text}" for name, result in results.items() for text in result.notes],
+        not_measured=[name for name in PROTOCOLS if name not in measured],
+        health=_health_table(health),
+        health_data=_data(health.data) if health else None,
+        health_notes=health.notes if health else [],
+        worries=[row["measure"] for row in health.table if row["worry"] == "yes"] if health else [],
+        curve=(folder / "loss.png").is_file(),
+        reconstructions=(folder / "reconstructions.png").is_file(),
+        compute=_compute(training, state),
+        compute_notes=training.notes if training else [],
+        recipe=recipe,
+        recipe_text=_recipe_text(recipe),
+        data=_training_data(recipe, training),
+    )
+
+
+def write_card(folder: str | Path, repo_id: str | None = None, license: str | None = None) -> Path:
+    """Write `model_card(...)` to the folder's README.md, whole or not at all."""
+    card, path = model_card(folder, repo_id, license), Path(folder) / "README.md"
+    aside = path.with_name("README.md.part")
+    card.save(aside)
+    aside.replace(path)
+    return path
+
+
+def read_config(folder: Path) -> PreTrainedConfig:
+    """The config in a folder. Raises ValueError if there is none of ours."""
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"checkpoint must be a folder with config.json, and {folder} is none")
+    try:
+        config = AutoConfig.from_pretrained(folder)
+    except (ValueError, TypeError, OSError, KeyError) as error:
+        raise ValueError(f"{folder / 'config.json'} cannot be read: {' '.join(str(error).split())[:200]}") from error
+    if not isinstance(config, MIMConfig):
+        raise ValueError(f"checkpoint must be MAE, Latent MIM or StoP-JEPA, and {folder} holds {config.model_type}")
+    return config
+
+
+def method_of(config: PreTrainedConfig) -> str:
+    """A key of `METHODS`."""
+    if config.model_type == "stop_jepa" and not config.position_noise_std:
+        return "ijepa"
+    return config.model_type.removeprefix("mim_")
+
+
+def is_classifier(config: PreTrainedConfig) -> bool:
+    return any(name.endswith("ForImageClassification") for name in config.architectures or [])
+
+
+def check_license(license: str | None) -> str | None:
+    """Raise ValueError for anything but one of the Hub's short names."""
+    if license is not None and not re.fullmatch(r"[a-z0-9][a-z0-9.-]*", license):
+        raise ValueError(f"license must be an identifier of the Hub such as apache-2.0 or cc-by-nc-4.0, not {license}")
+    return license
+
+
+def _read(path: Path, parse: Callable[[str], Any]) -> dict | None:
+    """A mapping from a file; None where there is no file. Raises ValueError for any other content."""
+    if not path.is_file():
+        return None
+    try:
+        values = parse(path.read_text(encoding="utf-8"))
+    except (ValueError, yaml.YAMLError) as error:
+        raise ValueError(f"{path} cannot be read: {' '.join(str(error).split())}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} must hold names and values")
+    return values
+
+
+def _license_of(path: Path) -> str | None:
+    """What the card that is already there says, so that a later one does not forget it."""
+    if not path.is_file():
+        return None
+    try:
+        return ModelCard.load(path).data.license
+    except (ValueError, yaml.YAMLError):  # not a card, or one that is damaged: it is about to be replaced
+        return None
+
+
+def _metadata(name: str, config, recipe: dict, results: dict[str, Result], license: str | None) -> ModelCardData:
+    title, papers = METHODS[method_of(config)]
+    tags = ["hf_mim", "masked-image-modeling", "self-supervised-learning", title.lower().replace(" ", "-")]
+    dataset = recipe.get("dataset", "")
+    return ModelCardData(
+        model_name=name,
+        library_name="transformers",
+        pipeline_tag="image-classification" if is_classifier(config) else "image-feature-extraction",
+        license=license,
+        datasets=[dataset] if is_hub_name(dataset) else None,
+        tags=tags + [f"arxiv:{paper}" for paper in papers],
+        eval_results=[_eval_result(result) for result in results.values() if result.value is not None] or None,
+    )
+
+
+def _eval_result(result: Result) -> EvalResult:
+    measured = result.data.get("test", result.data)
+    source, _, split = str(measured.get("source", "images")).partition(", split ")
+    shown = shown_source(source)
+    return EvalResult(
+        task_type=TASKS.get(result.protocol, "image-feature-extraction"),
+        dataset_type=source if is_hub_name(source) else re.sub(r"[^\w.-]+", "-", shown),
+        dataset_name=shown,
+        dataset_split=split or None,
+        metric_type=re.sub(r"\W+", "_", result.metric.lower()),
+        metric_name=f"{result.metric} ({result.protocol})",
+        metric_value=result.value,
+    )
+
+
+def _result_notes(results: dict[str, Result], sha256: str | None) -> dict[str, str]:
+    """File → why its number is not one of these weights."""
+    notes = {}
+    for name, result in results.items():
+        if result.settings.get("untrained"):
+            notes[name] = "untrained encoder, to compare"
+        elif sha256 and result.checkpoint_sha256 and result.checkpoint_sha256 != sha256:
+            notes[name] = "**of other weights**"
+    return notes
+
+
+def _results_table(results: dict[str, Result], notes: dict[str, str]) -> str:
+    rows = [
+        {
+            "Protocol": f"[{result.protocol}](results/{name})" + (f" ({notes[name]})" if name in notes else ""),
+            "Data": _data(result.data),
+            "Metric": result.metric,
+            "Value": "not finite" if result.value is None else format_number(result.value),
+            "Beside it": "; ".join(f"{key} {format_number(value)}" for key, value in result.scores.items()),
+            "Protocol in full": "; ".join(f"{key} {_plain(value)}" for key, value in result.settings.items()),
+        }
+        for name, result in results.items()
+    ]
+    return _markdown_table(rows)
+
+
+def _health_table(health: Result | None) -> str:
+    rows = [{name: _plain(value) for name, value in row.items()} for row in health.table] if health else []
+    return _markdown_table(rows)
+
+
+def _markdown_table(rows: list[dict[str, str]]) -> str:
+    """Rows of equal keys; empty for none."""
+    if not rows:
+        return ""
+    lines = [list(rows[0]), ["---"] * len(rows[0]), *(list(row.values()) for row in rows)]
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+
+
+def _overview(config, recipe: dict, license: str | None) -> list[tuple[str, str]]:
+    heads = "1 head" if config.num_attention_heads == 1 else f"{config.num_attention_heads} heads"
+    return [
+        ("Encoder", f"width {config.hidden_size}, depth {config.num_hidden_layers}, {heads}"),
+        ("Input", f"{config.num_channels} × {_size(config.image_size)} pixels, patches of {_size(config.patch_size)}"),
+        ("Pretrained on", shown_source(recipe["dataset"]) if "dataset" in recipe else NOT_RECORDED),
+        ("Licence", license or "not given"),
+    ]
+
+
+def _compute(training: Result | None, state: dict) -> list[tuple[str, str]]:
+    """From the run's own record, or else what Trainer's state has of it."""
+    history = state.get("log_history", [])
+    losses = [entry["loss"] for entry in history if "loss" in entry]
+    end = next((entry for entry in reversed(history) if "train_runtime" in entry), {})
+    facts = {
+        "Optimizer steps": state.get("global_step"),
+        "Images per second": end.get("train_samples_per_second"),
+        "Seconds": end.get("train_runtime"),
+        "First loss logged": losses[0] if losses else None,
+        "Last loss logged": losses[-1] if losses else None,
+    }
+    if training is not None:
+        scores, settings = training.scores, training.settings
+        facts |= {
+            "Device": training.device,
+            "Processes": settings.get("processes"),
+            "Precision": settings.get("precision"),
+            "Optimizer steps": scores.get("steps"),
+            "Images seen": scores.get("images_seen"),
+            "Images per second": scores.get("images_per_second"),
+            "Hours": scores.get("hours"),
+            "Seconds": training.seconds,
+            "First loss logged": scores.get("first_loss"),
+            "Last loss logged": training.value,
+        }
+    order = ["Device", "Processes", "Precision", "Hours", "Seconds", "Images per second", "Images seen"]
+    order += ["Optimizer steps", "First loss logged", "Last loss logged"]
+    return [(name, NOT_RECORDED if facts.get(name) is None else format_number(facts[name])) for name in order]
+
+
+def _training_data(recipe: dict, training: Result | None) -> str:
+    count = training.data.get("images") if training else None
+    number = "their number is not recorded" if count is None else f"{count} images"
+    return f"{shown_source(recipe.get('dataset', ''))}, split {recipe.get('train_split')} ({number})"
+
+
+def _recipe_text(recipe: dict) -> str:
+    kept = {name: value for name, value in recipe.items() if not name.startswith(OF_THE_MACHINE)}
+    kept |= {name: shown_source(kept[name]) for name in ("dataset", "test_dataset") if name in kept}
+    return yaml.safe_dump(kept, sort_keys=False, default_flow_style=None, allow_unicode=True).strip()
+
+
+def _data(data: dict) -> str:
+    """A result's `data` in words: where the images come from, how many, and what else is told."""
+    if "train" in data and "test" in data:
+        return f"{_data(data['train'])} → {_data(data['test'])}"
+    known = {name: value for name, value in data.items() if name not in ("source", "images")}
+    words = [shown_source(data.get("source", "images"))]
+    words += [f"{data['images']} images"] if "images" in data else []
+    return ", ".join(words + [f"{name.replace('_', ' ')}: {_plain(value)}" for name, value in known.items()])
+
+
+def shown_source(source: str) -> str:
+    """A source as its readers may see it: a Hub name whole, of a path on this machine only the last part."""
+    held_out, path, split = re.fullmatch(r"(a held-out fifth of )?(.*?)(, split .*)?", str(source), re.DOTALL).groups(
+        ""
+    )
+    return held_out + (path if is_hub_name(path) else Path(path).name) + split
+
+
+def is_hub_name(source: str) -> bool:
+    """`owner/name`, perhaps with `:config`, that is no folder here."""
+    return bool(re.fullmatch(r"\w[\w.-]*/[\w.-]+(:[\w.-]+)?", str(source))) and not Path(source).exists()
+
+
+def _plain(value) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, list | tuple):
+        return ", ".join(map(_plain, value))
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {_plain(x)}" for name, x in value.items())
+    return f"{value:.6g}" if isinstance(value, float) else "none" if value is None else str(value)
+
+
+def _size(size) -> str:
+    return "×".join(map(str, size if isinstance(size, list | tuple) else (size, size)))
