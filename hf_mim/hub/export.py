@@ -1,0 +1,107 @@
+"""Weights out: a checkpoint of ours in a form that loads where hf_mim is not installed."""
+
+import logging
+import shutil
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from transformers import AutoConfig
+from transformers.utils import cached_file
+
+import hf_mim
+from hf_mim.evaluation.processor import FILES
+from hf_mim.hub.folder import check_free, whole_folder
+from hf_mim.hub.onnx import check_onnx, write_onnx
+from hf_mim.hub.remote_code import write_remote_code
+from hf_mim.hub.timm_vit import write_timm
+from hf_mim.hub.transformers_vit import write_transformers
+from hf_mim.models.configuration_vit import MIMConfig
+from hf_mim.models.target_encoder import TargetNetworkMixin
+from hf_mim.models.vit import MIMPreTrainedModel
+
+logger = logging.getLogger(__name__)
+
+WRITERS = {
+    "transformers": write_transformers,
+    "timm": write_timm,
+    "remote-code": write_remote_code,
+    "onnx": write_onnx,
+}
+ENCODERS = ("online", "target")
+
+
+def export(checkpoint: str | Path, dest: str | Path, to: str, encoder: str | None = None) -> str:
+    """Write a checkpoint of ours as others have it, in float32.
+
+    Args:
+        checkpoint: folder or name on the Hub, of a pretraining model, an encoder or a classifier of hf_mim.
+        dest: the new folder; whole at the end, or absent.
+        to: "transformers" (its ViTMAE, ViT or I-JEPA), "timm" (its ViT), "remote-code" (our model files go along),
+            "onnx".
+        encoder: "online" or "target", of a checkpoint that has both; it is then all that is written. By default the one
+            that its paper evaluates, within whatever else the form holds.
+
+    Returns:
+        A line that says how to load it.
+
+    Raises:
+        ValueError: a checkpoint that is not ours or not whole, a form that cannot hold it, a dest that exists.
+        ImportError: ONNX is asked for and not installed.
+    """
+    if to not in WRITERS:
+        raise ValueError(f"to must be one of {', '.join(WRITERS)}, not {to}")
+    if encoder not in (None, *ENCODERS):
+        raise ValueError(f"encoder must be one of {', '.join(ENCODERS)}, not {encoder}")
+    check_free(dest)
+    if to == "onnx":
+        check_onnx()
+    model = read_checkpoint(checkpoint)
+    if encoder is not None:
+        model = pick_encoder(model, encoder)
+    with whole_folder(dest) as folder:
+        how_to_load = WRITERS[to](model, folder, checkpoint).format(dest=dest)
+        if to != "timm":  # which has its own way to say how images are prepared
+            copy_processor(checkpoint, folder)
+    return how_to_load
+
+
+def read_checkpoint(checkpoint: str | Path) -> MIMPreTrainedModel:
+    """The model that a checkpoint was saved from, in float32 and eval mode. Raises ValueError if it is not one of ours
+    or lacks weights."""
+    checkpoint = str(checkpoint)
+    try:
+        config = AutoConfig.from_pretrained(checkpoint)
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(f"checkpoint {checkpoint} cannot be read: {' '.join(str(error).split())[:300]}") from error
+    architecture = (config.architectures or ["nothing"])[0]
+    if not isinstance(config, MIMConfig) or architecture not in hf_mim.__all__:
+        raise ValueError(
+            f"checkpoint {checkpoint} must be of a model of hf_mim, and it is of {architecture} ({config.model_type})"
+        )
+    try:
+        model, loading = getattr(hf_mim, architecture).from_pretrained(
+            checkpoint, dtype=torch.float32, output_loading_info=True
+        )
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise ValueError(f"checkpoint {checkpoint} cannot be read: {' '.join(str(error).split())[:300]}") from error
+    missing = sorted(loading["missing_keys"])
+    if missing:
+        raise ValueError(f"checkpoint {checkpoint} lacks {len(missing)} weights of its model, such as {missing[0]}")
+    return model.eval()
+
+
+def pick_encoder(model: MIMPreTrainedModel, encoder: str) -> MIMPreTrainedModel:
+    """The online or the target encoder of a model that has both. Raises ValueError for one that has not."""
+    if not isinstance(model, TargetNetworkMixin):
+        raise ValueError(f"encoder must be left out: {type(model).__name__} has only one, and {encoder} was asked for")
+    return model.encoder if encoder == "online" else model.target_encoder
+
+
+def copy_processor(checkpoint: str | Path, folder: Path):
+    """Put the checkpoint's image processor beside the weights, where it has one."""
+    paths = [cached_file(str(checkpoint), name, _raise_exceptions_for_missing_entries=False) for name in FILES]
+    if not any(paths):
+        logger.warning("checkpoint %s has no image processor, so the export has none", checkpoint)
+    for path in filter(None, paths):
+        shutil.copyfile(path, folder / Path(path).name)

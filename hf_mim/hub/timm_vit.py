@@ -1,0 +1,102 @@
+"""Our encoders as timm's `VisionTransformer`: a folder in the form that timm has on the Hub."""
+
+import json
+from pathlib import Path
+
+from safetensors.torch import save_file
+
+from hf_mim.evaluation.processor import read_processor
+from hf_mim.hub import key_tables
+from hf_mim.hub.classifier import as_linear
+from hf_mim.models.configuration_vit import MIMConfig
+from hf_mim.models.heads import ClassificationHead
+from hf_mim.models.vit import MIMPreTrainedModel
+
+# What transformers and timm call an activation.
+ACTIVATIONS = {
+    "gelu": "gelu",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_python_tanh": "gelu_tanh",
+    "quick_gelu": "quick_gelu",
+    "relu": "relu",
+    "silu": "silu",
+    "swish": "silu",
+}
+NORM_EPS = 1e-6  # of timm's ViT; a config file cannot say another
+
+
+def write_timm(model: MIMPreTrainedModel, folder: Path, checkpoint) -> str:
+    """Write `model.safetensors` and `config.json`; returns how to load them from `{dest}`.
+
+    timm's `model(images)` is then our `pooler_output`, or a classifier's logits, and its `forward_features` our
+    `last_hidden_state`: before the final norm where `pool_before_norm` puts that after pooling.
+    """
+    arguments = timm_arguments(model)
+    state = timm_state(model)
+    config = {
+        "architecture": "vit_base_patch16_224",  # any ViT: its sizes are all overridden
+        "num_classes": arguments["num_classes"],
+        "num_features": model.config.hidden_size,
+        "global_pool": arguments["global_pool"],
+        "model_args": arguments,
+        "pretrained_cfg": _images(model.config, checkpoint) | {"num_classes": arguments["num_classes"]},
+    }
+    if isinstance(model, ClassificationHead):
+        config["label_names"] = [model.config.id2label[i] for i in range(model.config.num_labels)]
+    save_file(state, folder / "model.safetensors", {"format": "pt"})
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    return 'timm.create_model("local-dir:{dest}", pretrained=True)'
+
+
+def timm_arguments(model: MIMPreTrainedModel) -> dict:
+    """What timm's `VisionTransformer` is built with. Raises ValueError for what it does not have."""
+    config = model.config
+    if config.hidden_act not in ACTIVATIONS:
+        raise ValueError(f"timm's ViT has no hidden_act {config.hidden_act}; it has {', '.join(ACTIVATIONS)}")
+    if config.layer_norm_eps != NORM_EPS:
+        raise ValueError(f"timm's ViT has layer_norm_eps {NORM_EPS}, and this checkpoint {config.layer_norm_eps}")
+    ratio = config.intermediate_size / config.hidden_size
+    if int(config.hidden_size * ratio) != config.intermediate_size:  # timm truncates the product
+        ratio = (config.intermediate_size + 0.5) / config.hidden_size
+    return {
+        "img_size": list(config.image_height_width),
+        "patch_size": list(config.patch_height_width),
+        "in_chans": config.num_channels,
+        "num_classes": config.num_labels if isinstance(model, ClassificationHead) else 0,
+        "global_pool": "token" if config.pooling == "cls" else "avg",
+        "fc_norm": config.pool_before_norm,
+        "embed_dim": config.hidden_size,
+        "depth": config.num_hidden_layers,
+        "num_heads": config.num_attention_heads,
+        "mlp_ratio": ratio,
+        "class_token": config.use_cls_token,
+        "act_layer": ACTIVATIONS[config.hidden_act],
+    }
+
+
+def timm_state(model: MIMPreTrainedModel) -> dict:
+    """The encoder's tensors, and a classifier's, under timm's names."""
+    config = model.config
+    table = key_tables.TIMM_VIT_CLS if config.use_cls_token else key_tables.TIMM_VIT
+    state = key_tables.to_theirs(model.base_model.state_dict(), table, config.patch_height_width)
+    if config.pool_before_norm:
+        for name in ("weight", "bias"):
+            state[f"fc_norm.{name}"] = state.pop(f"norm.{name}")
+    if isinstance(model, ClassificationHead):
+        state |= {f"head.{name}": tensor for name, tensor in as_linear(model.classifier).items()}
+    return state
+
+
+def _images(config: MIMConfig, checkpoint) -> dict:
+    """How images are prepared: as by our image processor, whole and resized. Without one nothing is said of colours."""
+    known = read_processor(checkpoint, config.num_channels)
+    return {
+        "input_size": [config.num_channels, *config.image_height_width],
+        "fixed_input_size": True,
+        "interpolation": "bicubic",
+        "crop_pct": 1.0,
+        "crop_mode": "squash",
+        **({"mean": known.mean, "std": known.std} if known else {}),
+        "first_conv": "patch_embed.proj",
+        "classifier": "head",
+    }
