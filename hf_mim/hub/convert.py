@@ -1,0 +1,172 @@
+"""Checkpoints of others as ours: `convert` gives the model, `Conversion` writes the folder.
+
+Reading is in `reading.py`, what a file is in `recognise.py`, its sizes in `sizes.py`, the names in `key_tables.py`.
+"""
+
+import dataclasses
+import difflib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypedDict
+
+import torch
+from huggingface_hub.dataclasses import validate_typed_dict
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from hf_mim.data.processor import image_processor
+from hf_mim.evaluation.processor import read_processor
+from hf_mim.hub.destination import new_folder
+from hf_mim.hub.key_tables import to_ours, to_theirs
+from hf_mim.hub.reading import Checkpoint, listed, read_checkpoint
+from hf_mim.hub.recognise import ENCODERS, Layout, recognise
+from hf_mim.hub.sizes import infer
+
+IMAGENET_MEAN, IMAGENET_STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]  # by which all the authors normalise
+NORMALISATION = {"image_mean": list[float | int], "image_std": list[float | int]}
+
+
+def setting_types(method: str) -> dict[str, Any]:
+    """Name → type of what can be set for a method: its config's own fields, and the normalisation of the pixels."""
+    inherited = {field.name for field in dataclasses.fields(PreTrainedConfig)} | {"size"}
+    fields = dataclasses.fields(ENCODERS[method].config_class)
+    own = {field.name: field.type for field in fields if field.name not in inherited and field.name[0] != "_"}
+    return own | NORMALISATION
+
+
+def convert(source: str | Path, method: str | None = None, **settings) -> PreTrainedModel:
+    """The model that a checkpoint of others holds, in evaluation mode, in float32.
+
+    Args:
+        source: a file (.pth, .pth.tar, .bin, .safetensors, …), a folder of one checkpoint, or a name on the Hub: of
+            the authors of MAE, I-JEPA, StoP and Latent MIM, of transformers' ViTMAE and I-JEPA, of timm's ViT.
+        method: "mae", "latent_mim", "ijepa" or "stop"; by default what the keys say (`hf_mim.hub.recognise`).
+        settings: config fields over what the file tells and the papers say (`hf_mim.hub.sizes`).
+
+    Returns:
+        `…ForPreTraining` where the file has all of it, `…ForImageClassification` where it has a classifier, else
+        the encoder, `…Model`.
+
+    Raises:
+        ValueError: in one line, for a source that cannot be read, whose tensors do not all have a place in the model
+            or do not fill it, or for a setting that does not exist or fit.
+        StrictDataclassFieldValidationError: for a setting of the wrong type.
+    """
+    return Conversion.read(source, method, **settings).model
+
+
+@dataclass
+class Conversion:
+    """A converted checkpoint.
+
+    record: where it comes from (source, the sha256 of its files), what it was taken for (method, model), and the
+    settings by where they come from: told by the file, assumed after the paper, given.
+    """
+
+    model: PreTrainedModel
+    image_mean: list[float]
+    image_std: list[float]
+    record: dict[str, Any]
+
+    @classmethod
+    def read(cls, source: str | Path, method: str | None = None, **settings) -> "Conversion":
+        """As `convert`; `image_mean` and `image_std` are settings too."""
+        checkpoint = read_checkpoint(source)
+        layout = recognise(checkpoint, method)
+        given = check_settings(settings, layout.method)
+        told, assumed = infer(layout, given)
+        config = layout.config_class(**told | assumed | given)
+        check_tensors_fit(layout, config, checkpoint.name)
+        mean, std = normalisation(checkpoint, config.num_channels, settings)
+        record = {
+            "source": checkpoint.name,
+            "sha256": checkpoint.files,
+            "method": layout.method,
+            "model": layout.model_class.__name__,
+            "told": told,
+            "assumed": assumed,
+            "given": settings,
+            "left_out": list(layout.unread),
+        }
+        return cls(load_model(layout, config), mean, std, record)
+
+    def save(self, dest: str | Path):
+        """Make a folder that `from_pretrained` loads, with an image processor and the record (`conversion.json`).
+
+        Raises:
+            ValueError: there is something at `dest`, or it cannot be made. Nothing is written then, nor left of a
+                saving that fails.
+        """
+        with new_folder(dest) as folder:
+            self.model.save_pretrained(folder)
+            size = self.model.config.image_height_width
+            image_processor(size, self.image_mean, self.image_std).save_pretrained(folder)
+            (folder / "conversion.json").write_text(json.dumps(self.record, indent=2) + "\n")
+
+
+def check_settings(settings: dict[str, Any], method: str) -> dict[str, Any]:
+    """The config fields among the settings. Raises ValueError for one that the method does not have, and a
+    StrictDataclassFieldValidationError for one of the wrong type."""
+    known = setting_types(method)
+    for name in settings:
+        if name not in known:
+            close = difflib.get_close_matches(name, known, 1)
+            hint = f"did you mean {close[0]}?" if close else f"there is {', '.join(known)}"
+            raise ValueError(f"{method} has no setting {name}; {hint}")
+    validate_typed_dict(TypedDict("Settings", known, total=False), settings)
+    return {name: value for name, value in settings.items() if name not in NORMALISATION}
+
+
+def normalisation(
+    checkpoint: Checkpoint, num_channels: int, settings: dict[str, Any]
+) -> tuple[Sequence[float], Sequence[float]]:
+    """(mean, std) of the channels: as given, as the folder's image processor says, or ImageNet's for 3 channels."""
+    found = read_processor(checkpoint.folder, num_channels) if checkpoint.folder else None
+    mean, std = (found.mean, found.std) if found else (IMAGENET_MEAN, IMAGENET_STD)
+    mean, std = settings.get("image_mean", mean), settings.get("image_std", std)
+    for name, values in (("image_mean", mean), ("image_std", std)):
+        if len(values) != num_channels:
+            raise ValueError(
+                f"{name} must be given with {num_channels} values, one for each channel, not {len(values)}"
+            )
+    return mean, std
+
+
+def check_tensors_fit(layout: Layout, config: PreTrainedConfig, name: str):
+    """Raise ValueError, with the names that the file has or should have, unless its tensors are the model's."""
+    with torch.device("meta"):
+        model = layout.model_class(config)
+    expected = to_theirs(model.state_dict(), layout.table, config.patch_height_width)
+    state = layout.state
+    problems = {
+        "missing": [key for key in expected if key not in state],
+        "left over": [key for key in state if key not in expected],
+        "of another shape": [
+            f"{key} (file {_shape(tensor)}, model {_shape(expected[key])})"
+            for key, tensor in state.items()
+            if key in expected and tensor.shape != expected[key].shape
+        ],
+        "of another type": [
+            f"{key} ({tensor.dtype})"
+            for key, tensor in state.items()
+            if key in expected and tensor.is_floating_point() != expected[key].is_floating_point()
+        ],
+    }
+    found = [f"{what}: {listed(keys)}" for what, keys in problems.items() if keys]
+    if found:
+        raise ValueError(f"{name} does not fit {layout.model_class.__name__}; {'; '.join(found)}")
+
+
+def _shape(tensor: torch.Tensor) -> str:
+    return "×".join(map(str, tensor.shape)) or "scalar"
+
+
+def load_model(layout: Layout, config: PreTrainedConfig) -> PreTrainedModel:
+    """The model with the tensors of a layout that has been checked."""
+    state = to_ours(layout.state, layout.table)
+    # Copies: those of a file lie in the file, which may change.
+    state = {
+        key: x.detach().to(torch.float32 if x.is_floating_point() else x.dtype, copy=True) for key, x in state.items()
+    }
+    return layout.model_class.from_pretrained(None, config=config, state_dict=state)

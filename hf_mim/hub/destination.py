@@ -1,0 +1,36 @@
+"""Folders that are written whole or not at all."""
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+def check_destination(dest: str | Path) -> Path:
+    """The path of a folder to be made. Raises ValueError if it is a file or holds something, or cannot be made."""
+    dest = Path(dest)
+    if dest.exists() and not dest.is_dir():
+        raise ValueError(f"DEST must be a new folder, and {dest} is a file")
+    if dest.is_dir() and any(dest.iterdir()):
+        raise ValueError(f"DEST must be a new folder, and {dest} holds something already")
+    above = next(parent for parent in dest.absolute().parents if parent.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK):
+        raise ValueError(f"DEST must be a folder that can be written, and {dest} cannot be made in {above}")
+    return dest
+
+
+@contextmanager
+def new_folder(dest: str | Path) -> Iterator[Path]:
+    """A folder beside `dest` to write into, which becomes `dest` when the block ends well and vanishes otherwise."""
+    dest = check_destination(dest).absolute()
+    dest.parent.mkdir(parents=True, exist_ok=True)
+    partial = dest.with_name(f".{dest.name}.{os.getpid()}.partial")
+    partial.mkdir()
+    try:
+        yield partial
+        if dest.is_dir():
+            dest.rmdir()
+        partial.rename(dest)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)

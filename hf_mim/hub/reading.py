@@ -1,0 +1,242 @@
+"""Checkpoint files of others, read without running anything that is in them.
+
+A pickle can run any code when it is read. These are read by `torch.load(weights_only=True)`, which builds tensors,
+plain containers and what `ALLOWED` adds, and nothing else.
+"""
+
+import argparse
+import hashlib
+import json
+import pickle
+import pickletools
+import re
+import struct
+import zipfile
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch.serialization import safe_globals
+
+PICKLES = (".pth", ".pt", ".bin", ".tar", ".ckpt")
+EXTENSIONS = (".safetensors", *PICKLES)
+# In a folder, the first of these that is there; after them the only weights file, whatever its name.
+PREFERRED = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+# What torch.load raises on bytes that are no checkpoint: its readers check little.
+DAMAGED = (
+    *(RuntimeError, pickle.UnpicklingError, EOFError, LookupError, ValueError, TypeError, AttributeError),
+    *(AssertionError, ArithmeticError, struct.error, zipfile.BadZipFile, MemoryError),
+)
+
+_multiarray = getattr(np, "_core", None) or np.core
+ALLOWED = [
+    argparse.Namespace,  # MAE saves its arguments
+    np.dtype,
+    *((_multiarray.multiarray.scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")),
+    *{type(np.dtype(kind)) for kind in (np.float64, np.float32, np.int64, np.int32, np.bool_)},
+]
+
+WEIGHTS = ("model", "state_dict")
+NETWORKS = ("encoder", "predictor", "target_encoder")  # of I-JEPA and StoP, each with a state dict of its own
+BESIDE = "optimizer opt scaler loss_scaler epoch args loss batch_size world_size lr best_acc".split()
+
+
+@dataclass
+class Checkpoint:
+    """The tensors of a source under their own names, and what else it says.
+
+    name: of the file, folder or Hub repository. files: name → sha256. state: without `module.` prefixes; I-JEPA's and
+    StoP's networks under "encoder.", "predictor.", "target_encoder.". config: what `config.json` says, {} without
+    one. arguments: the training arguments that were saved with the weights. folder: where `config.json` lies.
+    """
+
+    name: str
+    files: dict[str, str]
+    state: dict[str, torch.Tensor]
+    config: dict[str, Any] = field(default_factory=dict)
+    arguments: dict[str, Any] = field(default_factory=dict)
+    folder: Path | None = None
+
+
+def read_checkpoint(source: str | Path) -> Checkpoint:
+    """Read a file, a folder of one checkpoint, or a repository of the Hub.
+
+    Raises:
+        ValueError: it is not there, is damaged, is no checkpoint, or a pickle of more than tensors; in one line.
+    """
+    path = Path(source)
+    if path.is_file():
+        return _checkpoint(path.name, [path])
+    folder = path if path.is_dir() else _download(str(source))
+    name = path.resolve().name if path.is_dir() else str(source)
+    checkpoint = _checkpoint(name, weight_files(folder, name))
+    checkpoint.folder = folder
+    if (folder / "config.json").is_file():
+        checkpoint.config = read_json(folder / "config.json")
+    return checkpoint
+
+
+def _checkpoint(name: str, paths: list[Path]) -> Checkpoint:
+    state, arguments = {}, {}
+    for path in paths:
+        tensors, found = weights_in(load(path), path.name)
+        state |= tensors
+        arguments |= found
+    return Checkpoint(name, {path.name: sha256(path) for path in paths}, state, arguments=arguments)
+
+
+def _download(repository: str) -> Path:
+    """A snapshot of what a repository has at its top: safetensors, or if there are none, pickles."""
+    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", repository) or repository.endswith(EXTENSIONS):
+        raise ValueError(f"there is no file or folder {repository}")
+    try:
+        for extensions in ((".safetensors",), PICKLES):
+            patterns = ["*.json", *(f"*{extension}" for extension in extensions)]
+            folder = Path(snapshot_download(repository, allow_patterns=patterns, ignore_patterns=["*/*"]))
+            if any(path.name.endswith(extensions) for path in folder.iterdir()):
+                break
+        return folder
+    except (HfHubHTTPError, LocalEntryNotFoundError, HFValidationError, OSError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"there is no file or folder {repository}, and the Hub did not give it: {reason}") from error
+
+
+def weight_files(folder: Path, name: str) -> list[Path]:
+    """The files of the checkpoint in a folder. Raises ValueError if there is none, or no telling which of several."""
+    chosen = next((folder / file for file in PREFERRED if (folder / file).is_file()), None)
+    if chosen is None:
+        found = sorted(path for path in folder.iterdir() if path.name.endswith(EXTENSIONS) and path.is_file())
+        if len(found) != 1:
+            names = ", ".join(path.name for path in found) or f"none with {', '.join(EXTENSIONS)}"
+            raise ValueError(f"{name} must hold one weights file, or give the file itself; there is {names}")
+        return found
+    if chosen.suffix != ".json":
+        return [chosen]
+    shards = read_json(chosen).get("weight_map")
+    if not isinstance(shards, dict) or not all(isinstance(file, str) for file in shards.values()):
+        raise ValueError(f"{chosen.name} must have a weight_map from tensors to files")
+    paths = [folder / file for file in sorted(set(shards.values()))]
+    for path in paths:
+        if path.parent != folder or not path.is_file():
+            raise ValueError(f"{chosen.name} names {path.name}, which is not in {name}")
+    return paths
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A mapping from a JSON file. Raises ValueError if it holds none."""
+    try:
+        content = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{path.name} is no JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path.name} must hold a mapping, not {type(content).__name__}")
+    return content
+
+
+def load(path: Path) -> Any:
+    """What a weights file holds, on the CPU. Raises ValueError for what is damaged, and names what is not allowed."""
+    if path.suffix == ".safetensors":
+        try:
+            return load_file(path)
+        except SafetensorError as error:
+            raise ValueError(f"{path.name} is damaged or no safetensors file: {error}") from None
+    if path.suffix not in PICKLES:
+        raise ValueError(f"{path.name} must end in one of {', '.join(EXTENSIONS)}")
+    try:
+        with safe_globals(ALLOWED):
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except DAMAGED as error:
+        text = str(error)
+    named = re.findall(r"GLOBAL (\S+)", text) or foreign_names(path)
+    if named:
+        raise ValueError(
+            f"{path.name} is refused: reading it would run {named[0]}, and a checkpoint needs tensors only"
+        )
+    raise ValueError(f"{path.name} is truncated, damaged or no checkpoint of PyTorch")
+
+
+def foreign_names(path: Path) -> list[str]:
+    """What a pickle that torch cannot read would import, found without running it: newer protocols than torch's."""
+    names, strings = [], []
+    try:
+        for operation, argument, _ in pickletools.genops(path.read_bytes()):
+            if isinstance(argument, str):
+                strings.append(argument)
+            if operation.name == "STACK_GLOBAL":
+                names.append(".".join(strings[-2:]))
+    except ValueError:  # no pickle, or one that breaks off: what was seen until there counts
+        pass
+    return names
+
+
+def weights_in(loaded: Any, name: str) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """(tensors by name, training arguments) of what a file held.
+
+    Raises:
+        ValueError: it is no state dict, nor what the authors save; or it holds weights beside the ones it is read for.
+    """
+    if not isinstance(loaded, dict) or not all(isinstance(key, str) for key in loaded):
+        raise ValueError(f"{name} must hold tensors by name, not a {type(loaded).__name__}")
+    parts = {key: value for key, value in loaded.items() if key in (*WEIGHTS, *NETWORKS) and isinstance(value, dict)}
+    if not parts:
+        return check_tensors(without_module(loaded), name), {}
+    others = [key for key, value in loaded.items() if key not in (*parts, *BESIDE) and _holds_tensors(value)]
+    whole = [key for key in parts if key in WEIGHTS]
+    if others or len(parts) > 1 and whole:
+        raise ValueError(
+            f"{name} holds several sets of weights: {', '.join([*parts, *others])}; keep the one to convert"
+        )
+    if whole:
+        state = without_module(parts[whole[0]])
+    else:
+        state = {f"{net}.{key}": value for net, part in parts.items() for key, value in without_module(part).items()}
+    arguments = loaded.get("args")
+    return check_tensors(state, name), vars(arguments) if isinstance(arguments, argparse.Namespace) else {}
+
+
+def _holds_tensors(value: Any) -> bool:
+    return isinstance(value, dict) and any(isinstance(item, torch.Tensor) for item in value.values())
+
+
+def without_module(state: dict[str, Any]) -> dict[str, Any]:
+    """Keys without the prefix that DistributedDataParallel adds to all of them."""
+    if all(str(key).startswith("module.") for key in state):
+        return {key.removeprefix("module."): value for key, value in state.items()}
+    return state
+
+
+def check_tensors(state: dict[str, Any], name: str) -> dict[str, torch.Tensor]:
+    """The state dict itself. Raises ValueError unless it is one of plain tensors."""
+    wrong = [f"{key} ({type(value).__name__})" for key, value in state.items() if not _is_plain(value)]
+    if wrong or not state:
+        what = f"these are none: {listed(wrong)}" if wrong else "it has none"
+        raise ValueError(f"{name} must hold plain tensors by name, and {what}")
+    return state
+
+
+def _is_plain(value: Any) -> bool:
+    is_tensor = isinstance(value, torch.Tensor) and value.layout == torch.strided
+    return is_tensor and not value.is_quantized and value.device.type == "cpu"
+
+
+def listed(names: Iterable[str], limit: int = 6) -> str:
+    """The first of the names, and how many more there are."""
+    names = list(names)
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + more
+
+
+def sha256(path: Path) -> str:
+    """Of a file's bytes, in hex."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()

@@ -1,0 +1,169 @@
+"""What a state dict of others is, by its keys: the method, the model class, the key table.
+
+I-JEPA's and StoP's files have the same keys. Their encoders are the same network, so only the predictor hangs on it:
+without `method` they are taken for I-JEPA.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from transformers import AutoConfig, PreTrainedModel
+
+from hf_mim.hub import key_tables
+from hf_mim.hub.key_tables import Row, module_names, within
+from hf_mim.hub.reading import Checkpoint, listed
+from hf_mim.models.configuration_vit import MIMConfig
+from hf_mim.models.modeling_latent_mim import LatentMIMForImageClassification, LatentMIMForPreTraining, LatentMIMModel
+from hf_mim.models.modeling_mae import MAEForImageClassification, MAEForPreTraining, MAEModel
+from hf_mim.models.modeling_stop_jepa import StopJepaForImageClassification, StopJepaForPreTraining, StopJepaModel
+
+ENCODERS = {"mae": MAEModel, "latent_mim": LatentMIMModel, "ijepa": StopJepaModel, "stop": StopJepaModel}
+CLASSIFIERS = {
+    "mae": MAEForImageClassification,
+    "latent_mim": LatentMIMForImageClassification,
+    "ijepa": StopJepaForImageClassification,
+    "stop": StopJepaForImageClassification,
+}
+METHODS = tuple(ENCODERS)
+# transformers' model types: the methods that they can be, the table, the prefix of the encoder, the head's pooling.
+TRANSFORMERS = {
+    "vit_mae": (("mae",), key_tables.VIT_MAE_ENCODER, "vit.", "cls"),
+    "vit": (("mae", "latent_mim"), key_tables.VIT_HF, "vit.", "cls"),
+    "ijepa": (("ijepa", "stop"), key_tables.IJEPA_HF, "ijepa.", "mean"),
+}
+
+
+@dataclass
+class Layout:
+    """A recognised state dict.
+
+    state: its tensors as `table` names them. told: the config fields that its keys or its config.json settle. assumed:
+    the names of those that nothing settles. unread: keys left out because the authors' code never reads them.
+    """
+
+    method: str
+    model_class: type[PreTrainedModel]
+    table: list[Row]
+    state: dict[str, torch.Tensor]
+    told: dict[str, Any] = field(default_factory=dict)
+    assumed: tuple[str, ...] = ()
+    unread: tuple[str, ...] = ()
+
+    @property
+    def config_class(self) -> type[MIMConfig]:
+        return self.model_class.config_class
+
+    @property
+    def encoder(self) -> str:
+        """The prefix of the encoder in our names: "" where it is the whole model."""
+        return "" if self.model_class in ENCODERS.values() else f"{self.model_class.base_model_prefix}."
+
+
+def recognise(checkpoint: Checkpoint, method: str | None = None) -> Layout:
+    """What a checkpoint is. Raises ValueError if it is nothing known, or cannot be of that method."""
+    if method not in (None, *METHODS):
+        raise ValueError(f"method must be one of {', '.join(METHODS)}, not {method!r}")
+    if checkpoint.config.get("model_type") in {encoder.config_class.model_type for encoder in ENCODERS.values()}:
+        raise ValueError(f"{checkpoint.name} is a checkpoint of hf_mim already: from_pretrained loads it as it is")
+    state = checkpoint.state
+    if any(key.endswith("patch_embeddings.projection.weight") for key in state):
+        return _transformers(checkpoint, method)
+    if "encoder.embed.proj.weight" in state:
+        assumed = ("patch_gap", "mask_ratio", "temperature", "similarity_weight", "loss_type")
+        _choose(method, ("latent_mim",), checkpoint)
+        return Layout("latent_mim", LatentMIMForPreTraining, key_tables.LATENT_MIM, state, assumed=assumed)
+    if "encoder.patch_embed.proj.weight" in state or "target_encoder.patch_embed.proj.weight" in state:
+        return _jepa(checkpoint, method)
+    if "patch_embed.proj.weight" in state:
+        return _vit(checkpoint, method)
+    raise ValueError(
+        f"{checkpoint.name} is no checkpoint of MAE, I-JEPA, StoP or Latent MIM; it has the tensors {listed(state, 3)}"
+    )
+
+
+def _choose(method: str | None, possible: tuple[str, ...], checkpoint: Checkpoint) -> str:
+    if method not in (None, *possible):
+        raise ValueError(f"method must be {' or '.join(possible)} for {checkpoint.name} (by its keys), not {method}")
+    return method or possible[0]
+
+
+def _jepa(checkpoint: Checkpoint, method: str | None) -> Layout:
+    """The authors' files, or one of their two encoders alone."""
+    method, state = _choose(method, ("ijepa", "stop"), checkpoint), checkpoint.state
+    networks = {key.partition(".")[0] for key in state}
+    if len(networks) == 1:
+        table = within(key_tables.TIMM_VIT, "", f"{networks.pop()}.")
+        return Layout(method, StopJepaModel, table, state, _jepa_settings(method))
+    unread = key_tables.STOP_UNREAD if method == "stop" else ()
+    state = {key: tensor for key, tensor in state.items() if key not in unread}
+    table = key_tables.STOP if method == "stop" else key_tables.I_JEPA
+    assumed = ("noise_on",) if method == "stop" else ()
+    return Layout(method, StopJepaForPreTraining, table, state, _jepa_settings(method), assumed, unread)
+
+
+def _jepa_settings(method: str) -> dict[str, Any]:
+    return {"position_noise_std": 0.0, "use_mask_token": True} if method == "ijepa" else {"use_mask_token": False}
+
+
+def _vit(checkpoint: Checkpoint, method: str | None) -> Layout:
+    """MAE's files, and timm's ViT."""
+    state, arguments = checkpoint.state, checkpoint.arguments
+    has_cls = "cls_token" in state
+    if any(key.startswith("decoder_") for key in state):
+        told = {name: arguments[name] for name in ("mask_ratio", "norm_pix_loss") if name in arguments}
+        _choose(method, ("mae",), checkpoint)
+        return Layout("mae", MAEForPreTraining, key_tables.MAE, state, told, ("mask_ratio", "norm_pix_loss"))
+    if "head.weight" in state or "head.1.weight" in state:
+        table, told = key_tables.MAE_CLS_CLASSIFIER, {"pooling": "cls"}
+        if "head.1.weight" in state:
+            table, told = key_tables.MAE_LINEAR_PROBE, {"pooling": "cls", "head_batch_norm": True}
+        elif "fc_norm.weight" in state:
+            table, told = key_tables.MAE_MEAN_CLASSIFIER, {"pooling": "mean", "pool_before_norm": True}
+        _choose(method, ("mae",), checkpoint)
+        return Layout("mae", MAEForImageClassification, table, state, told)
+    method = _choose(method, ("mae", "latent_mim") if has_cls else ("ijepa", "stop", "mae"), checkpoint)
+    told = _jepa_settings(method) if method in ("ijepa", "stop") else {"use_cls_token": has_cls}
+    table = key_tables.TIMM_VIT_CLS if has_cls else key_tables.TIMM_VIT
+    return Layout(method, ENCODERS[method], table, state, told)
+
+
+def _transformers(checkpoint: Checkpoint, method: str | None) -> Layout:
+    """A folder of `ViTMAEForPreTraining`, or of an encoder or classifier of ViTMAE, ViT or I-JEPA."""
+    model_type = checkpoint.config.get("model_type")
+    if model_type not in TRANSFORMERS:
+        what = "has no config.json: give the folder" if model_type is None else f"is of type {model_type}"
+        raise ValueError(f"{checkpoint.name} has transformers' names and {what}; known are {', '.join(TRANSFORMERS)}")
+    possible, table, prefix, pooling = TRANSFORMERS[model_type]
+    method = _choose(method, possible, checkpoint)
+    state = module_names(checkpoint.state)
+    if len(state) < len(checkpoint.state):
+        raise ValueError(f"{checkpoint.name} has tensors twice, under transformers' old names and under its new ones")
+    told = _transformers_settings(checkpoint)
+    if method in ("ijepa", "stop"):
+        told |= _jepa_settings(method)
+    if any(key.startswith("decoder.") for key in state):
+        return Layout(method, MAEForPreTraining, key_tables.VIT_MAE, state, told)
+    table = within(table, "", prefix if any(key.startswith(prefix) for key in state) else "")
+    if "classifier.weight" not in state:
+        return Layout(method, ENCODERS[method], table, state, told)
+    model_class = CLASSIFIERS[method]
+    table = within(table, f"{model_class.base_model_prefix}.", "")
+    table += [(f"classifier.linear.{name}", f"classifier.{name}", None) for name in ("weight", "bias")]
+    return Layout(method, model_class, table, state, told | {"pooling": pooling})
+
+
+def _transformers_settings(checkpoint: Checkpoint) -> dict[str, Any]:
+    """The fields that a transformers config shares with ours, and the names of its classes."""
+    settings = {name: value for name, value in checkpoint.config.items() if name != "model_type"}
+    try:
+        config = AutoConfig.for_model(checkpoint.config["model_type"], **settings)
+    except (StrictDataclassError, ValueError, TypeError) as error:
+        reason = " ".join(str(error.__cause__ or error).split())
+        raise ValueError(f"the config.json of {checkpoint.name} is wrong: {reason}") from error
+    names = "image_size patch_size num_channels hidden_size num_hidden_layers num_attention_heads intermediate_size "
+    names += "layer_norm_eps hidden_act mask_ratio norm_pix_loss "
+    names += "decoder_hidden_size decoder_num_hidden_layers decoder_num_attention_heads"
+    told = {name: getattr(config, name) for name in names.split() if hasattr(config, name)}
+    return told | {"id2label": config.id2label, "label2id": config.label2id}
