@@ -5,13 +5,14 @@ import shutil
 from pathlib import Path
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import AutoConfig
 from transformers.utils import cached_file
 
 import hf_mim
 from hf_mim.evaluation.processor import FILES
-from hf_mim.hub.folder import check_free, whole_folder
+from hf_mim.hub.destination import check_destination, new_folder
 from hf_mim.hub.onnx import check_onnx, write_onnx
 from hf_mim.hub.remote_code import write_remote_code
 from hf_mim.hub.timm_vit import write_timm
@@ -53,13 +54,13 @@ def export(checkpoint: str | Path, dest: str | Path, to: str, encoder: str | Non
         raise ValueError(f"to must be one of {', '.join(WRITERS)}, not {to}")
     if encoder not in (None, *ENCODERS):
         raise ValueError(f"encoder must be one of {', '.join(ENCODERS)}, not {encoder}")
-    check_free(dest)
+    check_destination(dest)
     if to == "onnx":
         check_onnx()
     model = read_checkpoint(checkpoint)
     if encoder is not None:
         model = pick_encoder(model, encoder)
-    with whole_folder(dest) as folder:
+    with new_folder(dest) as folder:
         how_to_load = WRITERS[to](model, folder, checkpoint).format(dest=dest)
         if to != "timm":  # which has its own way to say how images are prepared
             copy_processor(checkpoint, folder)
@@ -72,8 +73,8 @@ def read_checkpoint(checkpoint: str | Path) -> MIMPreTrainedModel:
     checkpoint = str(checkpoint)
     try:
         config = AutoConfig.from_pretrained(checkpoint)
-    except (OSError, ValueError, KeyError) as error:
-        raise ValueError(f"checkpoint {checkpoint} cannot be read: {' '.join(str(error).split())[:300]}") from error
+    except (OSError, ValueError, KeyError, StrictDataclassError) as error:
+        raise _unreadable(checkpoint, error) from error
     architecture = (config.architectures or ["nothing"])[0]
     if not isinstance(config, MIMConfig) or architecture not in hf_mim.__all__:
         raise ValueError(
@@ -84,11 +85,16 @@ def read_checkpoint(checkpoint: str | Path) -> MIMPreTrainedModel:
             checkpoint, dtype=torch.float32, output_loading_info=True
         )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise ValueError(f"checkpoint {checkpoint} cannot be read: {' '.join(str(error).split())[:300]}") from error
+        raise _unreadable(checkpoint, error) from error
     missing = sorted(loading["missing_keys"])
     if missing:
         raise ValueError(f"checkpoint {checkpoint} lacks {len(missing)} weights of its model, such as {missing[0]}")
     return model.eval()
+
+
+def _unreadable(checkpoint: str, error: Exception) -> ValueError:
+    reason = error.__cause__ if isinstance(error, StrictDataclassError) else error
+    return ValueError(f"checkpoint {checkpoint} cannot be read: {' '.join(str(reason).split())[:300]}")
 
 
 def pick_encoder(model: MIMPreTrainedModel, encoder: str) -> MIMPreTrainedModel:
