@@ -29,6 +29,7 @@ from hf_mim.callbacks import (
     seeded,
 )
 from hf_mim.data import ImageStream
+from hf_mim.hub.push import HubTrainer
 
 logger = logging.get_logger(__name__)
 
@@ -101,6 +102,10 @@ class MIMTrainingArguments(TrainingArguments):
             self.accelerator_config.non_blocking = self.dataloader_pin_memory
             self.accelerator_config.dispatch_batches = False  # each rank reads its own part of a stream
 
+    def __getstate__(self) -> dict:
+        """Without the token: a run's `training_args.bin` is a pickle of these, and goes to the Hub with it."""
+        return vars(self) | {"hub_token": None}
+
     def _check_numbers(self):
         """Numbers written as text (YAML reads `1e-4` as text) become numbers; each must be in its range."""
         positive = ("base_lr", "learning_rate")
@@ -167,7 +172,7 @@ class ScalarMeans:
         return dict(zip(names, (totals / counts).tolist(), strict=True))
 
 
-class MIMTrainer(Trainer):
+class MIMTrainer(HubTrainer, Trainer):
     """Pretrains a model of the contract: `forward(pixel_values, **ids)` with `loss` and `metrics` in its output.
 
     Args:
@@ -292,9 +297,6 @@ class MIMTrainer(Trainer):
     def evaluation_loop(self, *args, **kwargs):
         with seeded(self.args.seed + self.args.process_index, self.args.device):
             return super().evaluation_loop(*args, **kwargs)
-
-    def create_model_card(self, **kwargs):
-        """Writes nothing: Trainer's card would call a pretrained model "fine-tuned" from nothing."""
 
 
 def check_data(args: MIMTrainingArguments, train_dataset):

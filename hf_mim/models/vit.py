@@ -4,7 +4,9 @@ Pre-norm blocks, one fused `qkv` projection, a final LayerNorm. Patches are cut 
 masked patch costs nothing: `encode` takes only the patches that the encoder is to see.
 """
 
+import shutil
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -21,6 +23,9 @@ from transformers.utils.output_capturing import capture_outputs
 from .configuration_vit import MIMConfig
 from .masking import gather
 from .positions import PositionEmbeddings
+
+# What is told of a checkpoint, beside its weights.
+PUBLISHED = ("README.md", "*processor_config.json", "recipe.yaml", "trainer_state.json", "*.png", "results/*.json")
 
 
 def patchify(pixel_values: torch.Tensor, patch_size: tuple[int, int]) -> torch.Tensor:
@@ -237,6 +242,17 @@ class MIMPreTrainedModel(PreTrainedModel):
         if getattr(linear, "is_patch_embedding", False) and linear.in_features < 14 * 14 * 3:
             return 0.02 * (768 / linear.in_features) ** 0.5
         return 0.02 / (2 * getattr(linear, "residual_depth", 0.5)) ** 0.5
+
+    def _upload_modified_files(self, working_dir, *args, **kwargs):
+        """To the Hub go, with weights and config, the card, image processor, pictures and results of the folder that
+        the model was loaded from; in transformers' `push_to_hub`, a card that says nothing."""
+        source = Path(self.name_or_path or working_dir)
+        for path in (path for pattern in PUBLISHED for path in source.glob(pattern)):
+            copy = Path(working_dir) / path.relative_to(source)
+            if not copy.exists() or not copy.samefile(path):
+                copy.parent.mkdir(exist_ok=True)
+                shutil.copy(path, copy)
+        return super()._upload_modified_files(working_dir, *args, **kwargs)
 
     # A method without a target or a schedule has nothing to do in the two calls that training adds.
     def set_progress(self, progress: float):
