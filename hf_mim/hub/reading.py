@@ -11,7 +11,9 @@ import pickle
 import pickletools
 import re
 import struct
+import warnings
 import zipfile
+import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -32,7 +34,7 @@ PREFERRED = ("model.safetensors", "model.safetensors.index.json", "pytorch_model
 # What torch.load raises on bytes that are no checkpoint: its readers check little.
 DAMAGED = (
     *(RuntimeError, pickle.UnpicklingError, EOFError, LookupError, ValueError, TypeError, AttributeError),
-    *(AssertionError, ArithmeticError, struct.error, zipfile.BadZipFile, MemoryError),
+    *(AssertionError, ArithmeticError, struct.error, zipfile.BadZipFile, zlib.error, MemoryError, OSError),
 )
 
 _multiarray = getattr(np, "_core", None) or np.core
@@ -84,12 +86,13 @@ def read_checkpoint(source: str | Path) -> Checkpoint:
 
 
 def _checkpoint(name: str, paths: list[Path]) -> Checkpoint:
+    files = {path.name: sha256(path) for path in paths}  # first: a file that cannot be read says so here
     state, arguments = {}, {}
     for path in paths:
         tensors, found = weights_in(load(path), path.name)
         state |= tensors
         arguments |= found
-    return Checkpoint(name, {path.name: sha256(path) for path in paths}, state, arguments=arguments)
+    return Checkpoint(name, files, state, arguments=arguments)
 
 
 def _download(repository: str) -> Path:
@@ -150,30 +153,43 @@ def load(path: Path) -> Any:
     if path.suffix not in PICKLES:
         raise ValueError(f"{path.name} must end in one of {', '.join(EXTENSIONS)}")
     try:
-        with safe_globals(ALLOWED):
+        with safe_globals(ALLOWED), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
             return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except DAMAGED as error:
-        text = str(error)
-    named = re.findall(r"GLOBAL (\S+)", text) or foreign_names(path)
-    if named:
+        foreign = re.findall(r"GLOBAL (\S+)", str(error)) or foreign_names(path)
+    if foreign:
         raise ValueError(
-            f"{path.name} is refused: reading it would run {named[0]}, and a checkpoint needs tensors only"
+            f"{path.name} is refused: it holds {listed(foreign, 1)}, and reading that could run any code; a checkpoint "
+            "needs tensors only"
         )
-    raise ValueError(f"{path.name} is truncated, damaged or no checkpoint of PyTorch")
+    raise ValueError(f"{path.name} is truncated, damaged or no checkpoint written by torch.save")
 
 
 def foreign_names(path: Path) -> list[str]:
-    """What a pickle that torch cannot read would import, found without running it: newer protocols than torch's."""
+    """What a pickle that torch cannot read would import, found without running it: those of newer protocols."""
     names, strings = [], []
     try:
-        for operation, argument, _ in pickletools.genops(path.read_bytes()):
-            if isinstance(argument, str):
-                strings.append(argument)
-            if operation.name == "STACK_GLOBAL":
-                names.append(".".join(strings[-2:]))
-    except ValueError:  # no pickle, or one that breaks off: what was seen until there counts
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            for operation, argument, _ in pickletools.genops(_pickle_in(path)):
+                if isinstance(argument, str):
+                    strings.append(argument)
+                if operation.name == "STACK_GLOBAL":
+                    names.append(".".join(strings[-2:]))
+    except DAMAGED:  # it breaks off, or is no pickle: what was seen until there counts
         pass
-    return names
+    return [name for name in names if not name.startswith(("torch.", "collections.", "argparse.", "numpy."))]
+
+
+def _pickle_in(path: Path, limit: int = 1 << 26) -> bytes:
+    if not zipfile.is_zipfile(path):
+        with open(path, "rb") as file:
+            return file.read(limit)
+    with zipfile.ZipFile(path) as archive:
+        root = archive.namelist()[0].partition("/")[0]
+        with archive.open(f"{root}/data.pkl") as file:
+            return file.read(limit)
 
 
 def weights_in(loaded: Any, name: str) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
@@ -227,8 +243,8 @@ def _is_plain(value: Any) -> bool:
 
 
 def listed(names: Iterable[str], limit: int = 6) -> str:
-    """The first of the names, and how many more there are."""
-    names = list(names)
+    """The first of the names, on one line whatever they are, and how many more there are."""
+    names = [name if name.isprintable() else ascii(name) for name in names]
     more = f" and {len(names) - limit} more" if len(names) > limit else ""
     return ", ".join(names[:limit]) + more
 

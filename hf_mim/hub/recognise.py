@@ -65,7 +65,7 @@ def recognise(checkpoint: Checkpoint, method: str | None = None) -> Layout:
     """What a checkpoint is. Raises ValueError if it is nothing known, or cannot be of that method."""
     if method not in (None, *METHODS):
         raise ValueError(f"method must be one of {', '.join(METHODS)}, not {method!r}")
-    if checkpoint.config.get("model_type") in {encoder.config_class.model_type for encoder in ENCODERS.values()}:
+    if checkpoint.config.get("model_type") in [encoder.config_class.model_type for encoder in ENCODERS.values()]:
         raise ValueError(f"{checkpoint.name} is a checkpoint of hf_mim already: from_pretrained loads it as it is")
     state = checkpoint.state
     if any(key.endswith("patch_embeddings.projection.weight") for key in state):
@@ -132,7 +132,7 @@ def _vit(checkpoint: Checkpoint, method: str | None) -> Layout:
 def _transformers(checkpoint: Checkpoint, method: str | None) -> Layout:
     """A folder of `ViTMAEForPreTraining`, or of an encoder or classifier of ViTMAE, ViT or I-JEPA."""
     model_type = checkpoint.config.get("model_type")
-    if model_type not in TRANSFORMERS:
+    if model_type not in list(TRANSFORMERS):  # a list: it may be of any type
         what = "has no config.json: give the folder" if model_type is None else f"is of type {model_type}"
         raise ValueError(f"{checkpoint.name} has transformers' names and {what}; known are {', '.join(TRANSFORMERS)}")
     possible, table, prefix, pooling = TRANSFORMERS[model_type]

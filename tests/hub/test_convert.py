@@ -1,0 +1,347 @@
+"""Files as the authors, transformers and timm write them become our checkpoints, with the authors' own numbers."""
+
+import json
+
+import pytest
+import torch
+from authors import classifier_state, read, save_jepa, save_latent_mim, save_mae, with_module
+from safetensors.torch import save_file
+from transformers import (
+    AutoImageProcessor,
+    AutoModel,
+    AutoModelForImageClassification,
+    AutoModelForPreTraining,
+    IJepaConfig,
+    IJepaForImageClassification,
+    IJepaModel,
+    ViTMAEConfig,
+    ViTMAEForPreTraining,
+    ViTMAEModel,
+)
+
+import hf_mim
+from hf_mim.hub import key_tables
+from hf_mim.hub.convert import Conversion, convert
+from hf_mim.hub.sizes import find_grid
+from hf_mim.models.positions import sincos_table
+
+# What no file tells: the tiny fixtures have widths of no paper.
+MAE_HEADS = {"num_attention_heads": 3, "decoder_num_attention_heads": 4}
+JEPA_HEADS = {"num_attention_heads": 3}
+
+
+def close(ours, theirs):
+    torch.testing.assert_close(ours, theirs, atol=2e-5, rtol=0)
+
+
+def same(a, b):
+    assert a.keys() == b.keys()
+    assert all(torch.equal(a[key], b[key]) for key in a)
+
+
+@pytest.fixture
+def dest(tmp_path):
+    return tmp_path / "converted"
+
+
+def converted(source, dest, auto_class, method=None, **settings):
+    Conversion.read(source, method, **settings).save(dest)
+    return auto_class.from_pretrained(dest).eval()
+
+
+def mae_heads():
+    config = read("mae")[0]
+    return {"num_attention_heads": config["heads"], "decoder_num_attention_heads": config["decoder_heads"]}
+
+
+def test_mae_from_the_authors_file_gives_their_numbers(tmp_path, dest):
+    _, t, weights = read("mae")
+    file = save_mae(tmp_path / "checkpoint-399.pth", weights, norm_pix_loss=False, mask_ratio=0.75)
+    model = converted(file, dest, AutoModelForPreTraining, **mae_heads())
+    assert type(model) is hf_mim.MAEForPreTraining and model.config.norm_pix_loss is False  # as its args say
+    output = model(t["pixel_values"], noise=t["noise"])
+    theirs = t["pred"].gather(1, output.target_ids[..., None].expand(-1, -1, t["pred"].shape[-1]))
+    close(output.predictions, theirs)
+    close(output.loss, t["loss_norm_pix_false"].squeeze())
+    close(AutoModel.from_pretrained(dest)(t["pixel_values"]).last_hidden_state, t["features_unmasked"])
+
+
+def test_mae_without_decoder_becomes_the_encoder_alone(tmp_path, dest):
+    config, t, weights = read("mae")
+    encoder = {key: x for key, x in weights.items() if not key.startswith("decoder_") and key != "mask_token"}
+    torch.save({"model": encoder}, tmp_path / "mae.pth")
+    model = converted(tmp_path / "mae.pth", dest, AutoModel, num_attention_heads=config["heads"])
+    assert type(model) is hf_mim.MAEModel
+    close(model(t["pixel_values"]).last_hidden_state, t["features_unmasked"])
+
+
+@pytest.mark.parametrize(
+    ("kind", "logits"), [("mean", "logits_global_pool"), ("cls", "logits_cls"), ("linear_probe", "logits_linear_probe")]
+)
+def test_mae_classifiers_give_the_authors_logits(tmp_path, dest, kind, logits):
+    config, t, _ = read("mae_classifiers")
+    file = save_mae(tmp_path / "finetuned.pth", classifier_state(kind), global_pool=kind == "mean")
+    model = converted(file, dest, AutoModelForImageClassification, num_attention_heads=config["heads"])
+    assert type(model) is hf_mim.MAEForImageClassification and model.config.num_labels == 5
+    close(model(t["pixel_values"]).logits, t[logits])
+
+
+@pytest.mark.parametrize("prefix", [True, False])
+@pytest.mark.parametrize("method", ["ijepa", "stop"])
+def test_ijepa_and_stop_from_the_authors_files_give_their_numbers(tmp_path, dest, method, prefix):
+    config, t, weights = read(method)
+    file = save_jepa(tmp_path / "jepa-ep300.pth.tar", weights, prefix)
+    model = converted(file, dest, AutoModelForPreTraining, method, num_attention_heads=config["heads"])
+    assert type(model) is hf_mim.StopJepaForPreTraining
+    output = model(t["pixel_values"], **{k: t[k] for k in ("context_ids", "target_ids", "position_noise") if k in t})
+    close(output.predictions.transpose(0, 1).flatten(0, 1), t["predictions"])  # theirs is block-major
+    close(output.loss, t["loss"].squeeze())
+    close(AutoModel.from_pretrained(dest)(t["pixel_values"]).last_hidden_state, t["features_target"])
+    assert model.config.position_noise_std == (0.25 if method == "stop" else 0)
+
+
+def test_a_jepa_file_is_taken_for_ijepa_unless_method_says_stop(tmp_path):
+    file = save_jepa(tmp_path / "jepa.pth.tar", read("stop")[2])
+    assert convert(file, **JEPA_HEADS).config.use_mask_token
+    assert not convert(file, "stop", **JEPA_HEADS).config.use_mask_token
+    assert Conversion.read(file, "stop", **JEPA_HEADS).record["left_out"] == ["predictor.mask_token"]
+
+
+def test_a_target_encoder_alone_becomes_the_encoder(tmp_path, dest):
+    _, t, weights = read("ijepa")
+    target = {key: x for key, x in weights.items() if key.startswith("target_encoder.")}
+    model = converted(save_jepa(tmp_path / "target.pth", target), dest, AutoModel, **JEPA_HEADS)
+    assert type(model) is hf_mim.StopJepaModel
+    close(model(t["pixel_values"]).last_hidden_state, t["features_target"])
+
+
+def test_latent_mim_from_the_authors_file_gives_their_numbers(tmp_path, dest):
+    config, t, weights = read("latent_mim")
+    file = save_latent_mim(tmp_path / "checkpoint_0800.pth", weights)
+    settings = {"num_attention_heads": config["heads"], "decoder_num_attention_heads": config["decoder_heads"]}
+    settings |= {"patch_gap": config["patch_gap"], "similarity_start": 0.6, "similarity_end": 0.6}
+    model = converted(file, dest, AutoModelForPreTraining, **settings)
+    assert type(model) is hf_mim.LatentMIMForPreTraining
+    offsets = torch.stack([t["offset_rows"], t["offset_cols"]], dim=-1)
+    output = model(t["pixel_values"], t["visible_ids"], t["masked_ids"], patch_offsets=offsets)
+    close(output.predictions, t["predictions"][:, 1:])
+    close(output.targets, t["target_out"][:, 1:])
+    close(output.loss, t["loss"].squeeze())
+    close(AutoModel.from_pretrained(dest)(t["image_nogap"]).last_hidden_state, t["features_after_norm"])
+
+
+FILES = {
+    "mae": (save_mae, key_tables.MAE, MAE_HEADS),
+    "ijepa": (save_jepa, key_tables.I_JEPA, JEPA_HEADS),
+    "stop": (save_jepa, key_tables.STOP, JEPA_HEADS),
+    "latent_mim": (save_latent_mim, key_tables.LATENT_MIM, MAE_HEADS),
+}
+
+
+@pytest.mark.parametrize("method", FILES)
+def test_in_out_in_is_bit_exact(tmp_path, dest, method):
+    save, table, heads = FILES[method]
+    config, _, weights = read(method)
+    save(tmp_path / "first.pth", weights)
+    first = converted(tmp_path / "first.pth", dest, AutoModelForPreTraining, method, **heads)
+    out = key_tables.to_theirs(first.state_dict(), table, (config["patch_size"],) * 2)
+    same(out, {key: x for key, x in weights.items() if method != "stop" or key not in key_tables.STOP_UNREAD})
+    save(tmp_path / "second.pth", out)
+    same(convert(tmp_path / "second.pth", method, **heads).state_dict(), first.state_dict())
+
+
+def fill(model):
+    """Weights of size 1 everywhere: position tables made from a config are zero or small in places."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            scale = 0.1 if "position" in name or "pos_embed" in name else 0.05
+            parameter.add_(torch.randn(parameter.shape, generator=generator) * scale)
+    return model.eval()
+
+
+TINY = dict(
+    hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48, image_size=32, patch_size=8
+)
+TINY_DECODER = dict(
+    decoder_hidden_size=16, decoder_num_hidden_layers=1, decoder_num_attention_heads=2, decoder_intermediate_size=64
+)
+PIXELS = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+NOISE = torch.rand(2, 16, generator=torch.Generator().manual_seed(2))
+
+
+@pytest.mark.parametrize("norm_pix_loss", [True, False])
+def test_vit_mae_of_transformers_gives_the_same_loss_and_features(tmp_path, dest, norm_pix_loss):
+    theirs = fill(ViTMAEForPreTraining(ViTMAEConfig(**TINY, **TINY_DECODER, norm_pix_loss=norm_pix_loss)))
+    theirs.save_pretrained(tmp_path / "theirs")
+    ours = converted(tmp_path / "theirs", dest, AutoModelForPreTraining)
+    assert type(ours) is hf_mim.MAEForPreTraining and ours.config.layer_norm_eps == 1e-12
+    expected = theirs(PIXELS, noise=NOISE)
+    torch.testing.assert_close(ours(PIXELS, noise=NOISE).loss, expected.loss, atol=0, rtol=1e-5)
+    torch.testing.assert_close(
+        ours.encoder(PIXELS, patch_ids=NOISE.argsort(dim=1)[:, :4]).last_hidden_state,
+        theirs.vit(PIXELS, noise=NOISE).last_hidden_state,
+        atol=1e-5,
+        rtol=0,
+    )
+
+
+def test_vit_mae_without_decoder_becomes_the_encoder(tmp_path, dest):
+    theirs = fill(ViTMAEModel(ViTMAEConfig(**TINY, mask_ratio=0.5)))
+    theirs.save_pretrained(tmp_path / "theirs")
+    ours = converted(tmp_path / "theirs", dest, AutoModel)
+    features = ours(PIXELS, patch_ids=NOISE.argsort(dim=1)[:, :8]).last_hidden_state
+    torch.testing.assert_close(features, theirs(PIXELS, noise=NOISE).last_hidden_state, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_ijepa_of_transformers_gives_the_same_features(tmp_path, dest, sharded):
+    theirs = fill(IJepaModel(IJepaConfig(**TINY)))
+    theirs.save_pretrained(tmp_path / "theirs", max_shard_size="20KB" if sharded else "5GB")
+    assert (tmp_path / "theirs" / "model.safetensors.index.json").exists() == sharded
+    ours = converted(tmp_path / "theirs", dest, AutoModel)
+    assert type(ours) is hf_mim.StopJepaModel and ours.config.position_noise_std == 0
+    features = ours(PIXELS).last_hidden_state
+    torch.testing.assert_close(features, theirs(PIXELS).last_hidden_state, atol=1e-5, rtol=0)
+
+
+def test_a_classifier_of_transformers_keeps_its_logits_and_class_names(tmp_path, dest):
+    names = {0: "cat", 1: "dog", 2: "eel"}
+    config = IJepaConfig(**TINY, id2label=names, label2id={name: i for i, name in names.items()})
+    theirs = fill(IJepaForImageClassification(config))
+    theirs.save_pretrained(tmp_path / "theirs")
+    ours = converted(tmp_path / "theirs", dest, AutoModelForImageClassification)
+    assert ours.config.id2label == names
+    torch.testing.assert_close(ours(PIXELS).logits, theirs(PIXELS).logits, atol=1e-5, rtol=0)
+
+
+def test_the_image_processor_of_a_folder_is_kept(tmp_path, dest):
+    theirs = IJepaModel(IJepaConfig(**TINY))
+    theirs.save_pretrained(tmp_path / "theirs")
+    processor = {"image_processor_type": "ViTImageProcessor", "image_mean": [0.5] * 3, "image_std": [0.25] * 3}
+    (tmp_path / "theirs" / "preprocessor_config.json").write_text(json.dumps(processor))
+    Conversion.read(tmp_path / "theirs").save(dest)
+    processor = AutoImageProcessor.from_pretrained(dest)
+    assert list(processor.image_mean) == [0.5] * 3 and list(processor.image_std) == [0.25] * 3
+
+
+def timm_state(cls_token):
+    """The names of timm's `vit_base_patch16_224.mae`, or of its I-JEPA models, which have no CLS token."""
+    name = "mae" if cls_token else "ijepa"
+    config, t, weights = read(name)
+    if cls_token:
+        weights = {key: x for key, x in weights.items() if "decoder" not in key and key != "mask_token"}
+        return config, t["pixel_values"], t["features_unmasked"], weights
+    prefix = "target_encoder."
+    weights = {key.removeprefix(prefix): x for key, x in weights.items() if key.startswith(prefix)}
+    return config, t["pixel_values"], t["features_target"], weights
+
+
+@pytest.mark.parametrize("extension", ["pth", "bin", "safetensors"])
+@pytest.mark.parametrize("cls_token", [True, False])
+def test_a_state_dict_with_timms_names_becomes_the_encoder(tmp_path, dest, cls_token, extension):
+    config, pixels, features, weights = timm_state(cls_token)
+    save = save_file if extension == "safetensors" else torch.save
+    save(weights, tmp_path / f"model.{extension}")
+    model = converted(tmp_path, dest, AutoModel, num_attention_heads=config["heads"])  # the folder of that one file
+    assert type(model) is (hf_mim.MAEModel if cls_token else hf_mim.StopJepaModel)
+    close(model(pixels).last_hidden_state, features)
+
+
+def test_a_vit_with_cls_can_be_taken_for_latent_mim(tmp_path):
+    torch.save(with_module(timm_state(True)[3]), tmp_path / "vit.pth")
+    assert type(convert(tmp_path / "vit.pth", "latent_mim", num_attention_heads=3)) is hf_mim.LatentMIMModel
+
+
+def test_dest_has_processor_and_provenance_and_no_path(tmp_path, dest):
+    file = save_mae(tmp_path / "mae.pth", read("mae")[2])
+    Conversion.read(file, **mae_heads(), image_mean=[0.1, 0.2, 0.3], image_std=[1, 1, 1]).save(dest)
+    assert sorted(path.name for path in dest.iterdir()) == [
+        "config.json",
+        "conversion.json",
+        "model.safetensors",
+        "preprocessor_config.json",
+    ]
+    processor = AutoImageProcessor.from_pretrained(dest)
+    side = read("mae")[0]["image_size"]
+    assert dict(processor.size) == {"height": side, "width": side}
+    assert list(processor.image_mean) == [0.1, 0.2, 0.3]
+    record = json.loads((dest / "conversion.json").read_text())
+    assert record["source"] == "mae.pth" and len(record["sha256"]["mae.pth"]) == 64
+    assert record["method"] == "mae" and record["model"] == "MAEForPreTraining"
+    assert record["told"]["hidden_size"] == read("mae")[0]["hidden_size"]
+    assert record["assumed"] == {"layer_norm_eps": 1e-6, "mask_ratio": 0.75, "norm_pix_loss": True}
+    assert record["given"]["num_attention_heads"] == mae_heads()["num_attention_heads"]
+    assert str(tmp_path) not in json.dumps(record) + (dest / "config.json").read_text()
+
+
+def vit_state(width, depth, mlp, grid=(2, 2), patch=16, channels=3):
+    """A state dict with timm's names and empty weights of any size."""
+    with torch.device("meta"):
+        config = hf_mim.MAEConfig(
+            hidden_size=width,
+            num_hidden_layers=depth,
+            num_attention_heads=4,
+            intermediate_size=mlp,
+            image_size=(grid[0] * patch, grid[1] * patch),
+            patch_size=patch,
+            num_channels=channels,
+        )
+        state = hf_mim.MAEModel(config).state_dict()
+    state = {key: torch.zeros(x.shape) for key, x in state.items()}
+    state["embeddings.position_embeddings.table"] = sincos_table(grid, width, num_prefix_tokens=1)
+    return key_tables.to_theirs(state, key_tables.TIMM_VIT_CLS, (patch, patch))
+
+
+@pytest.mark.parametrize(("width", "heads"), [(384, 6), (1024, 16), (1280, 16)])
+def test_sizes_are_read_from_shapes_and_heads_from_the_papers(tmp_path, width, heads):
+    torch.save(vit_state(width, 2, 4 * width, channels=5, patch=14), tmp_path / "vit.pth")
+    config = convert(tmp_path / "vit.pth", image_mean=[0] * 5, image_std=[1] * 5).config
+    assert (config.hidden_size, config.num_hidden_layers, config.intermediate_size) == (width, 2, 4 * width)
+    assert (config.num_channels, config.patch_size, config.image_size) == (5, 14, 28)
+    assert config.num_attention_heads == heads
+
+
+def test_heads_that_no_paper_tells_have_to_be_given(tmp_path):
+    torch.save(vit_state(48, 1, 96), tmp_path / "vit.pth")
+    with pytest.raises(ValueError, match="num_attention_heads must be given.*hidden_size 48 is none of the papers'"):
+        convert(tmp_path / "vit.pth")
+
+
+def test_a_grid_that_is_not_square_is_told_by_its_sine_cosine_table(tmp_path):
+    torch.save(vit_state(48, 1, 96, grid=(2, 8)), tmp_path / "vit.pth")  # 16 places would make a square too
+    assert convert(tmp_path / "vit.pth", num_attention_heads=3).config.image_size == (32, 128)
+    for grid in ((4, 4), (3, 7), (1, 5)):
+        for rescaled in (False, True):
+            table = sincos_table(grid, 48, rescaled=rescaled).bfloat16()
+            assert find_grid(table, rescaled) == grid
+    learned = torch.randn(21, 48)
+    assert find_grid(learned[:16], False) == (4, 4)
+    with pytest.raises(ValueError, match="image_size must be given as height,width"):
+        find_grid(learned, False)
+
+
+def test_settings_go_over_what_is_told_and_assumed(tmp_path):
+    state = vit_state(48, 1, 96) | {"pos_embed": torch.randn(1, 7, 48)}  # learned positions of 2×3 patches
+    torch.save(state, tmp_path / "vit.pth")
+    settings = {"num_attention_heads": 3, "image_size": (32, 48), "layer_norm_eps": 1e-5, "pooling": "cls"}
+    config = convert(tmp_path / "vit.pth", **settings).config
+    assert config.grid_size == (2, 3) and config.layer_norm_eps == 1e-5 and config.pooling == "cls"
+
+
+def test_half_precision_becomes_float32_of_the_same_values(tmp_path):
+    state = {key: x.half() for key, x in vit_state(48, 1, 96).items()}
+    torch.save(state, tmp_path / "vit.pth")
+    model = convert(tmp_path / "vit.pth", num_attention_heads=3)
+    assert {x.dtype for x in model.parameters()} == {torch.float32}
+    back = key_tables.to_theirs(model.state_dict(), key_tables.TIMM_VIT_CLS, (16, 16))
+    same(back, {key: x.float() for key, x in state.items()})
+
+
+def test_a_model_does_not_change_with_the_file_it_came_from(tmp_path):
+    torch.save(vit_state(48, 1, 96), tmp_path / "vit.pth")
+    model = convert(tmp_path / "vit.pth", num_attention_heads=3)
+    before = model.embeddings.position_embeddings.table.clone()
+    with open(tmp_path / "vit.pth", "r+b") as file:
+        file.write(b"\xff" * (tmp_path / "vit.pth").stat().st_size)
+    assert torch.equal(model.embeddings.position_embeddings.table, before)
