@@ -201,7 +201,7 @@ MEASURES = (
     Measure("std_min", "the same of the dimension that varies least"),
     Measure("dead_dimensions", "share of dimensions with a spread below 0.01; above 0.5 most are idle", 0.5),
     Measure("position_readout", "R² of a linear map from a patch's token to its place; high is usual"),
-    Measure("position_share", "of a token's variance, what its place alone explains; above 0.5 most of it", 0.5),
+    Measure("position_share", "of a token's variance, what its place alone explains; above 0.9 nearly all", 0.9),
 )
 ADVICE = (
     "The limits are wide, and the field has agreed on none: compare with the same encoder untrained and with earlier "
