@@ -44,13 +44,16 @@ def write_onnx(model: MIMPreTrainedModel, folder: Path, checkpoint) -> str:
     config, features = model.config, Features(model).eval()
     images = torch.zeros(2, config.num_channels, *config.image_height_width)
     size = 4 * sum(math.prod(tensor.shape) for tensor in features.state_dict().values())
+    # Given the model itself, torch.onnx would fix the batch, without a word, where it cannot be left open.
+    program = torch.export.export(
+        features, (images,), dynamic_shapes={"pixel_values": {0: torch.export.Dim("batch")}}, strict=False
+    )
     torch.onnx.export(
-        features,
-        (images,),
+        program,
+        (),
         folder / "model.onnx",
         input_names=["pixel_values"],
         output_names=features.outputs,
-        dynamic_shapes={"pixel_values": {0: torch.export.Dim("batch")}},
         dynamo=True,
         external_data=size > LARGEST_FILE,
         verbose=False,

@@ -64,7 +64,7 @@ def timm_arguments(model: MIMPreTrainedModel) -> dict:
         "in_chans": config.num_channels,
         "num_classes": config.num_labels if isinstance(model, ClassificationHead) else 0,
         "global_pool": "token" if config.pooling == "cls" else "avg",
-        "fc_norm": config.pool_before_norm,
+        "fc_norm": _pools_first(config),
         "embed_dim": config.hidden_size,
         "depth": config.num_hidden_layers,
         "num_heads": config.num_attention_heads,
@@ -79,7 +79,7 @@ def timm_state(model: MIMPreTrainedModel) -> dict:
     config = model.config
     table = key_tables.TIMM_VIT_CLS if config.use_cls_token else key_tables.TIMM_VIT
     state = key_tables.to_theirs(model.base_model.state_dict(), table, config.patch_height_width)
-    if config.pool_before_norm:
+    if _pools_first(config):
         for name in ("weight", "bias"):
             state[f"fc_norm.{name}"] = state.pop(f"norm.{name}")
     if isinstance(model, ClassificationHead):
@@ -100,3 +100,8 @@ def _images(config: MIMConfig, checkpoint) -> dict:
         "first_conv": "patch_embed.proj",
         "classifier": "head",
     }
+
+
+def _pools_first(config: MIMConfig) -> bool:
+    """Whether the final norm has to come after pooling; for a CLS token the order is all one."""
+    return config.pool_before_norm and config.pooling == "mean"

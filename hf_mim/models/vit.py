@@ -196,7 +196,7 @@ class ViTEmbeddings(nn.Module):
         tokens = self.projection(patches.to(self.projection.weight.dtype)) + places
         if self.cls_token is None:
             return tokens
-        return torch.cat([(self.cls_token + table[:prefix]).expand(len(tokens), -1, -1), tokens], dim=1)
+        return torch.cat([(self.cls_token + table[:prefix]).expand(tokens.shape[0], -1, -1), tokens], dim=1)
 
 
 class MIMPreTrainedModel(PreTrainedModel):
