@@ -1,12 +1,14 @@
 """The command line: `hf-mim pretrain [RECIPE.yaml] [--argument value ...]` and `hf-mim evaluate`.
 
 A folder, because each part is of use alone: `recipe.py` (what a run is), `values.py` (text and YAML to typed values),
-`help.py`, `pretrain.py` (the run itself), `readout.py` (its k-NN accuracy), `evaluate.py`. A user's mistake is one
+`help.py`, `pretrain.py` (the run itself), `readout.py` (its k-NN accuracy), `evaluate.py`, `convert.py`, `export.py`, `card.py`. A user's mistake is one
 line on stderr and exit status 2, before anything is trained or written.
 """
 
+import importlib
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,9 @@ usage: hf-mim COMMAND ...
 
   pretrain    pretrain MAE, Latent MIM or StoP-JEPA on images
   evaluate    measure the features of a checkpoint by one of the papers' protocols
+  convert     bring a checkpoint of the authors, of transformers or of timm in
+  export      take a checkpoint out: to transformers, timm, remote code or ONNX
+  card        write the model card of a checkpoint, from what was measured
 
 hf-mim COMMAND --help lists its arguments."""
 
@@ -90,7 +95,17 @@ def evaluate_command(arguments: list[str]) -> int:
     return 0
 
 
+def lazily(module: str) -> Callable[[list[str]], int]:
+    """The command of hf_mim/cli/<module>.py, which is imported when it is called."""
+
+    def command(arguments: list[str]) -> int:
+        return getattr(importlib.import_module(f"hf_mim.cli.{module}"), f"{module}_command")(arguments)
+
+    return command
+
+
 COMMANDS = {"pretrain": pretrain_command, "evaluate": evaluate_command}
+COMMANDS |= {name: lazily(name) for name in ("convert", "export", "card")}
 
 
 def read_recipe(arguments: list[str]) -> Recipe:

@@ -339,7 +339,7 @@ def test_mistakes_are_one_line_before_anything_is_written(arguments, message, tm
 def test_the_program_lists_its_commands_and_refuses_others(capsys):
     assert main([]) == 0 and "pretrain" in capsys.readouterr().out
     assert main(["train"]) == 2
-    assert capsys.readouterr().err == "error: unknown command train; there is pretrain, evaluate\n"
+    assert capsys.readouterr().err == "error: unknown command train; there is pretrain, evaluate, convert, export, card\n"
 
 
 @pytest.mark.slow
