@@ -121,15 +121,17 @@ def check_settings(settings: dict[str, Any], method: str) -> dict[str, Any]:
 def normalisation(
     checkpoint: Checkpoint, num_channels: int, settings: dict[str, Any]
 ) -> tuple[Sequence[float], Sequence[float]]:
-    """(mean, std) of the channels: as given, as the folder's image processor says, or ImageNet's for 3 channels."""
+    """(mean, std) of the channels: as given, as the folder's image processor or timm's config says, or ImageNet's."""
     found = read_processor(checkpoint.folder, num_channels) if checkpoint.folder else None
-    mean, std = (found.mean, found.std) if found else (IMAGENET_MEAN, IMAGENET_STD)
+    timm = checkpoint.config.get("pretrained_cfg")
+    timm = timm if isinstance(timm, dict) else {}
+    mean, std = timm.get("mean", IMAGENET_MEAN), timm.get("std", IMAGENET_STD)
+    mean, std = (found.mean, found.std) if found else (mean, std)
     mean, std = settings.get("image_mean", mean), settings.get("image_std", std)
     for name, values in (("image_mean", mean), ("image_std", std)):
-        if len(values) != num_channels:
-            raise ValueError(
-                f"{name} must be given with {num_channels} values, one for each channel, not {len(values)}"
-            )
+        is_list = isinstance(values, list | tuple) and all(isinstance(value, int | float) for value in values)
+        if not is_list or len(values) != num_channels:
+            raise ValueError(f"{name} must be given with a number for each of {num_channels} channels, not {values}")
     return mean, std
 
 
@@ -137,7 +139,10 @@ def check_tensors_fit(layout: Layout, config: PreTrainedConfig, name: str):
     """Raise ValueError, with the names that the file has or should have, unless its tensors are the model's."""
     with torch.device("meta"):
         model = layout.model_class(config)
-    expected = to_theirs(model.state_dict(), layout.table, config.patch_height_width)
+    try:
+        expected = to_theirs(model.state_dict(), layout.table, config.patch_height_width)
+    except ValueError as error:
+        raise ValueError(f"{name} has no tensors for what the settings ask for: {error}") from None
     state = layout.state
     problems = {
         "missing": [key for key in expected if key not in state],

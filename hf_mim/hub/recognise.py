@@ -14,6 +14,7 @@ from transformers import AutoConfig, PreTrainedModel
 from hf_mim.hub import key_tables
 from hf_mim.hub.key_tables import Row, module_names, within
 from hf_mim.hub.reading import Checkpoint, listed
+from hf_mim.hub.timm_vit import ACTIVATIONS
 from hf_mim.models.configuration_vit import MIMConfig
 from hf_mim.models.modeling_latent_mim import LatentMIMForImageClassification, LatentMIMForPreTraining, LatentMIMModel
 from hf_mim.models.modeling_mae import MAEForImageClassification, MAEForPreTraining, MAEModel
@@ -27,6 +28,7 @@ CLASSIFIERS = {
     "stop": StopJepaForImageClassification,
 }
 METHODS = tuple(ENCODERS)
+POOLER = ("pooler.dense.weight", "pooler.dense.bias")
 # transformers' model types: the methods that they can be, the table, the prefix of the encoder, the head's pooling.
 TRANSFORMERS = {
     "vit_mae": (("mae",), key_tables.VIT_MAE_ENCODER, "vit.", "cls"),
@@ -40,7 +42,7 @@ class Layout:
     """A recognised state dict.
 
     state: its tensors as `table` names them. told: the config fields that its keys or its config.json settle. assumed:
-    the names of those that nothing settles. unread: keys left out because the authors' code never reads them.
+    the names of those that nothing settles. unread: keys left out because they change nothing.
     """
 
     method: str
@@ -104,7 +106,10 @@ def _jepa(checkpoint: Checkpoint, method: str | None) -> Layout:
 
 
 def _jepa_settings(method: str) -> dict[str, Any]:
-    return {"position_noise_std": 0.0, "use_mask_token": True} if method == "ijepa" else {"use_mask_token": False}
+    """What I-JEPA and StoP differ in; nothing for other methods."""
+    if method == "ijepa":
+        return {"position_noise_std": 0.0, "use_mask_token": True}
+    return {"use_mask_token": False} if method == "stop" else {}
 
 
 def _vit(checkpoint: Checkpoint, method: str | None) -> Layout:
@@ -115,18 +120,40 @@ def _vit(checkpoint: Checkpoint, method: str | None) -> Layout:
         told = {name: arguments[name] for name in ("mask_ratio", "norm_pix_loss") if name in arguments}
         _choose(method, ("mae",), checkpoint)
         return Layout("mae", MAEForPreTraining, key_tables.MAE, state, told, ("mask_ratio", "norm_pix_loss"))
-    if "head.weight" in state or "head.1.weight" in state:
-        table, told = key_tables.MAE_CLS_CLASSIFIER, {"pooling": "cls"}
-        if "head.1.weight" in state:
-            table, told = key_tables.MAE_LINEAR_PROBE, {"pooling": "cls", "head_batch_norm": True}
-        elif "fc_norm.weight" in state:
-            table, told = key_tables.MAE_MEAN_CLASSIFIER, {"pooling": "mean", "pool_before_norm": True}
-        _choose(method, ("mae",), checkpoint)
-        return Layout("mae", MAEForImageClassification, table, state, told)
+    table, told = key_tables.MAE_ENCODER, {"use_cls_token": has_cls}
+    if "head.1.weight" in state:
+        table, told = key_tables.MAE_LINEAR_PROBE, told | {"pooling": "cls", "head_batch_norm": True}
+    elif "fc_norm.weight" in state:
+        table, told = key_tables.MAE_MEAN_CLASSIFIER, told | {"pooling": "mean", "pool_before_norm": True}
+    elif "head.weight" in state:
+        table, told = key_tables.MAE_CLS_CLASSIFIER, told | {"pooling": "cls" if has_cls else "mean"}
     method = _choose(method, ("mae", "latent_mim") if has_cls else ("ijepa", "stop", "mae"), checkpoint)
-    told = _jepa_settings(method) if method in ("ijepa", "stop") else {"use_cls_token": has_cls}
-    table = key_tables.TIMM_VIT_CLS if has_cls else key_tables.TIMM_VIT
-    return Layout(method, ENCODERS[method], table, state, told)
+    has_head = any(key.startswith("head.") for key in state)
+    model_class = (CLASSIFIERS if has_head else ENCODERS)[method]
+    prefix = f"{model_class.base_model_prefix}." if has_head else ""
+    table = [
+        (ours.replace("encoder.", prefix, 1), theirs, layout)
+        for ours, theirs, layout in table
+        if (has_cls or theirs != "cls_token") and (has_head or not ours.startswith("classifier."))
+    ]
+    return Layout(method, model_class, table, state, told | _jepa_settings(method) | _timm_settings(checkpoint.config))
+
+
+def _timm_settings(config: dict[str, Any]) -> dict[str, Any]:
+    """What the `config.json` of a timm folder tells beside the shapes; that of a model of its own list tells less."""
+    pooling = {"avg": "mean", "token": "cls"}.get(str(config.get("global_pool")))
+    told = {} if pooling is None else {"pooling": pooling}
+    arguments = config.get("model_args")
+    if isinstance(arguments, dict):
+        names = {"num_heads": "num_attention_heads", "img_size": "image_size"}
+        told |= {ours: arguments[theirs] for theirs, ours in names.items() if theirs in arguments}
+        if "act_layer" in arguments:
+            act = arguments["act_layer"]
+            told["hidden_act"] = next((ours for ours, theirs in ACTIVATIONS.items() if theirs == act), str(act))
+    if isinstance(config.get("label_names"), list):
+        told["id2label"] = dict(enumerate(config["label_names"]))
+        told["label2id"] = {label: i for i, label in enumerate(config["label_names"])}
+    return told
 
 
 def _transformers(checkpoint: Checkpoint, method: str | None) -> Layout:
@@ -140,18 +167,26 @@ def _transformers(checkpoint: Checkpoint, method: str | None) -> Layout:
     state = module_names(checkpoint.state)
     if len(state) < len(checkpoint.state):
         raise ValueError(f"{checkpoint.name} has tensors twice, under transformers' old names and under its new ones")
-    told = _transformers_settings(checkpoint)
-    if method in ("ijepa", "stop"):
-        told |= _jepa_settings(method)
+    told = _transformers_settings(checkpoint) | _jepa_settings(method)
     if any(key.startswith("decoder.") for key in state):
         return Layout(method, MAEForPreTraining, key_tables.VIT_MAE, state, told)
     table = within(table, "", prefix if any(key.startswith(prefix) for key in state) else "")
     if "classifier.weight" not in state:
-        return Layout(method, ENCODERS[method], table, state, told)
+        unread = POOLER if _pooler_hands_on(state, checkpoint.config) else ()
+        state = {key: tensor for key, tensor in state.items() if key not in unread}
+        return Layout(method, ENCODERS[method], table, state, told, unread=unread)
     model_class = CLASSIFIERS[method]
     table = within(table, f"{model_class.base_model_prefix}.", "")
     table += [(f"classifier.linear.{name}", f"classifier.{name}", None) for name in ("weight", "bias")]
     return Layout(method, model_class, table, state, told | {"pooling": pooling})
+
+
+def _pooler_hands_on(state: dict[str, torch.Tensor], config: dict[str, Any]) -> bool:
+    """Whether `ViTModel`'s pooler does nothing to the CLS token, as in our exports; another one has no place here."""
+    weight, bias = (state.get(key) for key in POOLER)
+    if weight is None or bias is None or config.get("pooler_act") != "linear":
+        return False
+    return weight.ndim == 2 and torch.equal(weight, torch.eye(*weight.shape)) and not bias.any()
 
 
 def _transformers_settings(checkpoint: Checkpoint) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """The sizes of a recognised state dict, by its shapes.
 
-What shapes do not tell has the value of a transformers folder's `config.json`, or else of the papers:
+What shapes do not tell has the value of the `config.json` of a folder of transformers or timm, or else of the papers:
 
 | | not told | value |
 |---|---|---|
@@ -38,9 +38,9 @@ def infer(layout: Layout, given: dict[str, Any]) -> tuple[dict[str, Any], dict[s
     Raises:
         ValueError: a tensor that tells them is missing or of another rank; or what cannot be told has to be given.
     """
-    told = dict(layout.told)
-    if "hidden_size" not in told:  # a config.json tells all sizes; that they are true is checked with the weights
-        told |= _encoder_sizes(layout, given) | _other_sizes(layout)
+    told = layout.told
+    if "hidden_size" not in told:  # else a config.json tells all sizes; that they are true is checked with the weights
+        told = _encoder_sizes(layout, told | given) | _other_sizes(layout) | told
     told = {name: value for name, value in told.items() if name not in given}
     assumed = _heads(layout, told | given)
     if layout.method == "stop":
@@ -67,20 +67,19 @@ def _tensor(layout: Layout, ours: str, rank: int) -> torch.Tensor:
 
 
 def _depth(layout: Layout, ours: str) -> int:
-    """Layers under a prefix of ours, by the largest number in the file."""
+    """How many layers the file has under a prefix of ours."""
     pattern = re.escape(_row(layout, f"{ours}.{{i}}.norm1.bias")[0]).replace(r"\{i\}", r"(\d+)")
-    numbers = [int(found[1]) for found in (re.fullmatch(pattern, key) for key in layout.state) if found]
-    return 1 + max(numbers, default=0)
+    return len({found[1] for found in (re.fullmatch(pattern, key) for key in layout.state) if found})
 
 
-def _encoder_sizes(layout: Layout, given: dict[str, Any]) -> dict[str, Any]:
+def _encoder_sizes(layout: Layout, known: dict[str, Any]) -> dict[str, Any]:
     prefix = layout.encoder
     projection = f"{prefix}embeddings.projection.weight"
     if _row(layout, projection)[1] == "conv":
         width, channels, *patch = _tensor(layout, projection, rank=4).shape
     else:
         width, inputs = _tensor(layout, projection, rank=2).shape
-        channels, patch = _square_patch(inputs, given)
+        channels, patch = _square_patch(inputs, known)
     sizes = {
         "hidden_size": width,
         "num_hidden_layers": _depth(layout, f"{prefix}layers"),
@@ -88,7 +87,7 @@ def _encoder_sizes(layout: Layout, given: dict[str, Any]) -> dict[str, Any]:
         "num_channels": channels,
         "patch_size": _single(patch),
     }
-    if "image_size" not in given:
+    if "image_size" not in known:
         table = f"{prefix}embeddings.position_embeddings.table"
         positions = _tensor(layout, table, rank=3 if _row(layout, table)[1] == "table" else 2).flatten(0, -2)
         num_prefix = any(ours == f"{prefix}embeddings.cls_token" for ours, _, _ in layout.table)
@@ -97,11 +96,11 @@ def _encoder_sizes(layout: Layout, given: dict[str, Any]) -> dict[str, Any]:
     return sizes
 
 
-def _square_patch(inputs: int, given: dict[str, Any]) -> tuple[int, list[int]]:
+def _square_patch(inputs: int, known: dict[str, Any]) -> tuple[int, list[int]]:
     """(channels, patch height and width) of a patch embedding that is a Linear: squares of 3 channels unless given."""
-    channels = given.get("num_channels", 3)
+    channels = known.get("num_channels", 3)
     side = math.isqrt(inputs // channels)
-    patch = given.get("patch_size", side)
+    patch = known.get("patch_size", side)
     patch = [patch, patch] if isinstance(patch, int) else list(patch)
     if math.prod(patch) * channels != inputs:
         raise ValueError(

@@ -84,7 +84,7 @@ def test_a_jepa_file_is_said_to_look_like_stop(tmp_path, run):
         (["--set", "num_atention_heads=3"], "did you mean num_attention_heads?"),
         (["--set", "size=large"], "mae has no setting size"),
         (["--set", "patch_gap=4"], "mae has no setting patch_gap"),
-        (["--set", "image_mean=0.5"], "image_mean must be given with 3 values"),
+        (["--set", "image_mean=0.5"], "image_mean must be given with a number for each of 3 channels, not [0.5]"),
         (["--set", "num_attention_heads"], "--set needs name=value, not 'num_attention_heads'"),
         (["--set"], "--set needs name=value"),
         (["--method", "dino"], "method must be one of mae, latent_mim, ijepa, stop, not 'dino'"),
@@ -117,6 +117,12 @@ def test_a_tensor_that_tells_a_size_may_be_missing_or_bent(tmp_path, fails, key)
     assert key in fails(save_mae(tmp_path / "bent.pth", bent), *HEADS)
     del state[key]
     assert key in fails(save_mae(tmp_path / "missing.pth", state), *HEADS)
+
+
+def test_settings_that_ask_for_tensors_of_no_file_are_refused(tmp_path, fails):
+    file = save_mae(tmp_path / "classifier.pth", classifier_state("cls"))
+    error = fails(file, "--set", "num_attention_heads=3", "head_batch_norm=true")
+    assert "classifier.pth has no tensors for what the settings ask for" in error and "classifier.batch_norm" in error
 
 
 def test_quantised_weights_are_refused(tmp_path, fails):
@@ -167,6 +173,7 @@ def ijepa_folder(tmp_path, **changes):
         ({"model_type": "vit_mae"}, "missing: embeddings.cls_token"),
         ({"model_type": "stop_jepa"}, "a checkpoint of hf_mim already"),
         ({"hidden_act": "swirl"}, "hidden_act must be one of"),
+        ({"pretrained_cfg": {"mean": "grey"}}, "image_mean must be given with a number for each of 3 channels"),
     ],
 )
 def test_a_config_of_transformers_that_is_wrong_is_one_line(tmp_path, fails, changes, message):
@@ -238,7 +245,7 @@ def test_a_classifier_of_ten_channels_needs_its_normalisation(tmp_path):
     state = classifier_state("cls")
     state["patch_embed.proj.weight"] = torch.randn(48, 10, 8, 8)
     torch.save({"model": state}, tmp_path / "ten.pth")
-    with pytest.raises(ValueError, match="image_mean must be given with 10 values"):
+    with pytest.raises(ValueError, match="image_mean must be given with a number for each of 10 channels"):
         Conversion.read(tmp_path / "ten.pth", num_attention_heads=3)
 
 
