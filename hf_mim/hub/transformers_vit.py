@@ -7,6 +7,7 @@ runs (`ViTModel.from_pretrained` reads the same folder and does not), and neithe
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import (
     IJepaConfig,
     IJepaForImageClassification,
@@ -31,7 +32,16 @@ def write_transformers(model: MIMPreTrainedModel, folder: Path, checkpoint) -> s
     """Write the transformers model that holds `model` exactly; returns how to load it from `{dest}`."""
     exported = as_transformers(model)
     exported.save_pretrained(folder)
+    if isinstance(exported, ViTMAEForPreTraining):
+        _name_decoder(folder / "model.safetensors")
     return f'transformers.{type(exported).__name__}.from_pretrained("{{dest}}")'
+
+
+def _name_decoder(weights: Path):
+    """Give the decoder's layers the names that both transformers 4 and 5 load. As saved by 5 they have a name that only
+    5 knows, and 4 would leave them random."""
+    state = {key.replace("decoder_encoder.layer.", "decoder_layers."): x for key, x in load_file(weights).items()}
+    save_file(state, weights, {"format": "pt"})
 
 
 def as_transformers(model: MIMPreTrainedModel) -> PreTrainedModel:

@@ -177,6 +177,17 @@ def test_transformers_has_the_class_that_holds_it(root, name):
     assert "auto_map" not in config
 
 
+def test_transformers_4_knows_every_name_in_the_file_of_vit_mae(root):
+    """Its layers are named alike in encoder and decoder, after these two prefixes."""
+    keys = load_file(root / "mae" / "transformers" / "model.safetensors").keys()
+    layers = {key.partition(".0.")[0]: set() for key in keys if ".0." in key}
+    for prefix in layers:
+        layers[prefix] = {key.partition(".0.")[2] for key in keys if key.startswith(f"{prefix}.0.")}
+    assert list(sorted(layers)) == ["decoder.decoder_layers", "vit.encoder.layer"]
+    assert layers["decoder.decoder_layers"] == layers["vit.encoder.layer"]
+    assert "attention.attention.query.weight" in layers["vit.encoder.layer"]
+
+
 def same(theirs, ours):
     assert theirs.keys() == ours.keys()
     assert all(torch.equal(theirs[key], ours[key]) for key in ours)
