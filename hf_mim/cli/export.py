@@ -1,8 +1,10 @@
 """`hf-mim export`: a checkpoint in a form that loads where hf_mim is not installed."""
 
+import logging
 import sys
+import warnings
 
-from transformers.utils import logging
+from transformers.utils.logging import disable_progress_bar
 
 HELP = """\
 usage: hf-mim export CHECKPOINT DEST --to FORM [--encoder online|target]
@@ -26,7 +28,9 @@ def export_command(arguments: list[str]) -> int:
     from hf_mim.cli import _fail, one_line  # which imports the commands
     from hf_mim.hub.export import export
 
-    logging.disable_progress_bar()
+    disable_progress_bar()
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it speaks of torchvision
+    warnings.simplefilter("ignore", FutureWarning)  # of torch to itself
     try:
         how_to_load = export(*_parse(arguments))
     except (ValueError, OSError, RuntimeError, ImportError) as error:

@@ -167,6 +167,16 @@ def by_remote_code(folder, images):
     return result | {"features": output.last_hidden_state, "pooled": output.pooler_output}
 
 
+def from_the_hub(folder, images):
+    """`folder` is a repository's name."""
+    from transformers import AutoBackbone, AutoModel
+
+    backbone = AutoBackbone.from_pretrained(str(folder), trust_remote_code=True).eval()
+    output = AutoModel.from_pretrained(str(folder), trust_remote_code=True).eval()(images)
+    maps = backbone(images).feature_maps
+    return {"features": output.last_hidden_state, "pooled": output.pooler_output, "map": maps[-1]}
+
+
 def in_onnxruntime(folder, images):
     import onnxruntime
 
@@ -187,6 +197,7 @@ FORMS = {
     "timm": timm_like,
     "real timm": real_timm,
     "remote-code": by_remote_code,
+    "hub": from_the_hub,
     "onnx": in_onnxruntime,
 }
 

@@ -19,6 +19,7 @@ from hf_mim.data.processor import image_processor
 from hf_mim.hub import export as export_module
 from hf_mim.hub import key_tables
 from hf_mim.hub.export import export
+from tests.hub.minihub import MiniHub
 
 SIZES = dict(hidden_size=48, num_hidden_layers=2, num_attention_heads=3, patch_size=8)
 OBLONG = dict(image_size=(24, 40), num_channels=4, intermediate_size=100, hidden_act="gelu_pytorch_tanh")
@@ -117,7 +118,18 @@ def images():
 
 
 @pytest.fixture(scope="module")
-def seen(root, images):
+def hub(root):
+    """A Hub with MAE's checkpoint as `tester/ours` and its export with code as `tester/remote-code`."""
+    hub = MiniHub()
+    for name in ("ours", "remote-code"):
+        files = {path.name: path.read_bytes() for path in (root / "mae" / name).iterdir()}
+        hub.repos[f"tester/{name}"] = [("0" * 40, files)]
+    yield hub
+    hub.close()
+
+
+@pytest.fixture(scope="module")
+def seen(root, images, hub):
     """What all exports give in one process without hf_mim: {"NAME/FORM/OUTPUT": tensor}."""
     for name, tensor in images.items():
         save_file({"images": tensor}, root / f"{name}.safetensors")
@@ -127,12 +139,12 @@ def seen(root, images):
         for form in forms(name)
         if INSTALLED.get(form, True)
     ]
-    (root / "jobs.json").write_text(json.dumps(jobs))
+    (root / "jobs.json").write_text(json.dumps([*jobs, ("mae", "hub", "tester/remote-code")]))
     without = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     done = subprocess.run(
         [sys.executable, Path(__file__).with_name("blind.py"), root / "jobs.json", root / "seen.safetensors"],
         cwd=root,
-        env=without | {"HF_HOME": str(root / "cache"), "HF_HUB_OFFLINE": "1"},
+        env=without | hub.environment(root / "cache"),
         capture_output=True,
         text=True,
     )
@@ -144,7 +156,7 @@ def close(theirs, ours):
     torch.testing.assert_close(theirs, ours, atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize(("name", "form"), [(name, form) for name in CASES for form in forms(name)])
+@pytest.mark.parametrize(("name", "form"), [*((name, form) for name in CASES for form in forms(name)), ("mae", "hub")])
 @torch.no_grad()
 def test_an_export_gives_our_features_where_hf_mim_cannot_be_imported(name, form, models, request):
     if not INSTALLED.get(form, True):
@@ -371,3 +383,11 @@ def test_the_command_prints_the_line_that_loads_what_it_wrote(root, tmp_path, ca
     line = capsys.readouterr().out.strip()
     assert line == f'transformers.ViTMAEForPreTraining.from_pretrained("{tmp_path}/new/dest")'
     assert sorted(path.name for path in (tmp_path / "new").iterdir()) == ["dest"]
+
+
+def test_a_checkpoint_may_be_named_by_its_repository_on_the_hub(root, hub, tmp_path):
+    command = [sys.executable, "-m", "hf_mim.cli", "export", "tester/ours", str(tmp_path / "dest"), "--to", "timm"]
+    done = subprocess.run(command, env=os.environ | hub.environment(tmp_path / "cache"), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    for path in (root / "mae" / "timm").iterdir():
+        assert (tmp_path / "dest" / path.name).read_bytes() == path.read_bytes()
