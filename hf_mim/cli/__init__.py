@@ -1,8 +1,8 @@
 """The command line: `hf-mim pretrain [RECIPE.yaml] [--argument value ...]` and `hf-mim evaluate`.
 
 A folder, because each part is of use alone: `recipe.py` (what a run is), `values.py` (text and YAML to typed values),
-`help.py`, `pretrain.py` (the run itself), `readout.py` (its k-NN accuracy), `evaluate.py`, `convert.py`, `export.py`, `card.py`. A user's mistake is one
-line on stderr and exit status 2, before anything is trained or written.
+`help.py`, `pretrain.py` (the run itself), `readout.py` (its k-NN accuracy), and a file for each other command. A user's
+mistake is one line on stderr and exit status 2, before anything is trained or written.
 """
 
 import importlib

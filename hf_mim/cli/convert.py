@@ -45,7 +45,7 @@ def convert_command(arguments: list[str]) -> int:
     except KeyboardInterrupt:
         print("\ninterrupted; nothing was written", file=sys.stderr)
         return 130
-    print(summary(conversion, dest))
+    print(summary(conversion, dest, hint=method is None))
     return 0
 
 
@@ -85,14 +85,14 @@ def _setting(text: str) -> tuple[str, Any]:
     return name, to_type(name, value, types[name]) if name in types else value
 
 
-def summary(conversion: Conversion, dest: str) -> str:
-    """What was made, what of it no file told, and how to load it."""
+def summary(conversion: Conversion, dest: str, hint: bool) -> str:
+    """What was made, what of it no file told, and how to load it; with a hint at StoP where it could be that."""
     record, loader = conversion.record, "AutoModel"
     for part in ("ForPreTraining", "ForImageClassification"):
         loader += part if record["model"].endswith(part) else ""
     assumed = ", ".join(f"{name}={value}" for name, value in record["assumed"].items())
     lines = [f"{record['source']} is {record['method']}: {record['model']}, every tensor in its place."]
-    if record["method"] == "ijepa" and record["model"].endswith("ForPreTraining"):
+    if hint and record["method"] == "ijepa" and record["model"].endswith("ForPreTraining"):
         lines.append("A file of StoP looks the same; for one, say --method stop.")
     if assumed:
         lines.append(f"Not told by the file, so as in the paper (other values by --set): {assumed}.")

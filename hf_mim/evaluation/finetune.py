@@ -10,7 +10,7 @@ from typing import ClassVar
 
 import torch
 from transformers import Trainer, TrainingArguments
-from transformers.trainer_callback import PrinterCallback
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from hf_mim.callbacks import BrokenImages, DatasetEpoch, RankSeeds, seeded
 from hf_mim.data import ImageDataset, RandomCrop, check_broken
@@ -121,6 +121,14 @@ def make_trainer(model, args: FinetuningArguments, augment: MixAugment, train_im
     )
 
 
+class LossOnBar(ProgressCallback):
+    """Trainer's progress bar with the loss on it, instead of lines among the result."""
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if self.training_bar is not None and "loss" in logs:
+            self.training_bar.set_postfix_str(f"loss {float(logs['loss']):.4g}")
+
+
 @dataclass
 class Finetune:
     """Top-1 accuracy of the whole model, or of its last blocks, trained to classify; of the last epoch, as in papers.
@@ -195,6 +203,8 @@ class Finetune:
             args = self._arguments(folder, encoder.device, extract.num_workers, not extract.progress)
             trainer = make_trainer(model, args, self._augment(encoder.mean, encoder.std), train_images)
             trainer.remove_callback(PrinterCallback)
+            if trainer.pop_callback(ProgressCallback) is not None:
+                trainer.add_callback(LossOnBar())
             trainer.train()
             args.dataloader_drop_last = False
             logits = torch.from_numpy(trainer.predict(test_images).predictions)

@@ -174,4 +174,4 @@ def load_model(layout: Layout, config: PreTrainedConfig) -> PreTrainedModel:
     state = {
         key: x.detach().to(torch.float32 if x.is_floating_point() else x.dtype, copy=True) for key, x in state.items()
     }
-    return layout.model_class.from_pretrained(None, config=config, state_dict=state)
+    return layout.model_class.from_pretrained(None, config=config, state_dict=state, dtype=torch.float32)

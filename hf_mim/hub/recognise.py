@@ -35,6 +35,11 @@ TRANSFORMERS = {
     "vit": (("mae", "latent_mim"), key_tables.VIT_HF, "vit.", "cls"),
     "ijepa": (("ijepa", "stop"), key_tables.IJEPA_HF, "ijepa.", "mean"),
 }
+# The fields of transformers' configs that have ours' names and meaning.
+SHARED = (
+    "image_size patch_size num_channels hidden_size num_hidden_layers num_attention_heads intermediate_size hidden_act "
+    "layer_norm_eps mask_ratio norm_pix_loss decoder_hidden_size decoder_num_hidden_layers decoder_num_attention_heads"
+).split()
 
 
 @dataclass
@@ -190,15 +195,14 @@ def _pooler_hands_on(state: dict[str, torch.Tensor], config: dict[str, Any]) -> 
 
 
 def _transformers_settings(checkpoint: Checkpoint) -> dict[str, Any]:
-    """The fields that a transformers config shares with ours, and the names of its classes."""
-    settings = {name: value for name, value in checkpoint.config.items() if name != "model_type"}
+    """The fields that a transformers config shares with ours, with its defaults for those that are left out."""
+    model_type = checkpoint.config["model_type"]
+    defaults = AutoConfig.for_model(model_type)
+    names = [name for name in (*SHARED, "id2label", "label2id") if hasattr(defaults, name)]
+    settings = {name: checkpoint.config[name] for name in names if name in checkpoint.config}
     try:
-        config = AutoConfig.for_model(checkpoint.config["model_type"], **settings)
-    except (StrictDataclassError, ValueError, TypeError) as error:
+        config = AutoConfig.for_model(model_type, **settings)
+    except (StrictDataclassError, ValueError, TypeError, AttributeError) as error:
         reason = " ".join(str(error.__cause__ or error).split())
         raise ValueError(f"the config.json of {checkpoint.name} is wrong: {reason}") from error
-    names = "image_size patch_size num_channels hidden_size num_hidden_layers num_attention_heads intermediate_size "
-    names += "layer_norm_eps hidden_act mask_ratio norm_pix_loss "
-    names += "decoder_hidden_size decoder_num_hidden_layers decoder_num_attention_heads"
-    told = {name: getattr(config, name) for name in names.split() if hasattr(config, name)}
-    return told | {"id2label": config.id2label, "label2id": config.label2id}
+    return {name: getattr(config, name) for name in names}

@@ -65,7 +65,7 @@ class StopJepaConfig(MIMConfig):
         if self.predictor_num_attention_heads is None:
             self.predictor_num_attention_heads = self.num_attention_heads
         if self.predictor_hidden_size is None:
-            step = math.lcm(4, self.predictor_num_attention_heads)
+            step = math.lcm(4, max(1, self.predictor_num_attention_heads))
             self.predictor_hidden_size = max(step, min(384, self.hidden_size // 2) // step * step)
         self.check_fields()
 

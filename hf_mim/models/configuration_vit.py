@@ -25,7 +25,7 @@ def pair(size: int | list[int] | tuple[int, int]) -> tuple[int, int]:
 
 def check_width(width_name: str, width: int, heads_name: str, heads: int):
     """Raise ValueError unless a transformer of this width can have these heads and sine-cosine positions."""
-    if heads < 1 or width % heads or width % 4:
+    if min(heads, width) < 1 or width % heads or width % 4:
         raise ValueError(
             f"{width_name} must be divisible by {heads_name} and by 4 (for the position table), "
             f"got {width_name}={width} with {heads_name}={heads}"
