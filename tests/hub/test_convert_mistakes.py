@@ -68,6 +68,12 @@ def test_a_jepa_file_is_said_to_look_like_stop(tmp_path, run):
     assert "say --method stop" in out
 
 
+def test_a_method_that_is_said_is_not_doubted(tmp_path, run):
+    file = save_jepa(tmp_path / "jepa.pth", read("ijepa")[2])
+    _, out, error = run(file, "--set", "num_attention_heads=3", "--method", "ijepa")
+    assert "stop" not in out and not error
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -173,6 +179,9 @@ def ijepa_folder(tmp_path, **changes):
         ({"model_type": "vit_mae"}, "missing: embeddings.cls_token"),
         ({"model_type": "stop_jepa"}, "a checkpoint of hf_mim already"),
         ({"hidden_act": "swirl"}, "hidden_act must be one of"),
+        ({"hidden_size": 0}, "hidden_size must be divisible"),
+        ({"num_attention_heads": 0}, "hidden_size must be divisible by num_attention_heads"),
+        ({"id2label": ["cat"]}, "the config.json of theirs is wrong"),
         ({"pretrained_cfg": {"mean": "grey"}}, "image_mean must be given with a number for each of 3 channels"),
     ],
 )
