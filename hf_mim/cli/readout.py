@@ -108,11 +108,10 @@ class Readout:
             "raw pixels": RawPixels(*normalization, size, model.device),
         }
         protocol = KNN(k=min(20, len(train)))
-        results = {
-            name: protocol.run(FeatureExtractor(encoder, batch_size, progress=False), train, test)
-            for name, encoder in encoders.items()
-        }
+        extractors = {name: FeatureExtractor(encoder, batch_size, progress=False) for name, encoder in encoders.items()}
+        results = {name: protocol.run(extract, train, test) for name, extract in extractors.items()}
         result = results["trained"]
+        result.settings |= _input_settings(extractors["trained"])
         result.scores = {name: results[name].value for name in ("untrained", "raw pixels")}
         result.data["test"]["seen_in_pretraining"] = self.data["test_images_seen_in_pretraining"]
         result.checkpoint, result.checkpoint_sha256 = str(folder), checkpoint_sha256(folder)
@@ -137,7 +136,7 @@ def training_record(trainer: Trainer, run: RunArguments, images, resumed_from: s
     result = Result(
         "pretrain",
         "loss",
-        losses[-1],
+        losses[-1] if losses else None,
         settings={
             "method": run.method,
             "processes": args.world_size,
@@ -147,7 +146,7 @@ def training_record(trainer: Trainer, run: RunArguments, images, resumed_from: s
         },
         data={"source": f"{run.dataset}, split {run.train_split}"} | counted,
         scores={
-            "first_loss": losses[0],
+            "first_loss": losses[0] if losses else None,
             "steps": state.global_step,
             "images_seen": state.global_step * args.images_per_step,
             "images_per_second": (state.global_step - start) * args.images_per_step / seconds,
@@ -167,12 +166,22 @@ def measure_health(model, augment, images, run: RunArguments, batch_size: int, f
     """`results/health.json`: the features of training images, beside an untrained encoder's. Needs no labels."""
     sample = Images(fixed_sample(images, HEALTH_IMAGES), f"{run.dataset}, split {run.train_split}")
     encoder = FrozenEncoder(model.base_model, *augment.statistics(), name=str(folder))
-    result = Health(num_images=HEALTH_IMAGES).run(FeatureExtractor(encoder, batch_size, progress=False), sample)
+    extract = FeatureExtractor(encoder, batch_size, progress=False)
+    result = Health(num_images=HEALTH_IMAGES).run(extract, sample)
+    result.settings |= _input_settings(extract)
     result.checkpoint, result.checkpoint_sha256 = str(folder), checkpoint_sha256(folder)
     result.device = str(model.device)
     result.save(result_path(folder, "health"))
     print(f"\n{result.headline()}. {result.notes[0]}")
     return result
+
+
+def _input_settings(extract: FeatureExtractor) -> dict:
+    """What the encoder was given, as `hf-mim evaluate` records it."""
+    encoder = extract.encoder
+    about = {"image_size": list(encoder.image_size), "dtype": str(encoder.dtype).removeprefix("torch.")}
+    about |= {"image_mean": encoder.mean, "image_std": encoder.std, "crop_fraction": extract.crop.fraction}
+    return about | {"untrained": False}
 
 
 def find_test_split(run: RunArguments, labelled: bool = False) -> tuple[Dataset | IterableDataset | None, str | None]:

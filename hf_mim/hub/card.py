@@ -36,7 +36,8 @@ TASKS = dict.fromkeys(("knn", "leave_one_out", "linear", "attentive", "lowshot",
 TASKS |= dict.fromkeys(("segment", "propagate"), "image-segmentation")
 NOT_RECORDED = "not recorded"
 # Settings of a recipe that say where and how it ran, not what it computes.
-OF_THE_MACHINE = ("output_dir", "dataloader_", "logging_", "save_", "hub_", "push_to_hub", "report_to", "use_cpu")
+OF_THE_MACHINE = ("output_dir", "dataloader_", "logging_", "save_", "hub_", "push_to_hub", "report_to")
+OF_THE_MACHINE += ("use_cpu", "disable_tqdm")
 
 
 def model_card(folder: str | Path, repo_id: str | None = None, license: str | None = None) -> ModelCard:
@@ -214,7 +215,7 @@ def _results_table(results: dict[str, Result], notes: dict[str, str]) -> str:
 
 
 def _health_table(health: Result | None) -> str:
-    rows = [{name: _plain(value) for name, value in row.items()} for row in health.table] if health else []
+    rows = [{name: format_number(value) for name, value in row.items()} for row in health.table] if health else []
     return _markdown_table(rows)
 
 
@@ -281,8 +282,8 @@ def _recipe_text(recipe: dict) -> str:
 
 def _data(data: dict) -> str:
     """A result's `data` in words: where the images come from, how many, and what else is told."""
-    if "train" in data and "test" in data:
-        return f"{_data(data['train'])} → {_data(data['test'])}"
+    if "test" in data:
+        return " → ".join(_data(data[name]) for name in ("train", "test") if name in data)
     known = {name: value for name, value in data.items() if name not in ("source", "images")}
     words = [shown_source(data.get("source", "images"))]
     words += [f"{data['images']} images"] if "images" in data else []

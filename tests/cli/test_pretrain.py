@@ -61,11 +61,28 @@ def mae_run(tmp_path_factory):
 def test_a_run_folder_is_complete(mae_run):
     folder, _ = mae_run
     files = "config.json model.safetensors preprocessor_config.json recipe.yaml trainer_state.json loss.png".split()
-    assert {*files, "reconstructions.png", "results"} <= {path.name for path in folder.iterdir()}
+    assert {*files, "reconstructions.png", "results", "README.md"} <= {path.name for path in folder.iterdir()}
+    assert {path.stem for path in (folder / "results").iterdir()} == {"training", "health", "knn"}
     state = json.loads((folder / "trainer_state.json").read_text())
     assert state["global_step"] == 4
     assert sum("loss" in entry for entry in state["log_history"]) == 4  # short runs have a curve too
     assert Image.open(folder / "loss.png").width > 300
+
+
+def test_a_run_records_what_it_took_and_its_card_tells_it(mae_run):
+    folder, printed = mae_run
+    history = json.loads((folder / "trainer_state.json").read_text())["log_history"]
+    record = json.loads((folder / "results" / "training.json").read_text())
+    scores, losses = record["scores"], [entry["loss"] for entry in history if "loss" in entry]
+    assert (scores["first_loss"], record["value"]) == (losses[0], losses[-1])
+    assert (scores["steps"], scores["images_seen"], record["settings"]["processes"]) == (4, 4 * 32, 1)
+    assert record["seconds"] == history[-1]["train_runtime"]
+    assert scores["images_per_second"] * record["seconds"] == pytest.approx(128)
+    health = json.loads((folder / "results" / "health.json").read_text())
+    assert health["data"] == {"source": "digits, split train", "images": 512, "token_images": 256}
+    assert f"RankMe {health['value']:.4f}" in printed
+    card = (folder / "README.md").read_text()
+    assert f"| Last loss logged | {losses[-1]:.4f} |" in card and f"| rank_me | {health['value']:.4f} |" in card
 
 
 def test_the_end_compares_trained_untrained_and_raw_pixels(mae_run):
@@ -339,7 +356,9 @@ def test_mistakes_are_one_line_before_anything_is_written(arguments, message, tm
 def test_the_program_lists_its_commands_and_refuses_others(capsys):
     assert main([]) == 0 and "pretrain" in capsys.readouterr().out
     assert main(["train"]) == 2
-    assert capsys.readouterr().err == "error: unknown command train; there is pretrain, evaluate, convert, export, card\n"
+    assert (
+        capsys.readouterr().err == "error: unknown command train; there is pretrain, evaluate, convert, export, card\n"
+    )
 
 
 @pytest.mark.slow

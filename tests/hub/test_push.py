@@ -36,6 +36,7 @@ def hub():
 
 @pytest.fixture(autouse=True)
 def the_hub_works(hub):
+    yield
     hub.failing = None
 
 

@@ -1,0 +1,339 @@
+"""Cards tell what the files of a folder tell, and nothing else."""
+
+import json
+import math
+import re
+import shutil
+from pathlib import Path
+from urllib.parse import urlparse
+
+import pytest
+import yaml
+from huggingface_hub import ModelCard
+from huggingface_hub.repocard_data import model_index_to_eval_results
+from PIL import Image
+from transformers import AutoModelForImageClassification, AutoModelForPreTraining, ViTConfig
+
+from hf_mim.cli.card import card_command
+from hf_mim.cli.recipe import Recipe
+from hf_mim.data.processor import image_processor
+from hf_mim.evaluation.encoder import checkpoint_sha256
+from hf_mim.evaluation.result import Result
+from hf_mim.hub.card import METHODS, TEMPLATE, is_hub_name, model_card, read_config, shown_source, write_card
+
+CARDS = Path(__file__).parents[2] / "model_cards"
+SMALL = {"image_size": 24, "patch_size": 4, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+SMALL |= {"num_channels": 3, "image_mean": [0.41, 0.42, 0.43], "image_std": [0.21, 0.22, 0.23], "crop_scale": "0.37,1"}
+PICTURE_LIMIT = 150_000
+
+
+def make_folder(folder: Path, method: str = "mae", dataset: str = "owner/photos", **settings) -> Path:
+    """A run folder as `hf-mim pretrain` leaves it, without the run."""
+    settings = {"method": method.replace("ijepa", "stop_jepa"), "dataset": dataset} | SMALL | settings
+    settings |= {"position_noise_std": 0} if method == "ijepa" else {}
+    recipe = Recipe.resolve(settings | {"output_dir": str(folder)})
+    AutoModelForPreTraining.from_config(recipe.config()).save_pretrained(folder)
+    recipe.save(folder / "recipe.yaml")
+    image_processor((24, 24), recipe.run.image_mean, recipe.run.image_std).save_pretrained(folder)
+    state = {"global_step": 37, "log_history": [{"step": 1, "loss": 2.345}, {"step": 37, "loss": 1.234}]}
+    state["log_history"].append({"train_runtime": 61.7, "train_samples_per_second": 88.9})
+    (folder / "trainer_state.json").write_text(json.dumps(state))
+    for name in ("loss.png", "reconstructions.png")[: 2 if method == "mae" else 1]:
+        Image.new("RGB", (8, 8)).save(folder / name)
+    about = {"checkpoint": str(folder), "checkpoint_sha256": checkpoint_sha256(folder), "device": "cpu (x86_64)"}
+    data = {"source": f"{dataset}, split train", "images": 4321}
+    test = {"source": f"{dataset}, split test", "images": 765}
+    scores = {"first_loss": 2.345, "steps": 37, "images_seen": 5920, "images_per_second": 95.95, "hours": 0.01714}
+    ran = {"processes": 3, "precision": "float32"}
+    results = {
+        "training": Result("pretrain", "loss", 1.234, ran, data, scores, seconds=61.7, **about),
+        "health": Result("health", "RankMe", 12.5, {}, data, table=[HEALTHY, ILL], notes=["Worry: b."], **about),
+        "knn": Result("knn", "accuracy", 0.4567, {"k": 19}, {"train": data, "test": test}, {"top5": 0.8765}, **about),
+    }
+    for name, result in results.items():
+        result.save(folder / "results" / f"{name}.json")
+    return folder
+
+
+HEALTHY = {"measure": "a", "value": 12.5, "untrained": 3.5, "worry": "no", "meaning": "below 0.15 | few"}
+ILL = HEALTHY | {"measure": "b", "worry": "yes"}
+
+
+@pytest.fixture(scope="module")
+def original(tmp_path_factory):
+    return make_folder(tmp_path_factory.mktemp("cards") / "photos_mae")
+
+
+@pytest.fixture
+def folder(original, tmp_path):
+    """A copy that may be changed."""
+    return shutil.copytree(original, tmp_path / original.name)
+
+
+def section(card: ModelCard, title: str) -> str:
+    return re.split(r"^##+ ", card.text.partition(f"# {title}\n")[2], flags=re.MULTILINE)[0]
+
+
+def edit(path: Path, **values):
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_card_of_each_method_parses_and_cites_its_papers(method, tmp_path):
+    folder = make_folder(tmp_path / method, method)
+    card = ModelCard.load(write_card(folder))
+    title, papers = METHODS[method]
+    assert (card.data.library_name, card.data.pipeline_tag) == ("transformers", "image-feature-extraction")
+    assert card.data.datasets == ["owner/photos"] and card.data.license is None
+    assert title in section(card, method)
+    assert {tag.removeprefix("arxiv:") for tag in card.data.tags if tag.startswith("arxiv:")} == set(papers)
+    assert re.findall(r"arXiv:(\d+\.\d+)", section(card, "Citation")) == papers
+    (result,) = card.data.eval_results
+    assert (result.task_type, result.dataset_type, result.dataset_split) == (
+        "image-classification",
+        "owner/photos",
+        "test",
+    )
+    assert (result.metric_type, result.metric_value, result.metric_name) == ("accuracy", 0.4567, "accuracy (knn)")
+    index = yaml.safe_load(card.content.split("---")[1])["model-index"]
+    assert model_index_to_eval_results(index)[0] == method
+    assert ("reconstruction" in section(card, "Training")) == (method == "mae")
+    assert "{" not in card.text.split("```bibtex")[0] and "\n\n\n" not in card.text
+    assert_links_resolve(card, folder)
+    assert_numbers_have_a_source(card, folder)
+
+
+def assert_links_resolve(card: ModelCard, folder: Path):
+    links = re.findall(r"\]\(([^)\s]+)\)", card.text)
+    assert links
+    for link in links:
+        if "://" in link:
+            address = urlparse(link)
+            assert address.scheme == "https" and re.fullmatch(r"[\w.-]+\.\w+", address.netloc), link
+        else:
+            path = (folder / link).resolve()
+            assert path.is_file() and path.is_relative_to(folder.resolve()), link
+
+
+def numbers(text: str) -> set[float]:
+    return {float(x) for x in re.findall(r"(?<![\w.])-?\d+(?:\.\d+)?(?:e[+-]?\d+)?(?!\w)", text)}
+
+
+def known_numbers(value) -> set[float]:
+    """All in a source, as they are and as a card may round them."""
+    if isinstance(value, dict):
+        return known_numbers([*value, *value.values()])
+    if isinstance(value, list):
+        return set().union(*map(known_numbers, value))
+    if isinstance(value, str):
+        return numbers(value)
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return set()
+    return {float(f"{value:{form}}") for form in (".4f", ".4g", ".6g", "") if math.isfinite(value)}
+
+
+def assert_numbers_have_a_source(card: ModelCard, folder: Path):
+    """Outside the examples and the citation, a card has the numbers of its sources; of its own only "in 0..1"."""
+    sources = [json.loads(path.read_text()) for path in [*folder.glob("*.json"), *folder.glob("results/*.json")]]
+    sources += [yaml.safe_load((folder / "recipe.yaml").read_text()), list(read_config(folder).training_size)]
+    told, limits = card.text.split("## How to load")[0], section(card, "Limits")
+    text = re.sub(r"\[[^]]*\]\(https:[^)]*\)|\]\([^)]*\)|in 0\.\.1", "", told + limits).replace(folder.name, "")
+    assert not (unknown := numbers(text) - known_numbers(sources)), f"{unknown} in the card are in none of its sources"
+
+
+def test_the_prose_of_the_template_has_no_number_of_its_own():
+    prose = re.sub(r"{%.*?%}|{{.*?}}|https?:\S+|in 0\.\.1", "", TEMPLATE.read_text().split("## How to load")[0])
+    assert numbers(prose) == {2022, 2023, 2024}  # years of the papers
+
+
+def test_another_number_in_a_results_file_is_another_number_in_the_card(folder):
+    before = model_card(folder)
+    edit(folder / "results" / "knn.json", value=0.4321)
+    after = model_card(folder)
+    assert after.content == before.content.replace("0.4567", "0.4321") != before.content
+    edit(folder / "results" / "training.json", device="cuda (a GPU)", value=1.111)
+    compute = section(model_card(folder), "Compute")
+    assert "| Device | cuda (a GPU) |" in compute and "| Last loss logged | 1.1110 |" in compute
+
+
+@pytest.mark.parametrize(
+    "name, title, text",
+    [
+        ("results/knn.json", "Results", "Not measured: there are no results"),
+        ("results/knn.json", "Results", "Not measured: knn,"),
+        ("results/health.json", "Health of the features", "Not measured"),
+        ("results/training.json", "Compute", "| Device | not recorded |"),
+        ("results/training.json", "Data and augmentation", "their number is not recorded"),
+        ("recipe.yaml", "Recipe", "Not recorded"),
+        ("recipe.yaml", "Data and augmentation", "Not recorded"),
+        ("loss.png", "Training", "no picture of the loss"),
+        ("reconstructions.png", "Training", "no picture of reconstructions"),
+    ],
+)
+def test_what_is_missing_is_said_to_be_missing(folder, name, title, text):
+    assert text not in section(model_card(folder), title)
+    (folder / name).unlink()
+    card = model_card(folder)
+    assert text in section(card, title)
+    assert "](" + name + ")" not in card.text
+
+
+def test_a_run_without_a_record_of_its_own_has_what_trainer_kept(folder):
+    (folder / "results" / "training.json").unlink()
+    compute = section(model_card(folder), "Compute")
+    rows = {"Seconds": "61.7", "Images per second": "88.9", "Optimizer steps": "37", "Images seen": "not recorded"}
+    assert all(f"| {name} | {value} |" in compute for name, value in rows.items())
+    (folder / "trainer_state.json").unlink()
+    values = re.findall(r"^\| \w.* \| (.+) \|$", section(model_card(folder), "Compute"), re.MULTILINE)
+    assert len(values) == 10 and set(values) == {"not recorded"}
+
+
+def test_results_of_other_weights_and_of_untrained_ones_are_marked_and_kept_out_of_the_metadata(folder):
+    card = model_card(folder)
+    assert len(card.data.eval_results) == 1
+    edit(folder / "results" / "knn.json", checkpoint_sha256="0" * 64)
+    card = model_card(folder)
+    assert "[knn](results/knn.json) (**of other weights**)" in card.text and card.data.eval_results is None
+    assert "Not measured: knn," in card.text
+    edit(folder / "results" / "knn.json", checkpoint_sha256=None, settings={"untrained": True})
+    card = model_card(folder)
+    assert "(untrained encoder, to compare)" in card.text and card.data.eval_results is None
+
+
+def test_a_worry_of_the_health_check_is_among_the_limits(folder):
+    assert "- Past the limit in the table of health: b." in section(model_card(folder), "Limits")
+    assert "below 0.15 \\| few" in section(model_card(folder), "Health of the features")  # one cell
+
+
+def test_every_shape_of_data_is_told(folder):
+    before = "| owner/photos, split train, 4321 images → owner/photos, split test, 765 images |"
+    assert before in model_card(folder).text
+    edit(folder / "results" / "knn.json", data={"test": {"source": "a/b, split val", "images": 9, "seen": False}})
+    assert "| a/b, split val, 9 images, seen: no |" in model_card(folder).text
+    edit(folder / "results" / "knn.json", data={"source": "/videos/davis, split test", "sequences": ["dog", "cow"]})
+    assert "| davis, split test, sequences: dog, cow |" in model_card(folder).text
+
+
+def test_notes_of_a_result_stand_below_the_table(folder):
+    edit(folder / "results" / "knn.json", notes=["Chosen on 77 images."])
+    assert "\n\n- `knn.json`: Chosen on 77 images.\n\nNot measured" in section(model_card(folder), "Results")
+
+
+def test_a_number_that_was_not_finite_is_not_a_result(folder):
+    edit(folder / "results" / "knn.json", value=None)
+    card = model_card(folder)
+    assert "| accuracy | not finite |" in card.text and card.data.eval_results is None
+
+
+def test_the_licence_is_given_taken_from_the_recipe_or_kept(tmp_path):
+    folder = make_folder(tmp_path / "run")
+    assert "| Licence | not given |" in model_card(folder).text
+    write_card(folder, license="cc-by-nc-4.0")
+    write_card(folder)
+    assert ModelCard.load(folder / "README.md").data.license == "cc-by-nc-4.0"
+    licensed = make_folder(tmp_path / "licensed", license="apache-2.0")
+    card = model_card(licensed)
+    assert card.data.license == "apache-2.0" and "| Licence | apache-2.0 |" in card.text
+
+
+def test_no_path_of_the_machine_is_told(tmp_path):
+    card = model_card(make_folder(tmp_path / "run", dataset=str(tmp_path / "my photos")))
+    assert str(tmp_path) not in card.content and "my photos, split train" in card.text and not card.data.datasets
+    (result,) = card.data.eval_results
+    assert (result.dataset_name, result.dataset_type) == ("my photos", "my-photos")
+    assert shown_source("a held-out fifth of /home/me/x y/z, split train") == "a held-out fifth of z, split train"
+    assert is_hub_name("owner/name:config") and not is_hub_name("../data/name") and not is_hub_name("digits")
+
+
+@pytest.mark.parametrize("channels", [1, 3, 5])
+def test_the_examples_run(channels, tmp_path, monkeypatch):
+    import numpy as np
+
+    from hf_mim.hub.export import export
+
+    statistics = {"image_mean": [0.4] * channels, "image_std": [0.2] * channels}
+    folder = make_folder(tmp_path / "run", "stop_jepa", num_channels=channels, **statistics)
+    monkeypatch.chdir(tmp_path)
+    Image.linear_gradient("L").save("image.png")
+    np.save("image.npy", np.zeros((channels, 24, 24), dtype=np.uint8))
+    blocks = re.findall(r"```python\n(.*?)```", model_card(folder).text, re.DOTALL)
+    assert len(blocks) == (3 if channels == 3 else 2)
+    export(folder, tmp_path / "exported", to="remote-code")
+    names = {}
+    for block in blocks:
+        exec(block, names)
+    assert names["output"].pooler_output.shape == (1, 32) and names["inputs"]["pixel_values"].shape[1] == channels
+    if channels == 3:
+        assert len(names["features"][0]) == 32
+
+
+def test_a_classifier_has_a_card_of_its_task(folder, tmp_path, monkeypatch):
+    model = AutoModelForImageClassification.from_pretrained(folder, num_labels=3)
+    model.save_pretrained(tmp_path / "classifier")
+    shutil.copy(folder / "preprocessor_config.json", tmp_path / "classifier")
+    card = model_card(tmp_path / "classifier")
+    assert card.data.pipeline_tag == "image-classification" and "An image classifier" in card.text
+    monkeypatch.chdir(tmp_path)
+    Image.linear_gradient("L").save("image.png")
+    names = {}
+    for block in re.findall(r"```python\n(.*?)```", card.text, re.DOTALL)[:2]:
+        exec(block, names)
+    assert len(names["labels"]) == 3
+
+
+def damage(folder, name, text):
+    (folder / name).write_text(text)
+
+
+@pytest.mark.parametrize(
+    "arguments, change, message",
+    [
+        ([], lambda folder: shutil.rmtree(folder), "checkpoint must be a folder with config.json"),
+        ([], lambda folder: (folder / "config.json").unlink(), "checkpoint must be a folder with config.json"),
+        ([], lambda folder: damage(folder, "config.json", "{"), "config.json cannot be read"),
+        ([], lambda folder: ViTConfig().save_pretrained(folder), "must be MAE, Latent MIM or StoP-JEPA"),
+        ([], lambda folder: damage(folder, "results/knn.json", "{"), "knn.json holds no result"),
+        ([], lambda folder: damage(folder, "recipe.yaml", "a: [1"), "recipe.yaml cannot be read"),
+        (
+            [],
+            lambda folder: damage(folder, "trainer_state.json", "[]"),
+            "trainer_state.json must hold names and values",
+        ),
+        (["--license", "Free for all"], lambda folder: None, "license must be an identifier"),
+        (["--licence", "mit"], lambda folder: None, "card has no option licence"),
+        (["another"], lambda folder: None, "card needs one CHECKPOINT"),
+        (["--license"], lambda folder: None, "license needs a value"),
+    ],
+)
+def test_a_mistake_is_one_line_and_nothing_is_written(folder, capsys, arguments, change, message):
+    change(folder)
+    assert card_command([str(folder), *arguments]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ") and message in line
+    assert not (folder / "README.md").exists()
+
+
+def test_the_command_writes_the_card(folder, capsys):
+    assert card_command([str(folder), "--license", "mit", "--repo_id", "me/photos"]) == 0
+    text = (folder / "README.md").read_text()
+    assert "license: mit" in text and 'from_pretrained("me/photos")' in text and "\n# photos\n" in text
+    assert str(folder / "README.md") in capsys.readouterr().out and not list(folder.glob("*.part"))
+
+
+PUBLISHED = sorted(path.parent.name for path in CARDS.glob("*/README.md"))
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_a_card_of_this_repository_is_what_its_files_say(name):
+    folder = CARDS / name
+    card = ModelCard.load(folder / "README.md")
+    assert card.content.strip() == model_card(folder).content.strip()
+    assert_links_resolve(card, folder)
+    assert_numbers_have_a_source(card, folder)
+    assert all(path.stat().st_size < PICTURE_LIMIT for path in folder.glob("*.png"))
+
+
+def test_the_list_of_cards_is_complete_and_the_template_is_the_one_in_use():
+    listed = re.findall(r"\]\((\w+)/README\.md\)", (CARDS / "README.md").read_text())
+    assert sorted(listed) == PUBLISHED and len(PUBLISHED) >= 4
+    assert (CARDS / "template.md").read_text() == TEMPLATE.read_text()
