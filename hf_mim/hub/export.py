@@ -9,6 +9,7 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import AutoConfig
 from transformers.utils import cached_file
+from transformers.utils import logging as transformers_logging
 
 import hf_mim
 from hf_mim.evaluation.processor import FILES
@@ -69,10 +70,10 @@ def export(checkpoint: str | Path, dest: str | Path, to: str, encoder: str | Non
 
 def read_checkpoint(checkpoint: str | Path) -> MIMPreTrainedModel:
     """The model that a checkpoint was saved from, in float32 and eval mode. Raises ValueError if it is not one of ours
-    or lacks weights."""
+    or its weights are not those of its config."""
     checkpoint = str(checkpoint)
     try:
-        config = AutoConfig.from_pretrained(checkpoint)
+        config = AutoConfig.from_pretrained(checkpoint, trust_remote_code=False)
     except (OSError, ValueError, KeyError, StrictDataclassError) as error:
         raise _unreadable(checkpoint, error) from error
     architecture = (config.architectures or ["nothing"])[0]
@@ -80,16 +81,30 @@ def read_checkpoint(checkpoint: str | Path) -> MIMPreTrainedModel:
         raise ValueError(
             f"checkpoint {checkpoint} must be of a model of hf_mim, and it is of {architecture} ({config.model_type})"
         )
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()  # what it reports of the weights is said below, in one line
     try:
         model, loading = getattr(hf_mim, architecture).from_pretrained(
-            checkpoint, dtype=torch.float32, output_loading_info=True
+            checkpoint, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True
         )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise _unreadable(checkpoint, error) from error
-    missing = sorted(loading["missing_keys"])
-    if missing:
-        raise ValueError(f"checkpoint {checkpoint} lacks {len(missing)} weights of its model, such as {missing[0]}")
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+    _check_loading(checkpoint, loading)
     return model.eval()
+
+
+def _check_loading(checkpoint: str, loading: dict):
+    """Raise ValueError unless every weight has found its place."""
+    mismatched = [key for key, *_ in loading["mismatched_keys"]]
+    for keys, says in (
+        (mismatched, "has other shapes than its config for"),
+        (loading["missing_keys"], "lacks"),
+        (loading["unexpected_keys"], "has no place in its config for"),
+    ):
+        if keys:
+            raise ValueError(f"checkpoint {checkpoint} {says} {len(keys)} weights of its model, such as {min(keys)}")
 
 
 def _unreadable(checkpoint: str, error: Exception) -> ValueError:

@@ -300,7 +300,7 @@ def others(tmp_path_factory, root):
         folder / "vit"
     )
     ours = root / "mae" / "ours"
-    for name in ("lacking", "truncated", "mistyped", "deeper"):
+    for name in ("lacking", "truncated", "mistyped", "deeper", "shallower", "many-channels"):
         (folder / name).mkdir()
         for path in ours.iterdir():
             (folder / name / path.name).write_bytes(path.read_bytes())
@@ -310,8 +310,14 @@ def others(tmp_path_factory, root):
     weights = (ours / "model.safetensors").read_bytes()
     (folder / "truncated" / "model.safetensors").write_bytes(weights[: len(weights) // 2])
     config = json.loads((ours / "config.json").read_text())
-    (folder / "mistyped" / "config.json").write_text(json.dumps(config | {"hidden_size": "wide"}))
-    (folder / "deeper" / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 3}))
+    config = {key: value for key, value in config.items() if "out_" not in key}  # of the backbone, by depth
+    for name, change in (
+        ("mistyped", {"hidden_size": "wide"}),
+        ("deeper", {"num_hidden_layers": 3}),
+        ("shallower", {"num_hidden_layers": 1}),
+        ("many-channels", {"num_channels": 10}),
+    ):
+        (folder / name / "config.json").write_text(json.dumps(config | change))
     return folder
 
 
@@ -323,6 +329,8 @@ def others(tmp_path_factory, root):
         ("truncated", "truncated cannot be read"),
         ("mistyped", "hidden_size"),
         ("deeper", "lacks 12 weights of its model, such as encoder.layers.2."),
+        ("shallower", "has no place in its config for 12 weights of its model, such as encoder.layers.1."),
+        ("many-channels", "has other shapes than its config for 3 weights of its model, such as decoder.head.bias"),
         ("absent", "absent cannot be read"),
     ],
 )
