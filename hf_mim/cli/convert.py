@@ -92,6 +92,8 @@ def summary(conversion: Conversion, dest: str, hint: bool) -> str:
         loader += part if record["model"].endswith(part) else ""
     assumed = ", ".join(f"{name}={value}" for name, value in record["assumed"].items())
     lines = [f"{record['source']} is {record['method']}: {record['model']}, every tensor in its place."]
+    if record["left_out"]:
+        lines.append(f"Left out, because nothing reads it: {', '.join(record['left_out'])}.")
     if hint and record["method"] == "ijepa" and record["model"].endswith("ForPreTraining"):
         lines.append("A file of StoP looks the same; for one, say --method stop.")
     if assumed:

@@ -74,6 +74,11 @@ def test_a_method_that_is_said_is_not_doubted(tmp_path, run):
     assert "stop" not in out and not error
 
 
+def test_what_is_left_out_is_said(tmp_path, run):
+    file = save_jepa(tmp_path / "stop.pth", read("stop")[2])
+    assert "nothing reads it: predictor.mask_token." in run(file, *HEADS[:2], "--method", "stop")[1]
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
