@@ -17,6 +17,7 @@ import yaml
 from transformers import PreTrainedConfig
 
 from hf_mim.cli.values import convert
+from hf_mim.hub.card import check_license
 from hf_mim.models.configuration_latent_mim import LatentMIMConfig
 from hf_mim.models.configuration_mae import MAEConfig
 from hf_mim.models.configuration_stop_jepa import StopJepaConfig
@@ -167,6 +168,7 @@ class RunArguments:
             raise ValueError('dataset must be given: a folder, files, the name of a dataset on the Hub, or "digits"')
         if (self.image_mean is None) != (self.image_std is None):
             raise ValueError("image_mean and image_std must be given together")
+        check_license(self.license)
         least = {"knn_train_images": 1, "knn_test_images": 1, "shuffle_buffer": 1, "probe_every": 0, "probe_images": 8}
         for name, value in least.items():
             if getattr(self, name) < value:

@@ -234,6 +234,8 @@ def test_the_licence_is_given_taken_from_the_recipe_or_kept(tmp_path):
     licensed = make_folder(tmp_path / "licensed", license="apache-2.0")
     card = model_card(licensed)
     assert card.data.license == "apache-2.0" and "| Licence | apache-2.0 |" in card.text
+    with pytest.raises(ValueError, match="license must be an identifier"):  # before the run, not at its end
+        Recipe.resolve({"license": "Free for all"})
 
 
 def test_no_path_of_the_machine_is_told(tmp_path):
