@@ -23,10 +23,7 @@ DATE = "2024-01-01T00:00:00.000Z"
 
 @dataclass
 class MiniHub:
-    """Repositories as histories of (commit, {path: bytes}).
-
-    failing: the status that every POST and PUT is answered by.
-    """
+    """Repositories as histories of (commit, {path: bytes}). failing: the status of the answer to every POST and PUT."""
 
     failing: int | None = None
     repos: dict[str, list[tuple[str, dict[str, bytes]]]] = field(default_factory=dict)
@@ -72,9 +69,8 @@ class MiniHub:
                 files[value["path"]] = self.objects[value["oid"]]
             elif kind in ("deletedFile", "deletedEntry"):
                 files.pop(value["path"], None)
-        name = hashlib.sha1(f"{repo} {len(self.repos[repo])}".encode()).hexdigest()
-        self.repos[repo].append((name, files))
-        return name
+        self.repos[repo].append((hashlib.sha1(f"{repo} {len(self.repos[repo])}".encode()).hexdigest(), files))
+        return self.repos[repo][-1][0]
 
     def revision(self, repo: str, name: str) -> tuple[str, dict[str, bytes]] | None:
         history = self.repos[repo]
@@ -167,8 +163,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def tree(self, repo, revision, body):
         _, files = self.hub.revision(repo, revision)
-        about = [{"type": "file", "path": k, "size": len(v), "oid": blob(v)} for k, v in sorted(files.items())]
-        self.answer(about)
+        self.answer([{"type": "file", "path": k, "size": len(v), "oid": blob(v)} for k, v in sorted(files.items())])
 
     def about(self, repo, revision, body):
         if (found := self.hub.revision(repo, revision or "main")) is None:
