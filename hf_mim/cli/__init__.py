@@ -87,11 +87,12 @@ def evaluate_command(arguments: list[str]) -> int:
     except KeyboardInterrupt:
         print("\ninterrupted; the features so far are kept, and the same command goes on from them", file=sys.stderr)
         return 130
-    print(result)  # first: what was measured is seen even if it cannot be saved
     try:
-        print(f"\nThe result is in {result.save(run.path)}.")
+        path = result.save(run.path)
     except OSError as error:
+        print(result)  # what was measured is seen even if it cannot be saved
         return _fail(one_line(error))
+    print(f"{result}\n\nThe result is in {path}.")
     return 0
 
 
