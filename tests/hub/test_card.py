@@ -83,7 +83,8 @@ def test_a_card_of_each_method_parses_and_cites_its_papers(method, tmp_path):
     folder = make_folder(tmp_path / method, method)
     card = ModelCard.load(write_card(folder))
     title, papers = METHODS[method]
-    assert (card.data.library_name, card.data.pipeline_tag) == ("transformers", "image-feature-extraction")
+    data = card.data.to_dict()
+    assert (data["library_name"], data["pipeline_tag"]) == ("transformers", "image-feature-extraction")
     assert card.data.datasets == ["owner/photos"] and card.data.license is None
     assert title in section(card, method)
     assert {tag.removeprefix("arxiv:") for tag in card.data.tags if tag.startswith("arxiv:")} == set(papers)
