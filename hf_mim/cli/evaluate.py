@@ -19,6 +19,7 @@ import torch
 from hf_mim.cli.evaluate_sources import NEEDS
 from hf_mim.cli.help import section
 from hf_mim.cli.values import convert, split_options
+from hf_mim.data.sources import source_name
 from hf_mim.evaluation import PROTOCOLS, load_protocol
 
 USAGE = """\
@@ -137,7 +138,7 @@ class Evaluation:
         result = self.protocol.run(self.extract, *self.splits)
         encoder = self.extract.encoder
         result.seconds = round(time.perf_counter() - start, 1)
-        result.checkpoint, result.device = encoder.name, str(encoder.device)
+        result.checkpoint, result.device = source_name(self.checkpoint), str(encoder.device)
         result.checkpoint_sha256 = None if encoder.is_untrained else checkpoint_sha256(self.checkpoint)
         offered = option_types(type(self.protocol))
         about = {"image_size": list(encoder.image_size), "dtype": self.arguments.dtype}

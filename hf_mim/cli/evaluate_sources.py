@@ -6,6 +6,7 @@ from typing import ClassVar
 import torch
 
 from hf_mim.data import CenterCrop, WholeImage
+from hf_mim.data.sources import source_name
 
 
 def source_field(text: str):
@@ -123,7 +124,7 @@ class ImageArguments(CropArguments):
         from hf_mim.evaluation.images import Images
 
         images = load_images(self.dataset, self.split, image_column=self.image_column)
-        return (Images(images.select_columns("image"), f"{self.dataset}, split {self.split}"),)
+        return (Images(images.select_columns("image"), f"{source_name(self.dataset)}, split {self.split}"),)
 
 
 @dataclass

@@ -11,6 +11,7 @@ from transformers import PreTrainedConfig, Trainer
 
 from hf_mim.cli.recipe import RunArguments
 from hf_mim.data import CenterCrop, ImageDataset, load_images
+from hf_mim.data.sources import source_name
 from hf_mim.evaluation.encoder import FrozenEncoder, RawPixels, checkpoint_sha256
 from hf_mim.evaluation.features import FeatureExtractor
 from hf_mim.evaluation.health import Health
@@ -81,8 +82,8 @@ class Readout:
                 return None
             tested, split, num_tested = images, run.train_split, min(num_tested, len(labelled) // 5)
         data = {
-            "train": f"{run.dataset}, split {run.train_split}",
-            "test": f"{run.test_dataset or run.dataset}, split {split}",
+            "train": f"{source_name(run.dataset)}, split {run.train_split}",
+            "test": f"{source_name(run.test_dataset or run.dataset)}, split {split}",
             "test_images_seen_in_pretraining": not own,
         }
         return cls(images, tested, 0 if own else num_tested, (run.knn_train_images, num_tested), data)
@@ -114,7 +115,7 @@ class Readout:
         result.settings |= _input_settings(extractors["trained"])
         result.scores = {name: results[name].value for name in ("untrained", "raw pixels")}
         result.data["test"]["seen_in_pretraining"] = self.data["test_images_seen_in_pretraining"]
-        result.checkpoint, result.checkpoint_sha256 = str(folder), checkpoint_sha256(folder)
+        result.checkpoint, result.checkpoint_sha256 = folder.name, checkpoint_sha256(folder)
         result.device = str(model.device)
         result.save(result_path(folder, "knn"))
         seen = ", seen in pretraining without their labels" if self.data["test_images_seen_in_pretraining"] else ""
@@ -144,7 +145,7 @@ def training_record(trainer: Trainer, run: RunArguments, images, resumed_from: s
             "images_per_step": args.images_per_step,
             "seed": args.seed,
         },
-        data={"source": f"{run.dataset}, split {run.train_split}"} | counted,
+        data={"source": f"{source_name(run.dataset)}, split {run.train_split}"} | counted,
         scores={
             "first_loss": losses[0] if losses else None,
             "steps": state.global_step,
@@ -153,7 +154,7 @@ def training_record(trainer: Trainer, run: RunArguments, images, resumed_from: s
             "hours": seconds / 3600,
         },
         notes=[f"Resumed at step {start}: time and speed are of the part after it."] if start else [],
-        checkpoint=str(folder),
+        checkpoint=folder.name,
         checkpoint_sha256=checkpoint_sha256(folder),
         device=f"{args.device.type} ({name})",
         seconds=seconds,
@@ -164,12 +165,12 @@ def training_record(trainer: Trainer, run: RunArguments, images, resumed_from: s
 
 def measure_health(model, augment, images, run: RunArguments, batch_size: int, folder: Path) -> Result:
     """`results/health.json`: the features of training images, beside an untrained encoder's. Needs no labels."""
-    sample = Images(fixed_sample(images, HEALTH_IMAGES), f"{run.dataset}, split {run.train_split}")
+    sample = Images(fixed_sample(images, HEALTH_IMAGES), f"{source_name(run.dataset)}, split {run.train_split}")
     encoder = FrozenEncoder(model.base_model, *augment.statistics(), name=str(folder))
     extract = FeatureExtractor(encoder, batch_size, progress=False)
     result = Health(num_images=HEALTH_IMAGES).run(extract, sample)
     result.settings |= _input_settings(extract)
-    result.checkpoint, result.checkpoint_sha256 = str(folder), checkpoint_sha256(folder)
+    result.checkpoint, result.checkpoint_sha256 = folder.name, checkpoint_sha256(folder)
     result.device = str(model.device)
     result.save(result_path(folder, "health"))
     print(f"\n{result.headline()}. {result.notes[0]}")

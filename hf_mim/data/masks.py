@@ -15,7 +15,7 @@ from PIL import Image, JpegImagePlugin, UnidentifiedImageError
 from .columns import is_array, is_encoded
 from .decode import BrokenImage, ImageFormatError, decoding, exif_orientation, image_name, open_image
 from .files import IMAGE_EXTENSIONS, canonical_split, find_files
-from .sources import load_images, open_source, pick_split
+from .sources import load_images, open_source, pick_split, source_name
 
 IMAGE_FOLDERS = ("images", "image", "imgs", "img")
 MASK_FOLDERS = ("masks", "mask", "annotations", "annotation", "segmentations", "segmentation", "labels", "label")
@@ -113,7 +113,7 @@ def load_masks(
         ValueError: in one line: no masks there; a mask that is missing, has colours or another size than its image
             (only headers are read); no such split or column.
     """
-    name = f"{source}, split {split}" if isinstance(source, str | os.PathLike) else f"a dataset of {len(source)} images"
+    name = f"{source_name(source)}, split {split}"
     path = Path(source).expanduser() if isinstance(source, str | os.PathLike) and str(source).strip() else None
     if path is not None and path.is_dir() and (splits := _image_and_mask_folders(path)):
         images, masks = pick_split(splits, split, source)

@@ -190,3 +190,11 @@ def _probe(dataset: Dataset | IterableDataset):
 
 def _short(source) -> str:
     return str(source) if isinstance(source, str | os.PathLike) else type(source).__name__
+
+
+def source_name(source) -> str:
+    """What a source is called in results, which travel: of a local one the last part of its path."""
+    if not isinstance(source, str | os.PathLike):
+        return f"a {type(source).__name__} in memory"
+    path = Path(source).expanduser()
+    return path.resolve().name if path.exists() else str(source)

@@ -10,7 +10,7 @@ from datasets import ClassLabel, Dataset
 
 from .files import IMAGE_EXTENSIONS, find_files
 from .masks import IMAGE_FOLDERS, MASK_FOLDERS, MaskedImages, load_masks, path_column
-from .sources import open_source
+from .sources import open_source, source_name
 
 VOID = 255  # the id of pixels that are not scored, in DAVIS
 SEQUENCE_COLUMNS = ("sequence", "video", "clip", "label")
@@ -137,7 +137,7 @@ def load_videos(
     if folder is not None:
         return _load_folders(path, folder, split)
     data, split = _open_split(source, split)
-    name = f"{source}, split {split}" if path is not None else f"a dataset of {len(data)} frames"
+    name = f"{source_name(source)}, split {split}"
     sequence_column = sequence_column or next((c for c in SEQUENCE_COLUMNS if c in data.features), None)
     if sequence_column not in data.features:
         raise ValueError(
@@ -185,7 +185,7 @@ def _load_folders(source: Path, frame_folder: Path, split: str | None) -> Videos
     names = [key.parent.name or source.name for key in order]
     features = [str(frame_folder / frames[key]) for key in order]
     answers = [str(mask_folder / masks[key]) if key in masks else None for key in order]
-    name = str(source) if listed is None else f"{source}, split {split or 'val'}"
+    name = source_name(source) + ("" if listed is None else f", split {split or 'val'}")
     return Videos(MaskedImages(path_column("image", features), path_column("mask", answers), name), names)
 
 

@@ -1,13 +1,11 @@
 """Labelled images for the protocols: loaded, checked, and their labels kept apart until they are asked for."""
 
-import os
-
 import torch
 from datasets import ClassLabel, Dataset, Features, Image, IterableDataset
 from torch import Tensor
 
 from hf_mim.data import load_images
-from hf_mim.data.sources import SplitNotFound, open_source
+from hf_mim.data.sources import SplitNotFound, open_source, source_name
 from hf_mim.evaluation.splits import stratified_split
 
 HELD_OUT = 0.2  # of the training images, where a source has no test images
@@ -87,11 +85,11 @@ def load_labelled(
         return labelled_only(images, source, split)
 
     train = load(source, source, train_split)
-    test_from, name = source if test_source is None else test_source, f"{short_name(source)}, split {train_split}"
+    test_from, name = source if test_source is None else test_source, f"{source_name(source)}, split {train_split}"
     test, split = _open_test(test_from, test_split, train_split if str(test_from) == str(source) else None)
     if test is not None:
         test = match_names(load(test, test_from, split), train)
-        pair = LabelledImages(train, name), LabelledImages(test, f"{short_name(test_from)}, split {split}")
+        pair = LabelledImages(train, name), LabelledImages(test, f"{source_name(test_from)}, split {split}")
     else:
         labels = torch.tensor(train["label"][:])
         kept, held = stratified_split(labels, HELD_OUT, seed=0)
@@ -101,11 +99,6 @@ def load_labelled(
         )
     check_classes(*pair)
     return pair
-
-
-def short_name(source) -> str:
-    """A source as it was named; of a dataset in memory its type."""
-    return str(source) if isinstance(source, str | os.PathLike) else f"a {type(source).__name__} in memory"
 
 
 def _open_test(source, split: str | None, taken: str | None):

@@ -47,7 +47,7 @@ def test_a_result_is_printed_and_saved_with_its_protocol(checkpoint, capsys, cac
     assert f"knn: accuracy {result['value']:.4f} on 100 images of digits, split test" in printed
     assert str(path) in printed and "T 0.07" in printed
     assert result["settings"] | {"k": 5, "image_size": [32, 32], "dtype": "float32"} == result["settings"]
-    assert result["checkpoint"] == str(checkpoint) and len(result["checkpoint_sha256"]) == 64
+    assert result["checkpoint"] == checkpoint.name and len(result["checkpoint_sha256"]) == 64
     about = {"image_mean": [0.485, 0.456, 0.406], "crop_fraction": 1.0, "untrained": False}
     assert result["settings"] | about == result["settings"]
     assert result["seconds"] > 0 and "torch" in result["versions"]

@@ -132,7 +132,7 @@ def test_without_a_split_a_table_is_tested_on_its_test_split(tmp_path):
     (tmp_path / "test.parquet").unlink()
     assert shades(load_videos(tmp_path), "a") == [20, 20]
     (tmp_path / "validation.parquet").unlink()
-    assert load_videos(tmp_path).name == f"{tmp_path}, split train"
+    assert load_videos(tmp_path).name == f"{tmp_path.name}, split train"
 
 
 def test_255_is_the_object_where_there_is_no_other_and_void_where_there_is(tmp_path):
