@@ -214,11 +214,22 @@ def weights_in(loaded: Any, name: str) -> tuple[dict[str, torch.Tensor], dict[st
     else:
         state = {f"{net}.{key}": value for net, part in parts.items() for key, value in without_module(part).items()}
     arguments = loaded.get("args")
-    return check_tensors(state, name), vars(arguments) if isinstance(arguments, argparse.Namespace) else {}
+    arguments = vars(arguments) if isinstance(arguments, argparse.Namespace) else {}
+    arguments = {key: value.item() if isinstance(value, np.generic) else value for key, value in arguments.items()}
+    return check_tensors(state, name), arguments
 
 
 def _holds_tensors(value: Any) -> bool:
-    return isinstance(value, dict) and any(isinstance(item, torch.Tensor) for item in value.values())
+    """Whether it is a tensor or has one at any depth; a pickle's containers may hold themselves."""
+    seen, left = set(), [value]
+    while left:
+        item = left.pop()
+        if isinstance(item, torch.Tensor):
+            return True
+        if isinstance(item, dict | list | tuple | set) and id(item) not in seen:
+            seen.add(id(item))
+            left += item.values() if isinstance(item, dict) else item
+    return False
 
 
 def without_module(state: dict[str, Any]) -> dict[str, Any]:

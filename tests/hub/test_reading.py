@@ -83,6 +83,19 @@ def test_what_the_authors_save_beside_the_weights_is_read(tmp_path):
     assert read_checkpoint(tmp_path / "other.pth").state.keys() == STATE.keys()
 
 
+def test_what_holds_no_tensor_at_any_depth_may_lie_beside_the_weights(tmp_path):
+    itself = [1, {"a": (2, "b")}]
+    itself.append(itself)
+    torch.save({"model": STATE, "history": itself}, tmp_path / "model.pth")
+    assert read_checkpoint(tmp_path / "model.pth").state.keys() == STATE.keys()
+
+
+def test_numpys_numbers_among_the_arguments_become_pythons(tmp_path):
+    file = save_mae(tmp_path / "mae.pth", STATE, norm_pix_loss=np.True_, mask_ratio=np.float64(0.6))
+    arguments = read_checkpoint(file).arguments
+    assert arguments["norm_pix_loss"] is True and type(arguments["mask_ratio"]) is float
+
+
 @pytest.mark.parametrize("form", ["zip", "legacy"])
 def test_all_forms_of_pytorch_files_give_the_tensors(tmp_path, form):
     save_pickle(STATE, tmp_path / "model.bin", form)
@@ -134,6 +147,9 @@ def test_changed_bytes_never_give_another_error_than_one_line(tmp_path, kind):
         ({"a": torch.zeros(3).to_sparse()}, "these are none: a (Tensor)"),
         ({"a": torch.zeros(3, device="meta")}, "these are none: a (Tensor)"),
         ({"model": STATE, "model_ema": STATE}, "several sets of weights: model, model_ema"),
+        ({"model": STATE, "model_ema": {"params": STATE}}, "several sets of weights: model, model_ema"),
+        ({"model": STATE, "ema": [(1, torch.zeros(2))], "gamma": torch.zeros(2)}, "weights: model, ema, gamma"),
+        ({"encoder": STATE, "predictor": [torch.zeros(2)]}, "several sets of weights: encoder, predictor"),
         ({"model": STATE, "state_dict": STATE}, "several sets of weights: model, state_dict"),
         ({"model": STATE, "encoder": STATE}, "several sets of weights: model, encoder"),
     ],
