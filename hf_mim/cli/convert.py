@@ -97,6 +97,6 @@ def summary(conversion: Conversion, dest: str, hint: bool) -> str:
     if hint and record["method"] == "ijepa" and record["model"].endswith("ForPreTraining"):
         lines.append("A file of StoP looks the same; for one, say --method stop.")
     if assumed:
-        lines.append(f"Not told by the file, so as in the paper (other values by --set): {assumed}.")
+        lines.append(f"Not told by the file, so assumed after the paper (other values by --set): {assumed}.")
     lines += [f"\nThe checkpoint is in {dest}:\n", "    import hf_mim", f"    from transformers import {loader}"]
     return "\n".join([*lines, f'    model = {loader}.from_pretrained("{dest}")'])

@@ -6,6 +6,7 @@ Reading is in `reading.py`, what a file is in `recognise.py`, its sizes in `size
 import dataclasses
 import difflib
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -132,11 +133,15 @@ def normalisation(
         is_list = isinstance(values, list | tuple) and all(isinstance(value, int | float) for value in values)
         if not is_list or len(values) != num_channels:
             raise ValueError(f"{name} must be given with a number for each of {num_channels} channels, not {values}")
+        low = 0 if name == "image_std" else -math.inf
+        if not all(low < value < math.inf for value in values):
+            raise ValueError(f"{name} must have finite numbers{' above 0' * (low == 0)}, not {values}")
     return mean, std
 
 
 def check_tensors_fit(layout: Layout, config: PreTrainedConfig, name: str):
-    """Raise ValueError, with the names that the file has or should have, unless its tensors are the model's."""
+    """Raise ValueError, with the names that the file has or should have, unless its tensors are the model's, and
+    finite in float32."""
     with torch.device("meta"):
         model = layout.model_class(config)
     try:
@@ -158,9 +163,12 @@ def check_tensors_fit(layout: Layout, config: PreTrainedConfig, name: str):
             if key in expected and tensor.is_floating_point() != expected[key].is_floating_point()
         ],
     }
-    found = [f"{what}: {listed(keys)}" for what, keys in problems.items() if keys]
+    found = [f"{what}: {listed(keys, 40)}" for what, keys in problems.items() if keys]
     if found:
         raise ValueError(f"{name} does not fit {layout.model_class.__name__}; {'; '.join(found)}")
+    broken = next((key for key, tensor in state.items() if not tensor.float().isfinite().all()), None)
+    if broken is not None:
+        raise ValueError(f"{name} has weights that are not finite (NaN, infinite), the first in {broken}")
 
 
 def _shape(tensor: torch.Tensor) -> str:

@@ -14,7 +14,7 @@ What shapes do not tell has the value of the `config.json` of a folder of transf
 | Latent MIM | `patch_gap`, `mask_ratio`, `temperature`, … | of `LatentMIMConfig` |
 
 Heads of another width have to be given. The grid is the one whose sine-cosine table the file has; where it has
-another table, a square one.
+another table, a square one is assumed.
 """
 
 import math
@@ -25,7 +25,7 @@ import torch
 
 from hf_mim.hub.reading import listed
 from hf_mim.hub.recognise import Layout
-from hf_mim.models.configuration_vit import SIZES
+from hf_mim.models.configuration_vit import SIZES, pair
 from hf_mim.models.positions import sincos_table
 
 PUBLISHED_HEADS = {width: heads for width, _, heads, _ in SIZES.values()}
@@ -33,16 +33,20 @@ PUBLISHED_DECODER_HEADS = {512: 16}
 
 
 def infer(layout: Layout, given: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """(config fields that the file tells, those taken from the papers), without those that are given.
+    """(config fields that the file tells, those assumed), without those that are given.
 
     Raises:
         ValueError: a tensor that tells them is missing or of another rank; or what cannot be told has to be given.
     """
-    told = layout.told
+    told, assumed = layout.told, {}
     if "hidden_size" not in told:  # else a config.json tells all sizes; that they are true is checked with the weights
-        told = _encoder_sizes(layout, told | given) | _other_sizes(layout) | told
+        sizes = _encoder_sizes(layout, told | given)
+        told = sizes | _other_sizes(layout) | told
+        if "image_size" not in told | given:
+            size, is_told = _image_size(layout, pair(sizes["patch_size"]))
+            (told if is_told else assumed)["image_size"] = size
     told = {name: value for name, value in told.items() if name not in given}
-    assumed = _heads(layout, told | given)
+    assumed |= _heads(layout, told | given)
     if layout.method == "stop":
         assumed["position_noise_std"] = 0.2 if (told | given)["hidden_size"] == SIZES["huge"][0] else 0.25
     defaults = layout.config_class()
@@ -80,20 +84,22 @@ def _encoder_sizes(layout: Layout, known: dict[str, Any]) -> dict[str, Any]:
     else:
         width, inputs = _tensor(layout, projection, rank=2).shape
         channels, patch = _square_patch(inputs, known)
-    sizes = {
+    return {
         "hidden_size": width,
         "num_hidden_layers": _depth(layout, f"{prefix}layers"),
         "intermediate_size": len(_tensor(layout, f"{prefix}layers.{{i}}.mlp.fc1.bias", rank=1)),
         "num_channels": channels,
         "patch_size": _single(patch),
     }
-    if "image_size" not in known:
-        table = f"{prefix}embeddings.position_embeddings.table"
-        positions = _tensor(layout, table, rank=3 if _row(layout, table)[1] == "table" else 2).flatten(0, -2)
-        num_prefix = any(ours == f"{prefix}embeddings.cls_token" for ours, _, _ in layout.table)
-        grid = find_grid(positions[num_prefix:], layout.config_class.rescaled_positions)
-        sizes["image_size"] = _single([count * side for count, side in zip(grid, patch, strict=True)])
-    return sizes
+
+
+def _image_size(layout: Layout, patch: tuple[int, int]) -> tuple[int | tuple[int, int], bool]:
+    """(image size, whether the positions tell it)."""
+    table = f"{layout.encoder}embeddings.position_embeddings.table"
+    positions = _tensor(layout, table, rank=3 if _row(layout, table)[1] == "table" else 2).flatten(0, -2)
+    num_prefix = any(ours == f"{layout.encoder}embeddings.cls_token" for ours, _, _ in layout.table)
+    grid, is_told = find_grid(positions[num_prefix:], layout.config_class.rescaled_positions)
+    return _single([count * side for count, side in zip(grid, patch, strict=True)]), is_told
 
 
 def _square_patch(inputs: int, known: dict[str, Any]) -> tuple[int, list[int]]:
@@ -102,10 +108,10 @@ def _square_patch(inputs: int, known: dict[str, Any]) -> tuple[int, list[int]]:
     side = math.isqrt(inputs // channels)
     patch = known.get("patch_size", side)
     patch = [patch, patch] if isinstance(patch, int) else list(patch)
-    if math.prod(patch) * channels != inputs:
+    if len(patch) != 2 or math.prod(patch) * channels != inputs:
         raise ValueError(
             f"patch_size and num_channels must be given so that a patch has {inputs} values, not "
-            f"{patch[0]}×{patch[1]}×{channels}"
+            f"{'×'.join(map(str, [*patch, channels]))}"
         )
     return channels, patch
 
@@ -114,8 +120,8 @@ def _single(pair: list[int]) -> int | tuple[int, int]:
     return pair[0] if pair[0] == pair[1] else tuple(pair)
 
 
-def find_grid(positions: torch.Tensor, rescaled: bool) -> tuple[int, int]:
-    """(rows, columns) of a position table `[N, D]`: of the sine-cosine table that it is, or else a square.
+def find_grid(positions: torch.Tensor, rescaled: bool) -> tuple[tuple[int, int], bool]:
+    """((rows, columns), True) of the sine-cosine table `[N, D]` that the positions are, or else (a square, False).
 
     Raises:
         ValueError: it is none, and N is no square.
@@ -127,11 +133,11 @@ def find_grid(positions: torch.Tensor, rescaled: bool) -> tuple[int, int]:
         grid = (rows, count // rows)
         # Half precision is off by up to 4e-3, another grid by about 1.
         if torch.allclose(sincos_table(grid, width, rescaled=rescaled), positions.float(), rtol=0, atol=1e-2):
-            return grid
+            return grid, True
     side = math.isqrt(count)
     if side * side != count:
         raise ValueError(f"image_size must be given as height,width: {count} learned positions are no square grid")
-    return side, side
+    return (side, side), False
 
 
 def _other_sizes(layout: Layout) -> dict[str, Any]:

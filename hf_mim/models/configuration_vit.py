@@ -1,5 +1,6 @@
 """Configuration that the three methods share: what makes a ViT encoder."""
 
+import math
 from typing import ClassVar, Literal
 
 from huggingface_hub.dataclasses import strict
@@ -107,6 +108,8 @@ class MIMConfig(BackboneConfigMixin, PreTrainedConfig):
         check_width("hidden_size", self.hidden_size, "num_attention_heads", self.num_attention_heads)
         if not 0 <= self.drop_path_rate < 1:
             raise ValueError(f"drop_path_rate must be in [0, 1), got {self.drop_path_rate}")
+        if not 0 < self.layer_norm_eps < math.inf:
+            raise ValueError(f"layer_norm_eps must be above 0 and finite, got {self.layer_norm_eps}")
         if self.hidden_act not in ACT2FN:
             raise ValueError(f"hidden_act must be one of {sorted(ACT2FN)}, got {self.hidden_act!r}")
         if self.pooling == "cls" and not self.use_cls_token:

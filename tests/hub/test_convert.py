@@ -314,11 +314,23 @@ def test_a_grid_that_is_not_square_is_told_by_its_sine_cosine_table(tmp_path):
     for grid in ((4, 4), (3, 7), (1, 5)):
         for rescaled in (False, True):
             table = sincos_table(grid, 48, rescaled=rescaled).bfloat16()
-            assert find_grid(table, rescaled) == grid
+            assert find_grid(table, rescaled) == (grid, True)
     learned = torch.randn(21, 48)
-    assert find_grid(learned[:16], False) == (4, 4)
+    assert find_grid(learned[:16], False) == ((4, 4), False)
     with pytest.raises(ValueError, match="image_size must be given as height,width"):
         find_grid(learned, False)
+
+
+def test_a_square_grid_of_learned_positions_is_recorded_as_assumed(tmp_path):
+    state = vit_state(48, 1, 96, grid=(2, 8))
+    told = {}
+    for name, positions in (("sincos", state["pos_embed"]), ("learned", torch.randn(1, 17, 48))):
+        torch.save(state | {"pos_embed": positions}, tmp_path / "vit.pth")
+        record = Conversion.read(tmp_path / "vit.pth", num_attention_heads=3).record
+        told[name] = record["told"].get("image_size"), record["assumed"].get("image_size")
+    assert told == {"sincos": ((32, 128), None), "learned": (None, 64)}
+    given = Conversion.read(tmp_path / "vit.pth", num_attention_heads=3, image_size=(32, 128)).record
+    assert "image_size" not in given["told"] | given["assumed"]
 
 
 def test_settings_go_over_what_is_told_and_assumed(tmp_path):

@@ -96,6 +96,11 @@ def test_what_is_left_out_is_said(tmp_path, run):
         (["--set", "size=large"], "mae has no setting size"),
         (["--set", "patch_gap=4"], "mae has no setting patch_gap"),
         (["--set", "image_mean=0.5"], "image_mean must be given with a number for each of 3 channels, not [0.5]"),
+        (["--set", "image_std=0,0,0"], "image_std must have finite numbers above 0, not [0"),
+        (["--set", "image_std=-1,1,1"], "image_std must have finite numbers above 0"),
+        (["--set", "image_std=1,1,inf"], "image_std must have finite numbers above 0"),
+        (["--set", "image_mean=0,0,nan"], "image_mean must have finite numbers, not ["),
+        (["--set", "layer_norm_eps=-1"], "layer_norm_eps must be above 0"),
         (["--set", "num_attention_heads"], "--set needs name=value, not 'num_attention_heads'"),
         (["--set"], "--set needs name=value"),
         (["--method", "dino"], "method must be one of mae, latent_mim, ijepa, stop, not 'dino'"),
@@ -118,7 +123,11 @@ def test_missing_and_left_over_tensors_are_listed(tmp_path, fails):
 
 def test_many_tensors_are_listed_in_part_and_counted(tmp_path, fails):
     state = {key: x for key, x in read("mae")[2].items() if ".attn." not in key}
-    assert "and 10 more" in fails(save_mae(tmp_path / "mae.pth", state), *HEADS)
+    error = fails(save_mae(tmp_path / "mae.pth", state), *HEADS)
+    assert error.count(".attn.") == 16 and " more" not in error
+    state = read("mae")[2] | {f"extra.{i}": torch.ones(1) for i in range(43)}
+    error = fails(save_mae(tmp_path / "mae.pth", state), *HEADS)
+    assert error.count("extra.") == 40 and "extra.39 and 3 more" in error
 
 
 @pytest.mark.parametrize("key", ["patch_embed.proj.bias", "blocks.0.mlp.fc1.bias", "pos_embed", "decoder_embed.bias"])
@@ -140,6 +149,15 @@ def test_quantised_weights_are_refused(tmp_path, fails):
     state = read("mae")[2]
     state["norm.weight"] = state["norm.weight"].to(torch.int8)
     assert "of another type: norm.weight (torch.int8)" in fails(save_mae(tmp_path / "mae.pth", state), *HEADS)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e300])  # the last in float64, no number in float32
+def test_weights_that_are_not_finite_are_refused_by_name(tmp_path, fails, value):
+    state = read("mae")[2]
+    state["norm.weight"] = state["norm.weight"].double()
+    state["norm.weight"][1] = value
+    error = fails(save_mae(tmp_path / "mae.pth", state), *HEADS)
+    assert "not finite (NaN, infinite), the first in norm.weight" in error
 
 
 def test_no_predictor_between_two_encoders_is_refused(tmp_path, fails):
