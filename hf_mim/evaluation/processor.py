@@ -1,5 +1,6 @@
 """What a checkpoint's image processor says of its encoder's input."""
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,7 +23,7 @@ def read_processor(checkpoint: str | Path, num_channels: int) -> InputSpec | Non
     """As the image processor that came with a folder or Hub name has them; None where none did.
 
     Raises:
-        ValueError: it is damaged, or of another number of channels.
+        ValueError: it is damaged, has something else than numbers, or another number of channels.
     """
     checkpoint = str(checkpoint)
     if not any(cached_file(checkpoint, name, _raise_exceptions_for_missing_entries=False) for name in FILES):
@@ -33,25 +34,35 @@ def read_processor(checkpoint: str | Path, num_channels: int) -> InputSpec | Non
         raise ValueError(
             f"the image processor of {checkpoint} cannot be read: {' '.join(str(error).split())}"
         ) from error
+    if not isinstance(settings, dict):
+        raise ValueError(f"the image processor of {checkpoint} must be a mapping, not {settings!r}")
+    if not settings.get("do_normalize", True):
+        settings = settings | {"image_mean": 0.0, "image_std": 1.0}
+    mean, std = settings.get("image_mean"), settings.get("image_std")
     mean, std = (
         value if isinstance(value, list | tuple) else [value] * num_channels
-        for value in (settings.get("image_mean") or 0.0, settings.get("image_std") or 1.0)
+        for value in (0.0 if mean is None else mean, 1.0 if std is None else std)
     )
-    if not settings.get("do_normalize", True):
-        mean, std = [0.0] * num_channels, [1.0] * num_channels
+    # Pixels are multiplied by `rescale_factor` first; 1 / 255 is the usual one, and makes the scale 1.
+    factor = settings.get("rescale_factor", 1 / 255) if settings.get("do_rescale", True) else 1.0
+    for name, values, low in (("image_mean", mean, -math.inf), ("image_std", std, 0), ("rescale_factor", [factor], 0)):
+        if not all(isinstance(value, int | float) and low < value < math.inf for value in values):
+            what = "finite numbers above 0" if low == 0 else "finite numbers"
+            raise ValueError(f"the image processor of {checkpoint} must have {what} as {name}, not {values}")
     if len(mean) != num_channels or len(std) != num_channels:
         raise ValueError(f"the image processor of {checkpoint} has {len(mean)} channels, its encoder {num_channels}")
-    # Pixels are multiplied by `rescale_factor` first; 1 / 255 is the usual one, and makes this 1.
-    scale = 255 * settings.get("rescale_factor", 1 / 255) if settings.get("do_rescale", True) else 255.0
-    return InputSpec([x / scale for x in mean], [x / scale for x in std], _size(settings))
+    return InputSpec([x / (255 * factor) for x in mean], [x / (255 * factor) for x in std], _size(settings, checkpoint))
 
 
-def _size(settings: dict) -> tuple[int, int] | None:
+def _size(settings: dict, checkpoint: str) -> tuple[int, int] | None:
     size = (settings.get("do_center_crop") and settings.get("crop_size")) or settings.get("size")
-    if isinstance(size, int):
-        return size, size
-    if not size:
+    if isinstance(size, dict) and "shortest_edge" in size:
+        size = size["shortest_edge"]
+    elif isinstance(size, dict):
+        size = (size.get("height"), size.get("width")) if "height" in size else None
+    if size is None:
         return None
-    if "shortest_edge" in size:
-        return size["shortest_edge"], size["shortest_edge"]
-    return (size["height"], size["width"]) if "height" in size else None
+    pair = tuple(size) if isinstance(size, list | tuple) else (size, size)
+    if len(pair) != 2 or not all(isinstance(side, int) and side > 0 for side in pair):
+        raise ValueError(f"the image processor of {checkpoint} must have whole numbers above 0 as size, not {size!r}")
+    return pair

@@ -2,21 +2,28 @@
 
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 
 def check_destination(dest: str | Path) -> Path:
-    """The path of a folder to be made. Raises ValueError if it is a file or holds something, or cannot be made."""
+    """The path of a folder to be made. Raises ValueError if it is a file, link or full, or cannot be made."""
     dest = Path(dest)
+    if dest.is_symlink():
+        raise ValueError(f"DEST must be a new folder, and {dest} is a link")
     if dest.exists() and not dest.is_dir():
         raise ValueError(f"DEST must be a new folder, and {dest} is a file")
     if dest.is_dir() and any(dest.iterdir()):
         raise ValueError(f"DEST must be a new folder, and {dest} holds something already")
-    above = next(parent for parent in dest.absolute().parents if parent.exists())
-    if not above.is_dir() or not os.access(above, os.W_OK):
-        raise ValueError(f"DEST must be a folder that can be written, and {dest} cannot be made in {above}")
+    above = next(parent for parent in dest.absolute().parents if os.path.lexists(parent))
+    try:
+        os.rmdir(tempfile.mkdtemp(prefix=".", dir=above))  # permissions alone do not tell, of /proc for one
+    except OSError as error:
+        raise ValueError(
+            f"DEST must be a folder that can be written, and {dest} cannot be made in {above}: {error.strerror}"
+        ) from error
     return dest
 
 

@@ -11,6 +11,7 @@ import pickle
 import pickletools
 import re
 import struct
+import tarfile
 import warnings
 import zipfile
 import zlib
@@ -163,7 +164,21 @@ def load(path: Path) -> Any:
             f"{path.name} is refused: it holds {listed(foreign, 1)}, and reading that could run any code; a checkpoint "
             "needs tensors only"
         )
+    if form := _other_form(path):
+        raise ValueError(f"{path.name} is {form}, which is not read; save its state_dict() by today's torch.save")
     raise ValueError(f"{path.name} is truncated, damaged or no checkpoint written by torch.save")
+
+
+def _other_form(path: Path) -> str | None:
+    """What else torch writes, or wrote before 2018, if the file is that."""
+    try:
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                is_script = any(name.endswith("/constants.pkl") for name in archive.namelist())
+            return "a TorchScript archive" if is_script else None
+        return "a tar archive" if tarfile.is_tarfile(path) else None
+    except DAMAGED:
+        return None
 
 
 def foreign_names(path: Path) -> list[str]:

@@ -33,7 +33,7 @@ POOLER = ("pooler.dense.weight", "pooler.dense.bias")
 TRANSFORMERS = {
     "vit_mae": (("mae",), key_tables.VIT_MAE_ENCODER, "vit.", "cls"),
     "vit": (("mae", "latent_mim"), key_tables.VIT_HF, "vit.", "cls"),
-    "ijepa": (("ijepa", "stop"), key_tables.IJEPA_HF, "ijepa.", "mean"),
+    "ijepa": (("ijepa", "stop", "mae", "latent_mim"), key_tables.IJEPA_HF, "ijepa.", "mean"),
 }
 # The fields of transformers' configs that have ours' names and meaning.
 SHARED = (
@@ -132,7 +132,7 @@ def _vit(checkpoint: Checkpoint, method: str | None) -> Layout:
         table, told = key_tables.MAE_MEAN_CLASSIFIER, told | {"pooling": "mean", "pool_before_norm": True}
     elif "head.weight" in state:
         table, told = key_tables.MAE_CLS_CLASSIFIER, told | {"pooling": "cls" if has_cls else "mean"}
-    method = _choose(method, ("mae", "latent_mim") if has_cls else ("ijepa", "stop", "mae"), checkpoint)
+    method = _choose(method, ("mae", "latent_mim") if has_cls else ("ijepa", "stop", "mae", "latent_mim"), checkpoint)
     has_head = any(key.startswith("head.") for key in state)
     model_class = (CLASSIFIERS if has_head else ENCODERS)[method]
     prefix = f"{model_class.base_model_prefix}." if has_head else ""
@@ -173,6 +173,7 @@ def _transformers(checkpoint: Checkpoint, method: str | None) -> Layout:
     if len(state) < len(checkpoint.state):
         raise ValueError(f"{checkpoint.name} has tensors twice, under transformers' old names and under its new ones")
     told = _transformers_settings(checkpoint) | _jepa_settings(method)
+    told["use_cls_token"] = model_type != "ijepa"
     if any(key.startswith("decoder.") for key in state):
         return Layout(method, MAEForPreTraining, key_tables.VIT_MAE, state, told)
     table = within(table, "", prefix if any(key.startswith(prefix) for key in state) else "")

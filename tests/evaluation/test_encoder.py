@@ -30,6 +30,7 @@ from transformers import (
 )
 
 from hf_mim.evaluation.encoder import FeatureSpec, FrozenEncoder, RawPixels, checkpoint_sha256
+from hf_mim.evaluation.processor import read_processor
 from hf_mim.models.configuration_mae import MAEConfig
 from hf_mim.models.configuration_stop_jepa import StopJepaConfig
 from hf_mim.models.modeling_mae import MAEForPreTraining, MAEModel
@@ -189,6 +190,26 @@ def test_pixels_are_normalised_as_the_image_processor_says(settings, mean, std, 
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(settings))
     encoder = FrozenEncoder.load(tmp_path)
     assert encoder.mean == pytest.approx(mean) and encoder.std == pytest.approx(std)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"image_mean": "abc"}, "finite numbers as image_mean, not"),
+        ({"image_mean": [0.5, "a", 0.5]}, "finite numbers as image_mean, not"),
+        ({"image_mean": [0.5, float("nan"), 0.5]}, "finite numbers as image_mean, not"),
+        ({"image_std": [1, 1, 0]}, "finite numbers above 0 as image_std, not"),
+        ({"rescale_factor": "1/255"}, "finite numbers above 0 as rescale_factor, not"),
+        ({"size": 3.5}, "whole numbers above 0 as size, not 3.5"),
+        ({"size": {"height": 32}}, "whole numbers above 0 as size, not"),
+        ([1], r"must be a mapping, not \[1\]"),
+    ],
+)
+def test_an_image_processor_of_wrong_values_is_one_line(settings, message, tmp_path):
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(settings))
+    with pytest.raises(ValueError, match=message) as error:
+        read_processor(tmp_path, 3)
+    assert "\n" not in str(error.value)
 
 
 def test_a_damaged_image_processor_and_damaged_weights_are_errors(tmp_path):

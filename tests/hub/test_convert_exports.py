@@ -36,7 +36,17 @@ CASES = {
     "mae, whole": ("mae", lambda: mae(hf_mim.MAEForPreTraining, norm_pix_loss=False), "transformers"),
     "mae, encoder": ("mae", lambda: mae(hf_mim.MAEModel), "transformers timm"),
     "mae, pools first": ("mae", lambda: mae(hf_mim.MAEModel, pool_before_norm=True), "timm"),
-    "mae, no CLS": ("mae", lambda: mae(hf_mim.MAEModel, use_cls_token=False), "timm"),
+    "mae, no CLS": ("mae", lambda: mae(hf_mim.MAEModel, use_cls_token=False), "transformers timm"),
+    "mae, no CLS, classifier": (
+        "mae",
+        lambda: mae(hf_mim.MAEForImageClassification, use_cls_token=False, **LABELS),
+        "transformers timm",
+    ),
+    "latent_mim, no CLS": (
+        "latent_mim",
+        lambda: latent_mim(hf_mim.LatentMIMModel, use_cls_token=False),
+        "transformers timm",
+    ),
     "mae, another activation": ("mae", lambda: mae(hf_mim.MAEModel, hidden_act="silu"), "transformers timm"),
     "mae, not square": ("mae", lambda: wide(), "timm"),
     "mae, classifier": (
@@ -80,7 +90,7 @@ def test_an_export_comes_back_bit_for_bit(tmp_path, case, to):
         output = "logits" if hasattr(first, "classifier") else "pooler_output"
         assert torch.equal(second(pixels)[output], first(pixels)[output])
     assert (conversion.image_mean, conversion.image_std) == ([0.5] * 3, [0.25] * 3)
-    same = ("num_attention_heads", "layer_norm_eps", "image_size", "norm_pix_loss", "id2label")
+    same = ("use_cls_token", "num_attention_heads", "layer_norm_eps", "image_size", "norm_pix_loss", "id2label")
     first.config.image_size = first.config.image_height_width
     second.config.image_size = second.config.image_height_width
     assert [getattr(first.config, name, None) for name in same] == [getattr(second.config, name, None) for name in same]

@@ -249,9 +249,23 @@ def test_dest_is_never_written_over(mae, tmp_path, capsys):
         assert convert_command([str(mae), str(dest), *HEADS]) == 2
         assert "DEST must be a new folder" in capsys.readouterr().err
         assert sorted(tmp_path.rglob("*")) == before
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    assert convert_command([str(mae), str(tmp_path / "link"), *HEADS]) == 2
+    assert "DEST must be a new folder, and" in capsys.readouterr().err
     (tmp_path / "empty").mkdir()
     assert convert_command([str(mae), str(tmp_path / "empty"), *HEADS]) == 0
     assert (tmp_path / "empty" / "config.json").exists()
+
+
+@pytest.mark.parametrize("dest", ["/proc/here", "/proc/below/here", "link/here", "file/here"])
+def test_a_dest_that_cannot_be_made_is_told_before_reading(tmp_path, capsys, dest):
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    (tmp_path / "file").write_text("")
+    before = sorted(tmp_path.rglob("*"))
+    assert convert_command([str(tmp_path / "missing.pth"), str(tmp_path / dest)]) == 2
+    error = capsys.readouterr().err
+    assert "DEST must be a folder that can be written" in error and error.count("\n") == 1
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 @pytest.mark.parametrize("error", [OSError("No space left on device"), KeyboardInterrupt()])

@@ -1,10 +1,12 @@
 """Files are read without running anything in them, and what is no checkpoint is refused in one line."""
 
 import argparse
+import io
 import json
 import os
 import pickle
 import random
+import tarfile
 
 import numpy as np
 import pytest
@@ -164,6 +166,20 @@ def test_what_is_no_state_dict_is_refused(tmp_path, held, message):
 def test_a_file_that_is_no_checkpoint_is_refused(tmp_path, name, text):
     (tmp_path / name).write_bytes(text.encode("latin1"))
     assert "damaged or no" in refused(tmp_path / name)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+def test_a_torchscript_and_a_tar_file_are_named(tmp_path):
+    torch.jit.save(torch.jit.script(torch.nn.Linear(2, 2)), tmp_path / "script.pt")
+    assert "script.pt is a TorchScript archive, which is not read" in refused(tmp_path / "script.pt")
+    with tarfile.open(tmp_path / "old.tar", "w") as archive:
+        for name in ("pickle", "storages", "tensors"):
+            held = io.BytesIO(pickle.dumps(Shell(f"touch {tmp_path}/ran")))
+            info = tarfile.TarInfo(name)
+            info.size = len(held.getvalue())
+            archive.addfile(info, held)
+    assert "old.tar is a tar archive" in refused(tmp_path / "old.tar")
+    assert not (tmp_path / "ran").exists()
 
 
 def test_other_extensions_are_refused(tmp_path):
