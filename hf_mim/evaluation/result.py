@@ -8,6 +8,8 @@ import re
 from dataclasses import asdict, dataclass, field, fields
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from types import UnionType
+from typing import get_args, get_origin
 
 LONGEST_TABLE = 16  # rows that are printed
 
@@ -63,15 +65,26 @@ class Result:
         """Read what `save` wrote. Raises ValueError for another file."""
         try:
             values = json.loads(Path(path).read_text())
-            known = {f.name for f in fields(cls)}
-            return cls(**{name: value for name, value in values.items() if name in known})
+            types = {f.name: f.type for f in fields(cls)}
+            known = {name: value for name, value in values.items() if name in types}
+            for name, value in known.items():
+                if not _is_a(value, types[name]):
+                    raise ValueError(f"{name} is {str(value)[:100]!r}")
+            data = known.get("data", {})
+            if not all(isinstance(data[part], dict) for part in ("train", "test") if part in data):
+                raise ValueError(f"data is {str(data)[:100]!r}")
+            return cls(**known)
         except (ValueError, TypeError, AttributeError) as error:
             raise ValueError(f"{path} holds no result: {error}") from error
 
     def headline(self) -> str:
         """One line: protocol, value, and what it was measured on."""
         measured = self.data.get("test", self.data)
-        on = f" on {measured['images']:,} images of {measured['source']}" if "images" in measured else ""
+        on = (
+            f" on {measured['images']:,} images of {measured['source']}"
+            if {"images", "source"} <= measured.keys()
+            else ""
+        )
         return f"{self.protocol}: {self.metric} {format_number(self.value)}{on}"
 
     def __str__(self) -> str:
@@ -86,6 +99,17 @@ class Result:
             parts.append(f"The table of {len(self.table)} rows is in the file.")
         parts += self.notes
         return "\n\n".join(parts)
+
+
+def _is_a(value, kind) -> bool:
+    """Whether a value from JSON is of a field's type. A number that was not finite is None there."""
+    if isinstance(kind, UnionType):
+        return any(_is_a(value, one) for one in get_args(kind))
+    if kind is float:
+        return value is None or (isinstance(value, int | float) and not isinstance(value, bool))
+    if get_origin(kind) is list:
+        return isinstance(value, list) and all(isinstance(x, get_args(kind)[0]) for x in value)
+    return isinstance(value, get_origin(kind) or kind)
 
 
 def _finite(value):

@@ -1,5 +1,7 @@
 """Results as files and as text."""
 
+import json
+
 import pytest
 
 from hf_mim.evaluation.result import Result, format_table, result_path
@@ -22,6 +24,30 @@ def test_another_file_is_no_result(tmp_path):
         (tmp_path / "x.json").write_text(text)
         with pytest.raises(ValueError, match="x.json holds no result"):
             Result.load(tmp_path / "x.json")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"data": None},
+        {"data": ["digits"]},
+        {"data": {"test": "digits"}},
+        {"settings": ["k"]},
+        {"scores": None},
+        {"metric": None},
+        {"protocol": 3},
+        {"value": "high"},
+        {"value": True},
+        {"table": [1]},
+        {"notes": "a note"},
+        {"checkpoint_sha256": 5},
+    ],
+)
+def test_a_field_of_another_type_is_no_result(tmp_path, changes):
+    path = result().save(tmp_path / "x.json")
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    with pytest.raises(ValueError, match=f"x.json holds no result: {next(iter(changes))} is "):
+        Result.load(path)
 
 
 def test_the_headline_says_value_and_data():
