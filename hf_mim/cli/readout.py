@@ -133,7 +133,9 @@ def training_record(trainer: Trainer, run: RunArguments, images, resumed_from: s
     seconds = next(entry["train_runtime"] for entry in reversed(state.log_history) if "train_runtime" in entry)
     start = int(Path(resumed_from).name.rpartition("-")[2]) if resumed_from else 0
     name = torch.get_device_module(args.device).get_device_name() if args.device.type == "cuda" else platform.machine()
-    counted = {"images": len(images)} if isinstance(images, Dataset) else {}
+    about = {"source": f"{source_name(run.dataset)}, split {run.train_split}"}
+    about |= {"images": len(images)} if isinstance(images, Dataset) else {}
+    about["local"] = Path(run.dataset).expanduser().exists()  # else `owner/name` could be a folder's
     result = Result(
         "pretrain",
         "loss",
@@ -145,7 +147,7 @@ def training_record(trainer: Trainer, run: RunArguments, images, resumed_from: s
             "images_per_step": args.images_per_step,
             "seed": args.seed,
         },
-        data={"source": f"{source_name(run.dataset)}, split {run.train_split}"} | counted,
+        data=about,
         scores={
             "first_loss": losses[0] if losses else None,
             "steps": state.global_step,

@@ -11,6 +11,7 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
@@ -20,6 +21,7 @@ import hf_mim  # noqa: F401 (registers the configs)
 from hf_mim.evaluation import PROTOCOLS
 from hf_mim.evaluation.encoder import checkpoint_sha256
 from hf_mim.evaluation.result import Result, format_number
+from hf_mim.hub.shown import is_hub_name, last_name, markdown_table, scrubbed, scrubbed_all, shown, shown_number
 from hf_mim.models.configuration_vit import MIMConfig
 
 TEMPLATE = Path(__file__).with_name("card_template.md")
@@ -56,17 +58,21 @@ def model_card(folder: str | Path, repo_id: str | None = None, license: str | No
     recipe = _read(folder / "recipe.yaml", yaml.safe_load) or {}
     state = _read(folder / "trainer_state.json", json.loads) or {}
     results = {path.name: Result.load(path) for path in sorted((folder / "results").glob("*.json"))}
-    training, health = results.pop("training.json", None), results.pop("health.json", None)
     notes = _result_notes(results, checkpoint_sha256(folder))
+    left_out = {name: notes[name] for name in ("training.json", "health.json") if name in notes}
+    training, health = (results.pop(name, None) for name in ("training.json", "health.json"))
+    training = None if "training.json" in left_out else training
+    health = None if "health.json" in left_out else health
     own = {name: result for name, result in results.items() if name not in notes}
     method = method_of(config)
     license = check_license(license or recipe.get("license") or _license_of(folder / "README.md"))
     name = repo_id.rpartition("/")[2] if repo_id else folder.name
+    dataset = _dataset(recipe, training)
     measured = {result.protocol for result in own.values()} | ({"health"} if health else set())
     return ModelCard.from_template(
-        _metadata(name, config, recipe, own, license),
+        _metadata(name, config, dataset, own, license),
         template_str=TEMPLATE.read_text(encoding="utf-8"),
-        name=name,
+        name=shown(name),
         address=repo_id or folder.name,
         method=method,
         title=METHODS[method][0],
@@ -77,21 +83,22 @@ def model_card(folder: str | Path, repo_id: str | None = None, license: str | No
         channels=config.num_channels,
         image_size=_size(config.image_size),
         training_size=_size(config.training_size),
-        overview=_overview(config, recipe, license),
+        overview=_overview(config, dataset, license),
         results=_results_table(results, notes),
-        result_notes=[f"`{name}`: {text}" for name, result in results.items() for text in result.notes],
+        result_notes=[f"`{name}`: {shown(text)}" for name, result in results.items() for text in result.notes],
+        left_out=left_out,
         not_measured=[name for name in PROTOCOLS if name not in measured],
         health=_health_table(health),
         health_data=_data(health.data) if health else None,
-        health_notes=health.notes if health else [],
-        worries=[row["measure"] for row in health.table if row["worry"] == "yes"] if health else [],
+        health_notes=[shown(text) for text in health.notes] if health else [],
+        worries=[shown(row.get("measure")) for row in health.table if row.get("worry") == "yes"] if health else [],
         curve=(folder / "loss.png").is_file(),
         reconstructions=(folder / "reconstructions.png").is_file(),
         compute=_compute(training, state),
-        compute_notes=training.notes if training else [],
-        recipe=recipe,
-        recipe_text=_recipe_text(recipe),
-        data=_training_data(recipe, training),
+        compute_notes=[shown(text) for text in training.notes] if training else [],
+        augmentation=_augmentation(recipe),
+        recipe_text=_recipe_text(recipe, dataset),
+        data=_training_data(recipe, dataset, training),
     )
 
 
@@ -130,7 +137,7 @@ def is_classifier(config: PreTrainedConfig) -> bool:
 
 def check_license(license: str | None) -> str | None:
     """Raise ValueError for anything but one of the Hub's short names."""
-    if license is not None and not re.fullmatch(r"[a-z0-9][a-z0-9.-]*", license):
+    if license is not None and not (isinstance(license, str) and re.fullmatch(r"[a-z0-9][a-z0-9.-]*", license)):
         raise ValueError(f"license must be an identifier of the Hub such as apache-2.0 or cc-by-nc-4.0, not {license}")
     return license
 
@@ -153,15 +160,15 @@ def _license_of(path: Path) -> str | None:
     if not path.is_file():
         return None
     try:
-        return ModelCard.load(path).data.license
+        license = ModelCard.load(path).data.license
+        return license if isinstance(license, str) else None
     except (ValueError, yaml.YAMLError):  # not a card, or one that is damaged: it is about to be replaced
         return None
 
 
-def _metadata(name: str, config, recipe: dict, results: dict[str, Result], license: str | None) -> ModelCardData:
+def _metadata(name: str, config, dataset: str, results: dict[str, Result], license: str | None) -> ModelCardData:
     title, papers = METHODS[method_of(config)]
     tags = ["hf_mim", "masked-image-modeling", "self-supervised-learning", title.lower().replace(" ", "-")]
-    dataset = recipe.get("dataset", "")
     return ModelCardData(
         model_name=name,
         library_name="transformers",
@@ -175,12 +182,11 @@ def _metadata(name: str, config, recipe: dict, results: dict[str, Result], licen
 
 def _eval_result(result: Result) -> EvalResult:
     measured = result.data.get("test", result.data)
-    source, _, split = str(measured.get("source", "images")).partition(", split ")
-    shown = shown_source(source)
+    source, _, split = scrubbed(measured.get("source", "images")).partition(", split ")
     return EvalResult(
         task_type=TASKS.get(result.protocol, "image-feature-extraction"),
-        dataset_type=source if is_hub_name(source) else re.sub(r"[^\w.-]+", "-", shown),
-        dataset_name=shown,
+        dataset_type=source if is_hub_name(source) else re.sub(r"[^\w.-]+", "-", source),
+        dataset_name=source,
         dataset_split=split or None,
         metric_type=re.sub(r"\W+", "_", result.metric.lower()),
         metric_name=f"{result.metric} ({result.protocol})",
@@ -200,46 +206,40 @@ def _result_notes(results: dict[str, Result], sha256: str | None) -> dict[str, s
 
 
 def _results_table(results: dict[str, Result], notes: dict[str, str]) -> str:
+    marks = {name: f" ({note})" for name, note in notes.items()}
     rows = [
         {
-            "Protocol": f"[{result.protocol}](results/{name})" + (f" ({notes[name]})" if name in notes else ""),
+            "Protocol": f"[{shown(result.protocol)}](results/{quote(name)}){marks.get(name, '')}",
             "Data": _data(result.data),
-            "Metric": result.metric,
+            "Metric": shown(result.metric),
             "Value": "not finite" if result.value is None else format_number(result.value),
-            "Beside it": "; ".join(f"{key} {format_number(value)}" for key, value in result.scores.items()),
-            "Protocol in full": "; ".join(f"{key} {_plain(value)}" for key, value in result.settings.items()),
+            "Beside it": "; ".join(f"{shown(key)} {shown_number(value)}" for key, value in result.scores.items()),
+            "Protocol in full": "; ".join(f"{shown(key)} {shown(value)}" for key, value in result.settings.items()),
         }
         for name, result in results.items()
     ]
-    return _markdown_table(rows)
+    return markdown_table(rows)
 
 
 def _health_table(health: Result | None) -> str:
-    rows = [{name: format_number(value) for name, value in row.items()} for row in health.table] if health else []
-    return _markdown_table(rows)
+    rows = health.table if health else []
+    return markdown_table([{shown(name): shown_number(value) for name, value in row.items()} for row in rows])
 
 
-def _markdown_table(rows: list[dict[str, str]]) -> str:
-    """Rows of equal keys; empty for none."""
-    if not rows:
-        return ""
-    lines = [list(rows[0]), ["---"] * len(rows[0]), *(list(row.values()) for row in rows)]
-    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
-
-
-def _overview(config, recipe: dict, license: str | None) -> list[tuple[str, str]]:
+def _overview(config, dataset: str, license: str | None) -> list[tuple[str, str]]:
     heads = "1 head" if config.num_attention_heads == 1 else f"{config.num_attention_heads} heads"
     return [
         ("Encoder", f"width {config.hidden_size}, depth {config.num_hidden_layers}, {heads}"),
         ("Input", f"{config.num_channels} × {_size(config.image_size)} pixels, patches of {_size(config.patch_size)}"),
-        ("Pretrained on", shown_source(recipe["dataset"]) if "dataset" in recipe else NOT_RECORDED),
+        ("Pretrained on", shown(dataset)),
         ("Licence", license or "not given"),
     ]
 
 
 def _compute(training: Result | None, state: dict) -> list[tuple[str, str]]:
     """From the run's own record, or else what Trainer's state has of it."""
-    history = state.get("log_history", [])
+    history = state.get("log_history")
+    history = [entry for entry in history if isinstance(entry, dict)] if isinstance(history, list) else []
     losses = [entry["loss"] for entry in history if "loss" in entry]
     end = next((entry for entry in reversed(history) if "train_runtime" in entry), {})
     facts = {
@@ -265,52 +265,55 @@ def _compute(training: Result | None, state: dict) -> list[tuple[str, str]]:
         }
     order = ["Device", "Processes", "Precision", "Hours", "Seconds", "Images per second", "Images seen"]
     order += ["Optimizer steps", "First loss logged", "Last loss logged"]
-    return [(name, NOT_RECORDED if facts.get(name) is None else format_number(facts[name])) for name in order]
+    return [(name, NOT_RECORDED if facts.get(name) is None else shown_number(facts[name])) for name in order]
 
 
-def _training_data(recipe: dict, training: Result | None) -> str:
+def _dataset(recipe: dict, training: Result | None) -> str:
+    """What the run was trained on, as readers may see it. `owner/name` is one of the Hub only if the run has noted so:
+    a folder beside it may have been meant, and is not where this card is written."""
+    dataset = str(recipe.get("dataset") or NOT_RECORDED)
+    if "://" in dataset or (is_hub_name(dataset) and training is not None and training.data.get("local") is False):
+        return scrubbed(dataset)
+    return last_name(dataset)
+
+
+def _training_data(recipe: dict, dataset: str, training: Result | None) -> str:
     count = training.data.get("images") if training else None
-    number = "their number is not recorded" if count is None else f"{count} images"
-    return f"{shown_source(recipe.get('dataset', ''))}, split {recipe.get('train_split')} ({number})"
+    number = "their number is not recorded" if count is None else f"{shown(count)} images"
+    return f"{shown(dataset)}, split {shown(recipe.get('train_split', NOT_RECORDED))} ({number})"
 
 
-def _recipe_text(recipe: dict) -> str:
-    kept = {name: value for name, value in recipe.items() if not name.startswith(OF_THE_MACHINE)}
-    kept |= {name: shown_source(kept[name]) for name in ("dataset", "test_dataset") if name in kept}
-    return yaml.safe_dump(kept, sort_keys=False, default_flow_style=None, allow_unicode=True).strip()
+def _augmentation(recipe: dict) -> dict[str, str]:
+    """Settings of the recipe as they are told; a probability of 0 is not."""
+    told = {}
+    for name in ("crop_scale", "crop_ratio", "blur_sigma", "image_mean", "image_std"):
+        values = recipe.get(name)
+        between = ", " if name.startswith("image") else " to "
+        told[name] = (
+            between.join(shown(str(value)) for value in values) if values and isinstance(values, list) else NOT_RECORDED
+        )
+    for name in ("flip_probability", "grayscale_probability", "blur_probability"):
+        value = recipe.get(name, NOT_RECORDED)
+        told[name] = shown(str(value)) if value else ""
+    return told if recipe else {}
+
+
+def _recipe_text(recipe: dict, dataset: str) -> str:
+    kept = {name: value for name, value in recipe.items() if not str(name).startswith(OF_THE_MACHINE)}
+    kept |= {"dataset": dataset} if "dataset" in kept else {}
+    kept |= {"test_dataset": last_name(kept["test_dataset"])} if kept.get("test_dataset") else {}
+    return yaml.safe_dump(scrubbed_all(kept), sort_keys=False, default_flow_style=None, allow_unicode=True).strip()
 
 
 def _data(data: dict) -> str:
     """A result's `data` in words: where the images come from, how many, and what else is told."""
     if "test" in data:
         return " → ".join(_data(data[name]) for name in ("train", "test") if name in data)
-    known = {name: value for name, value in data.items() if name not in ("source", "images")}
-    words = [shown_source(data.get("source", "images"))]
-    words += [f"{data['images']} images"] if "images" in data else []
-    return ", ".join(words + [f"{name.replace('_', ' ')}: {_plain(value)}" for name, value in known.items()])
-
-
-def shown_source(source: str) -> str:
-    """A source as its readers may see it: a Hub name whole, of a path on this machine only the last part."""
-    held_out, path, split = re.fullmatch(r"(a held-out fifth of )?(.*?)(, split .*)?", str(source), re.DOTALL).groups(
-        ""
-    )
-    return held_out + (path if is_hub_name(path) else Path(path).name) + split
-
-
-def is_hub_name(source: str) -> bool:
-    """`owner/name`, perhaps with `:config`, that is no folder here."""
-    return bool(re.fullmatch(r"\w[\w.-]*/[\w.-]+(:[\w.-]+)?", str(source))) and not Path(source).exists()
-
-
-def _plain(value) -> str:
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    if isinstance(value, list | tuple):
-        return ", ".join(map(_plain, value))
-    if isinstance(value, dict):
-        return ", ".join(f"{name} {_plain(x)}" for name, x in value.items())
-    return f"{value:.6g}" if isinstance(value, float) else "none" if value is None else str(value)
+    known = {name: value for name, value in data.items() if name not in ("source", "images", "local")}
+    known |= {"folder": last_name(known["folder"])} if "folder" in known else {}
+    words = [shown(data.get("source", "images"))]
+    words += [f"{shown(data['images'])} images"] if "images" in data else []
+    return ", ".join(words + [f"{shown(name.replace('_', ' '))}: {shown(value)}" for name, value in known.items()])
 
 
 def _size(size) -> str:

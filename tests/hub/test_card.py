@@ -19,7 +19,8 @@ from hf_mim.cli.recipe import Recipe
 from hf_mim.data.processor import image_processor
 from hf_mim.evaluation.encoder import checkpoint_sha256
 from hf_mim.evaluation.result import Result
-from hf_mim.hub.card import METHODS, TEMPLATE, is_hub_name, model_card, read_config, shown_source, write_card
+from hf_mim.hub.card import METHODS, TEMPLATE, model_card, read_config, write_card
+from hf_mim.hub.shown import is_hub_name, scrubbed, shown
 
 CARDS = Path(__file__).parents[2] / "model_cards"
 SMALL = {"image_size": 24, "patch_size": 4, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
@@ -40,13 +41,14 @@ def make_folder(folder: Path, method: str = "mae", dataset: str = "owner/photos"
     (folder / "trainer_state.json").write_text(json.dumps(state))
     for name in ("loss.png", "reconstructions.png")[: 2 if method == "mae" else 1]:
         Image.new("RGB", (8, 8)).save(folder / name)
+    local = {"local": dataset.startswith("/")}
     about = {"checkpoint": str(folder), "checkpoint_sha256": checkpoint_sha256(folder), "device": "cpu (x86_64)"}
     data = {"source": f"{dataset}, split train", "images": 4321}
     test = {"source": f"{dataset}, split test", "images": 765}
     scores = {"first_loss": 2.345, "steps": 37, "images_seen": 5920, "images_per_second": 95.95, "hours": 0.01714}
     ran = {"processes": 3, "precision": "float32"}
     results = {
-        "training": Result("pretrain", "loss", 1.234, ran, data, scores, seconds=61.7, **about),
+        "training": Result("pretrain", "loss", 1.234, ran, data | local, scores, seconds=61.7, **about),
         "health": Result("health", "RankMe", 12.5, {}, data, table=[HEALTHY, ILL], notes=["Worry: b."], **about),
         "knn": Result("knn", "accuracy", 0.4567, {"k": 19}, {"train": data, "test": test}, {"top5": 0.8765}, **about),
     }
@@ -244,8 +246,96 @@ def test_no_path_of_the_machine_is_told(tmp_path):
     assert str(tmp_path) not in card.content and "my photos, split train" in card.text and not card.data.datasets
     (result,) = card.data.eval_results
     assert (result.dataset_name, result.dataset_type) == ("my photos", "my-photos")
-    assert shown_source("a held-out fifth of /home/me/x y/z, split train") == "a held-out fifth of z, split train"
     assert is_hub_name("owner/name:config") and not is_hub_name("../data/name") and not is_hub_name("digits")
+
+
+@pytest.mark.parametrize(
+    "text, told",
+    [
+        ("a held-out fifth of /home/me/x y/z, split train", "a held-out fifth of z, split train"),
+        ("/home/me/a, b/c d/", "c d/"),
+        ("~/photos", "photos"),
+        ("~me/photos", "photos"),
+        ("../../photos (left out: ./a.png)", "photos (left out: a.png)"),
+        ("C:\\Users\\me\\photos", "photos"),
+        ("path=/home/me/x:/home/me/y", "path=y"),
+        ("https://me:word@host.org/a/b.tar?sig=x,y&z#w, split test", "https://host.org/a/b.tar, split test"),
+        ("file:///home/me/photos", "photos"),
+        (
+            "last/mean/norm; J/F; a / b; (1)/2; owner/name; and/or",
+            "last/mean/norm; J/F; a / b; (1)/2; owner/name; and/or",
+        ),
+    ],
+)
+def test_of_a_path_the_last_name_is_told_and_of_an_address_no_query(text, told):
+    assert scrubbed(text) == told
+
+
+def test_paths_in_settings_notes_and_data_are_told_by_their_last_name(folder):
+    data = {"source": "https://host/a.tar?key=secret, split test", "folder": "secret/b", "images": 3}
+    settings = {"cache": "/secret/c", "files": ["/secret/d", {"e": "~/secret/f"}], "features": "last/mean/norm"}
+    edit(folder / "results" / "knn.json", data=data, settings=settings, notes=["Left out: /secret/g h/i.png"])
+    for name in ("health", "training"):
+        edit(folder / "results" / f"{name}.json", notes=["Read from /secret/j."], device="gpu at /secret/k")
+    recipe = yaml.safe_load((folder / "recipe.yaml").read_text())
+    recipe |= {"test_dataset": "secret/l", "deepspeed": "/secret/m.json"}
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    card = model_card(folder)
+    assert "secret" not in card.content
+    assert "| https://host/a.tar, split test, 3 images, folder: b |" in card.text
+    assert "| cache c; files d, e f; features last/mean/norm |" in card.text
+    assert all(told in card.text for told in ("Left out: i.png", "Read from j.", "gpu at k", "test_dataset: l\n"))
+
+
+def test_a_dataset_is_one_of_the_hub_only_if_the_run_has_noted_so(folder):
+    path, data = folder / "results" / "training.json", {"source": "photos, split train", "images": 4321}
+    for noted in ({"local": True}, {}):
+        edit(path, data=data | noted)
+        card = model_card(folder)
+        assert card.data.datasets is None and "| Pretrained on | photos |" in card.text
+    edit(path, data=data | {"local": False})
+    card = model_card(folder)
+    assert card.data.datasets == ["owner/photos"] and "| Pretrained on | owner/photos |" in card.text
+
+
+def test_a_value_cannot_break_the_table(folder):
+    bad = "a\n\n| b <i>\\"
+    assert shown(bad) == "a \\| b &lt;i>\\\\"
+    clean = section(model_card(folder), "Results").splitlines()
+    data, scores = {"source": bad, bad: bad}, {bad: 0.5}
+    edit(folder / "results" / "knn.json", metric=bad, settings={bad: [bad]}, data=data, scores=scores, notes=[bad])
+    results = section(model_card(folder), "Results").splitlines()
+    rows, before = ([line for line in lines if line.startswith("|")] for lines in (results, clean))
+    assert len(rows) == len(before) == 3
+    assert {len(re.findall(r"(?<!\\)(?:\\\\)*\|", row)) for row in rows} == {7}
+    assert f"- `knn.json`: {shown(bad)}" in results and "<" not in "".join(results)
+
+
+@pytest.mark.parametrize("name", ["health", "training"])
+def test_the_numbers_of_other_weights_are_left_out(folder, name):
+    edit(folder / "results" / f"{name}.json", checkpoint_sha256="0" * 64)
+    card = model_card(folder)
+    assert f"`results/{name}.json` is left out (**of other weights**)" in card.text
+    if name == "health":
+        assert "12.5" not in card.text and "health" in card.text.partition("Not measured: ")[2].split(".")[0]
+        assert "Past the limit" not in card.text
+    else:
+        assert "5920" not in card.text and "| Device | not recorded |" in card.text
+
+
+def test_files_of_odd_content_make_a_card(folder):
+    (folder / "recipe.yaml").write_text("dataset: /x\nimage_mean: 3\n1: 2\n")
+    state = {"log_history": [1, {"loss": "low"}], "global_step": [3]}
+    (folder / "trainer_state.json").write_text(json.dumps(state))
+    edit(folder / "results" / "health.json", table=[{"measure": "a"}, {}, {"worry": "yes"}])
+    (folder / "results" / "training.json").unlink()
+    card = model_card(folder)
+    told = section(card, "Data and augmentation")
+    assert "x, split not recorded" in told and "a random crop of not recorded of its area" in told
+    assert "mean not recorded and standard deviation not recorded" in told
+    assert "| First loss logged | low |" in card.text
+    (folder / "trainer_state.json").write_text('{"log_history": 5}')
+    assert "| First loss logged | not recorded |" in model_card(folder).text
 
 
 @pytest.mark.parametrize("channels", [1, 3, 5])
@@ -297,6 +387,8 @@ def damage(folder, name, text):
         ([], lambda folder: ViTConfig().save_pretrained(folder), "must be MAE, Latent MIM or StoP-JEPA"),
         ([], lambda folder: damage(folder, "results/knn.json", "{"), "knn.json holds no result"),
         ([], lambda folder: damage(folder, "recipe.yaml", "a: [1"), "recipe.yaml cannot be read"),
+        ([], lambda folder: damage(folder, "recipe.yaml", "license: [a]"), "license must be an identifier"),
+        ([], lambda folder: edit(folder / "results/knn.json", data=None), "knn.json holds no result: data is"),
         (
             [],
             lambda folder: damage(folder, "trainer_state.json", "[]"),
