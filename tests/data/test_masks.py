@@ -137,7 +137,8 @@ def test_images_are_selected_and_left_out_with_their_masks(pairs):
     assert first_ids(part) == [3, 1] and part.sizes == [(6, 8)] * 2
     part.leave_out([0])
     assert first_ids(part) == [1] and part.describe()["broken_images_left_out"] == 1
-    assert first_ids(data) == [0, 1, 2, 3] and data.describe() == {"source": "a Dataset in memory, split train", "images": 4}
+    assert first_ids(data) == [0, 1, 2, 3]
+    assert data.describe() == {"source": "a Dataset in memory, split train", "images": 4}
 
 
 def test_sizes_are_those_of_the_upright_image(pairs):
