@@ -1,15 +1,21 @@
-"""What happens beside the step: target update, weight decay, epochs of the data, broken images, probe, speed.
+"""What happens beside the step: random numbers, target update, weight decay, epochs, broken images, probe, logs.
 
 No callback keeps anything that a checkpoint would have to hold: what they do follows from the step number.
 """
 
 import contextlib
+import json
 import logging
+import math
+import os
+import random
 import re
 import time
+from pathlib import Path
 
+import psutil
 import torch
-from accelerate.utils import gather_object, set_seed
+from accelerate.utils import gather_object
 from datasets import Dataset
 from torch import nn
 from transformers import TrainerCallback
@@ -17,12 +23,13 @@ from transformers.trainer_callback import ProgressCallback
 from transformers.trainer_utils import has_length
 
 from hf_mim import schedules
-from hf_mim.data.dataset import MAX_BROKEN, BrokenImagesError, check_broken
+from hf_mim.data.dataset import MAX_BROKEN, BrokenImagesError, ImageStream, check_broken
 from hf_mim.evaluation.encoder import FrozenEncoder
 from hf_mim.evaluation.features import FeatureExtractor
 from hf_mim.evaluation.health import measure_health
 from hf_mim.evaluation.images import Images, LabelledImages
 from hf_mim.evaluation.knn import knn_predict
+from hf_mim.guard import StepGuard
 
 logger = logging.getLogger(__name__)
 
@@ -31,15 +38,18 @@ class TargetUpdate(TrainerCallback):
     """Tells the model its progress before each step and moves its target after each optimizer step that was taken.
 
     Progress is the number of optimizer steps done before this one, over all of them. Under gradient accumulation this
-    is once per optimizer step; a step that the loss scaler skipped moves nothing.
+    is once per optimizer step; a step that was skipped, by the loss scaler or by `guard`, moves nothing.
     """
+
+    def __init__(self, guard: StepGuard):
+        self.guard = guard
 
     def on_step_begin(self, args, state, control, model=None, **kwargs):
         model.set_progress(state.global_step / state.max_steps)
 
     def on_optimizer_step(self, args, state, control, model=None, optimizer=None, **kwargs):
         if not optimizer.step_was_skipped:
-            model.update_target(state.global_step / state.max_steps)
+            model.update_target(state.global_step / state.max_steps, self.guard.skip)
 
 
 class WeightDecay(TrainerCallback):
@@ -80,11 +90,15 @@ def seeded(seed: int, device: torch.device):
             generator.set_rng_state(state)
 
 
-class RankSeeds(TrainerCallback):
-    """Gives each rank its own random numbers, or all would draw the same masks. Resuming restores them after this."""
+class StepSeeds(TrainerCallback):
+    """Random numbers (masks, noise, drop path) from seed, step and rank alone, never from the draws so far.
 
-    def on_train_begin(self, args, state, control, **kwargs):
-        set_seed(args.seed, device_specific=True)
+    So a run that is resumed draws what it would have drawn, and no two ranks draw the same masks.
+    """
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        key = random.Random(f"{args.seed}/{state.global_step}/{args.process_index}")
+        torch.manual_seed(key.getrandbits(63))
 
 
 class DatasetEpoch(TrainerCallback):
@@ -99,6 +113,10 @@ class DatasetEpoch(TrainerCallback):
     def on_epoch_begin(self, args, state, control, **kwargs):
         if has_length(self.train_dataset) and hasattr(self.train_dataset, "set_epoch"):
             self.train_dataset.set_epoch(int(state.epoch))
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if isinstance(self.train_dataset, ImageStream):  # its passes end at other steps for each worker
+            state.epoch = state.global_step / state.max_steps
 
 
 class BrokenImages(TrainerCallback):
@@ -145,7 +163,7 @@ class OnlineProbe(TrainerCallback):
             self.measure()
 
     def on_step_end(self, args, state, control, **kwargs):
-        if state.global_step % self.every == 0:
+        if state.global_step % self.every == 0 and self.trainer.guard.signal is None:
             should_log = control.should_log
             self.measure()
             control.should_log = should_log  # what `log` takes back, though the loss is still to be logged
@@ -182,18 +200,31 @@ class Throughput(TrainerCallback):
         self._restart()
 
     def _restart(self):
-        self.images, self.seconds, self.mark = 0, 0.0, time.perf_counter()
+        self.images, self.seconds, self.waiting, self.mark = 0, 0.0, 0.0, time.perf_counter()
 
     def _lap(self):
         now = time.perf_counter()
         self.seconds, self.mark = self.seconds + now - self.mark, now
 
-    def read(self) -> float:
-        """Images per second since the last reading, those of all processes together."""
+    @contextlib.contextmanager
+    def waits(self):
+        """What happens inside is waiting for data."""
+        start = time.perf_counter()
+        yield
+        self.waiting += time.perf_counter() - start
+
+    def read(self, device: torch.device) -> dict[str, float]:
+        """Since the last reading: images per second, of all processes together; of this one, the seconds that it has
+        waited for data, and its most memory on the device in GiB (on a CPU, that which the process has now)."""
         self._lap()
-        rate = self.images / self.seconds
+        found = {"images_per_second": self.images / self.seconds, "data_wait_seconds": self.waiting}
+        if device.type == "cpu":
+            found["memory_gib"] = psutil.Process().memory_info().rss / 2**30
+        else:
+            found["device_memory_gib"] = torch.accelerator.max_memory_allocated(device) / 2**30
+            torch.accelerator.reset_peak_memory_stats(device)
         self._restart()
-        return rate
+        return found
 
     def on_train_begin(self, args, state, control, **kwargs):
         self._restart()
@@ -219,3 +250,52 @@ class MIMProgress(ProgressCallback):
         super().on_log(args, state, control, logs=logs, **kwargs)
         if self.training_bar is not None and "images_per_second" in logs:
             self.training_bar.set_postfix_str(f"loss {logs['loss']:.4g}, {logs['images_per_second']:.0f} images/s")
+
+
+class MetricsFile(TrainerCallback):
+    """`metrics.jsonl` in the run folder: a line for each entry of the log, with its step and time (Unix seconds).
+
+    A resumed run takes back the lines after the step that it goes on from.
+    """
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        path = Path(args.output_dir) / "metrics.jsonl"
+        if not state.is_world_process_zero or not path.exists():
+            return
+        with _unless_the_disk_is_full(path):
+            lines = [line for line in path.read_text().splitlines() if _step_of(line) <= state.global_step]
+            aside = path.with_name("_metrics.jsonl")
+            aside.write_text("".join(f"{line}\n" for line in lines))
+            os.replace(aside, path)
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if not state.is_world_process_zero:
+            return
+        path = Path(args.output_dir) / "metrics.jsonl"
+        entry = {"step": state.global_step, "time": round(time.time(), 3)} | {k: _plain(v) for k, v in logs.items()}
+        with _unless_the_disk_is_full(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with open(path, "a") as file:
+                file.write(json.dumps(entry) + "\n")
+
+
+def _plain(value):
+    """JSON has no word for a number that is not finite: null."""
+    return value if not isinstance(value, float) or math.isfinite(value) else None
+
+
+def _step_of(line: str) -> float:
+    """That of a line of metrics.jsonl; of half a line, which a kill can leave, infinity."""
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, KeyError, TypeError):
+        return math.inf
+
+
+@contextlib.contextmanager
+def _unless_the_disk_is_full(path: Path):
+    """A log that cannot be written is no reason to end a run."""
+    try:
+        yield
+    except OSError as error:
+        logger.warning("%s cannot be written: %s", path, error)

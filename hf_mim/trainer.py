@@ -2,163 +2,60 @@
 
 It adds what masked image modeling needs and nothing else: augmentation on the device, the two calls of the model
 contract (`set_progress`, `update_target`), the papers' schedules and parameter groups, the models' own metrics, other
-masks on each rank, and evaluation on fixed masks.
+masks on each rank, and evaluation on fixed masks; and for runs that last weeks a guard at each step (`guard.py`) and
+checkpoints that are whole or absent (`saving.py`).
 """
 
-from dataclasses import dataclass, field
+import functools
+import sys
 
 import torch
+from accelerate import skip_first_batches
 from accelerate.data_loader import prepare_data_loader
 from torch import nn
 from torch.utils.data import DataLoader
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer
 from transformers.trainer_callback import ProgressCallback
 from transformers.trainer_utils import has_length
-from transformers.utils import logging
 
-from hf_mim import schedules
+from hf_mim.arguments import MIMTrainingArguments
 from hf_mim.callbacks import (
     BrokenImages,
     DatasetEpoch,
+    MetricsFile,
     MIMProgress,
-    RankSeeds,
+    StepSeeds,
     TargetUpdate,
     Throughput,
     WeightDecay,
     decayed_parameters,
     seeded,
 )
-from hf_mim.data import ImageStream
+from hf_mim.data import DeviceAugment, ImageDataset, ImageStream
+from hf_mim.data.dataset import collate
+from hf_mim.data.stream import RING, EndlessStream
+from hf_mim.guard import StepGuard, leave_signals_to_the_main_process
 from hf_mim.hub.push import HubTrainer
+from hf_mim.saving import CheckpointTrainer
 
-logger = logging.get_logger(__name__)
-
-
-@dataclass
-class MIMTrainingArguments(TrainingArguments):
-    """TrainingArguments with the papers' schedules; what else differs from transformers is the defaults.
-
-    The learning rate goes from `start_lr_ratio` × peak to the peak over `warmup_steps` (a number of optimizer steps, or
-    below 1 a share of the run), then on a half cosine to `final_lr_ratio` × peak at the end. The peak is
-    `base_lr` × images per optimizer step / 256, or `learning_rate` as it is where that is given: it wins.
-
-    Raises:
-        ValueError: a value outside its range, in one line that names the argument.
-    """
-
-    base_lr: float = field(default=1.5e-4, metadata={"help": "Peak learning rate for 256 images per optimizer step."})
-    learning_rate: float | None = field(
-        default=None, metadata={"help": "Peak learning rate as it is; wins over base_lr × batch / 256."}
-    )
-    start_lr_ratio: float = field(default=0.0, metadata={"help": "Learning rate at the first step, over the peak."})
-    final_lr_ratio: float = field(default=0.0, metadata={"help": "Learning rate at the end of the run, over the peak."})
-    lr_scheduler_type: str = field(default="cosine", metadata={"help": "'cosine', the one that all recipes share."})
-    weight_decay: float = field(default=0.05, metadata={"help": "Weight decay, at the start of the run."})
-    weight_decay_end: float | None = field(
-        default=None, metadata={"help": "Weight decay at the end, reached on a half cosine; default: it is constant."}
-    )
-    adam_beta2: float = field(default=0.95, metadata={"help": "AdamW's second beta; I-JEPA and StoP use 0.999."})
-    max_grad_norm: float = field(default=0.0, metadata={"help": "Gradient norm to clip to; 0: no clipping."})
-
-    logging_steps: float = field(default=50, metadata={"help": "Log every so many steps (or share of the run)."})
-    logging_first_step: bool = field(default=True, metadata={"help": "Log the first step too."})
-    # Trainer's filter looks at every loss: a device synchronisation per step, and it would hide a NaN.
-    logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Leave NaN losses out of the log."})
-    remove_unused_columns: bool = field(default=False, metadata={"help": "Drop columns that the model does not take."})
-    label_names: list[str] | None = field(
-        default_factory=lambda: ["pixel_values"], metadata={"help": "Inputs without which there is no eval_loss."}
-    )
-    prediction_loss_only: bool = field(default=True, metadata={"help": "Evaluate the loss, collect no predictions."})
-    dataloader_drop_last: bool = field(default=True, metadata={"help": "Drop the last, smaller training batch."})
-    dataloader_persistent_workers: bool = field(default=True, metadata={"help": "Keep workers between epochs."})
-    ddp_find_unused_parameters: bool | None = field(
-        default=False, metadata={"help": "Search for parameters without a gradient; no model here has any."}
-    )
-    # The buffers are tables that never change, and a similarity target that each rank sets alike.
-    ddp_broadcast_buffers: bool | None = field(default=False, metadata={"help": "Send buffers from rank 0 each step."})
-
-    def __post_init__(self):
-        self._check_numbers()
-        default_accelerator = self.accelerator_config is None
-        super().__post_init__()
-        if self.lr_scheduler_type != "cosine" or self.lr_scheduler_kwargs:
-            raise ValueError(
-                f"lr_scheduler_type must be 'cosine' without lr_scheduler_kwargs (start_lr_ratio and final_lr_ratio "
-                f"shape it), got {getattr(self.lr_scheduler_type, 'value', self.lr_scheduler_type)!r}"
-            )
-        if self.learning_rate is None:
-            if self.auto_find_batch_size:
-                raise ValueError("auto_find_batch_size needs learning_rate: base_lr cannot follow the batch it finds")
-            self.learning_rate = self.base_lr * self.images_per_step / 256
-        if super().n_gpu > 1:
-            logger.warning(f"Using one of {super().n_gpu} GPUs; `torchrun --nproc_per_node={super().n_gpu}` uses all.")
-        if self.data_seed is None:
-            self.data_seed = self.seed  # the order of the data must not depend on the ranks' own RNG
-        if self.dataloader_num_workers == 0:
-            self.dataloader_persistent_workers = False  # torch refuses it
-        if self.device.type == "cpu":
-            self.dataloader_pin_memory = False  # torch warns that there is nothing to pin for
-        if default_accelerator:
-            self.accelerator_config.non_blocking = self.dataloader_pin_memory
-            self.accelerator_config.dispatch_batches = False  # each rank reads its own part of a stream
-
-    def __getstate__(self) -> dict:
-        """Without the token: a run's `training_args.bin` is a pickle of these, and goes to the Hub with it."""
-        return vars(self) | {"hub_token": None}
-
-    def _check_numbers(self):
-        """Numbers written as text (YAML reads `1e-4` as text) become numbers; each must be in its range."""
-        positive = ("base_lr", "learning_rate")
-        not_negative = ("start_lr_ratio", "final_lr_ratio", "weight_decay", "weight_decay_end", "warmup_steps")
-        for name in (*positive, *not_negative):
-            value = getattr(self, name)
-            if value is None and name in ("learning_rate", "weight_decay_end"):
-                continue
-            try:
-                number = float(value)
-            except (TypeError, ValueError):
-                raise ValueError(f"{name} must be a number, got {value!r}") from None
-            if not (number > 0 if name in positive else number >= 0):
-                raise ValueError(f"{name} must be {'above' if name in positive else 'at least'} 0, got {value!r}")
-            setattr(self, name, number)
-        whole = {"per_device_train_batch_size": 1, "per_device_eval_batch_size": 1, "gradient_accumulation_steps": 1}
-        for name, least in (whole | {"dataloader_num_workers": 0}).items():
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
-        if self.max_steps == 0 or self.max_steps < -1:
-            raise ValueError(f"max_steps must be at least 1, or -1 for num_train_epochs, got {self.max_steps}")
-        for name in ("adam_beta1", "adam_beta2"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}")
-
-    @property
-    def n_gpu(self) -> int:
-        """At most 1: masks of unequal length cannot pass through DataParallel. Many GPUs: one process for each."""
-        return min(super().n_gpu, 1)
-
-    @property
-    def images_per_step(self) -> int:
-        """Images per optimizer step: per-device batch × accumulation × processes."""
-        return self.per_device_train_batch_size * self.gradient_accumulation_steps * self.world_size
-
-    def learning_rate_at(self, progress: float, warmup: float) -> float:
-        """The learning rate at `progress` in [0, 1], for a warm-up that takes the first `warmup` share of the run."""
-        peak = self.learning_rate
-        return schedules.learning_rate(
-            progress, peak, start=self.start_lr_ratio * peak, final=self.final_lr_ratio * peak, warmup=warmup
-        )
+__all__ = ["MIMTrainer", "MIMTrainingArguments", "ScalarMeans", "check_data"]
 
 
 class ScalarMeans:
-    """Means of scalars over steps and ranks. The sums stay on the device; reading them is the only synchronisation."""
+    """Means of scalars over steps and ranks, of those that are finite; NaN where none is.
+
+    The sums stay on the device; reading them is the only synchronisation.
+    """
 
     def __init__(self):
         self.sums, self.counts = {}, {}
 
     def add(self, scalars: dict[str, torch.Tensor]):
         for name, value in scalars.items():
-            self.sums[name] = self.sums.get(name, 0) + value.detach().float()
-            self.counts[name] = self.counts.get(name, 0) + 1
+            value = value.detach().float()
+            finite = torch.isfinite(value)
+            self.sums[name] = self.sums.get(name, 0) + torch.where(finite, value, 0)
+            self.counts[name] = self.counts.get(name, 0) + finite
 
     def pop(self, accelerator) -> dict[str, float]:
         """Means since the last reading, over all ranks, each of which has to call this."""
@@ -166,13 +63,13 @@ class ScalarMeans:
             return {}
         names = sorted(self.sums)
         totals = torch.stack([self.sums[name] for name in names])
-        counts = torch.tensor([self.counts[name] for name in names], dtype=totals.dtype, device=totals.device)
+        counts = torch.stack([self.counts[name] for name in names]).to(totals.dtype)
         totals, counts = accelerator.reduce(torch.stack([totals, counts]), reduction="sum")
         self.__init__()
         return dict(zip(names, (totals / counts).tolist(), strict=True))
 
 
-class MIMTrainer(HubTrainer, Trainer):
+class MIMTrainer(CheckpointTrainer, HubTrainer, Trainer):
     """Pretrains a model of the contract: `forward(pixel_values, **ids)` with `loss` and `metrics` in its output.
 
     Args:
@@ -180,9 +77,10 @@ class MIMTrainer(HubTrainer, Trainer):
         args: `MIMTrainingArguments`.
         train_dataset: gives `{"pixel_values": [C, h, w]}`; whatever else it gives (ids, noise) goes to the model, but
             `labels` do not. Without a length (a stream) it needs `max_steps`. Of an `ImageStream` each rank reads only
-            its part; any other stream is read in full by all ranks, which take turns with its batches.
+            its part, over and over; any other stream is read in full by all ranks, which take turns with its batches.
         augment: called on the device with the batch, uint8 `[B, C, h, w]`, returns what the model takes, float
             `[B, C, H, W]`; a module follows the model's train and eval mode. None: `pixel_values` are float already.
+            A `DeviceAugment` gets the images' keys too, so that it does the same to an image whatever the batch.
         kwargs: as for `transformers.Trainer`; on an `eval_dataset`, every `eval_loss` is measured on the same masks.
 
     Raises:
@@ -195,36 +93,71 @@ class MIMTrainer(HubTrainer, Trainer):
         check_data(args, train_dataset)
         if args.world_size > 1 and isinstance(train_dataset, ImageStream):
             train_dataset = train_dataset.split(args.process_index, args.world_size)
+        if isinstance(train_dataset, ImageDataset | ImageStream):
+            train_dataset = train_dataset.identify()
+            kwargs.setdefault("data_collator", collate)
         super().__init__(model, args, train_dataset=train_dataset, **kwargs)
         vars(model.config).pop("use_cache", None)  # Trainer's word to text models; it would go into config.json
         # The loss is a mean over a batch: Trainer has to divide it under accumulation, labels in the data or not.
         self.model_accepts_loss_kwargs = False
         self.augment = augment.to(args.device) if isinstance(augment, nn.Module) else augment
         self.means, self.throughput = ScalarMeans(), Throughput()
+        self.guard = StepGuard(self, args.max_skipped_steps)
         for_data = DatasetEpoch(train_dataset), BrokenImages(train_dataset)
-        for callback in (RankSeeds(), *for_data, TargetUpdate(), WeightDecay(), self.throughput):
+        for_step = StepSeeds(), self.guard, TargetUpdate(self.guard), WeightDecay()
+        for callback in (*for_data, *for_step, self.throughput, MetricsFile()):
             self.add_callback(callback)
         if self.pop_callback(ProgressCallback) is not None:
             self.add_callback(MIMProgress())
 
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
+        """As Trainer's. True resumes from the newest checkpoint that is whole, a path from that one, if it is.
+
+        After a SIGTERM or SIGINT it saves a checkpoint and returns; `guard.signal` then says which.
+
+        Raises:
+            ValueError: there is no such checkpoint, or it was made with another number of images per step.
+            NonFiniteError: `max_skipped_steps` steps in a row had no finite loss and gradient.
+        """
+        checkpoint = self.checkpoint_to_resume(resume_from_checkpoint)
+        with self.guard.signals():
+            return super().train(resume_from_checkpoint=checkpoint, **kwargs)
+
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         inputs = {name: value for name, value in inputs.items() if name != "labels"}
+        names, keys = inputs.pop("name", None), inputs.pop("augment_key", None)
         if isinstance(self.augment, nn.Module):
             self.augment.train(model.training)
         if self.augment is not None:
+            keyed = (keys,) if isinstance(self.augment, DeviceAugment) else ()
             with torch.no_grad():
-                inputs["pixel_values"] = self.augment(inputs["pixel_values"])
+                inputs["pixel_values"] = self.augment(inputs["pixel_values"], *keyed)
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True)
         if model.training:
-            self.means.add(outputs["metrics"])
+            self.means.add(outputs["metrics"] | {"loss": loss})
+            self.guard.watch(loss, inputs["pixel_values"], outputs["predictions"], names)
             self.throughput.images += len(inputs["pixel_values"]) * self.args.world_size
         return (loss, outputs) if return_outputs else loss
 
+    def training_step(self, *args, **kwargs):
+        loss = super().training_step(*args, **kwargs)
+        return torch.where(torch.isfinite(loss), loss, 0)  # the mean over a run is not lost to one bad step
+
+    def get_batch_samples(self, *args, **kwargs):
+        with self.throughput.waits():
+            return super().get_batch_samples(*args, **kwargs)
+
+    def _get_grad_norm(self, *args, **kwargs):
+        self.guard.grad_norm = super()._get_grad_norm(*args, **kwargs)
+        return self.guard.grad_norm
+
     def log(self, logs, start_time=None):
-        """Beside the loss, the means of the models' metrics over steps and ranks, and the images per second."""
+        """Beside the loss, the means of the models' metrics over steps and ranks, speed, and what was left out."""
         if "loss" in logs:
             logs |= self.means.pop(self.accelerator)
-            logs["images_per_second"] = self.throughput.read()
+            logs |= self.throughput.read(self.args.device)
+            if self.guard.skipped:
+                logs["skipped_steps"] = self.guard.skipped
             if broken := hasattr(self.train_dataset, "num_broken") and self.train_dataset.num_broken():
                 logs["broken_images"] = broken  # found by this process
         logs.pop("total_flos", None)
@@ -263,28 +196,48 @@ class MIMTrainer(HubTrainer, Trainer):
         return self.lr_scheduler
 
     def get_train_dataloader(self):
-        """As Trainer's; but an ImageStream, of which each rank has its part, must not be divided again."""
-        if self.args.world_size == 1 or not isinstance(self.train_dataset, ImageStream):
-            return super().get_train_dataloader()
+        """As Trainer's; an ImageStream goes on without end, from its place in the checkpoint."""
+        if isinstance(self.train_dataset, ImageStream):
+            loader = self._endless_loader()
+        else:
+            loader = super().get_train_dataloader()
+        base = getattr(loader, "base_dataloader", loader)
+        base.worker_init_fn = functools.partial(start_worker, base.worker_init_fn)
+        return loader
+
+    def _endless_loader(self):
+        """Not prepared by Trainer, which would divide among the ranks what each has its own part of."""
+        args, stream = self.args, self.train_dataset
+        workers = min(args.dataloader_num_workers, stream.num_shards)  # one without a shard would have nothing to give
+        prefetched = args.dataloader_prefetch_factor or 2
+        if workers and prefetched > RING // 2:
+            raise ValueError(f"dataloader_prefetch_factor must be at most {RING // 2} for a stream, got {prefetched}")
+        self.endless_stream = EndlessStream(stream, self._train_batch_size, workers, self.stream_place(workers))
         loader = DataLoader(
-            self.train_dataset,
+            self.endless_stream,
             batch_size=self._train_batch_size,
             collate_fn=self.data_collator,
-            drop_last=self.args.dataloader_drop_last,
-            num_workers=self.args.dataloader_num_workers,
-            pin_memory=self.args.dataloader_pin_memory,
-            persistent_workers=self.args.dataloader_persistent_workers,
-            prefetch_factor=self.args.dataloader_prefetch_factor,
+            num_workers=workers,
+            pin_memory=args.dataloader_pin_memory,
+            prefetch_factor=args.dataloader_prefetch_factor if workers else None,
         )
-        return prepare_data_loader(
+        loader = prepare_data_loader(
             loader,
-            device=self.args.device,
+            device=args.device,
             num_processes=1,
             process_index=0,
             put_on_device=True,
             dispatch_batches=False,
-            non_blocking=self.args.accelerator_config.non_blocking,
+            non_blocking=args.accelerator_config.non_blocking,
         )
+        return skip_first_batches(loader, self.endless_stream.skipped_batches)
+
+    def _init_training_state(self, max_steps, *args, **kwargs):
+        """Trainer would skip batches of a stream, which is at its place already; and one step more is one too many."""
+        done = super()._init_training_state(max_steps, *args, **kwargs)
+        if not isinstance(self.train_dataset, ImageStream):
+            return done
+        return (0, 0) if self.state.global_step < max_steps else (sys.maxsize, 0)
 
     def get_eval_dataloader(self, eval_dataset=None):
         """Every image counts in an evaluation: the smaller last batch too."""
@@ -306,11 +259,6 @@ def check_data(args: MIMTrainingArguments, train_dataset):
     if not has_length(train_dataset):
         if args.max_steps <= 0:
             raise ValueError("max_steps must be given for a train_dataset without a length, such as a stream")
-        if isinstance(train_dataset, ImageStream) and args.world_size > 1 and args.gradient_accumulation_steps > 1:
-            raise ValueError(  # the ranks' parts end at different batches; one would be a step behind, and hang
-                f"gradient_accumulation_steps must be 1 for a stream on several processes, "
-                f"got {args.gradient_accumulation_steps}"
-            )
     elif args.dataloader_drop_last and len(train_dataset) < args.per_device_train_batch_size * args.world_size:
         raise ValueError(
             f"per_device_train_batch_size × processes must be at most the {len(train_dataset)} images of "
@@ -320,3 +268,10 @@ def check_data(args: MIMTrainingArguments, train_dataset):
         raise ValueError(
             f"train_dataset must give 'pixel_values', got {sorted(sample)}; hf_mim.data.ImageDataset makes them"
         )
+
+
+def start_worker(before, worker: int):
+    """For `DataLoader.worker_init_fn`: what Trainer does there, and signals."""
+    if before is not None:
+        before(worker)
+    leave_signals_to_the_main_process(worker)

@@ -226,7 +226,7 @@ def test_throughput_counts_neither_evaluation_nor_saving(monkeypatch):
         getattr(clock, event)(None, None, None)
     clock.images += 12
     now[0] += 1
-    assert clock.read() == 12 / 4
+    assert clock.read(torch.device("cpu"))["images_per_second"] == 12 / 4
 
 
 def test_progress_bar_shows_loss_and_speed(tmp_path, capsys):

@@ -1,7 +1,6 @@
 """What MIMTrainer claims of a run: evaluation, checkpoint and resume, bad input."""
 
 import json
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,7 +9,7 @@ from torch import nn
 from transformers import TrainingArguments
 
 from hf_mim.data import BrokenImagesError, DeviceAugment, ImageDataset, ImageStream
-from hf_mim.trainer import MIMTrainer, check_data
+from hf_mim.trainer import MIMTrainer
 
 # ---- evaluation
 
@@ -152,13 +151,6 @@ def test_stream_needs_max_steps(tmp_path):
     model = make_model("mae")
     with pytest.raises(ValueError, match="^max_steps must be given"):
         MIMTrainer(model, arguments(tmp_path, max_steps=-1, num_train_epochs=2), Stream(Images(model)))
-
-
-def test_accumulation_over_a_stream_on_several_ranks_is_refused():
-    stream = ImageStream(image_column(4).to_iterable_dataset(), size=24)
-    args = SimpleNamespace(max_steps=5, world_size=2, gradient_accumulation_steps=3)
-    with pytest.raises(ValueError, match="^gradient_accumulation_steps must be 1 .* got 3$"):
-        check_data(args, stream)
 
 
 def test_stream_trains_past_its_end(tmp_path):

@@ -14,8 +14,9 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 class DeviceAugment(nn.Module):
     """uint8 [B, C, h, w] on the device -> flipped, greyed, blurred, normalised float32 [B, C, h, w].
 
-    Flip alone is the recipe of MAE and Latent MIM; StoP (arXiv 2308.00566) adds grayscale and blur. Each image draws
-    for itself, from torch's default generator of its device. In `eval()` mode it only normalises.
+    Flip alone is the recipe of MAE and Latent MIM; StoP (arXiv 2308.00566) adds grayscale and blur. What is done to an
+    image follows from its key, int64 [B], where keys are given, whatever else is in the batch; else it is drawn from
+    torch's default generator of the device. In `eval()` mode it only normalises.
 
     Args:
         mean, std: one value for each channel, for pixels scaled to [0, 1].
@@ -56,9 +57,17 @@ class DeviceAugment(nn.Module):
         self.register_buffer("shift", (-mean / std).float().view(1, -1, 1, 1), persistent=False)
         self.register_buffer("luminance", torch.tensor(LUMINANCE).view(1, -1, 1, 1), persistent=False)
 
-    def forward(self, pixel_values: Tensor) -> Tensor:
+    def forward(self, pixel_values: Tensor, keys: Tensor | None = None) -> Tensor:
+        def uniform(stream: int) -> Tensor:
+            if keys is None:
+                return torch.rand(len(pixel_values), device=pixel_values.device)
+            return keyed_uniform(keys, stream)
+
+        def chosen_of(stream: int, probability: float) -> Tensor:
+            return (uniform(stream) < probability).view(-1, 1, 1, 1)
+
         if self.training and self.flip_probability:
-            chosen = self._drawn(pixel_values, self.flip_probability).to(pixel_values.dtype)
+            chosen = chosen_of(0, self.flip_probability).to(pixel_values.dtype)
             # x + chosen * (flipped - x): exact in uint8, modulo 256, and seven times as fast on a CPU as torch.where
             pixel_values = pixel_values.flip(-1).sub_(pixel_values).mul_(chosen).add_(pixel_values)
         if not self.training or not (self.grayscale_probability or self.blur_probability):
@@ -66,11 +75,11 @@ class DeviceAugment(nn.Module):
         images = pixel_values.float()
         if self.grayscale_probability:
             grey = (images * self.luminance.to(images.device)).sum(1, keepdim=True)
-            images = torch.where(self._drawn(images, self.grayscale_probability), grey, images)
+            images = torch.where(chosen_of(1, self.grayscale_probability), grey, images)
         if self.blur_probability:
             low, high = self.blur_sigma
-            sigma = low + (high - low) * torch.rand(len(images), device=images.device)
-            images = torch.where(self._drawn(images, self.blur_probability), gaussian_blur(images, sigma), images)
+            blurred = gaussian_blur(images, low + (high - low) * uniform(2))
+            images = torch.where(chosen_of(3, self.blur_probability), blurred, images)
         return self.normalize(images)
 
     def normalize(self, pixel_values: Tensor) -> Tensor:
@@ -94,10 +103,26 @@ class DeviceAugment(nn.Module):
         std = 1 / (255 * scale)
         return (-shift * std).tolist(), std.tolist()
 
-    @staticmethod
-    def _drawn(images: Tensor, probability: float) -> Tensor:
-        """[B, 1, 1, 1] of bools: which images are chosen."""
-        return torch.rand(len(images), 1, 1, 1, device=images.device) < probability
+
+def keyed_uniform(keys: Tensor, stream: int) -> Tensor:
+    """A number in [0, 1) for each key, int64 [B] -> float32 [B]: the same on every device and in every batch.
+
+    Streams are independent. The mixing is SplitMix64's finaliser (Steele, Lea, Flood: "Fast splittable pseudorandom
+    number generators", OOPSLA 2014), on integers that wrap around.
+    """
+
+    def shifted(x: Tensor, bits: int) -> Tensor:
+        return (x >> bits) & ((1 << (64 - bits)) - 1)  # int64's own shift would draw the sign in
+
+    x = keys + _signed(0x9E3779B97F4A7C15 * (stream + 1))
+    x = (x ^ shifted(x, 30)) * _signed(0xBF58476D1CE4E5B9)
+    x = (x ^ shifted(x, 27)) * _signed(0x94D049BB133111EB)
+    return shifted(x ^ shifted(x, 31), 40).float() / (1 << 24)
+
+
+def _signed(number: int) -> int:
+    """The low 64 bits as an int64."""
+    return (number + (1 << 63)) % (1 << 64) - (1 << 63)
 
 
 def gaussian_blur(images: Tensor, sigma: Tensor) -> Tensor:

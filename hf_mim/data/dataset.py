@@ -1,10 +1,11 @@
 """Torch datasets over image columns: one decode and one crop in the worker, to `uint8 [C, h, w]`.
 
 Crops are keyed on (seed, epoch, image), never on the draws so far: a resumed run, or one with other workers, sees the
-same ones.
+same ones. The augmentation on the device is keyed likewise, by the `augment_key` that comes with an image of training.
 An image that cannot be decoded is skipped, counted and remembered in shared memory, where the main process reads it.
 """
 
+import copy
 import logging
 import zlib
 from collections.abc import Iterator
@@ -15,6 +16,7 @@ from datasets import Dataset, IterableDataset
 from datasets.distributed import split_dataset_by_node
 from torch import Tensor
 from torch.utils.data import get_worker_info
+from transformers import default_data_collator
 
 from .crop import RandomCrop, crop_rng, load_crop
 from .decode import BrokenImage, decoding, image_name
@@ -49,16 +51,25 @@ class _Images:
                     raise ValueError(f"images has no column {column!r} but {known}; load_images finds and names it")
         self.images, self.num_channels, self.labels, self.seed = images, num_channels, labels, seed
         self.crop = RandomCrop() if crop is None else crop
+        self.identified = False
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
 
     def set_epoch(self, epoch: int):
         """Crops of another epoch. Seen by running workers too."""
         self._epoch.fill_(int(epoch))
 
-    def _sample(self, value, label, key: int, name: str) -> dict:
-        rng = crop_rng(self.seed, int(self._epoch), key)
+    def identify(self):
+        """A view of the same images whose samples have a `name`, and an `augment_key` for `DeviceAugment`."""
+        images = copy.copy(self)
+        images.identified = True
+        return images
+
+    def _sample(self, value, label, epoch: int, key: int, name: str) -> dict:
+        rng = crop_rng(self.seed, epoch, key)
         with decoding(name):
             sample = {"pixel_values": load_crop(value, self.crop, self.size, self.num_channels, rng)}
+        if self.identified:
+            sample |= {"augment_key": rng.getrandbits(63), "name": name}
         if self.labels:
             sample["labels"] = -1 if label is None else int(label)
         return sample
@@ -110,7 +121,7 @@ class ImageDataset(_Images, torch.utils.data.Dataset):
         for _ in range(_MAX_REPLACEMENTS):
             if not self._broken[index]:
                 try:
-                    return self._sample(value, label, index, self.name(index, value))
+                    return self._sample(value, label, int(self._epoch), index, self.name(index, value))
                 except BrokenImage as error:
                     self._broken[index] = 1
                     logger.warning("Skipped a broken image: %s", error)
@@ -156,11 +167,6 @@ class ImageStream(_Images, torch.utils.data.IterableDataset):
         self._broken = torch.zeros(_MAX_WORKERS, dtype=torch.int64).share_memory_()
         self._names = torch.zeros(_MAX_WORKERS, _NAMES_BYTES, dtype=torch.uint8).share_memory_()
 
-    def set_epoch(self, epoch: int):
-        """Crops, and where the stream is shuffled its order, of another epoch."""
-        super().set_epoch(epoch)
-        self.images.set_epoch(int(epoch))
-
     @property
     def num_shards(self) -> int:
         """Into how many parts the stream can be divided among ranks and workers."""
@@ -168,24 +174,38 @@ class ImageStream(_Images, torch.utils.data.IterableDataset):
 
     def split(self, rank: int, world_size: int) -> "ImageStream":
         """The part of the stream that one rank reads, so that no rank decodes another's images."""
-        part = split_dataset_by_node(self.images, rank=rank, world_size=world_size)
-        return ImageStream(part, self.size, self.num_channels, self.crop, self.labels, self.seed)
+        part = copy.copy(self)
+        part.images = split_dataset_by_node(self.images, rank=rank, world_size=world_size)
+        return part
 
     def __iter__(self) -> Iterator[dict]:
+        return (sample for _, sample in self.read(int(self._epoch)))
+
+    def read(self, epoch: int, skip: int = 0) -> Iterator[tuple[int, dict]]:
+        """One pass over this worker's part: (images read so far, broken ones among them; the sample).
+
+        Args:
+            epoch: of the crops and, where the stream is shuffled, of its order.
+            skip: so many images at the start are read, but not decoded.
+        """
         info = get_worker_info()
         worker = info.id if info else 0
-        for row in self.images:
+        images = split_dataset_by_node(self.images, rank=0, world_size=1)  # all of them, with an epoch of its own
+        images.set_epoch(epoch)
+        for position, row in enumerate(images, start=1):
+            if position <= skip:
+                continue
             value = row["image"]
-            name = image_name(value, f"image {int(self._seen[worker])}")
+            name = image_name(value, f"image {position - 1} of epoch {epoch}, worker {worker}")
             self._seen[worker] += 1
             try:
-                sample = self._sample(value, row.get("label"), _checksum(value), name)
+                sample = self._sample(value, row.get("label"), epoch, _checksum(value), name)
             except BrokenImage as error:
                 logger.warning("Skipped a broken image: %s", error)
                 self._remember(worker, name)
                 check_broken(self)  # here too: a stream of nothing but broken images never gives a batch
                 continue
-            yield sample
+            yield position, sample
 
     def _remember(self, worker: int, name: str):
         self._broken[worker] += 1
@@ -215,6 +235,12 @@ def check_broken(images: ImageDataset | ImageStream, max_share: float = MAX_BROK
     broken, total = images.num_broken(), images.num_images()
     if broken > max_share * total:
         raise BrokenImagesError(_broken_message(broken, total, images.broken(limit=20)))
+
+
+def collate(samples: list[dict]) -> dict:
+    """transformers' `default_data_collator`, which leaves texts out, with the images' names as a list."""
+    batch = default_data_collator(samples)
+    return batch | {"name": [sample["name"] for sample in samples]} if "name" in samples[0] else batch
 
 
 def _broken_message(broken: int, total: int, names: list[str]) -> str:

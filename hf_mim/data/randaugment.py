@@ -119,12 +119,12 @@ class RandAugmentedImages(ImageDataset):
             )
         super().__init__(images, size, num_channels, crop, labels, seed)
 
-    def _sample(self, value, label, key: int, name: str) -> dict:
-        sample = super()._sample(value, label, key, name)
+    def _sample(self, value, label, epoch: int, key: int, name: str) -> dict:
+        sample = super()._sample(value, label, epoch, key, name)
         pixels = sample["pixel_values"].permute(1, 2, 0).numpy()
         image = Image.fromarray(pixels[..., 0] if self.num_channels == 1 else pixels)
         # Draws of its own: the crop's would tie the operation to the crop's size.
-        image = self.randaugment(image, crop_rng(self.seed, int(self._epoch), f"{key}/randaugment"))
+        image = self.randaugment(image, crop_rng(self.seed, epoch, f"{key}/randaugment"))
         pixels = np.array(image).reshape(*self.size, self.num_channels)
         sample["pixel_values"] = torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
         return sample

@@ -12,7 +12,7 @@ import torch
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-from hf_mim.callbacks import BrokenImages, DatasetEpoch, RankSeeds, seeded
+from hf_mim.callbacks import BrokenImages, DatasetEpoch, StepSeeds, seeded
 from hf_mim.data import ImageDataset, RandomCrop, check_broken
 from hf_mim.data.mix import MixAugment
 from hf_mim.data.randaugment import RandAugment, RandAugmentedImages
@@ -116,7 +116,7 @@ def make_trainer(model, args: FinetuningArguments, augment: MixAugment, train_im
         train_dataset=train_images,
         compute_loss_func=augment.loss,
         optimizer_cls_and_kwargs=(torch.optim.AdamW, {"params": groups, "lr": args.learning_rate}),
-        callbacks=[DatasetEpoch(train_images), BrokenImages(train_images), RankSeeds()],
+        callbacks=[DatasetEpoch(train_images), BrokenImages(train_images), StepSeeds()],
         **options,
     )
 

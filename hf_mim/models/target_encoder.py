@@ -59,10 +59,22 @@ class TargetNetworkMixin:
         return interpolate(self.config.momentum_start, self.config.momentum_end, progress)
 
     @torch.no_grad()
-    def update_target(self, progress: float):
-        """target ← momentum · target + (1 - momentum) · online; call once after each optimizer step."""
+    def update_target(self, progress: float, skip: torch.Tensor | None = None):
+        """target ← momentum · target + (1 - momentum) · online; call once after each optimizer step.
+
+        `skip`, 0-dim on the device: where it is 1, the target stays as it is, and the host does not have to know.
+        """
         weight = 1 - self.momentum(progress)
         for target, online in self.target_pairs():
-            targets = list(target.parameters())
-            sources = [o.to(t.dtype) for t, o in zip(targets, online.parameters(), strict=True)]
-            torch._foreach_lerp_(targets, sources, weight)
+            targets = [_local(parameter) for parameter in target.parameters()]
+            sources = [_local(o).to(t.dtype) for t, o in zip(targets, online.parameters(), strict=True)]
+            if skip is None:
+                torch._foreach_lerp_(targets, sources, weight)
+            else:
+                weights = (weight * (1 - skip)).to(targets[0].dtype)
+                torch._foreach_lerp_(targets, sources, [weights] * len(targets))
+
+
+def _local(parameter: torch.Tensor) -> torch.Tensor:
+    """Of a sharded parameter (a DTensor) this process's shard; target and online network are sharded alike."""
+    return parameter.to_local() if hasattr(parameter, "to_local") else parameter

@@ -258,8 +258,8 @@ class MIMPreTrainedModel(PreTrainedModel):
     def set_progress(self, progress: float):
         """Tell the model how far training is, in [0, 1]; call before each step."""
 
-    def update_target(self, progress: float):
-        """Let the target follow; call after each optimizer step."""
+    def update_target(self, progress: float, skip: torch.Tensor | None = None):
+        """Let the target follow; call after each optimizer step. Where `skip`, 0-dim, is 1, nothing moves."""
 
 
 class ViTEncoder(MIMPreTrainedModel):

@@ -1,0 +1,140 @@
+"""MIMTrainingArguments: transformers' TrainingArguments with the papers' schedules and what a long run needs."""
+
+from dataclasses import dataclass, field
+
+import torch
+from transformers import TrainingArguments
+from transformers.utils import logging
+
+from hf_mim import schedules
+
+logger = logging.get_logger(__name__)
+
+
+@dataclass
+class MIMTrainingArguments(TrainingArguments):
+    """TrainingArguments with the papers' schedules; what else differs from transformers is the defaults.
+
+    The learning rate goes from `start_lr_ratio` × peak to the peak over `warmup_steps` (a number of optimizer steps, or
+    below 1 a share of the run), then on a half cosine to `final_lr_ratio` × peak at the end. The peak is
+    `base_lr` × images per optimizer step / 256, or `learning_rate` as it is where that is given: it wins.
+
+    Raises:
+        ValueError: a value outside its range, in one line that names the argument.
+    """
+
+    base_lr: float = field(default=1.5e-4, metadata={"help": "Peak learning rate for 256 images per optimizer step."})
+    learning_rate: float | None = field(
+        default=None, metadata={"help": "Peak learning rate as it is; wins over base_lr × batch / 256."}
+    )
+    start_lr_ratio: float = field(default=0.0, metadata={"help": "Learning rate at the first step, over the peak."})
+    final_lr_ratio: float = field(default=0.0, metadata={"help": "Learning rate at the end of the run, over the peak."})
+    lr_scheduler_type: str = field(default="cosine", metadata={"help": "'cosine', the one that all recipes share."})
+    weight_decay: float = field(default=0.05, metadata={"help": "Weight decay, at the start of the run."})
+    weight_decay_end: float | None = field(
+        default=None, metadata={"help": "Weight decay at the end, reached on a half cosine; default: it is constant."}
+    )
+    adam_beta2: float = field(default=0.95, metadata={"help": "AdamW's second beta; I-JEPA and StoP use 0.999."})
+    max_grad_norm: float = field(default=0.0, metadata={"help": "Gradient norm to clip to; 0: no clipping."})
+    bf16: bool | None = field(
+        default=None, metadata={"help": "Mixed precision in bfloat16; default: where the GPU has it, unless fp16."}
+    )
+    max_skipped_steps: int = field(
+        default=10, metadata={"help": "Steps in a row without a finite loss and gradient after which the run stops."}
+    )
+    stop_on_collapse: bool = field(
+        default=False, metadata={"help": "End the run when its features collapse; else there is a warning."}
+    )
+
+    logging_steps: float = field(default=50, metadata={"help": "Log every so many steps (or share of the run)."})
+    logging_first_step: bool = field(default=True, metadata={"help": "Log the first step too."})
+    # Trainer's filter looks at every loss: a device synchronisation per step, and it would hide a NaN.
+    logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Leave NaN losses out of the log."})
+    remove_unused_columns: bool = field(default=False, metadata={"help": "Drop columns that the model does not take."})
+    label_names: list[str] | None = field(
+        default_factory=lambda: ["pixel_values"], metadata={"help": "Inputs without which there is no eval_loss."}
+    )
+    prediction_loss_only: bool = field(default=True, metadata={"help": "Evaluate the loss, collect no predictions."})
+    dataloader_drop_last: bool = field(default=True, metadata={"help": "Drop the last, smaller training batch."})
+    dataloader_persistent_workers: bool = field(default=True, metadata={"help": "Keep workers between epochs."})
+    ddp_find_unused_parameters: bool | None = field(
+        default=False, metadata={"help": "Search for parameters without a gradient; no model here has any."}
+    )
+    # The buffers are tables that never change, and a similarity target that each rank sets alike.
+    ddp_broadcast_buffers: bool | None = field(default=False, metadata={"help": "Send buffers from rank 0 each step."})
+
+    def __post_init__(self):
+        self._check_numbers()
+        if self.enable_jit_checkpoint:
+            raise ValueError("enable_jit_checkpoint must be false: SIGTERM and SIGINT always save a checkpoint here")
+        if self.bf16 is None:
+            self.bf16 = not (self.fp16 or self.use_cpu) and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+        default_accelerator = self.accelerator_config is None
+        super().__post_init__()
+        if self.lr_scheduler_type != "cosine" or self.lr_scheduler_kwargs:
+            raise ValueError(
+                f"lr_scheduler_type must be 'cosine' without lr_scheduler_kwargs (start_lr_ratio and final_lr_ratio "
+                f"shape it), got {getattr(self.lr_scheduler_type, 'value', self.lr_scheduler_type)!r}"
+            )
+        if self.learning_rate is None:
+            if self.auto_find_batch_size:
+                raise ValueError("auto_find_batch_size needs learning_rate: base_lr cannot follow the batch it finds")
+            self.learning_rate = self.base_lr * self.images_per_step / 256
+        if super().n_gpu > 1:
+            logger.warning(f"Using one of {super().n_gpu} GPUs; `torchrun --nproc_per_node={super().n_gpu}` uses all.")
+        if self.data_seed is None:
+            self.data_seed = self.seed  # the order of the data must not depend on the ranks' own RNG
+        if self.dataloader_num_workers == 0:
+            self.dataloader_persistent_workers = False  # torch refuses it
+        if self.device.type == "cpu":
+            self.dataloader_pin_memory = False  # torch warns that there is nothing to pin for
+        if default_accelerator:
+            self.accelerator_config.non_blocking = self.dataloader_pin_memory
+            self.accelerator_config.dispatch_batches = False  # each rank reads its own part of a stream
+
+    def __getstate__(self) -> dict:
+        """Without the token: a run's `training_args.bin` is a pickle of these, and goes to the Hub with it."""
+        return vars(self) | {"hub_token": None}
+
+    def _check_numbers(self):
+        """Numbers written as text (YAML reads `1e-4` as text) become numbers; each must be in its range."""
+        positive = ("base_lr", "learning_rate")
+        not_negative = ("start_lr_ratio", "final_lr_ratio", "weight_decay", "weight_decay_end", "warmup_steps")
+        for name in (*positive, *not_negative):
+            value = getattr(self, name)
+            if value is None and name in ("learning_rate", "weight_decay_end"):
+                continue
+            try:
+                number = float(value)
+            except (TypeError, ValueError):
+                raise ValueError(f"{name} must be a number, got {value!r}") from None
+            if not (number > 0 if name in positive else number >= 0):
+                raise ValueError(f"{name} must be {'above' if name in positive else 'at least'} 0, got {value!r}")
+            setattr(self, name, number)
+        positive = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")
+        positive += ("max_skipped_steps",)
+        for name, least in (dict.fromkeys(positive, 1) | {"dataloader_num_workers": 0}).items():
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
+        if self.max_steps == 0 or self.max_steps < -1:
+            raise ValueError(f"max_steps must be at least 1, or -1 for num_train_epochs, got {self.max_steps}")
+        for name in ("adam_beta1", "adam_beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}")
+
+    @property
+    def n_gpu(self) -> int:
+        """At most 1: masks of unequal length cannot pass through DataParallel. Many GPUs: one process for each."""
+        return min(super().n_gpu, 1)
+
+    @property
+    def images_per_step(self) -> int:
+        """Images per optimizer step: per-device batch × accumulation × processes."""
+        return self.per_device_train_batch_size * self.gradient_accumulation_steps * self.world_size
+
+    def learning_rate_at(self, progress: float, warmup: float) -> float:
+        """The learning rate at `progress` in [0, 1], for a warm-up that takes the first `warmup` share of the run."""
+        peak = self.learning_rate
+        return schedules.learning_rate(
+            progress, peak, start=self.start_lr_ratio * peak, final=self.final_lr_ratio * peak, warmup=warmup
+        )

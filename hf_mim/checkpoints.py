@@ -1,0 +1,158 @@
+"""Checkpoints that are whole or absent.
+
+A checkpoint is written into `_saving/` beside the others, gets a manifest with the size and the SHA-256 of each file,
+and only then its name, `checkpoint-STEP`: a run that is killed, or a disk that fills up, leaves no half of one under
+it. What happens to its files later (one deleted, a bad block) shows against the manifest; a resume passes it over.
+"""
+
+import contextlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from hf_mim.hub.reading import sha256
+
+MANIFEST = "manifest.json"
+STAGING = "_saving"
+
+
+def checkpoints(run_folder: str | Path) -> list[Path]:
+    """The folders `checkpoint-STEP` of a run, the latest step first; whole or not."""
+    found = [path for path in Path(run_folder).glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
+    return sorted(filter(Path.is_dir, found), key=step_of, reverse=True)
+
+
+def step_of(checkpoint: str | Path) -> int:
+    """120 for `.../checkpoint-120`."""
+    return int(Path(checkpoint).name.rpartition("-")[2])
+
+
+def write_manifest(folder: Path, **about):
+    """`manifest.json`: `about`, and of each file below `folder` its size and hash. After that, all is on the disk."""
+    files = {}
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        _flush(path)
+        files[path.relative_to(folder).as_posix()] = {"bytes": path.stat().st_size, "sha256": sha256(path)}
+    manifest = folder / MANIFEST
+    manifest.write_text(json.dumps(about | {"files": files}, indent=1))
+    _flush(manifest)
+    for directory in {folder, *(path.parent for path in folder.rglob("*"))}:
+        _flush(directory)
+
+
+def read_manifest(folder: str | Path) -> dict:
+    """Raises ValueError if there is none that can be read."""
+    try:
+        manifest = json.loads((Path(folder) / MANIFEST).read_text())
+        if isinstance(manifest["files"], dict):
+            return manifest
+    except FileNotFoundError:
+        raise ValueError(f"has no {MANIFEST}") from None
+    except (OSError, ValueError, KeyError, TypeError):
+        pass
+    raise ValueError(f"has a damaged {MANIFEST}")
+
+
+def check(folder: str | Path, hashes: bool = True) -> dict:
+    """The manifest of a checkpoint that is whole, by the sizes of its files and their hashes.
+
+    Raises:
+        ValueError: it is not; the text goes after its name ("lacks optimizer.pt").
+    """
+    folder, manifest = Path(folder), read_manifest(folder)
+    for name, expected in manifest["files"].items():
+        path = folder / name
+        if not path.is_file():
+            raise ValueError(f"lacks {name}")
+        if path.stat().st_size != expected["bytes"]:
+            raise ValueError(f"has {path.stat().st_size} of {expected['bytes']} bytes of {name}")
+    for name, expected in manifest["files"].items() if hashes else ():
+        if sha256(folder / name) != expected["sha256"]:
+            raise ValueError(f"has other bytes in {name} than were saved")
+    return manifest
+
+
+def is_whole(folder: str | Path, hashes: bool = True) -> bool:
+    """Whether `check` finds nothing."""
+    try:
+        check(folder, hashes)
+    except (ValueError, OSError):
+        return False
+    return True
+
+
+def newest_whole(run_folder: str | Path, tell: Callable[[str], None] = lambda line: None) -> Path | None:
+    """The latest checkpoint that is whole, None if there is none; `tell` hears of each that is passed over, and why."""
+    for folder in checkpoints(run_folder):
+        try:
+            check(folder)
+        except (ValueError, OSError) as error:
+            tell(f"{folder.name} is passed over: it {error}")
+        else:
+            return folder
+    return None
+
+
+def commit(staged: Path, final: Path):
+    """Give a checkpoint with its manifest its name. One of that name that is whole is the same one, and stays."""
+    if final.exists():
+        if is_whole(final):
+            shutil.rmtree(staged)
+            return
+        _remove(final)
+    os.rename(staged, final)
+    _flush(final.parent)
+
+
+def rotate(run_folder: str | Path, limit: int | None, keep: str | None = None):
+    """Delete all but the `limit` latest whole checkpoints and `keep`; as long as none is whole, nothing."""
+    if not limit or limit < 0:
+        return
+    found = checkpoints(run_folder)
+    whole = [folder for folder in found if is_whole(folder, hashes=False)]
+    kept = {folder.name for folder in whole[:limit]} | ({Path(keep).name} if keep else set())
+    for folder in found if whole else ():
+        if folder.name not in kept:
+            _remove(folder)
+
+
+def clear_staging(run_folder: str | Path):
+    """What an interrupted save has left."""
+    shutil.rmtree(Path(run_folder) / STAGING, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def written_aside(run_folder: str | Path) -> Iterator[Path]:
+    """A folder to write files into, each of which takes its place in `run_folder` when all of them are written."""
+    run_folder = Path(run_folder)
+    aside = run_folder / STAGING / "files"
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+    try:
+        yield aside
+        for path in aside.iterdir():
+            _flush(path)
+            os.replace(path, run_folder / path.name)
+    finally:
+        clear_staging(run_folder)
+
+
+def _remove(folder: Path):
+    """Under another name first: half of a checkpoint is none."""
+    trash = folder.parent / STAGING / f"removed-{folder.name}"
+    trash.parent.mkdir(exist_ok=True)
+    shutil.rmtree(trash, ignore_errors=True)
+    os.rename(folder, trash)
+    shutil.rmtree(trash, ignore_errors=True)
+
+
+def _flush(path: Path):
+    """To the disk: what is only in the page cache does not outlive the machine."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,58 @@
+"""A stream that training never reaches the end of, and that knows where it stands: what makes its resume exact."""
+
+from collections.abc import Iterator
+from itertools import count
+
+import torch
+from torch.utils.data import IterableDataset, get_worker_info
+
+from .dataset import ImageStream
+
+RING = 64  # batches of each worker whose places are remembered; more than a DataLoader has under way
+
+
+class EndlessStream(IterableDataset):
+    """The samples of an `ImageStream`, pass after pass, each worker through its own shards.
+
+    Batch b of a DataLoader over it is worker b mod W's, for ever, so the number of batches that were used says how many
+    each worker has given; where that worker then stood, it has noted in shared memory. Such a place is (epoch, images
+    read in it); a resume reads up to it without decoding, through a shuffle buffer too.
+
+    Args:
+        stream: this rank's part.
+        batch_size: of the DataLoader.
+        num_workers: of the DataLoader; 0 for none.
+        start: a `state()` to go on from, made with as many workers.
+
+    Raises:
+        ValueError: while reading, where a worker's part of the stream holds no image at all.
+    """
+
+    def __init__(self, stream: ImageStream, batch_size: int, num_workers: int, start: dict | None = None):
+        self.stream, self.batch_size, self.lanes = stream, batch_size, max(1, num_workers)
+        places = [[0, 0]] * self.lanes if start is None else start["places"]
+        # To begin with, batches of an earlier round are read again: a DataLoader's first batch is always worker 0's.
+        self.skipped_batches = 0 if start is None else start["batches"] % self.lanes
+        self._places = torch.zeros(self.lanes, RING, 2, dtype=torch.int64).share_memory_()
+        self._places[:, 0] = torch.tensor(places)
+
+    def __iter__(self) -> Iterator[dict]:
+        info = get_worker_info()
+        places = self._places[info.id if info else 0]
+        first, skip = places[0].tolist()
+        given = 0
+        for epoch in count(first):
+            position = 0
+            for position, sample in self.stream.read(epoch, skip):
+                given += 1
+                if given % self.batch_size == 0:
+                    places[given // self.batch_size % RING] = torch.tensor([epoch, position])
+                yield sample
+            if position == 0 and skip == 0:
+                raise ValueError("train_dataset has a shard without images; leave it out, or use fewer workers")
+            skip = 0
+
+    def state(self, batches: int) -> dict:
+        """Where to go on after so many batches, counted from `skipped_batches` on: JSON-able."""
+        batches += self.skipped_batches
+        return {"batches": batches, "places": self._places[:, batches // self.lanes % RING].tolist()}

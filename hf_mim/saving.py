@@ -1,0 +1,188 @@
+"""How a training run is saved and resumed: checkpoints that are whole or absent, with the place in the data."""
+
+import json
+from pathlib import Path
+
+import torch
+from accelerate.utils import broadcast_object_list, gather_object
+from safetensors import SafetensorError
+from transformers.utils import logging
+
+from hf_mim.checkpoints import (
+    MANIFEST,
+    STAGING,
+    check,
+    clear_staging,
+    commit,
+    newest_whole,
+    rotate,
+    write_manifest,
+    written_aside,
+)
+from hf_mim.data.stream import EndlessStream
+
+logger = logging.get_logger(__name__)
+
+
+class CheckpointTrainer:
+    """Goes before `transformers.Trainer` among a trainer's bases.
+
+    A checkpoint that cannot be written, on a full disk, is a warning: the run goes on, and those before it are kept.
+    """
+
+    endless_stream: EndlessStream | None = None  # what a stream is read through
+    _staging = False
+    _resumed_from: str | None = None
+
+    # ---- save
+
+    def _get_output_dir(self, trial):
+        folder = super()._get_output_dir(trial)
+        return str(Path(folder) / STAGING) if self._staging else folder
+
+    def _save_checkpoint(self, model, trial):
+        run_folder, name = Path(self._get_output_dir(trial)), f"checkpoint-{self.state.global_step}"
+        staged, limit, pushes = run_folder / STAGING / name, self.args.save_total_limit, self.args.push_to_hub
+        if self.args.should_save:
+            clear_staging(run_folder)
+        self.accelerator.wait_for_everyone()
+        # Trainer would count what is in the staging folder, and upload from there.
+        self._staging, self.args.save_total_limit, self.args.push_to_hub = True, None, False
+        try:
+            with _told() as failures:
+                super()._save_checkpoint(model, trial)
+                self._save_place(staged)
+        finally:
+            self._staging, self.args.save_total_limit, self.args.push_to_hub = False, limit, pushes
+        failures = self._of_all(failures)
+        if not failures and self.args.should_save:
+            with _told() as failures:
+                self._save_state_of(staged, run_folder / name)
+                write_manifest(staged, **self._about())
+                commit(staged, run_folder / name)
+                rotate(run_folder, limit, self.state.best_model_checkpoint)
+        failures = self._of_all(failures)
+        if self.args.should_save:
+            clear_staging(run_folder)
+        if failures:
+            last = newest_whole(run_folder) if self.is_world_process_zero() else None
+            left = f"{last.name} is the newest to resume from" if last else "there is none to resume from yet"
+            logger.warning(f"{name} could not be saved ({failures[0]}); the run goes on, and {left}")
+        elif pushes:
+            self._push_from_checkpoint(str(run_folder / name))
+
+    def _save_place(self, folder: Path):
+        """Where this process stands in its stream."""
+        if self.endless_stream is not None:
+            steps = self.state.global_step - self._initial_global_step
+            place = self.endless_stream.state(steps * self.args.gradient_accumulation_steps)
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / f"stream_{self.args.process_index}.json").write_text(json.dumps(place))
+
+    def _save_state_of(self, staged: Path, final: Path):
+        """trainer_state.json, where it names the best checkpoint by the staging folder, with its real name."""
+        if self.state.best_model_checkpoint == str(staged):
+            self.state.best_model_checkpoint = str(final)
+            self.state.save_to_json(str(staged / "trainer_state.json"))
+
+    def _about(self) -> dict:
+        """What a resume has to agree with."""
+        about = {"step": self.state.global_step, "processes": self.args.world_size}
+        return about | {"images_per_step": self.args.images_per_step, "seed": self.args.seed}
+
+    def _of_all(self, failures: list[str]) -> list[str]:
+        """The failures of all processes, each of which has to ask."""
+        return gather_object(failures) if self.args.world_size > 1 else failures
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False):
+        """As Trainer's; in the run folder, each file is the old or the new one, and never half of it."""
+        if (output_dir or self.args.output_dir) != self.args.output_dir or not self.args.should_save:
+            return super().save_model(output_dir, _internal_call)
+        pushes, self.args.push_to_hub = self.args.push_to_hub, False
+        try:
+            with written_aside(self.args.output_dir) as folder:
+                super().save_model(str(folder), _internal_call)
+        finally:
+            self.args.push_to_hub = pushes
+        if pushes and not _internal_call:
+            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+
+    # ---- resume
+
+    def checkpoint_to_resume(self, asked: str | bool | None) -> str | None:
+        """The checkpoint to go on from: that which is named, or for True the newest whole one. The same on all ranks.
+
+        Raises:
+            ValueError: it is damaged; there is none; or it was made with other images in a step.
+        """
+        found = [None, None]
+        if asked and self.is_world_process_zero():
+            try:
+                found[0] = self._find_checkpoint(asked)
+            except ValueError as error:
+                found[1] = str(error)
+        if self.args.world_size > 1:
+            broadcast_object_list(found)
+        checkpoint, error = found
+        if error:
+            raise ValueError(error)
+        self._resumed_from = checkpoint
+        return checkpoint
+
+    def _find_checkpoint(self, asked: str | bool) -> str:
+        if asked is True:
+            asked = newest_whole(self.args.output_dir, tell=logger.warning)
+            if asked is None:
+                raise ValueError(f"resume_from_checkpoint: {self.args.output_dir} has no whole checkpoint")
+        folder = Path(asked)
+        if not folder.is_dir():
+            raise ValueError(f"resume_from_checkpoint must be a checkpoint's folder, and there is none at {folder}")
+        if not (folder / MANIFEST).exists():
+            logger.warning(f"{folder} has no {MANIFEST}, so whether it is whole cannot be told")
+            return str(folder)
+        try:
+            manifest = check(folder)
+        except ValueError as error:
+            raise ValueError(f"resume_from_checkpoint: {folder} {error}") from None
+        if manifest.get("images_per_step", self.args.images_per_step) != self.args.images_per_step:
+            args = self.args
+            raise ValueError(
+                f"per_device_train_batch_size × gradient_accumulation_steps × processes must stay "
+                f"{manifest['images_per_step']}, as in {folder}, got {args.per_device_train_batch_size} × "
+                f"{args.gradient_accumulation_steps} × {args.world_size}"
+            )
+        return str(folder)
+
+    def stream_place(self, workers: int) -> dict | None:
+        """Where this process goes on in its stream. With other processes or workers than before: at its next pass."""
+        if self._resumed_from is None:
+            return None
+        places = [json.loads(path.read_text()) for path in Path(self._resumed_from).glob("stream_*.json")]
+        own = Path(self._resumed_from) / f"stream_{self.args.process_index}.json"
+        lanes = max(1, workers)
+        if len(places) == self.args.world_size and own.exists():
+            place = json.loads(own.read_text())
+            if len(place["places"]) == lanes:
+                return place
+        epoch = 1 + max((epoch for place in places for epoch, _ in place["places"]), default=-1)
+        logger.warning(
+            f"The stream was read by {len(places)} processes and is now by {self.args.world_size}, or the number of "
+            f"workers is another: it goes on with the start of pass {epoch + 1}, not where the run had stopped"
+        )
+        return {"batches": 0, "places": [[epoch, 0]] * lanes}
+
+
+class _told:
+    """`with _told() as failures:` keeps what a full or broken disk raises as a text; anything else goes on up."""
+
+    def __enter__(self) -> list[str]:
+        self.failures = []
+        return self.failures
+
+    def __exit__(self, kind, error, traceback) -> bool:
+        # torch.save has no error of its own.
+        full = isinstance(error, OSError | SafetensorError) or "PytorchStreamWriter" in str(error)
+        if error is None or not full or isinstance(error, torch.OutOfMemoryError):
+            return False
+        self.failures.append(" ".join(str(error).split())[:200])
+        return True
