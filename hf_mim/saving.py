@@ -1,9 +1,10 @@
 """How a training run is saved and resumed: checkpoints that are whole or absent, with the place in the data."""
 
+import contextlib
 import json
+from collections.abc import Callable
 from pathlib import Path
 
-import torch
 from accelerate.utils import broadcast_object_list, gather_object
 from safetensors import SafetensorError
 from transformers.utils import logging
@@ -42,25 +43,19 @@ class CheckpointTrainer:
 
     def _save_checkpoint(self, model, trial):
         run_folder, name = Path(self._get_output_dir(trial)), f"checkpoint-{self.state.global_step}"
-        staged, limit, pushes = run_folder / STAGING / name, self.args.save_total_limit, self.args.push_to_hub
+        staged = run_folder / STAGING / name
         if self.args.should_save:
             clear_staging(run_folder)
         self.accelerator.wait_for_everyone()
-        # Trainer would count what is in the staging folder, and upload from there.
-        self._staging, self.args.save_total_limit, self.args.push_to_hub = True, None, False
+        save = super()._save_checkpoint
+        self._staging = True
         try:
-            with _told() as failures:
-                super()._save_checkpoint(model, trial)
-                self._save_place(staged)
+            failures = _failures(lambda: (save(model, trial), self._save_place(staged)))
         finally:
-            self._staging, self.args.save_total_limit, self.args.push_to_hub = False, limit, pushes
+            self._staging = False
         failures = self._of_all(failures)
         if not failures and self.args.should_save:
-            with _told() as failures:
-                self._save_state_of(staged, run_folder / name)
-                write_manifest(staged, **self._about())
-                commit(staged, run_folder / name)
-                rotate(run_folder, limit, self.state.best_model_checkpoint)
+            failures = _failures(lambda: self._finish(staged, run_folder / name))
         failures = self._of_all(failures)
         if self.args.should_save:
             clear_staging(run_folder)
@@ -68,8 +63,12 @@ class CheckpointTrainer:
             last = newest_whole(run_folder) if self.is_world_process_zero() else None
             left = f"{last.name} is the newest to resume from" if last else "there is none to resume from yet"
             logger.warning(f"{name} could not be saved ({failures[0]}); the run goes on, and {left}")
-        elif pushes:
+        elif self.args.push_to_hub:
             self._push_from_checkpoint(str(run_folder / name))
+
+    def _push_from_checkpoint(self, checkpoint_folder: str):
+        if not self._staging:  # by Trainer, before the checkpoint has its name
+            super()._push_from_checkpoint(checkpoint_folder)
 
     def _save_place(self, folder: Path):
         """Where this process stands in its stream."""
@@ -79,11 +78,13 @@ class CheckpointTrainer:
             folder.mkdir(parents=True, exist_ok=True)
             (folder / f"stream_{self.args.process_index}.json").write_text(json.dumps(place))
 
-    def _save_state_of(self, staged: Path, final: Path):
-        """trainer_state.json, where it names the best checkpoint by the staging folder, with its real name."""
-        if self.state.best_model_checkpoint == str(staged):
+    def _finish(self, staged: Path, final: Path):
+        if self.state.best_model_checkpoint == str(staged):  # by its real name
             self.state.best_model_checkpoint = str(final)
             self.state.save_to_json(str(staged / "trainer_state.json"))
+        write_manifest(staged, **self._about())
+        commit(staged, final)
+        rotate(final.parent, self.args.save_total_limit, self.state.best_model_checkpoint)
 
     def _about(self) -> dict:
         """What a resume has to agree with."""
@@ -98,13 +99,9 @@ class CheckpointTrainer:
         """As Trainer's; in the run folder, each file is the old or the new one, and never half of it."""
         if (output_dir or self.args.output_dir) != self.args.output_dir or not self.args.should_save:
             return super().save_model(output_dir, _internal_call)
-        pushes, self.args.push_to_hub = self.args.push_to_hub, False
-        try:
-            with written_aside(self.args.output_dir) as folder:
-                super().save_model(str(folder), _internal_call)
-        finally:
-            self.args.push_to_hub = pushes
-        if pushes and not _internal_call:
+        with disk_errors(), written_aside(self.args.output_dir) as folder:
+            super().save_model(str(folder), _internal_call=True)
+        if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
     # ---- resume
@@ -115,6 +112,8 @@ class CheckpointTrainer:
         Raises:
             ValueError: it is damaged; there is none; or it was made with other images in a step.
         """
+        if asked and asked == self._resumed_from:
+            return asked  # it has been checked
         found = [None, None]
         if asked and self.is_world_process_zero():
             try:
@@ -133,7 +132,10 @@ class CheckpointTrainer:
         if asked is True:
             asked = newest_whole(self.args.output_dir, tell=logger.warning)
             if asked is None:
-                raise ValueError(f"resume_from_checkpoint: {self.args.output_dir} has no whole checkpoint")
+                raise ValueError(
+                    f"resume_from_checkpoint: {self.args.output_dir} has no whole checkpoint; move what is there away "
+                    f"to begin again"
+                )
         folder = Path(asked)
         if not folder.is_dir():
             raise ValueError(f"resume_from_checkpoint must be a checkpoint's folder, and there is none at {folder}")
@@ -172,17 +174,22 @@ class CheckpointTrainer:
         return {"batches": 0, "places": [[epoch, 0]] * lanes}
 
 
-class _told:
-    """`with _told() as failures:` keeps what a full or broken disk raises as a text; anything else goes on up."""
+@contextlib.contextmanager
+def disk_errors():
+    """What safetensors and torch.save raise on a full or broken disk becomes an OSError as well."""
+    try:
+        yield
+    except (SafetensorError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "inline_container" not in str(error):
+            raise
+        raise OSError(" ".join(str(error).split())[:200]) from error
 
-    def __enter__(self) -> list[str]:
-        self.failures = []
-        return self.failures
 
-    def __exit__(self, kind, error, traceback) -> bool:
-        # torch.save has no error of its own.
-        full = isinstance(error, OSError | SafetensorError) or "PytorchStreamWriter" in str(error)
-        if error is None or not full or isinstance(error, torch.OutOfMemoryError):
-            return False
-        self.failures.append(" ".join(str(error).split())[:200])
-        return True
+def _failures(save: Callable) -> list[str]:
+    """What the disk has to say against it, if anything."""
+    try:
+        with disk_errors():
+            save()
+    except OSError as error:
+        return [str(error)]
+    return []

@@ -2,7 +2,7 @@
 
 A folder, because each part is of use alone: `recipe.py` (what a run is), `values.py` (text and YAML to typed values),
 `help.py`, `pretrain.py` (the run itself), `readout.py` (its k-NN accuracy), and a file for each other command. A user's
-mistake is one line on stderr and exit status 2, before anything is trained or written.
+mistake is one line on stderr and exit status 2, before anything is trained or written. Status 75: start it again.
 """
 
 import importlib
@@ -20,6 +20,7 @@ from hf_mim.cli.help import pretrain_help
 from hf_mim.cli.recipe import Recipe, field_type
 from hf_mim.cli.values import read_yaml, split_options
 from hf_mim.data import BrokenImagesError, ImageFormatError
+from hf_mim.guard import INTERRUPTED, NonFiniteError
 
 USAGE = """\
 usage: hf-mim COMMAND ...
@@ -56,10 +57,21 @@ def pretrain_command(arguments: list[str]) -> int:
         run = Pretraining(read_recipe(arguments))
     except (ValueError, OSError, RuntimeError, ImportError, StrictDataclassError) as error:
         return _fail(one_line(error))
+    go_on = f"go on by --resume --output_dir {run.folder}"
     try:
-        run()
-    except (BrokenImagesError, ImageFormatError) as error:
+        if ended_by := run():
+            _say(f"{ended_by.name} has ended the run after a step; {go_on}")
+            return INTERRUPTED
+    except (BrokenImagesError, ImageFormatError, NonFiniteError) as error:
         return _fail(one_line(error))
+    except OSError as error:
+        return _fail(f"{one_line(error)}; {go_on}")
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        # It may be any rank's.
+        print(f"error: {one_line(error)}; a lower dataloader_num_workers takes less memory; {go_on}", file=sys.stderr)
+        return INTERRUPTED
     except KeyboardInterrupt:
         print(f"\ninterrupted; go on from the last checkpoint by --resume --output_dir {run.folder}", file=sys.stderr)
         return 130
@@ -137,6 +149,10 @@ def one_line(error: BaseException) -> str:
 
 
 def _fail(message: str) -> int:
-    if os.environ.get("RANK", "0") == "0":  # once, however many processes there are
-        print(f"error: {message}", file=sys.stderr)
+    _say(f"error: {message}")
     return 2
+
+
+def _say(message: str):
+    if os.environ.get("RANK", "0") == "0":  # once, however many processes there are
+        print(message, file=sys.stderr)

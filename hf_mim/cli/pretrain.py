@@ -4,12 +4,13 @@
     run()                      # trains, saves, draws, measures
 
 The run folder is the checkpoint (config, weights, image processor) with `recipe.yaml`, `trainer_state.json`,
-`loss.png`, for MAE `reconstructions.png`, in `results/` `training.json`, `health.json` and where the images have labels
-`knn.json`, and of all these the model card, `README.md`. With `--push_to_hub` it goes to the Hub as well.
+`metrics.jsonl`, `loss.png`, for MAE `reconstructions.png`, in `results/` `training.json`, `health.json` and where the
+images have labels `knn.json`, and of all these the model card, `README.md`. With `--push_to_hub` it goes to the Hub.
 """
 
 import math
 import os
+import signal
 from pathlib import Path
 
 import torch
@@ -17,9 +18,9 @@ from accelerate import PartialState
 from accelerate.utils import set_seed
 from datasets import Dataset
 from transformers import AutoModelForPreTraining, PreTrainedConfig
-from transformers.trainer_utils import get_last_checkpoint
 
 import hf_mim  # noqa: F401 (registers the models)
+from hf_mim import checkpoints
 from hf_mim.callbacks import OnlineProbe
 from hf_mim.cli.readout import (
     Readout,
@@ -48,7 +49,7 @@ class Pretraining:
         config = recipe.config()
         args = training_arguments(recipe)
         self.folder = Path(args.output_dir)
-        self.checkpoint = check_run_folder(self.folder, recipe)
+        check_run_folder(self.folder, recipe)
         with args.main_process_first(desc="loading the images"):
             self.images = load_split(run, "dataset", run.train_split)
             train_images = training_images(self.images, run, config, args.seed)
@@ -78,21 +79,27 @@ class Pretraining:
             samples = self.readout.sample(run.probe_images, run.probe_images // 4) if self.readout else None
             samples = samples or (None, fixed_sample(self.images, run.probe_images // 4))
             self.trainer.add_callback(OnlineProbe(self.trainer, run.probe_every, *samples))
+        # The last thing that can be wrong. A run that was ended before its first checkpoint begins again.
+        resumes = bool(run.resume and checkpoints.checkpoints(self.folder))
+        self.checkpoint = self.trainer.checkpoint_to_resume(resumes)
 
-    def __call__(self):
-        """Train, then fill the run folder and say what came out."""
+    def __call__(self) -> signal.Signals | None:
+        """Train, then fill the run folder and say what came out. The signal that has ended the training, if one has."""
         trainer, main = self.trainer, self.trainer.is_world_process_zero()
         PartialState().wait_for_everyone()  # every rank has looked into the folder by now
         if main:
             self.folder.mkdir(parents=True, exist_ok=True)
             self.recipe.save(self.folder / "recipe.yaml")
         trainer.train(resume_from_checkpoint=self.checkpoint)
+        if trainer.guard.signal:
+            return trainer.guard.signal
         trainer.save_model(_internal_call=True)  # else it would be pushed before it is described
         trainer.save_state()
         if main:
             self.finish()
         if trainer.args.push_to_hub:
             trainer.push_to_hub()
+        return None
 
     def finish(self):
         """Pictures, measurements and the card into the run folder; on the main process only."""
@@ -142,22 +149,21 @@ def training_arguments(recipe: Recipe) -> MIMTrainingArguments:
     return MIMTrainingArguments(**settings)
 
 
-def check_run_folder(folder: Path, recipe: Recipe) -> str | None:
-    """The checkpoint to resume from, None to start anew. Raises ValueError if the folder holds another run."""
+def check_run_folder(folder: Path, recipe: Recipe):
+    """Raise ValueError if the folder cannot be written, or holds another run than that of the recipe."""
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"output_dir must be a folder, and {folder} is a file")
     above = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
     if not above.is_dir() or not os.access(above, os.W_OK):
         raise ValueError(f"output_dir must be a folder that can be written, and {folder} cannot be made in {above}")
     held = [name for name in ("recipe.yaml", "config.json", "trainer_state.json") if (folder / name).exists()]
-    last = get_last_checkpoint(str(folder)) if folder.is_dir() else None
+    held += [path.name for path in checkpoints.checkpoints(folder)]
     if not recipe.run.resume:
-        if held or last:
-            what = held[0] if held else Path(last).name
+        if held:
             raise ValueError(
-                f"output_dir {folder} holds another run ({what}); go on with it by --resume, or give another"
+                f"output_dir {folder} holds another run ({held[0]}); go on with it by --resume, or give another"
             )
-        return None
+        return
     if "recipe.yaml" not in held:
         raise ValueError(f"output_dir {folder} holds no run to resume (no recipe.yaml)")
     before = Recipe.resolve(read_yaml(folder / "recipe.yaml"))
@@ -167,7 +173,6 @@ def check_run_folder(folder: Path, recipe: Recipe) -> str | None:
     for name in model_fields(recipe.run.method):
         if getattr(old, name) != getattr(new, name):
             raise ValueError(f"{name} is {getattr(new, name)}, but the run in {folder} has {getattr(old, name)}")
-    return last
 
 
 def number_of_steps(args: MIMTrainingArguments, images: ImageDataset | ImageStream) -> int:
