@@ -233,11 +233,11 @@ class MIMTrainer(CheckpointTrainer, HubTrainer, Trainer):
         return skip_first_batches(loader, self.endless_stream.skipped_batches)
 
     def _init_training_state(self, max_steps, *args, **kwargs):
-        """Trainer would skip batches of a stream, which is at its place already; and one step more is one too many."""
+        """(Epochs, batches in this one) that are done. A stream is at its place already, with nothing to skip."""
         done = super()._init_training_state(max_steps, *args, **kwargs)
-        if not isinstance(self.train_dataset, ImageStream):
-            return done
-        return (0, 0) if self.state.global_step < max_steps else (sys.maxsize, 0)
+        if self.state.global_step >= max_steps:
+            return sys.maxsize, 0  # Trainer would make one step too many
+        return (0, 0) if isinstance(self.train_dataset, ImageStream) else done
 
     def get_eval_dataloader(self, eval_dataset=None):
         """Every image counts in an evaluation: the smaller last batch too."""
