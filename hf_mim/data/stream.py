@@ -32,7 +32,7 @@ class EndlessStream(IterableDataset):
         self.stream, self.batch_size, self.lanes = stream, batch_size, max(1, num_workers)
         places = [[0, 0]] * self.lanes if start is None else start["places"]
         # To begin with, batches of an earlier round are read again: a DataLoader's first batch is always worker 0's.
-        self.skipped_batches = 0 if start is None else start["batches"] % self.lanes
+        self.skipped_batches = 0 if start is None else start["batches"]
         self._places = torch.zeros(self.lanes, RING, 2, dtype=torch.int64).share_memory_()
         self._places[:, 0] = torch.tensor(places)
 
@@ -55,4 +55,4 @@ class EndlessStream(IterableDataset):
     def state(self, batches: int) -> dict:
         """Where to go on after so many batches, counted from `skipped_batches` on: JSON-able."""
         batches += self.skipped_batches
-        return {"batches": batches, "places": self._places[:, batches // self.lanes % RING].tolist()}
+        return {"batches": batches % self.lanes, "places": self._places[:, batches // self.lanes % RING].tolist()}

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from hf_mim.data import DeviceAugment, ImageDataset, WholeImage, channel_statistics, digits, gaussian_blur
-from hf_mim.data.augment import IMAGENET_MEAN, IMAGENET_STD
+from hf_mim.data.augment import IMAGENET_MEAN, IMAGENET_STD, keyed_uniform
 
 
 @pytest.fixture
@@ -156,3 +156,45 @@ def test_the_device_is_never_waited_for(batch):
         augment(batch)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+# ---- keys
+
+
+def splitmix64(state: int) -> int:
+    """The finaliser, as Steele, Lea and Flood write it, on Python's integers."""
+    mask = (1 << 64) - 1
+    z = state & mask
+    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & mask
+    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & mask
+    return z ^ (z >> 31)
+
+
+def test_keyed_numbers_are_those_of_splitmix64():
+    keys = [0, 1, -1, 2**62 + 12345, -(2**63)]
+    for stream in range(4):
+        expected = [(splitmix64(key + 0x9E3779B97F4A7C15 * (stream + 1)) >> 40) / 2**24 for key in keys]
+        assert keyed_uniform(torch.tensor(keys), stream).tolist() == expected
+
+
+def test_keyed_numbers_are_uniform_and_streams_independent():
+    keys = torch.arange(100_000)  # neighbours, the worst case
+    first, second = keyed_uniform(keys, 0), keyed_uniform(keys, 1)
+    for numbers in (first, second):
+        assert 0 <= numbers.min() and numbers.max() < 1
+        counts = torch.histc(numbers, 20, 0, 1)
+        assert ((counts - 5000).square() / 5000).sum() < 45  # chi-squared, 19 degrees of freedom: p = .0007
+    for other in (second, first.roll(1)):
+        assert torch.corrcoef(torch.stack([first, other]))[0, 1].abs() < 0.013  # 4 standard errors
+
+
+def test_what_is_done_to_an_image_follows_from_its_key_alone():
+    augment = DeviceAugment(grayscale_probability=0.5, blur_probability=0.5)
+    images = torch.randint(0, 256, (8, 3, 12, 12), dtype=torch.uint8)
+    keys = torch.arange(8) * 7919
+    together = augment(images, keys)
+    torch.manual_seed(1)
+    order = torch.randperm(8)
+    assert augment(images[order], keys[order]).equal(together[order])
+    assert augment(images[3:4], keys[3:4]).equal(together[3:4])
+    assert not augment(images, keys + 1).equal(together)

@@ -1,0 +1,188 @@
+"""Steps that go wrong change nothing; a signal ends a run at a whole checkpoint."""
+
+import os
+import signal
+
+import pytest
+import torch
+from tiny_runs import METHODS, AtEachStep, Images, arguments, image_column, make_model, snapshot
+
+from hf_mim.checkpoints import is_whole
+from hf_mim.data import DeviceAugment, ImageDataset
+from hf_mim.guard import NonFiniteError
+from hf_mim.trainer import MIMTrainer, ScalarMeans
+
+SHARED = dict(max_steps=4, logging_steps=1, train_sampling_strategy="sequential")
+
+
+class WithNaN(Images):
+    """One pixel of some images is not a number."""
+
+    def __init__(self, model, broken, length=16):
+        super().__init__(model, length)
+        self.broken = broken
+
+    def __getitem__(self, index):
+        sample = super().__getitem__(index)
+        if index in self.broken:
+            sample["pixel_values"][0, 0, 0] = torch.nan
+        return sample | {"name": f"{index}.npy"}
+
+
+def names_kept(samples):
+    pixels = torch.stack([sample["pixel_values"] for sample in samples])
+    return {"pixel_values": pixels, "name": [sample["name"] for sample in samples]}
+
+
+def train(folder, method="mae", broken=(5,), **settings):
+    """The trainer, and after each step the weights with the target, and the optimizer's state."""
+    model, after = make_model(method), []
+
+    def record(state, optimizer):
+        states = [value for state in optimizer.optimizer.state.values() for value in state.values()]
+        after.append((snapshot(model), [value.clone() for value in states]))
+
+    args = arguments(folder, **SHARED | settings)
+    images, callbacks = WithNaN(model, broken), [AtEachStep(record)]
+    trainer = MIMTrainer(model, args, images, callbacks=callbacks, data_collator=names_kept)
+    trainer.train()
+    return trainer, after
+
+
+def equal(ours, theirs):
+    return all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("optim", ["adamw_torch_fused", "adamw_torch"], ids=["on the device", "by the host"])
+def test_a_step_that_is_not_finite_changes_neither_weights_nor_optimizer_nor_target(tmp_path, method, optim, caplog):
+    trainer, after = train(tmp_path, method, broken=[5], optim=optim)  # the second step's
+    weights, states = zip(*after, strict=True)
+    model_after = snapshot(trainer.model)
+    assert all(torch.isfinite(value).all() for value in model_after)
+    assert equal(states[1], states[0]) and not equal(states[2], states[1])
+    encoder = [i for i, (name, _) in enumerate(trainer.model.named_parameters()) if not name.startswith("target")]
+    assert equal([weights[1][i] for i in encoder], [weights[0][i] for i in encoder])
+    assert not equal([weights[2][i] for i in encoder], [weights[1][i] for i in encoder])
+    target = [i for i, (name, _) in enumerate(trainer.model.named_parameters()) if name.startswith("target")]
+    # The target moves after the record of its step: what step 2 did to it is in the record of step 3.
+    assert equal([weights[2][i] for i in target], [weights[1][i] for i in target])
+    assert trainer.guard.skipped == 1
+    assert [line for line in caplog.messages if line.startswith("Step 2 is skipped")] == [
+        "Step 2 is skipped, because its loss or its gradient is not finite; the predictions of 5.npy are not finite"
+    ]
+
+
+def test_a_finite_run_is_the_same_with_and_without_the_guards_vote(tmp_path):
+    def run(votes):
+        model = make_model("stop_jepa")
+        trainer = MIMTrainer(model, arguments(tmp_path, **SHARED), Images(model))
+        if not votes:
+            trainer.guard.on_pre_optimizer_step = lambda *args, **kwargs: None
+        trainer.train()
+        return snapshot(model)
+
+    assert equal(run(True), run(False))
+
+
+def test_the_log_counts_skipped_steps_and_its_means_leave_them_out(tmp_path):
+    trainer, _ = train(tmp_path, broken=[5], logging_steps=4, logging_first_step=False)
+    (entry,) = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert entry["skipped_steps"] == 1
+    assert 0 < entry["loss"] < 5 and 0 < entry["feature_std"] < 5
+
+
+def test_a_bad_image_in_an_accumulated_step_skips_all_of_it(tmp_path, caplog):
+    trainer, after = train(tmp_path, broken=[9], gradient_accumulation_steps=2, max_steps=2)
+    assert trainer.guard.skipped == 1 and "the predictions of 9.npy" in caplog.text
+    assert equal(after[0][1], after[1][1])
+
+
+def test_gradients_that_the_device_reports_as_infinite_name_the_images_of_the_step(tmp_path, caplog):
+    model = make_model("mae")
+    args = arguments(tmp_path, **SHARED)
+    trainer = MIMTrainer(model, args, ImageDataset(image_column(16), size=24), augment=DeviceAugment())
+    calls = []
+
+    def report_infinity(gradient):
+        calls.append(1)
+        return torch.full_like(gradient, torch.inf) if len(calls) == 3 else gradient
+
+    model.encoder.layers[0].mlp.fc1.weight.register_hook(report_infinity)
+    trainer.train()
+    assert trainer.guard.skipped == 1
+    line = next(line for line in caplog.messages if line.startswith("Step 3 is skipped"))
+    assert line.endswith("all of its images have finite predictions: 8.png, 9.png, 10.png, 11.png")
+    assert all(torch.isfinite(value).all() for value in snapshot(model))
+
+
+def test_too_many_in_a_row_stop_the_run_and_keep_the_last_good_checkpoint(tmp_path):
+    settings = dict(save_strategy="steps", save_steps=1, max_skipped_steps=2)
+    with pytest.raises(NonFiniteError) as error:
+        train(tmp_path, broken=range(4, 16), **settings)
+    text = str(error.value)
+    assert text.startswith("2 steps in a row, up to step 3, had a loss or a gradient that is not finite")
+    assert f"the last good checkpoint is {tmp_path / 'checkpoint-2'}" in text
+    assert "lower base_lr" in text and "\n" not in text
+    assert is_whole(tmp_path / "checkpoint-2")
+
+
+def test_skipped_steps_that_are_not_in_a_row_stop_nothing(tmp_path):
+    trainer, _ = train(tmp_path, broken=[1, 9], max_skipped_steps=2)
+    assert trainer.guard.skipped == 2 and trainer.state.global_step == 4
+
+
+def test_means_are_of_the_finite_values():
+    class Alone:
+        def reduce(self, tensor, reduction):
+            return tensor
+
+    means = ScalarMeans()
+    for value in (1.0, torch.nan, 3.0, torch.inf):
+        means.add({"a": torch.tensor(value), "b": torch.tensor(torch.nan)})
+    found = means.pop(Alone())
+    assert found["a"] == 2 and found["b"] != found["b"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_a_whole_checkpoint_of_the_step_and_ends_the_run(tmp_path, number):
+    model = make_model("mae")
+
+    def send(state, optimizer):
+        if state.global_step == 2:
+            os.kill(os.getpid(), number)
+
+    before = signal.getsignal(number)
+    trainer = MIMTrainer(model, arguments(tmp_path, max_steps=8), Images(model), callbacks=[AtEachStep(send)])
+    trainer.train()
+    assert trainer.guard.signal == number and signal.getsignal(number) == before
+    step = trainer.state.global_step
+    assert step in (3, 4) and is_whole(tmp_path / f"checkpoint-{step}")
+    resumed = MIMTrainer(make_model("mae", seed=1), arguments(tmp_path, max_steps=8), Images(model))
+    assert resumed.train(resume_from_checkpoint=True).global_step == 8 and resumed.guard.signal is None
+
+
+def test_a_second_interrupt_ends_the_run_at_once(tmp_path):
+    model = make_model("mae")
+
+    def send(state, optimizer):
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    trainer = MIMTrainer(model, arguments(tmp_path), Images(model), callbacks=[AtEachStep(send)])
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_bfloat16_is_on_a_cpu_only_if_asked_for(tmp_path):
+    assert arguments(tmp_path).bf16 is False  # it is 20 times slower there
+    assert arguments(tmp_path, bf16=True).bf16 is True
+
+
+@pytest.mark.parametrize(
+    "name, value, right", [("max_skipped_steps", 0, "at least 1"), ("enable_jit_checkpoint", True, "must be false")]
+)
+def test_wrong_arguments_are_named_in_one_line(tmp_path, name, value, right):
+    with pytest.raises(ValueError, match=rf"^{name} .*{right}"):
+        arguments(tmp_path, **{name: value})
