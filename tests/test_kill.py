@@ -1,5 +1,6 @@
 """A real run, killed and started again, ends as one that was never killed: every byte of weights and optimizer."""
 
+import contextlib
 import os
 import random
 import signal
@@ -8,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 from killed_run import STEPS
 
@@ -19,11 +21,10 @@ TWO_RANKS = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"
 
 
 def start(folder, *options, ranks=1):
-    """The process, with every process that it starts in a group of their own."""
     launcher = TWO_RANKS if ranks == 2 else []
     command = [sys.executable, *launcher, str(HERE / "killed_run.py"), str(folder), *options]
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    return subprocess.Popen(command, env=ENVIRONMENT, start_new_session=True, **pipes)
+    return subprocess.Popen(command, env=ENVIRONMENT, **pipes)
 
 
 def finish(process) -> str:
@@ -47,8 +48,13 @@ def wait_for_a_save(folder):
 
 
 def kill(process):
-    os.killpg(process.pid, signal.SIGKILL)
+    """With all that it has started; torchrun's ranks would live on."""
+    started = psutil.Process(process.pid).children(recursive=True)
+    for each in (process, *started):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            each.send_signal(signal.SIGKILL)
     process.communicate()
+    psutil.wait_procs(started)
 
 
 def trained(folder) -> dict[str, bytes]:
