@@ -214,10 +214,12 @@ class Throughput(TrainerCallback):
         self.waiting += time.perf_counter() - start
 
     def read(self, device: torch.device) -> dict[str, float]:
-        """Since the last reading: images per second, of all processes together; of this one, the seconds that it has
-        waited for data, and its most memory on the device in GiB (on a CPU, that which the process has now)."""
+        """Since the last reading: images per second, of all processes together; of this one, its seconds of training,
+        those of them that it has waited for data, and its most memory on the device in GiB (on a CPU, what the process
+        has now)."""
         self._lap()
-        found = {"images_per_second": self.images / self.seconds, "data_wait_seconds": self.waiting}
+        found = {"images_per_second": self.images / self.seconds}
+        found |= {"seconds": self.seconds, "data_wait_seconds": self.waiting}
         if device.type == "cpu":
             found["memory_gib"] = psutil.Process().memory_info().rss / 2**30
         else:

@@ -127,7 +127,7 @@ class Pretraining:
         trainer, run = self.trainer, self.recipe.run
         model = trainer.accelerator.unwrap_model(trainer.model).eval()
         batch_size = trainer.args.per_device_eval_batch_size
-        training_record(trainer, run, self.images, self.checkpoint)
+        training_record(trainer, run, self.images)
         try:
             measure_health(model, self.augment, self.images, run, batch_size, self.folder)
         except ValueError as error:  # features that are not finite, too many broken images

@@ -126,12 +126,14 @@ class Readout:
         return result
 
 
-def training_record(trainer: Trainer, run: RunArguments, images, resumed_from: str | None) -> Result:
-    """`results/training.json`: what the training took and where its loss went. Of a resumed run the part after that."""
+def training_record(trainer: Trainer, run: RunArguments, images) -> Result:
+    """`results/training.json`: what the training took and where its loss went, over all parts of a resumed run.
+
+    Seconds are those of training steps: evaluating, probing and saving do not count, and the clock does not matter.
+    """
     args, state, folder = trainer.args, trainer.state, Path(trainer.args.output_dir)
     losses = [entry["loss"] for entry in state.log_history if "loss" in entry]
-    seconds = next(entry["train_runtime"] for entry in reversed(state.log_history) if "train_runtime" in entry)
-    start = int(Path(resumed_from).name.rpartition("-")[2]) if resumed_from else 0
+    seconds = sum(entry.get("seconds", 0) for entry in state.log_history) + trainer.throughput.seconds
     name = torch.get_device_module(args.device).get_device_name() if args.device.type == "cuda" else platform.machine()
     about = {"source": f"{source_name(run.dataset)}, split {run.train_split}"}
     about |= {"images": len(images)} if isinstance(images, Dataset) else {}
@@ -152,10 +154,9 @@ def training_record(trainer: Trainer, run: RunArguments, images, resumed_from: s
             "first_loss": losses[0] if losses else None,
             "steps": state.global_step,
             "images_seen": state.global_step * args.images_per_step,
-            "images_per_second": (state.global_step - start) * args.images_per_step / seconds,
+            "images_per_second": state.global_step * args.images_per_step / seconds,
             "hours": seconds / 3600,
         },
-        notes=[f"Resumed at step {start}: time and speed are of the part after it."] if start else [],
         checkpoint=folder.name,
         checkpoint_sha256=checkpoint_sha256(folder),
         device=f"{args.device.type} ({name})",

@@ -150,7 +150,8 @@ def to_uint8(array: np.ndarray) -> np.ndarray:
     """Scale any numeric array to uint8 by the table at the top of this file.
 
     Raises:
-        ImageFormatError: complex or non-numeric values, negative ones, NaN, or more than 65535.
+        ImageFormatError: complex or non-numeric values, negative ones, or more than 65535.
+        ValueError: values that are not finite; damage, not a format.
     """
     if array.dtype == np.uint8:
         return array
@@ -159,7 +160,9 @@ def to_uint8(array: np.ndarray) -> np.ndarray:
     if array.dtype.kind not in "iuf":
         raise ImageFormatError(f"an array image must be numeric, not {array.dtype}")
     low, high = array.min(), array.max()
-    if not (low >= 0 and high <= 65535):  # NaN fails too
+    if not (np.isfinite(low) and np.isfinite(high)):
+        raise ValueError("has values that are not finite")
+    if low < 0 or high > 65535:
         raise ImageFormatError(f"image values must lie in 0..1, 0..255 or 0..65535, not in {low:g}..{high:g}")
     if (array.dtype.kind == "u" and array.dtype.itemsize == 2) or high > 255:  # of either byte order
         scale = 1 / 257

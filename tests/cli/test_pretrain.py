@@ -76,7 +76,8 @@ def test_a_run_records_what_it_took_and_its_card_tells_it(mae_run):
     scores, losses = record["scores"], [entry["loss"] for entry in history if "loss" in entry]
     assert (scores["first_loss"], record["value"]) == (losses[0], losses[-1])
     assert (scores["steps"], scores["images_seen"], record["settings"]["processes"]) == (4, 4 * 32, 1)
-    assert record["seconds"] == history[-1]["train_runtime"]
+    logged = sum(entry.get("seconds", 0) for entry in history)
+    assert logged <= record["seconds"] <= history[-1]["train_runtime"]
     assert scores["images_per_second"] * record["seconds"] == pytest.approx(128)
     health = json.loads((folder / "results" / "health.json").read_text())
     assert health["data"] == {"source": "digits, split train", "images": 512, "token_images": 256}
