@@ -222,8 +222,7 @@ def plan(recipe: Recipe, cluster: Cluster) -> dict:
         "memory": memory(step, batch, accumulation, cluster.devices, bf16),
         "traffic": sent,
         "time": time,
-        "run": {"steps": steps, "images": steps * per_step}
-        | {f"hours_{n}": steps * t["step"] / 3600 for n, t in time.items()},
+        "run": {"steps": steps, "images": steps * per_step, "hours": hours},
         "loading": {"images_per_second": loading, "workers": math.ceil(loading / cluster.loader_images_per_second)},
     }
 
