@@ -4,6 +4,7 @@ Run as a script by torchrun, this file trains the three methods by DDP and by FS
 FSDP2 through Trainer is meant for accelerators: the ranks here tell accelerate that they are GPUs, and talk by gloo.
 """
 
+import importlib
 import json
 import os
 import subprocess
@@ -55,26 +56,46 @@ def train(folder: Path, method: str, bf16: bool = False, **kwargs):
     return trainer
 
 
+def held_bytes(model, inputs) -> int:
+    """What autograd really holds after a forward pass, beside the weights; those that were gathered are freed by then
+    or stand in the model."""
+    storages = {}
+
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        storages[storage._cdata] = storage
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        output = model(**inputs)
+    weights = {p.untyped_storage()._cdata for p in model.parameters() if type(p).__name__ != "DTensor"}
+    size = sum(storage.nbytes() for address, storage in storages.items() if address not in weights)
+    output.loss.backward()
+    return size
+
+
 def main(folder: Path):
-    fsdp = environment("fsdp2.yaml")
+    fsdp = environment("fsdp2.yaml") | {"ACCELERATE_MIXED_PRECISION": "no"}
     for method in METHODS:
         train(folder / f"{method}_ddp", method)
-        os.environ |= fsdp | {"ACCELERATE_MIXED_PRECISION": "no"}
-        trainer = train(folder / f"{method}_fsdp", method)
-        resumed = train(
-            folder / f"{method}_fsdp", method, resume_from_checkpoint=str(folder / f"{method}_fsdp/checkpoint-2")
-        )
-        half = train(folder / f"{method}_half", method, bf16=True)
+        os.environ |= fsdp
+        straight = train(folder / f"{method}_fsdp", method)
         found = {
-            "sharded": [type(p).__name__ == "DTensor" for p in trainer.model.parameters()],
-            "dtypes": sorted({str(p.dtype) for p in half.model.parameters()}),
-            "local": sum(p.to_local().numel() for p in trainer.model.parameters() if p.requires_grad),
-            "groups": sum(type(m).__name__.startswith("FSDP") for m in trainer.model.modules()),
-            "losses": [[log["loss"] for log in t.state.log_history if "loss" in log] for t in (trainer, resumed, half)],
+            "sharded": [type(p).__name__ == "DTensor" for p in straight.model.parameters()],
+            "local": sum(p.to_local().numel() for p in straight.model.parameters() if p.requires_grad),
         }
+        if method == "stop_jepa":
+            checkpoint = str(folder / f"{method}_fsdp/checkpoint-2")
+            resumed = train(folder / f"{method}_fsdp", method, resume_from_checkpoint=checkpoint)
+            half = train(folder / f"{method}_half", method, bf16=True)
+            runs = straight, resumed, half
+            found["losses"] = [[log["loss"] for log in t.state.log_history if "loss" in log] for t in runs]
+            found["dtypes"] = sorted({str(p.dtype) for p in half.model.parameters()})
+            images = torch.utils.data.default_collate([half.train_dataset[index] for index in range(3)])
+            found["held"] = held_bytes(half.model.train(), images)
         (folder / f"{method}_{os.environ['RANK']}.json").write_text(json.dumps(found))
         for name in fsdp:
-            os.environ.pop(name, None)
+            os.environ.pop(name)
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
 
@@ -87,6 +108,12 @@ def ranks(tmp_path_factory):
     done = subprocess.run([*command, str(folder)], env=told, capture_output=True, text=True, timeout=110)
     assert done.returncode == 0, done.stderr[-4000:]
     return folder
+
+
+@pytest.fixture
+def plan_step(monkeypatch):
+    monkeypatch.syspath_prepend(FOLDER.parent)
+    return importlib.import_module("plan_step")
 
 
 def saved(folder: Path):
@@ -102,16 +129,26 @@ def test_fsdp2_trains_as_ddp_does(ranks, method):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_every_parameter_is_sharded_in_float32_the_target_too(ranks, method):
+def test_every_parameter_is_sharded_as_planned(ranks, plan_step, method):
     found = json.loads((ranks / f"{method}_0.json").read_text())
-    assert all(found["sharded"]) and found["dtypes"] == ["torch.float32"]
+    assert all(found["sharded"])
+    step = plan_step.examine(make_model(method).config, batch_size=3, devices=2)
+    assert found["local"] == step.shards["trained"]
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_fsdp2_resumes_and_follows_float32_in_bfloat16(ranks, method):
-    straight, resumed, half = json.loads((ranks / f"{method}_0.json").read_text())["losses"]
+def test_fsdp2_resumes_and_follows_float32_in_bfloat16(ranks):
+    found = json.loads((ranks / "stop_jepa_0.json").read_text())
+    straight, resumed, half = found["losses"]
     assert resumed == straight and len(straight) == 4
     assert half == pytest.approx(straight, rel=0.02)
+    assert found["dtypes"] == ["torch.float32"]  # the shards, those of the EMA target too
+
+
+def test_fsdp2_holds_the_activations_that_are_planned(ranks, plan_step, monkeypatch):
+    found, config = json.loads((ranks / "stop_jepa_0.json").read_text()), make_model("stop_jepa").config
+    monkeypatch.setattr(plan_step, "mask_lengths", lambda *_: [(12, 6)] * 2)  # those of `fixed_ids`
+    held = plan_step.examine(config, batch_size=3, devices=2).fsdp
+    assert found["held"] == pytest.approx(3 * held.per_image + held.fixed, rel=0.02)
 
 
 @pytest.mark.parametrize("path", sorted(FOLDER.glob("*.yaml")), ids=lambda path: path.name)

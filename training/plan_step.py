@@ -4,6 +4,7 @@ Nothing here is a formula that could fall behind the models: parameters are thos
 autograd saves in its forward pass, FLOPs are counted. `plan.py` makes memory, traffic and time of them.
 """
 
+import copy
 import dataclasses
 import math
 
@@ -79,6 +80,7 @@ def examine(config, batch_size: int, devices: int, bf16: bool = True, checkpoint
     `batch_size`, that of one device, decides how large StoP's contexts are: memory is that of the largest of 50 drawn
     masks, FLOPs those of the mean. A recomputed forward counts with the backward.
     """
+    config = copy.deepcopy(config)  # counting FLOPs changes it
     mean_ids, largest_ids = mask_lengths(config, batch_size)
     with torch.device("meta"):
         model = AutoModelForPreTraining.from_config(config)
