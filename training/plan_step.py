@@ -17,7 +17,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 import hf_mim  # noqa: F401 (registers the models)
 from hf_mim.models.masking import sample_multi_block
 
-MASK_DRAWS = 50
+MASK_DRAWS = 300
 
 
 @dataclasses.dataclass
@@ -77,7 +77,7 @@ class Step:
 def examine(config, batch_size: int, devices: int, bf16: bool = True, checkpointing: bool = False) -> Step:
     """Run a forward and backward pass of the pretraining model of `config` on fake tensors.
 
-    `batch_size`, that of one device, decides how large StoP's contexts are: memory is that of the largest of 50 drawn
+    `batch_size`, that of one device, decides how large StoP's contexts are: memory is that of the largest of 300 drawn
     masks, FLOPs those of the mean. A recomputed forward counts with the backward.
     """
     config = copy.deepcopy(config)  # counting FLOPs changes it
@@ -112,7 +112,9 @@ def mask_lengths(config, batch_size: int) -> tuple[tuple[int, int], tuple[int, i
     """StoP's patches in the context and in one target block: on average, and where they are most together."""
     if config.model_type != "stop_jepa":
         return None, None
-    draws = [sample_multi_block(batch_size, config.grid_size, **config.masking) for _ in range(MASK_DRAWS)]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        draws = [sample_multi_block(batch_size, config.grid_size, **config.masking) for _ in range(MASK_DRAWS)]
     lengths = [(context.shape[1], targets.shape[2]) for context, targets in draws]
     mean = tuple(round(sum(column) / len(draws)) for column in zip(*lengths, strict=True))
     return mean, max(lengths, key=lambda pair: pair[0] + pair[1] * config.num_targets)
