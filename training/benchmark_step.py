@@ -5,6 +5,7 @@ transformers' ViTMAEForPreTraining runs beside MAE with the same sizes, masks an
 config, are filled with MAE's, so that both do the same work.
 """
 
+import contextlib
 import statistics
 import time
 
@@ -121,26 +122,35 @@ def training_step(model, images, dtype, compiled: bool):
 
 
 def count_flops(method: str, args, draws: int = 20) -> float:
-    """FLOPs of the matrix products of a step, forward and backward, per image; counted, a multiply-add as two.
+    """FLOPs of a step, forward and backward, per image. Of StoP, whose masks differ in size, the mean of some draws.
 
-    On the meta device, which computes nothing; but Latent MIM switches autocast, which meta has not. Of StoP, whose
-    masks differ in size, the mean of several draws.
+    Nothing is computed: all is on the meta device. But Latent MIM switches autocast, which meta has not, and has fake
+    tensors instead; with those, StoP could draw no masks.
     """
     import torch
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    fake = method == "latent_mim"
+    with FakeTensorMode() if fake else contextlib.nullcontext():
+        with contextlib.nullcontext() if fake else torch.device("meta"):
+            model, images = contestant(method, args)
+        draws = draws if method == "stop_jepa" else 1
+        return sum(sum(flops_per_image(model, images)) for _ in range(draws)) / draws
+
+
+def flops_per_image(model, images, *ids) -> tuple[float, float]:
+    """FLOPs of the matrix products of forward and of backward, counted, a multiply-add as two."""
     from torch.utils.flop_counter import FlopCounterMode
 
-    with torch.device("cpu" if method == "latent_mim" else "meta"):
-        model, images = contestant(method, args)
-    images = images if images.is_meta else images[:2]
     # The counter knows no fused attention of the CPU. (transformers' decoder has a config of its own.)
     for module in model.modules():
         if hasattr(module, "config"):
             module.config._attn_implementation = "eager"
-    draws = draws if method == "stop_jepa" else 1
     with FlopCounterMode(display=False) as counter:
-        for _ in range(draws):
-            model(images).loss.backward()
-    return counter.get_total_flops() / draws / len(images)
+        loss = model(images, *ids).loss
+        forward = counter.get_total_flops()
+        loss.backward()
+    return forward / len(images), (counter.get_total_flops() - forward) / len(images)
 
 
 def matrix_ceiling(device, dtype) -> float:

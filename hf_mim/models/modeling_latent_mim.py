@@ -199,6 +199,8 @@ class LatentMIMDecoder(nn.Module):
 class LatentMIMForPreTraining(TargetNetworkMixin, LatentMIMPreTrainedModel):
     """Online encoder on the visible patches, EMA target on the masked ones, decoder between them."""
 
+    _no_split_modules = ["ViTLayer", "CrossAttentionLayer"]
+
     def __init__(self, config: LatentMIMConfig):
         super().__init__(config)
         self.encoder = LatentMIMModel(config)

@@ -280,6 +280,10 @@ class ViTEncoder(MIMPreTrainedModel):
         self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.post_init()
 
+    def get_input_embeddings(self) -> nn.Module:
+        """What makes tokens of patches. Accelerate asks for it, to shard it apart (FSDP2)."""
+        return self.embeddings
+
     def encode(self, patches, grid, patch_ids=None, **kwargs):
         """Patches `[B, K, P]` at `patch_ids [B, K]` of a `(rows, columns)` grid (default: all, in raster order) →
         normalised tokens `[B, prefix + K, D]`."""

@@ -1,0 +1,250 @@
+"""What a recipe takes on so many devices: memory, traffic, time, loading. Computed, not measured; needs no device.
+
+    python training/plan.py training/recipes/imagenet_mae.yaml --devices 64 --images_per_step 4096
+    python training/plan.py huge --method stop_jepa --devices 512 --images_per_step 2048 --json plan.json
+    python training/plan.py giant --patch_size 14 --devices 8 --activation_checkpointing true
+
+MODEL is a recipe, or a size (tiny ... giant): then the ImageNet recipe of --method with that size's own decoder,
+projector or predictor. All arguments of `hf-mim pretrain` go over the recipe. Beside them:
+
+  --devices N                       processes, one for each device (1)
+  --images_per_step N               what is kept whatever the devices: batch per device and accumulation follow from it
+  --images N                        in the dataset (ImageNet-1k: 1281167)
+  --json FILE                       write the numbers here too
+assumptions, yours to set:
+  --tflops X                        peak of a device in the precision of the recipe (989: H100 SXM, bfloat16, dense)
+  --mfu X                           share of that peak which a step reaches (0.35; not measured by this project)
+  --memory_gib X                    of a device (80)
+  --devices_per_node N              (8)
+  --link_gbps X,Y                   Gbit/s, one direction: of a device inside its node, and between two nodes
+                                    (3600,400: NVLink 4, and one 400 Gbit/s port)
+  --loader_images_per_second X      of one core (default: docs/benchmarks/data_cpu.json, measured there at 224 pixels)
+"""
+
+import dataclasses
+import json
+import math
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import get_type_hints
+
+from huggingface_hub.errors import StrictDataclassError
+from transformers.utils import logging
+
+from hf_mim.cli import one_line
+from hf_mim.cli.recipe import Recipe, field_type, model_fields
+from hf_mim.cli.values import convert, read_yaml, split_options
+from hf_mim.models.configuration_vit import SIZES
+from hf_mim.trainer import MIMTrainingArguments
+
+HERE = Path(__file__).parent
+IMAGENET, IMAGENET_IMAGES = "ILSVRC/imagenet-1k", 1_281_167
+
+
+def measured_loading() -> float:
+    """Images per second of one core, from the benchmark that is kept in docs/."""
+    measured = json.loads((HERE.parent / "docs/benchmarks/data_cpu.json").read_text())
+    return measured["images_per_second"]["ours"]
+
+
+@dataclass
+class Cluster:
+    """What the plan is made for and what it assumes."""
+
+    devices: int = 1
+    images_per_step: int | None = None
+    images: int | None = None
+    json: str | None = None
+    tflops: float = 989.0
+    mfu: float = 0.35
+    memory_gib: float = 80.0
+    devices_per_node: int = 8
+    link_gbps: tuple[float, float] = (3600.0, 400.0)
+    loader_images_per_second: float = dataclasses.field(default_factory=measured_loading)
+
+    def __post_init__(self):
+        for name, value in vars(self).items():
+            for number in value if isinstance(value, tuple) else (value,):
+                if isinstance(number, int | float) and not number > 0:
+                    raise ValueError(f"{name} must be above 0, not {number:g}")
+        if self.mfu > 1:
+            raise ValueError(f"mfu is a share of the peak and must be at most 1, not {self.mfu:g}")
+
+    def seconds(self, sent: float) -> float:
+        """For bytes that each device sends around a ring, which is as slow as its slowest link."""
+        inside, between = (gbps * 1e9 / 8 for gbps in self.link_gbps)
+        return sent / inside if self.devices <= self.devices_per_node else sent / min(inside, between)
+
+
+CLUSTER_FIELDS = get_type_hints(Cluster)
+
+
+def parse(argv: list[str]) -> tuple[Recipe, Cluster]:
+    """Raises ValueError for arguments that there are not, or that do not fit."""
+    options, words = split_options(argv, lambda name: name not in CLUSTER_FIELDS and field_type(name) is bool)
+    if len(words) != 1:
+        raise ValueError(f"one MODEL is needed, a recipe or one of {', '.join(SIZES)}; got {' '.join(words) or 'none'}")
+    own = {
+        name: convert(name, options.pop(name), CLUSTER_FIELDS[name]) for name in list(options) if name in CLUSTER_FIELDS
+    }
+    if words[0] in SIZES:
+        method = convert("method", options.get("method", "mae"), field_type("method"))
+        settings = read_yaml(HERE / f"recipes/imagenet_{method}.yaml")
+        sizes = model_fields(method).keys() - {"image_size", "patch_size"}
+        settings = {name: value for name, value in settings.items() if name not in sizes} | {"size": words[0]}
+    else:
+        settings = read_yaml(words[0])
+    return Recipe.resolve(settings, options), Cluster(**own)
+
+
+def batches(recipe: Recipe, cluster: Cluster) -> tuple[int, int]:
+    """Images per device and pass, and passes per optimizer step."""
+    batch = training(recipe, "per_device_train_batch_size")
+    if cluster.images_per_step is None:
+        return batch, training(recipe, "gradient_accumulation_steps")
+    batch = min(batch, cluster.images_per_step // cluster.devices)
+    if batch == 0 or cluster.images_per_step % (batch * cluster.devices):
+        raise ValueError(
+            f"images_per_step {cluster.images_per_step} is no multiple of {batch or 1} images on {cluster.devices} "
+            "devices; give another per_device_train_batch_size"
+        )
+    return batch, cluster.images_per_step // (batch * cluster.devices)
+
+
+def training(recipe: Recipe, name: str):
+    """A training argument: the recipe's or its default."""
+    return recipe.training.get(name, getattr(MIMTrainingArguments, name))
+
+
+def steps_of(recipe: Recipe, cluster: Cluster, batch: int, accumulation: int) -> int:
+    """Optimizer steps of the run, as Trainer counts them."""
+    if (steps := training(recipe, "max_steps")) > 0:
+        return steps
+    images = cluster.images or (IMAGENET_IMAGES if recipe.run.dataset == IMAGENET else None)
+    if images is None:
+        raise ValueError(
+            f"images must be given: the recipe counts epochs, and how many {recipe.run.dataset} has is not known"
+        )
+    per_epoch = math.ceil(images // (batch * cluster.devices) / accumulation)
+    return math.ceil(training(recipe, "num_train_epochs") * max(1, per_epoch))
+
+
+def memory(step, batch: int, accumulation: int, devices: int, bf16: bool) -> dict[str, dict[str, float]]:
+    """Bytes on one device (of FSDP2 the first, which has the largest shards), by what they are, without temporaries."""
+    p, half = step.parameters, 2 if bf16 else 4
+
+    def held(activations):
+        return activations.fixed + batch * (activations.per_image + activations.recomputed_per_image)
+
+    outside = p.trained + p.target - p.trained_layers - p.target_layers
+    ddp = {
+        "weights": 4 * (p.trained + p.buffers),
+        "target": 4 * p.target,
+        "gradients": 4 * p.trained,
+        "gradient buckets": 4 * p.trained if devices > 1 else 0,  # DDP copies them into buckets to send
+        "AdamW": 8 * p.trained,
+        "activations": held(step.ddp),
+    }
+    fsdp = {
+        "weights": 4 * (step.shards["trained"] + p.buffers),
+        "target": 4 * step.shards["target"],
+        "gradients": 4 * step.shards["trained"],
+        # In use: two layers, of which one is fetched ahead, all outside of layers, and a layer's and their gradients.
+        "gathered": half * (3 * p.largest_layer + outside + p.trained - p.trained_layers),
+        "AdamW": 8 * step.shards["trained"],
+        "activations": held(step.fsdp),
+    }
+    if accumulation > 1:  # not reduced before the last pass, so held in full
+        fsdp["gathered"] += half * p.trained_layers
+    return {name: parts | {"total": sum(parts.values())} for name, parts in (("ddp", ddp), ("fsdp2", fsdp))}
+
+
+def traffic(step, accumulation: int, devices: int, bf16: bool) -> dict[str, dict[str, float]]:
+    """Bytes that each device sends in an optimizer step, during the forward passes and during the backward passes.
+
+    A ring takes (N - 1)/N of the bytes to gather or to reduce-scatter, and twice that to all-reduce.
+    """
+    p, half, share = step.parameters, 2 if bf16 else 4, (devices - 1) / devices
+    return {
+        "ddp": {"forward": 0.0, "backward": 2 * share * 4 * p.trained},  # float32, at the last of the passes
+        "fsdp2": {
+            "forward": share * half * (p.trained + p.target) * accumulation,
+            "backward": share * half * (p.trained_layers * accumulation + p.trained),
+        },
+    }
+
+
+def times(step, sent: dict, cluster: Cluster, batch: int, accumulation: int) -> dict[str, dict[str, float]]:
+    """Seconds of an optimizer step: computing, sending, and what of the sending computing cannot hide even at best.
+
+    DDP sends while the last backward pass computes; FSDP2 in each pass.
+    """
+    rate = cluster.tflops * 1e12 * cluster.mfu
+    forward, backward = (flops * batch / rate for flops in (step.forward_flops, step.backward_flops))
+    computing = (forward + backward) * accumulation
+    result = {}
+    for name, parts in sent.items():
+        passes = 1 if name == "ddp" else accumulation
+        seconds = {phase: cluster.seconds(amount) for phase, amount in parts.items()}
+        shown = max(0.0, seconds["forward"] - passes * forward) + max(0.0, seconds["backward"] - passes * backward)
+        result[name] = {
+            "computing": computing,
+            "sending": sum(seconds.values()),
+            "not_hidden": shown,
+            "step": computing + shown,
+            "images_per_second": batch * accumulation * cluster.devices / (computing + shown),
+        }
+    return result
+
+
+def plan(recipe: Recipe, cluster: Cluster) -> dict:
+    """All numbers, in bytes, seconds and FLOPs."""
+    from plan_step import examine
+
+    config, bf16 = recipe.config(), bool(training(recipe, "bf16"))
+    batch, accumulation = batches(recipe, cluster)
+    steps, per_step = steps_of(recipe, cluster, batch, accumulation), batch * accumulation * cluster.devices
+    step = examine(config, batch, cluster.devices, bf16, bool(training(recipe, "activation_checkpointing")))
+    sent = traffic(step, accumulation, cluster.devices, bf16)
+    time = times(step, sent, cluster, batch, accumulation)
+    rate = training(recipe, "learning_rate") or training(recipe, "base_lr") * per_step / 256
+    hours = {way: steps * seconds["step"] / 3600 for way, seconds in time.items()}
+    loading = max(t["images_per_second"] for t in time.values()) / cluster.devices
+    return {
+        "method": recipe.run.method,
+        "width": config.hidden_size,
+        "depth": config.num_hidden_layers,
+        "bf16": bf16,
+        "cluster": {name: value for name, value in vars(cluster).items() if name != "json"},
+        "step": dataclasses.asdict(step),
+        "batch": {"per_device": batch, "accumulation": accumulation, "images": per_step, "learning_rate": rate},
+        "memory": memory(step, batch, accumulation, cluster.devices, bf16),
+        "traffic": sent,
+        "time": time,
+        "run": {"steps": steps, "images": steps * per_step, "hours": hours},
+        "loading": {"images_per_second": loading, "workers": math.ceil(loading / cluster.loader_images_per_second)},
+    }
+
+
+def main(argv: list[str]) -> int:
+    if {"-h", "--help"} & set(argv):
+        print(__doc__)
+        return 0
+    from plan_table import table
+
+    logging.set_verbosity_error()
+    try:
+        recipe, cluster = parse(argv)
+        result = plan(recipe, cluster)
+        print(table(result))
+        if cluster.json:
+            Path(cluster.json).write_text(json.dumps(result, indent=2) + "\n")
+    except (ValueError, OSError, StrictDataclassError) as error:
+        print(f"error: {one_line(error)}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
