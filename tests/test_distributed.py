@@ -1,7 +1,9 @@
 """Two gloo ranks on the CPU. Run as a script by torchrun, this file trains and leaves behind what the tests compare."""
 
+import gc
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +14,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent))
 from tiny_runs import (
     METHODS,
+    AtEachStep,
     Images,
     Stream,
     arguments,
@@ -19,8 +22,10 @@ from tiny_runs import (
     fixed_ids,
     image_column,
     make_model,
+    snapshot,
 )
 
+from hf_mim.checkpoints import is_whole
 from hf_mim.data import BrokenImagesError, DeviceAugment, ImageDataset, ImageStream, WholeImage
 from hf_mim.trainer import MIMTrainer
 
@@ -75,7 +80,55 @@ def train_on_broken_images(folder):
         return str(error)
 
 
+def images_of_each_step(folder, batch_size, after_step=None, **kwargs):
+    """The trainer, and the names and keys of the images that each step of this rank was given."""
+    given = []
+
+    class Recorder(MIMTrainer):
+        def compute_loss(self, model, inputs, *args, **kwargs):
+            given.append(sorted(zip(inputs["name"], inputs["augment_key"].tolist(), strict=True)))
+            return super().compute_loss(model, inputs, *args, **kwargs)
+
+    args = arguments(folder, max_steps=9, per_device_train_batch_size=batch_size, save_strategy="steps", save_steps=4)
+    images = ImageDataset(image_column(26), size=24)  # an epoch ends within
+    callbacks = [AtEachStep(after_step)] if after_step else []
+    trainer = Recorder(make_model("stop_jepa"), args, images, augment=DeviceAugment(), callbacks=callbacks)
+    trainer.train(**kwargs)
+    return trainer, given
+
+
+def train_with_a_nan_on_rank_1(folder):
+    """Steps that this rank has counted as skipped, and whether the skipped one has changed the weights."""
+    weights = []
+    model = make_model("stop_jepa")
+    images = Images(model, 16)
+    give = images.__getitem__
+
+    class WithNaN(Images):
+        def __getitem__(self, index):
+            sample = give(index)
+            return {"pixel_values": sample["pixel_values"] * (torch.nan if index == 6 else 1)}
+
+    args = arguments(folder, train_sampling_strategy="sequential", max_steps=2, per_device_train_batch_size=2)
+    record = AtEachStep(lambda state, optimizer: weights.append(snapshot(model)))
+    trainer = MIMTrainer(model, args, WithNaN(model, 16), callbacks=[record])
+    trainer.train()
+    weights.append(snapshot(model))
+    encoder = len(list(model.encoder.parameters()))
+    same = all(a.equal(b) for a, b in zip(weights[0][:encoder], weights[1][:encoder], strict=True))
+    same &= all(a.equal(b) for a, b in zip(weights[1], weights[2], strict=True))
+    return [trainer.guard.skipped, same]
+
+
 def main(folder):
+    find(folder)
+    # What holds the process group has to be gone before it, or its threads may outlive the interpreter.
+    gc.collect()
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+
+
+def find(folder):
     rank = int(os.environ["RANK"])
     for method in METHODS:
         model = train_on_given_masks(folder / "equal", method, batch_size=2)
@@ -99,9 +152,12 @@ def main(folder):
         ),
         broken=train_on_broken_images(folder / "broken"),
     )
+    found["images"] = images_of_each_step(folder / "images", batch_size=2)[1]
+    told = lambda state, optimizer: os.kill(os.getpid(), signal.SIGTERM) if (rank, state.global_step) == (1, 3) else 0
+    stopped, _ = images_of_each_step(folder / "told", 2, after_step=told)
+    found["told"] = [stopped.state.global_step, stopped.guard.signal]
+    found["nan"] = train_with_a_nan_on_rank_1(folder / "nan")
     (folder / f"found_{rank}.json").write_text(json.dumps(found))
-    torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
 
 
 @pytest.fixture(scope="module")
@@ -166,6 +222,31 @@ def test_ranks_count_broken_images_together(ranks):
         assert (
             rank["broken"].startswith("3 of 200 images cannot be decoded") and "0.png, 5.png, 9.png" in rank["broken"]
         )
+
+
+@pytest.mark.parametrize("step", [4, 8])
+def test_one_process_goes_on_with_the_images_that_two_would_have_had(ranks, tmp_path, step):
+    folder, (first, second) = ranks
+    checkpoint = str(folder / f"images/checkpoint-{step}")
+    _, given = images_of_each_step(tmp_path, batch_size=4, resume_from_checkpoint=checkpoint)
+    together = [
+        sorted(map(tuple, ours + theirs)) for ours, theirs in zip(first["images"], second["images"], strict=True)
+    ]
+    assert len(together) == 9 and given == together[step:]
+    with pytest.raises(ValueError, match="must stay 4, as in .* got 2 × 1 × 1$"):
+        images_of_each_step(tmp_path, batch_size=2, resume_from_checkpoint=checkpoint)
+
+
+def test_a_signal_to_one_rank_ends_all_at_the_same_whole_checkpoint(ranks):
+    folder, found = ranks
+    (step, number), other = found[0]["told"], found[1]["told"]
+    assert other == [step, number] and step in (4, 5) and number == signal.SIGTERM
+    assert is_whole(folder / f"told/checkpoint-{step}")
+
+
+def test_a_nan_on_one_rank_skips_the_step_on_all(ranks):
+    _, found = ranks
+    assert [rank["nan"] for rank in found] == [[1, True]] * 2
 
 
 if __name__ == "__main__":

@@ -137,8 +137,8 @@ def test_a_schedulers_signal_to_all_processes_ends_the_run_by_75_and_it_goes_on(
     process = pretrain("--output_dir", run, "--resume")
     lines = told(process)
     assert process.returncode == 0, lines[-5:]
-    steps = [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]
-    assert steps[:30] == list(range(1, 31))  # each step once, however often it was taken
+    entries = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [entry["step"] for entry in entries if "loss" in entry] == list(range(1, 31))  # each step once
 
 
 # ---- data

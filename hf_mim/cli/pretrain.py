@@ -103,8 +103,11 @@ class Pretraining:
 
     def finish(self):
         """Pictures, measurements and the card into the run folder; on the main process only."""
-        self.draw()
-        self.measure()
+        model = self.trainer.accelerator.unwrap_model(self.trainer.model)
+        if self.trainer.is_fsdp_enabled:  # of the sharded one a single process has a part
+            model = AutoModelForPreTraining.from_pretrained(self.folder).to(self.trainer.args.device)
+        self.draw(model.eval())
+        self.measure(model.eval())
         self.trainer.create_model_card()
         print(
             f"\nThe checkpoint is in {self.folder}, its card in README.md. Three lines of Python load its encoder:\n\n"
@@ -113,19 +116,17 @@ class Pretraining:
             f'    model = AutoModel.from_pretrained("{self.folder}")'
         )
 
-    def draw(self):
+    def draw(self, model):
         """The training curve and, of MAE, reconstructions."""
-        model = self.trainer.accelerator.unwrap_model(self.trainer.model).eval()
         plot_training(self.trainer.state.log_history, self.folder / "loss.png")
         if self.recipe.run.method == "mae":
             view = fixed_view(self.images, model.config, NUM_PICTURES)
             images = torch.stack([sample["pixel_values"] for sample in view]).to(model.device)
             plot_reconstructions(model, images, self.augment, self.folder / "reconstructions.png")
 
-    def measure(self):
+    def measure(self, model):
         """What the training took, the health of the features and, where there are labels, their k-NN accuracy."""
         trainer, run = self.trainer, self.recipe.run
-        model = trainer.accelerator.unwrap_model(trainer.model).eval()
         batch_size = trainer.args.per_device_eval_batch_size
         training_record(trainer, run, self.images)
         try:
