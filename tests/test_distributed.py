@@ -97,6 +97,11 @@ def images_of_each_step(folder, batch_size, after_step=None, **kwargs):
     return trainer, given
 
 
+def tell_rank_1_to_stop(state, optimizer):
+    if os.environ["RANK"] == "1" and state.global_step == 3:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
 def train_with_a_nan_on_rank_1(folder):
     """Steps that this rank has counted as skipped, and whether the skipped one has changed the weights."""
     weights = []
@@ -153,8 +158,7 @@ def find(folder):
         broken=train_on_broken_images(folder / "broken"),
     )
     found["images"] = images_of_each_step(folder / "images", batch_size=2)[1]
-    told = lambda state, optimizer: os.kill(os.getpid(), signal.SIGTERM) if (rank, state.global_step) == (1, 3) else 0
-    stopped, _ = images_of_each_step(folder / "told", 2, after_step=told)
+    stopped, _ = images_of_each_step(folder / "told", 2, after_step=tell_rank_1_to_stop)
     found["told"] = [stopped.state.global_step, stopped.guard.signal]
     found["nan"] = train_with_a_nan_on_rank_1(folder / "nan")
     (folder / f"found_{rank}.json").write_text(json.dumps(found))
@@ -229,9 +233,8 @@ def test_one_process_goes_on_with_the_images_that_two_would_have_had(ranks, tmp_
     folder, (first, second) = ranks
     checkpoint = str(folder / f"images/checkpoint-{step}")
     _, given = images_of_each_step(tmp_path, batch_size=4, resume_from_checkpoint=checkpoint)
-    together = [
-        sorted(map(tuple, ours + theirs)) for ours, theirs in zip(first["images"], second["images"], strict=True)
-    ]
+    both = zip(first["images"], second["images"], strict=True)
+    together = [sorted(map(tuple, ours + theirs)) for ours, theirs in both]
     assert len(together) == 9 and given == together[step:]
     with pytest.raises(ValueError, match="must stay 4, as in .* got 2 × 1 × 1$"):
         images_of_each_step(tmp_path, batch_size=2, resume_from_checkpoint=checkpoint)
