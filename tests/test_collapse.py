@@ -2,6 +2,7 @@
 that are healthy or made to collapse."""
 
 import logging
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -10,11 +11,16 @@ import torch.nn.functional as F
 from tiny_runs import Images, arguments, make_model
 from transformers import TrainerControl, TrainerState
 
+from hf_mim.cli.pretrain import Pretraining
+from hf_mim.cli.recipe import Recipe
+from hf_mim.cli.values import read_yaml
 from hf_mim.collapse import CollapseAlarm
 from hf_mim.models.configuration_latent_mim import LatentMIMConfig
 from hf_mim.models.configuration_stop_jepa import StopJepaConfig
 from hf_mim.models.vit import error_over_constant, target_signals
 from hf_mim.trainer import MIMTrainer
+
+RECIPES = Path(__file__).parents[1] / "training" / "recipes"
 
 # ---- signals
 
@@ -219,3 +225,42 @@ def test_the_verdict_is_in_the_log_of_a_run(tmp_path):
     trainer.train()
     logged = [entry["collapsed"] for entry in trainer.state.log_history if "loss" in entry]
     assert logged == [0.0] * 5
+
+
+# ---- runs: nothing of them is made up
+
+
+def run(tmp_path, method, **settings):
+    """A run of the recipe on the digits, with an alarm that stops it; the share of its steps that it took."""
+    recipe = read_yaml(RECIPES / f"digits_{method}.yaml")
+    options = {"output_dir": str(tmp_path), "knn": False, "use_cpu": True, "disable_tqdm": True, "save_strategy": "no"}
+    trainer = Pretraining(Recipe.resolve(recipe | options | settings)).trainer
+    trainer.add_callback(CollapseAlarm(stop=True))
+    trainer.train()
+    return trainer.state.global_step / trainer.state.max_steps
+
+
+# Latent MIM does not collapse without the gap and the discrimination alone: the similarity term holds latents apart.
+COLLAPSING = {
+    "stop_jepa": {"momentum_start": 0, "momentum_end": 0},
+    "latent_mim": {"patch_gap": 0, "loss_type": "norm_l2", "similarity_weight": 0},
+}
+SMALLER = {"hidden_size": 64, "num_hidden_layers": 2, "per_device_train_batch_size": 64, "num_train_epochs": 20}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("method", COLLAPSING)
+def test_a_run_made_to_collapse_is_called_before_a_quarter_of_it(method, tmp_path, warnings):
+    for seed in range(5):
+        assert run(tmp_path / str(seed), method, seed=seed, logging_steps=20, **COLLAPSING[method]) < 0.25
+        assert len(warnings()) == seed + 1
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("method", COLLAPSING)
+def test_a_healthy_run_is_never_called(method, tmp_path, warnings):
+    for seed in range(5):
+        assert run(tmp_path / str(seed), method, seed=seed, **SMALLER) == 1
+    assert not warnings()
