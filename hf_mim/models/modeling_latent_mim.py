@@ -1,5 +1,6 @@
 """Latent MIM: towards latent masked image modeling (Wei, Gupta, Morgado, ECCV 2024, arXiv 2407.15837)."""
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -22,7 +23,9 @@ from .vit import (
     SelfAttention,
     ViTEncoder,
     are_ids_absent,
+    error_over_constant,
     spread,
+    target_signals,
 )
 
 
@@ -77,10 +80,15 @@ def patch_discrimination(predictions: torch.Tensor, targets: torch.Tensor, tempe
     return 2 * temperature * F.cross_entropy(logits.flatten(0, 1), own_place.flatten())
 
 
-def normalized_l2(predictions: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """Mean squared error against each target standardised by its own mean and unbiased variance."""
+def normalize_targets(targets: torch.Tensor) -> torch.Tensor:
+    """Each target `[..., D]` standardised by its own mean and unbiased variance."""
     mean, variance = targets.mean(dim=-1, keepdim=True), targets.var(dim=-1, keepdim=True)
-    return F.mse_loss(predictions, (targets - mean) * (variance + 1e-6).rsqrt())
+    return (targets - mean) * (variance + 1e-6).rsqrt()
+
+
+def normalized_l2(predictions: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Mean squared error against the normalised targets."""
+    return F.mse_loss(predictions, normalize_targets(targets))
 
 
 class LatentMIMPreTrainedModel(MIMPreTrainedModel):
@@ -243,13 +251,17 @@ class LatentMIMForPreTraining(TargetNetworkMixin, LatentMIMPreTrainedModel):
         """The loss and its parts, from float32 `[B, Nm, D]` twice and the projected visible tokens `[B, Nv, D]`."""
         if self.config.loss_type == "patch_discrimination":
             loss = patch_discrimination(predictions, targets, self.config.temperature)
+            # A constant prediction is standardised to 0, which finds its own target by chance.
+            error = loss.detach() / (2 * self.config.temperature * math.log(targets.shape[1]))
         else:
             loss = normalized_l2(predictions, targets)
+            error = error_over_constant(predictions, normalize_targets(targets))
         similarities = {
             "similarity_predictions": mean_pairwise_cosine(predictions),
             "similarity_visible": mean_pairwise_cosine(visible),
         }
         metrics = {self.config.loss_type: loss.detach()} | {k: v.detach() for k, v in similarities.items()}
+        metrics["error_over_constant"] = error
         if self.config.similarity_weight:
             gaps = torch.stack(list(similarities.values())) - self.similarity_target.value
             loss = loss + self.config.similarity_weight * gaps.square().sum()
@@ -281,9 +293,9 @@ class LatentMIMForPreTraining(TargetNetworkMixin, LatentMIMPreTrainedModel):
             loss, metrics = self.loss(predictions.float(), targets, latents[:, num_prefix:].float())
         metrics |= {
             "similarity_targets": mean_pairwise_cosine(targets),
-            "target_std": spread(targets),
             "feature_std": spread(latents[:, num_prefix:]),
         }
+        metrics |= target_signals(targets, target_ids, patches.shape[1])
         return LatentMIMOutput(
             loss=loss,
             predictions=predictions,

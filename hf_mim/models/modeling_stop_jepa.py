@@ -16,7 +16,17 @@ from .heads import BackboneHead, ClassificationHead
 from .masking import gather, sample_multi_block
 from .positions import PositionEmbeddings
 from .target_encoder import TargetNetworkMixin
-from .vit import MIMPreTrainedModel, PretrainingOutput, ViTEncoder, are_ids_absent, run_layers, spread, vit_layers
+from .vit import (
+    MIMPreTrainedModel,
+    PretrainingOutput,
+    ViTEncoder,
+    are_ids_absent,
+    error_over_constant,
+    run_layers,
+    spread,
+    target_signals,
+    vit_layers,
+)
 
 
 @dataclass
@@ -138,8 +148,8 @@ class StopJepaForPreTraining(TargetNetworkMixin, StopJepaPreTrainedModel):
 
         with torch.no_grad():
             tokens = self.target_encoder.encode(patches, grid)
-            targets = gather(tokens, target_ids.flatten(1)).unflatten(1, target_ids.shape[1:]).float()
-            targets = F.layer_norm(targets, targets.shape[-1:])
+            tokens = F.layer_norm(tokens.float(), tokens.shape[-1:])
+            targets = gather(tokens, target_ids.flatten(1)).unflatten(1, target_ids.shape[1:])
         features = self.encoder.encode(gather(patches, context_ids), grid, context_ids)
         predictions = self.predictor(features, grid, context_ids, target_ids, position_noise, context_noise)
         return StopJepaOutput(
@@ -150,8 +160,9 @@ class StopJepaForPreTraining(TargetNetworkMixin, StopJepaPreTrainedModel):
             target_ids=target_ids,
             position_noise=position_noise,
             context_noise=context_noise,
-            metrics={
-                "target_std": spread(targets.flatten(1, 2)),
+            metrics=target_signals(tokens)
+            | {
+                "error_over_constant": error_over_constant(predictions, targets),
                 "feature_std": spread(features),
                 "context_share": targets.new_full((), context_ids.shape[1] / patches.shape[1]),
             },
