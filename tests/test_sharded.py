@@ -1,0 +1,263 @@
+"""FSDP2 on two gloo ranks of the CPU. Run as a script by torchrun, this file leaves behind what the tests compare.
+
+Accelerate keeps FSDP for accelerators, though nothing in it needs one: here it is told of FSDP after it has looked at
+the device. From there on all is as on accelerators: it shards each layer, and the rest together, by `fully_shard`, the
+Trainer calls our callbacks, and the sharded states go into our checkpoints.
+"""
+
+import gc
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from accelerate import PartialState
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+from torch.distributed.checkpoint.state_dict import (
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor, Shard
+from torch.utils._pytree import tree_leaves, tree_map
+from transformers import AutoModelForPreTraining, TrainerCallback
+
+sys.path.insert(0, str(Path(__file__).parent))
+from tiny_runs import METHODS, Images, arguments, fixed_ids, make_model
+
+from hf_mim.checkpoints import check, newest_whole
+from hf_mim.trainer import MIMTrainer
+
+EQUAL = dict(max_steps=3, train_sampling_strategy="sequential", adam_epsilon=1e-4, learning_rate=0.01, logging_steps=1)
+EQUAL |= dict(gradient_accumulation_steps=2, max_grad_norm=0.1, weight_decay=0.1, weight_decay_end=0.5)
+
+
+class ShardedTrainer(MIMTrainer):
+    """MIMTrainer with FSDP2 by accelerate's defaults, on a CPU."""
+
+    def create_accelerator_and_postprocess(self):
+        super().create_accelerator_and_postprocess()
+        state, wrap = self.accelerator.state, "transformer_based_wrap"
+        state.distributed_type = PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+        state.fsdp_plugin = FullyShardedDataParallelPlugin(fsdp_version=2, auto_wrap_policy=wrap)
+        self.is_fsdp_enabled = True
+
+
+class OneNaN(Images):
+    """In a sequential run of two ranks with two images each, rank 1 meets a NaN in its second step."""
+
+    def __getitem__(self, index):
+        item = super().__getitem__(index)
+        if index == 6:
+            item["pixel_values"][0, 0, 0] = torch.nan
+        return item
+
+
+class Changes(TrainerCallback):
+    """What each step has changed of this rank's shards, and whether its own loss was finite."""
+
+    def __init__(self, trainer):
+        self.trainer, self.changed, self.finite = trainer, [], []
+        trainer.model.register_forward_hook(
+            lambda module, args, output: self.finite.append(bool(output.loss.isfinite()))
+        )
+
+    def now(self):
+        model, optimizer = self.trainer.model, self.trainer.optimizer
+        parts = {"online": [], "target": [], "optimizer": [list(state.values()) for state in optimizer.state.values()]}
+        for name, parameter in model.named_parameters():
+            parts["target" if name.startswith("target_") else "online"].append(parameter)
+        return tree_map(lambda t: (t.to_local() if isinstance(t, DTensor) else t).detach().clone(), parts)
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self.before = self.now()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        now = self.now()
+        self.changed.append([name for name in now if not same(now[name], self.before[name])])
+
+
+def sharding(model):
+    """The modules that are gathered by themselves, and the parameters of which each rank has only a part."""
+    modules = [name for name, module in model.named_modules() if isinstance(module, FSDPModule)]
+    sharded = [name for name, p in model.named_parameters() if isinstance(p, DTensor) and p.placements == (Shard(0),)]
+    return dict(modules=modules, sharded=sharded)
+
+
+def same(tree, other):
+    ours, theirs = tree_leaves(tree), tree_leaves(other)
+    return len(ours) == len(theirs) and all(map(torch.equal, ours, theirs))
+
+
+def make_shardable(method, **overrides):
+    model = make_model(method, **overrides)
+    # Accelerate asks for it, and the models do not say.
+    model.get_input_embeddings = lambda: model.base_model.embeddings.projection
+    return model
+
+
+def make_equal_model(method):
+    """Its loss is the mean over the images of a batch, and its target follows within a few steps."""
+    quick = {} if method == "mae" else dict(momentum_start=0.5)
+    return make_shardable(method, **quick, **(dict(similarity_weight=0.0) if method == "latent_mim" else {}))
+
+
+def states(model, optimizer):
+    """The tensors of both by name, each whole. The order is the same on all ranks, which gather them together."""
+    tensors = dict(get_model_state_dict(model))
+    for name, state in get_optimizer_state_dict(model, optimizer)["state"].items():
+        tensors |= {f"optimizer/{name}/{key}": value for key, value in state.items()}
+    return {name: whole(tensors[name]) for name in sorted(tensors)}
+
+
+def whole(tensor):
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def train_on_given_masks(folder, method, batch_size, sharded):
+    """A few steps in which nothing is random; on two ranks with half the batch each, or in one process."""
+    model = make_equal_model(method)
+    args = arguments(folder, per_device_train_batch_size=batch_size, **EQUAL)
+    images = Images(model, **fixed_ids(model))
+    trainer = (ShardedTrainer if sharded else MIMTrainer)(model, args, images)
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    norms = [float(entry["grad_norm"]) for entry in trainer.state.log_history if "loss" in entry]
+    return dict(states=states(model, trainer.optimizer), losses=losses, norms=norms)
+
+
+def train_through_a_nan(folder, method, **kwargs):
+    """Four steps on masks that are drawn, with a NaN in the second; sharded checkpoints after it and the last.
+
+    At the end the model is saved whole.
+    """
+    model = make_shardable(method)
+    sampling = dict(train_sampling_strategy="sequential", per_device_train_batch_size=2)
+    args = arguments(folder, max_steps=4, save_strategy="steps", save_steps=2, **sampling)
+    trainer = ShardedTrainer(model, args, OneNaN(model))
+    changes = Changes(trainer)
+    trainer.add_callback(changes)
+    trainer.train(**kwargs)
+    trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
+    trainer.save_model()
+    found = dict(changed=changes.changed, finite=changes.finite, skipped=trainer.guard.skipped)
+    return states(model, trainer.optimizer), found | sharding(model)
+
+
+def compare_and_leave(folder, rank):
+    findings = {}
+    for method in METHODS:
+        together = train_on_given_masks(folder / "equal", method, batch_size=2, sharded=True)
+        torch.save(together, folder / f"{method}_{rank}.pt")
+        run = folder / f"{method}_run"
+        straight, findings[method] = train_through_a_nan(run, method)
+        resumed, later = train_through_a_nan(run, method, resume_from_checkpoint=str(run / "checkpoint-2"))
+        findings[method]["resumed"] = dict(later, equal=same(straight, resumed))
+        torch.save(straight, folder / f"{method}_straight_{rank}.pt")
+    (folder / f"found_{rank}.json").write_text(json.dumps(findings))
+
+
+def main(folder):
+    compare_and_leave(folder, int(os.environ["RANK"]))
+    gc.collect()  # nothing that holds the process group may outlive it
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory):
+    """The folder in which two ranks have left what they end with, and the findings of both."""
+    folder = tmp_path_factory.mktemp("ranks")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", __file__]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
+    done = subprocess.run([*command, str(folder)], env=environment, capture_output=True, text=True, timeout=110)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return folder, [json.loads((folder / f"found_{rank}.json").read_text()) for rank in (0, 1)]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_all_parameters_are_sharded_and_each_layer_is_gathered_by_itself(ranks, method):
+    model = make_model(method)
+    layers = {name for name, module in model.named_modules() if type(module).__name__ in model._no_split_modules}
+    for found in ranks[1]:
+        assert found[method]["sharded"] == [name for name, _ in model.named_parameters()]
+        assert layers | {""} <= set(found[method]["modules"])
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_sharded_ranks_equal_one_process_with_the_joint_batch(ranks, tmp_path, method):
+    folder, _ = ranks
+    before = make_equal_model(method).state_dict()
+    alone = train_on_given_masks(tmp_path, method, batch_size=4, sharded=False)
+    moved = [name for name, tensor in before.items() if (alone["states"][name] - tensor).abs().max() > 1e-4]
+    assert any(name.startswith("encoder.") for name in moved)
+    assert any(name.startswith("target_encoder.") for name in moved) == (method != "mae")
+    for rank in (0, 1):
+        together = torch.load(folder / f"{method}_{rank}.pt")
+        assert together["losses"] == pytest.approx(alone["losses"], abs=1e-5)
+        assert together["norms"] == pytest.approx(alone["norms"], abs=1e-5)
+        for name in before:
+            assert (together["states"][name] - alone["states"][name]).abs().max() <= 1e-5, name
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_nan_on_one_rank_changes_nothing_on_either(ranks, method):
+    everything = ["online", "optimizer"] if method == "mae" else ["online", "target", "optimizer"]
+    for rank, finite in enumerate(([True, True, True, True], [True, False, True, True])):
+        found = ranks[1][rank][method]
+        assert found["finite"] == finite
+        assert found["changed"] == [everything, [], everything, everything]
+        assert found["skipped"] == 1
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")  # as is the intent
+@pytest.mark.parametrize("method", METHODS)
+def test_sharded_checkpoint_loads_whole_into_one_process(ranks, method):
+    folder, _ = ranks
+    run = folder / f"{method}_run"
+    checkpoint = newest_whole(run)
+    assert checkpoint.name == "checkpoint-4"
+    shards = [name for name in check(checkpoint)["files"] if name.endswith(".distcp")]
+    assert sorted(shards) == [
+        f"{of}_0/__{rank}_0.distcp" for of in ("optimizer", "pytorch_model_fsdp") for rank in (0, 1)
+    ]
+
+    model = make_model(method, seed=1)
+    optimizer = MIMTrainer(model, arguments(folder)).create_optimizer()
+    loaded = dict(model=get_model_state_dict(model))
+    dcp.load(loaded, checkpoint_id=checkpoint / "pytorch_model_fsdp_0", no_dist=True)
+    set_model_state_dict(model, loaded["model"])
+    loaded = dict(optimizer=get_optimizer_state_dict(model, optimizer))
+    dcp.load(loaded, checkpoint_id=checkpoint / "optimizer_0", no_dist=True)
+    set_optimizer_state_dict(model, optimizer, loaded["optimizer"])
+
+    found = states(model, optimizer)
+    for rank in (0, 1):
+        saved = torch.load(folder / f"{method}_straight_{rank}.pt")
+        assert found.keys() == saved.keys() and same(found, saved)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_sharded_model_is_saved_whole(ranks, method):
+    folder, _ = ranks
+    model = AutoModelForPreTraining.from_pretrained(folder / f"{method}_run")
+    assert model.config.architectures == [type(model).__name__]
+    saved = torch.load(folder / f"{method}_straight_0.pt")
+    assert all(torch.equal(tensor, saved[name]) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_sharded_ranks_that_resume_go_on_as_if_never_stopped(ranks, method):
+    for found in ranks[1]:  # the ranks have compared all that they end with, to the bit
+        assert found[method]["resumed"]["equal"]
+        assert len(found[method]["resumed"]["changed"]) == 2
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
