@@ -31,11 +31,13 @@ from hf_mim.callbacks import (
     decayed_parameters,
     seeded,
 )
+from hf_mim.collapse import CollapseAlarm
 from hf_mim.data import DeviceAugment, ImageDataset, ImageStream
 from hf_mim.data.dataset import collate
 from hf_mim.data.stream import RING, EndlessStream
 from hf_mim.guard import StepGuard, leave_signals_to_the_main_process
 from hf_mim.hub.push import HubTrainer
+from hf_mim.models.target_encoder import TargetNetworkMixin
 from hf_mim.saving import CheckpointTrainer
 
 __all__ = ["MIMTrainer", "MIMTrainingArguments", "ScalarMeans", "check_data"]
@@ -105,7 +107,8 @@ class MIMTrainer(CheckpointTrainer, HubTrainer, Trainer):
         self.guard = StepGuard(self, args.max_skipped_steps)
         for_data = DatasetEpoch(train_dataset), BrokenImages(train_dataset)
         for_step = StepSeeds(), self.guard, TargetUpdate(self.guard), WeightDecay()
-        for callback in (*for_data, *for_step, self.throughput, MetricsFile()):
+        for_log = [CollapseAlarm(args.stop_on_collapse)] if isinstance(model, TargetNetworkMixin) else []
+        for callback in (*for_data, *for_step, self.throughput, *for_log, MetricsFile()):
             self.add_callback(callback)
         if self.pop_callback(ProgressCallback) is not None:
             self.add_callback(MIMProgress())

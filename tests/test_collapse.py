@@ -221,7 +221,6 @@ def test_a_resumed_run_goes_on_in_its_history(warnings):
 def test_the_verdict_is_in_the_log_of_a_run(tmp_path):
     model = make_model("stop_jepa")
     trainer = MIMTrainer(model, arguments(tmp_path, logging_steps=2), Images(model))
-    trainer.add_callback(CollapseAlarm())
     trainer.train()
     logged = [entry["collapsed"] for entry in trainer.state.log_history if "loss" in entry]
     assert logged == [0.0] * 5
@@ -234,8 +233,7 @@ def run(tmp_path, method, **settings):
     """A run of the recipe on the digits, with an alarm that stops it; the share of its steps that it took."""
     recipe = read_yaml(RECIPES / f"digits_{method}.yaml")
     options = {"output_dir": str(tmp_path), "knn": False, "use_cpu": True, "disable_tqdm": True, "save_strategy": "no"}
-    trainer = Pretraining(Recipe.resolve(recipe | options | settings)).trainer
-    trainer.add_callback(CollapseAlarm(stop=True))
+    trainer = Pretraining(Recipe.resolve(recipe | options | settings | {"stop_on_collapse": True})).trainer
     trainer.train()
     return trainer.state.global_step / trainer.state.max_steps
 

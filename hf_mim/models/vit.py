@@ -94,7 +94,7 @@ def target_signals(targets: torch.Tensor, ids: torch.Tensor | None = None, num_p
         num_seen, by_place = count, targets.mean(dim=0).square().sum() * images
     else:
         ids = ids.flatten()
-        counts = torch.bincount(ids, minlength=num_places)
+        counts = targets.new_zeros(num_places).index_add_(0, ids, targets.new_ones(number))  # bincount would wait
         sums = targets.new_zeros(num_places, width).index_add_(0, ids, targets.flatten(0, 1))
         num_seen, by_place = (counts > 0).sum(), (sums.square().sum(dim=1) / counts.clamp(min=1)).sum()
     varying = size - targets.mean(dim=(0, 1)).square().sum() * number
