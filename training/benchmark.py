@@ -17,6 +17,7 @@ import time
 from pathlib import Path
 
 from benchmark_evaluate import add_evaluate
+from benchmark_overhead import add_overhead
 from benchmark_step import add_step
 
 
