@@ -107,9 +107,11 @@ class MIMTrainer(CheckpointTrainer, HubTrainer, Trainer):
         self.guard = StepGuard(self, args.max_skipped_steps)
         for_data = DatasetEpoch(train_dataset), BrokenImages(train_dataset)
         for_step = StepSeeds(), self.guard, TargetUpdate(self.guard), WeightDecay()
-        for_log = [CollapseAlarm(args.stop_on_collapse)] if isinstance(model, TargetNetworkMixin) else []
-        for callback in (*for_data, *for_step, self.throughput, *for_log, MetricsFile()):
+        for callback in (*for_data, *for_step, self.throughput, MetricsFile()):
             self.add_callback(callback)
+        if isinstance(model, TargetNetworkMixin):
+            alarm = CollapseAlarm(args.stop_on_collapse)
+            self.callback_handler.callbacks.insert(0, alarm)  # what it adds to a log, all that report have to see
         if self.pop_callback(ProgressCallback) is not None:
             self.add_callback(MIMProgress())
 
