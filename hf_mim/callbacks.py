@@ -171,7 +171,7 @@ class OnlineProbe(TrainerCallback):
     def measure(self):
         """Log one measurement; features that are not finite are said, and left to the training to deal with."""
         trainer = self.trainer
-        model = trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False).base_model
+        model = _whole(trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False).base_model)
         training = model.training
         try:
             trainer.log({f"probe_{name}": value for name, value in self.values(model).items()})
@@ -191,6 +191,21 @@ class OnlineProbe(TrainerCallback):
             predictions = knn_predict(features, labels, pooled, k=min(20, len(labels)))
             values["knn"] = (predictions == self.test.read_labels()).double().mean().item()
         return values
+
+
+def _whole(model: nn.Module) -> nn.Module:
+    """Of a sharded model (FSDP2) a whole copy, for which all ranks have to ask; any other as it is.
+
+    A part of a sharded model cannot be called by itself: it would take itself for the root.
+    """
+    state = model.state_dict()
+    if not any(hasattr(tensor, "full_tensor") for tensor in state.values()):
+        return model
+    with torch.device("meta"):
+        copy = type(model)(model.config)
+    whole = {name: t.full_tensor() if hasattr(t, "full_tensor") else t for name, t in state.items()}
+    copy.load_state_dict(whole, assign=True)
+    return copy
 
 
 class Throughput(TrainerCallback):

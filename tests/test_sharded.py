@@ -29,9 +29,11 @@ from torch.utils._pytree import tree_leaves, tree_map
 from transformers import AutoModelForPreTraining, TrainerCallback
 
 sys.path.insert(0, str(Path(__file__).parent))
-from tiny_runs import METHODS, Images, arguments, fixed_ids, make_model
+from tiny_runs import METHODS, Images, arguments, fixed_ids, image_column, make_model
 
+from hf_mim.callbacks import OnlineProbe
 from hf_mim.checkpoints import check, newest_whole
+from hf_mim.data import DeviceAugment
 from hf_mim.trainer import MIMTrainer
 
 EQUAL = dict(max_steps=3, train_sampling_strategy="sequential", adam_epsilon=1e-4, learning_rate=0.01, logging_steps=1)
@@ -60,13 +62,15 @@ class OneNaN(Images):
 
 
 class Changes(TrainerCallback):
-    """What each step has changed of this rank's shards, and whether its own loss was finite."""
+    """What each step has changed of this rank's shards, its masks, and whether its own loss was finite."""
 
     def __init__(self, trainer):
-        self.trainer, self.changed, self.finite = trainer, [], []
-        trainer.model.register_forward_hook(
-            lambda module, args, output: self.finite.append(bool(output.loss.isfinite()))
-        )
+        self.trainer, self.changed, self.masks, self.finite = trainer, [], [], []
+        trainer.model.register_forward_hook(self.record)
+
+    def record(self, module, args, output):
+        self.masks.append(output.context_ids.tolist())
+        self.finite.append(bool(output.loss.isfinite()))
 
     def now(self):
         model, optimizer = self.trainer.model, self.trainer.optimizer
@@ -124,12 +128,15 @@ def train_on_given_masks(folder, method, batch_size, sharded):
     """A few steps in which nothing is random; on two ranks with half the batch each, or in one process."""
     model = make_equal_model(method)
     args = arguments(folder, per_device_train_batch_size=batch_size, **EQUAL)
-    images = Images(model, **fixed_ids(model))
-    trainer = (ShardedTrainer if sharded else MIMTrainer)(model, args, images)
+    images, augment = Images(model, uint8=True, **fixed_ids(model)), DeviceAugment(flip_probability=0)
+    trainer = (ShardedTrainer if sharded else MIMTrainer)(model, args, images, augment)
+    trainer.add_callback(OnlineProbe(trainer, args.max_steps, None, image_column(8)))
     trainer.train()
-    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    norms = [float(entry["grad_norm"]) for entry in trainer.state.log_history if "loss" in entry]
-    return dict(states=states(model, trainer.optimizer), losses=losses, norms=norms)
+    logged = {
+        name: [float(entry[name]) for entry in trainer.state.log_history if name in entry]
+        for name in ("loss", "grad_norm", "probe_rank_me", "probe_std_mean")
+    }
+    return dict(states=states(model, trainer.optimizer), logged=logged)
 
 
 def train_through_a_nan(folder, method, **kwargs):
@@ -146,7 +153,7 @@ def train_through_a_nan(folder, method, **kwargs):
     trainer.train(**kwargs)
     trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
     trainer.save_model()
-    found = dict(changed=changes.changed, finite=changes.finite, skipped=trainer.guard.skipped)
+    found = dict(changed=changes.changed, masks=changes.masks, finite=changes.finite, skipped=trainer.guard.skipped)
     return states(model, trainer.optimizer), found | sharding(model)
 
 
@@ -190,20 +197,36 @@ def test_all_parameters_are_sharded_and_each_layer_is_gathered_by_itself(ranks, 
         assert layers | {""} <= set(found[method]["modules"])
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_sharded_ranks_equal_one_process_with_the_joint_batch(ranks, tmp_path, method):
-    folder, _ = ranks
+@pytest.fixture(scope="module", params=METHODS)
+def alone(request, tmp_path_factory):
+    """A method, and what one process ends with."""
+    return request.param, train_on_given_masks(
+        tmp_path_factory.mktemp("alone"), request.param, batch_size=4, sharded=False
+    )
+
+
+def test_sharded_ranks_equal_one_process_with_the_joint_batch(ranks, alone):
+    (folder, _), (method, alone) = ranks, alone
     before = make_equal_model(method).state_dict()
-    alone = train_on_given_masks(tmp_path, method, batch_size=4, sharded=False)
     moved = [name for name, tensor in before.items() if (alone["states"][name] - tensor).abs().max() > 1e-4]
     assert any(name.startswith("encoder.") for name in moved)
     assert any(name.startswith("target_encoder.") for name in moved) == (method != "mae")
     for rank in (0, 1):
         together = torch.load(folder / f"{method}_{rank}.pt")
-        assert together["losses"] == pytest.approx(alone["losses"], abs=1e-5)
-        assert together["norms"] == pytest.approx(alone["norms"], abs=1e-5)
+        for name in ("loss", "grad_norm"):
+            assert len(alone["logged"][name]) == EQUAL["max_steps"]
+            assert together["logged"][name] == pytest.approx(alone["logged"][name], abs=1e-5)
         for name in before:
             assert (together["states"][name] - alone["states"][name]).abs().max() <= 1e-5, name
+
+
+def test_probe_of_sharded_ranks_measures_what_one_process_does(ranks, alone):
+    (folder, _), (method, alone) = ranks, alone
+    for rank in (0, 1):
+        together = torch.load(folder / f"{method}_{rank}.pt")
+        for name in ("probe_rank_me", "probe_std_mean"):
+            assert len(alone["logged"][name]) == 2  # before the first step and after the last
+            assert together["logged"][name] == pytest.approx(alone["logged"][name], rel=1e-4)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -214,6 +237,12 @@ def test_nan_on_one_rank_changes_nothing_on_either(ranks, method):
         assert found["finite"] == finite
         assert found["changed"] == [everything, [], everything, everything]
         assert found["skipped"] == 1
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_sharded_ranks_draw_different_masks(ranks, method):
+    first, second = (found[method]["masks"] for found in ranks[1])
+    assert len(first) == 4 and all(ours != theirs for ours, theirs in zip(first, second, strict=True))
 
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")  # as is the intent
@@ -256,7 +285,7 @@ def test_sharded_model_is_saved_whole(ranks, method):
 def test_sharded_ranks_that_resume_go_on_as_if_never_stopped(ranks, method):
     for found in ranks[1]:  # the ranks have compared all that they end with, to the bit
         assert found[method]["resumed"]["equal"]
-        assert len(found[method]["resumed"]["changed"]) == 2
+        assert found[method]["resumed"]["masks"] == found[method]["masks"][2:]
 
 
 if __name__ == "__main__":
