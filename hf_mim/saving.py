@@ -96,13 +96,29 @@ class CheckpointTrainer:
         return gather_object(failures) if self.args.world_size > 1 else failures
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False):
-        """As Trainer's; in the run folder, each file is the old or the new one, and never half of it."""
-        if (output_dir or self.args.output_dir) != self.args.output_dir or not self.args.should_save:
+        """As Trainer's; in the run folder, each file is the old or the new one, and never half of it, and a sharded
+        model is saved whole."""
+        if (output_dir or self.args.output_dir) != self.args.output_dir:
             return super().save_model(output_dir, _internal_call)
-        with disk_errors(), written_aside(self.args.output_dir) as folder:
-            super().save_model(str(folder), _internal_call=True)
+        with self._gathered(), disk_errors(), contextlib.ExitStack() as stack:
+            folder = stack.enter_context(written_aside(self.args.output_dir)) if self.args.should_save else None
+            super().save_model(folder and str(folder), _internal_call=True)
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+
+    @contextlib.contextmanager
+    def _gathered(self):
+        """Under FSDP, weights are saved as a whole inside, as `from_pretrained` wants them."""
+        if not self.is_fsdp_enabled:
+            yield
+            return
+        plugin = self.accelerator.state.fsdp_plugin
+        usual = plugin.state_dict_type
+        plugin.set_state_dict_type("FULL_STATE_DICT")
+        try:
+            yield
+        finally:
+            plugin.set_state_dict_type(usual)
 
     # ---- resume
 

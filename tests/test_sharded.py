@@ -99,17 +99,10 @@ def same(tree, other):
     return len(ours) == len(theirs) and all(map(torch.equal, ours, theirs))
 
 
-def make_shardable(method, **overrides):
-    model = make_model(method, **overrides)
-    # Accelerate asks for it, and the models do not say.
-    model.get_input_embeddings = lambda: model.base_model.embeddings.projection
-    return model
-
-
 def make_equal_model(method):
     """Its loss is the mean over the images of a batch, and its target follows within a few steps."""
     quick = {} if method == "mae" else dict(momentum_start=0.5)
-    return make_shardable(method, **quick, **(dict(similarity_weight=0.0) if method == "latent_mim" else {}))
+    return make_model(method, **quick, **(dict(similarity_weight=0.0) if method == "latent_mim" else {}))
 
 
 def states(model, optimizer):
@@ -144,14 +137,13 @@ def train_through_a_nan(folder, method, **kwargs):
 
     At the end the model is saved whole.
     """
-    model = make_shardable(method)
+    model = make_model(method)
     sampling = dict(train_sampling_strategy="sequential", per_device_train_batch_size=2)
     args = arguments(folder, max_steps=4, save_strategy="steps", save_steps=2, **sampling)
     trainer = ShardedTrainer(model, args, OneNaN(model))
     changes = Changes(trainer)
     trainer.add_callback(changes)
     trainer.train(**kwargs)
-    trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
     trainer.save_model()
     found = dict(changed=changes.changed, masks=changes.masks, finite=changes.finite, skipped=trainer.guard.skipped)
     return states(model, trainer.optimizer), found | sharding(model)
