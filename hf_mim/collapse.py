@@ -82,7 +82,7 @@ def held_since(series: list[tuple[int, float]], condition: Condition) -> list[in
 class CollapseAlarm(TrainerCallback):
     """Warns, in one line, when the targets or the probed features collapse, and when they do again after a recovery.
 
-    It judges what is in the log anyway: the signals of the model's `metrics` (`models.vit.target_signals`), and the
+    It judges what is in the log anyway: the signals of the model's `metrics` (`models.signals.target_signals`), and the
     health that `OnlineProbe` logs. All of it follows from `state.log_history`, so a resumed run goes on as if it had
     not stopped. It writes `collapsed`, 0 or 1, beside the signals into that history and into the log.
 

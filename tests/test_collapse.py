@@ -17,7 +17,7 @@ from hf_mim.cli.values import read_yaml
 from hf_mim.collapse import CollapseAlarm
 from hf_mim.models.configuration_latent_mim import LatentMIMConfig
 from hf_mim.models.configuration_stop_jepa import StopJepaConfig
-from hf_mim.models.vit import error_over_constant, target_signals
+from hf_mim.models.signals import error_over_constant, target_signals
 from hf_mim.trainer import MIMTrainer
 
 RECIPES = Path(__file__).parents[1] / "training" / "recipes"

@@ -14,6 +14,7 @@ from .configuration_latent_mim import LatentMIMConfig
 from .heads import BackboneHead, ClassificationHead
 from .masking import gather, split_at_random
 from .positions import PositionEmbeddings
+from .signals import error_over_constant, spread, target_signals
 from .target_encoder import TargetNetworkMixin, cosine
 from .vit import (
     MLP,
@@ -23,9 +24,6 @@ from .vit import (
     SelfAttention,
     ViTEncoder,
     are_ids_absent,
-    error_over_constant,
-    spread,
-    target_signals,
 )
 
 

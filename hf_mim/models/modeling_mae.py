@@ -11,7 +11,8 @@ from .configuration_mae import MAEConfig
 from .heads import BackboneHead, ClassificationHead
 from .masking import gather, split_at_random
 from .positions import PositionEmbeddings
-from .vit import MIMPreTrainedModel, PretrainingOutput, ViTEncoder, are_ids_absent, run_layers, spread, vit_layers
+from .signals import spread
+from .vit import MIMPreTrainedModel, PretrainingOutput, ViTEncoder, are_ids_absent, run_layers, vit_layers
 
 
 @dataclass

@@ -15,16 +15,14 @@ from .configuration_stop_jepa import StopJepaConfig
 from .heads import BackboneHead, ClassificationHead
 from .masking import gather, sample_multi_block
 from .positions import PositionEmbeddings
+from .signals import error_over_constant, spread, target_signals
 from .target_encoder import TargetNetworkMixin
 from .vit import (
     MIMPreTrainedModel,
     PretrainingOutput,
     ViTEncoder,
     are_ids_absent,
-    error_over_constant,
     run_layers,
-    spread,
-    target_signals,
     vit_layers,
 )
 
