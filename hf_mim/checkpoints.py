@@ -40,7 +40,7 @@ def write_manifest(folder: Path, **about):
     manifest.write_text(json.dumps(about | {"files": files}, indent=1))
     _flush(manifest)
     for directory in {folder, *(path.parent for path in folder.rglob("*"))}:
-        _flush(directory)
+        _flush_folder(directory)
 
 
 def read_manifest(folder: str | Path) -> dict:
@@ -104,7 +104,7 @@ def commit(staged: Path, final: Path):
             return
         _remove(final)
     os.rename(staged, final)
-    _flush(final.parent)
+    _flush_folder(final.parent)
 
 
 def rotate(run_folder: str | Path, limit: int | None, keep: str | None = None):
@@ -156,3 +156,9 @@ def _flush(path: Path):
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _flush_folder(path: Path):
+    """Its entries; not all file systems can."""
+    with contextlib.suppress(OSError):
+        _flush(path)

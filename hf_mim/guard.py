@@ -105,11 +105,11 @@ class StepGuard(TrainerCallback):
 
     def on_train_end(self, args, state, control, optimizer=None, **kwargs):
         while self._pending:
-            self._judge(self._pending.popleft(), args, control)
+            self._judge(self._pending.popleft(), args)  # too late to stop
         if optimizer is not None and hasattr(optimizer.optimizer, "found_inf"):
             del optimizer.optimizer.found_inf
 
-    def _judge(self, votes: Votes, args, control):
+    def _judge(self, votes: Votes, args, control=None):
         skipped, stop = votes.read()
         self.in_a_row = self.in_a_row + 1 if skipped else 0
         self.skipped += skipped
@@ -124,7 +124,7 @@ class StepGuard(TrainerCallback):
                 f"finite; the last good checkpoint is {last or 'none yet'}. Try a lower base_lr, longer warmup_steps, "
                 f"max_grad_norm 1{', bf16 in place of fp16' if args.fp16 else ''}, and look at the images named above"
             )
-        if stop:
+        if stop and control is not None:
             self.signal = self._asked or signal.SIGTERM  # another rank's
             control.should_save = control.should_training_stop = True
             control.should_evaluate = False
