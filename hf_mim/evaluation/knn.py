@@ -40,6 +40,7 @@ def nearest_neighbours(train: Tensor, queries: Tensor, k: int) -> Iterator[tuple
     table = torch.empty(min(chunk, len(queries)), len(train), device=train.device)  # fresh memory costs on a CPU
     for part in queries.split(chunk):
         rough, nearest = largest(torch.mm(unit_vectors(part), units.T, out=table[: len(part)]), candidates)
+        nearest = nearest.sort(dim=1).values  # so that the stable sort leaves equals in their order
         exact = torch.cat([cosine(x, train[ids]) for x, ids in zip(part.split(64), nearest.split(64), strict=True)])
         exact, order = exact.sort(dim=1, descending=True, stable=True)
         exact, nearest = exact[:, :k], nearest.gather(1, order)[:, :k]

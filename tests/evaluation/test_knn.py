@@ -129,6 +129,15 @@ def test_one_search_gives_every_k_and_temperature():
         assert torch.equal(predictions, knn_predict(train, labels, test, k, temperature))
 
 
+def test_of_equally_near_images_the_first_vote_for_every_k_of_a_search():
+    generator = torch.Generator().manual_seed(0)
+    train = torch.randn(20, 16, generator=generator)[torch.randint(20, (400,), generator=generator)]  # 20 twins each
+    labels = torch.randint(5, (400,), generator=generator)
+    test = torch.randn(30, 16, generator=generator)
+    for (k, temperature), predictions in knn_sweep(train, labels, test, [1, 5, 70], [0.07]).items():
+        assert predictions.tolist() == predict_by_loop(train, labels, test, k, temperature)
+
+
 @pytest.mark.parametrize(
     ("kwargs", "message"), [({"k": 0}, "k must"), ({"k": 601}, "k must"), ({"temperature": 0}, "temp")]
 )
