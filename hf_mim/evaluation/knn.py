@@ -111,7 +111,7 @@ def knn_sweep(
 ) -> dict[tuple[int, float], Tensor]:
     """As `knn_predict`, for each (k, temperature), with one search for the largest k."""
     for temperature in temperatures:
-        if temperature <= 0:
+        if not temperature > 0:
             raise ValueError(f"temperature must be above 0, not {temperature}")
     classes, train_labels = train_labels.unique(return_inverse=True)
     predictions: dict[tuple[int, float], list[Tensor]] = {(k, t): [] for k in ks for t in temperatures}
@@ -157,8 +157,9 @@ class KNN:
             if min(values, default=1) < 1:
                 raise ValueError(f"{name} must be at least 1, not {min(values)}")
         for name, values in (("temperature", [self.temperature]), ("temperatures", self.temperatures)):
-            if min(values, default=1) <= 0:
-                raise ValueError(f"{name} must be above 0, not {min(values)}")
+            for value in values:
+                if not value > 0:
+                    raise ValueError(f"{name} must be above 0, not {value}")
 
     def run(self, extract: FeatureExtractor, train: LabelledImages, test: LabelledImages) -> Result:
         """Raises ValueError for fewer training images than k."""

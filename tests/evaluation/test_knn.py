@@ -192,6 +192,7 @@ def test_leave_one_out_is_latent_mims(tiny_encoder, digits_splits):
     [
         (lambda: KNN(k=0), "k must be at least 1, not 0"),
         (lambda: KNN(temperatures=[0.1, 0.0]), "temperatures must be above 0, not 0.0"),
+        (lambda: KNN(temperature=math.nan), "temperature must be above 0, not nan"),
         (lambda: LeaveOneOut("last/tokens/raw"), "features of leave_one_out must be pooled, mean or cls"),
         (lambda: KNN(features="last/mean"), "features must be layer/pooling/norm"),
     ],
