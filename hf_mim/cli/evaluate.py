@@ -8,6 +8,7 @@ import dataclasses
 import difflib
 import inspect
 import os
+import tempfile
 import textwrap
 import time
 from dataclasses import MISSING, dataclass, field
@@ -151,8 +152,14 @@ class Evaluation:
 def check_writable(path: Path):
     """Raise ValueError, before any work, if a result could not be written to `path`."""
     above = next(parent for parent in path.absolute().parents if parent.exists())
-    if path.is_dir() or not above.is_dir() or not os.access(above, os.W_OK):
-        raise ValueError(f"output must be a file that can be written, and {path} cannot; give another --output")
+    try:
+        if path.is_dir():
+            raise IsADirectoryError
+        os.rmdir(tempfile.mkdtemp(prefix=".", dir=above))  # permissions alone do not tell, of /proc for one
+    except OSError:
+        raise ValueError(
+            f"output must be a file that can be written, and {path} cannot; give another --output"
+        ) from None
 
 
 def argument_kinds(protocol: type) -> tuple[type, type, type]:

@@ -4,18 +4,17 @@ For our models and for any other that transformers can classify with: what is ne
 `ModuleList`.
 """
 
-import contextlib
 import inspect
 from collections.abc import Sequence
 
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForImageClassification
-from transformers.utils import logging
 
 import hf_mim  # noqa: F401 (registers the models)
 from hf_mim.callbacks import decayed_parameters
 from hf_mim.data.processor import image_processor
+from hf_mim.evaluation.encoder import LOADING_ERRORS, left_over_blocks, quiet
 from hf_mim.models.configuration_vit import pair
 
 HEAD_STD = 2e-5  # MAE's: the first predictions are even, so the first gradients leave the encoder in peace
@@ -54,7 +53,7 @@ def load_classifier(
             model = AutoModelForImageClassification.from_config(config, dtype=torch.float32)
         else:
             model = _load(checkpoint, config)
-    except (OSError, ValueError, KeyError) as error:
+    except LOADING_ERRORS as error:
         reason = " ".join(str(error).split())[:300]
         raise ValueError(f"checkpoint {checkpoint} holds no encoder that can be fine-tuned: {reason}") from error
     encoder = _encoder_prefix(model)
@@ -68,7 +67,7 @@ def load_classifier(
 
 
 def _load(checkpoint: str, config):
-    with _quiet():  # it reports, at length, that the classifier is new
+    with quiet():  # it reports, at length, that the classifier is new
         model, loading = AutoModelForImageClassification.from_pretrained(
             checkpoint, config=config, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True
         )
@@ -76,6 +75,8 @@ def _load(checkpoint: str, config):
     wrong = sorted(key for key in wrong if key.startswith(_encoder_prefix(model)) and ".pooler." not in key)
     if wrong:
         raise ValueError(f"it lacks {len(wrong)} weights of its encoder, such as {wrong[0]}")
+    if more := left_over_blocks(model, loading["unexpected_keys"]):
+        raise ValueError(f"it has more blocks than its config, such as {more[0]}")
     return model
 
 
@@ -179,13 +180,3 @@ def size_options(model, image_size: tuple[int, int]) -> dict:
 def _encoder_prefix(model: nn.Module) -> str:
     """What the names of the encoder's parameters begin with: where the blocks are, up to the first dot."""
     return find_layers(model)[0].split(".")[0] + "."
-
-
-@contextlib.contextmanager
-def _quiet():
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)

@@ -8,16 +8,20 @@ import contextlib
 import hashlib
 import inspect
 import logging
+import pickle
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoModel
 from transformers.utils import cached_file
+from transformers.utils import logging as transformers_logging
 
 import hf_mim  # noqa: F401 (registers the models)
 from hf_mim.data import IMAGENET_MEAN, IMAGENET_STD, DeviceAugment
@@ -27,6 +31,9 @@ from hf_mim.models.positions import sincos_table
 
 logger = logging.getLogger(__name__)
 
+# What `from_pretrained` raises for what is no checkpoint, or a damaged one.
+LOADING_ERRORS = (OSError, ValueError, KeyError, RuntimeError, EOFError, SafetensorError, pickle.UnpicklingError)
+LOADING_ERRORS += (StrictDataclassError,)
 POOLINGS = ("mean", "cls", "tokens")
 # What a final norm is called in transformers' vision models, CLIP's and SigLIP's last.
 NORM_NAMES = ("norm", "layernorm", "post_layernorm", "rms_norm")
@@ -111,16 +118,26 @@ class FrozenEncoder:
         checkpoint = str(checkpoint)
         try:
             # float32 even where it was saved in half precision: `dtype` is what autocast computes in.
-            model, loading = AutoModel.from_pretrained(checkpoint, dtype=torch.float32, output_loading_info=True)
-        except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+            with quiet():  # what it reports of the weights, at length, is checked below
+                model, loading = AutoModel.from_pretrained(
+                    checkpoint, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True
+                )
+        except LOADING_ERRORS as error:
             reason = " ".join(str(error).split())
             raise ValueError(f"checkpoint {checkpoint} holds no encoder that can be loaded: {reason[:300]}") from error
+        if mismatched := sorted(key for key, *_ in loading["mismatched_keys"]):
+            raise ValueError(
+                f"checkpoint {checkpoint} has other shapes than its config for {len(mismatched)} weights of its "
+                f"encoder, such as {mismatched[0]}"
+            )
         missing = sorted(key for key in loading["missing_keys"] if not key.startswith(("pooler", "head")))
         if missing:
             raise ValueError(
                 f"checkpoint {checkpoint} lacks {len(missing)} weights of its encoder, such as {missing[0]}: "
                 "what was evaluated would be partly random"
             )
+        if more := left_over_blocks(model, loading["unexpected_keys"]):
+            raise ValueError(f"checkpoint {checkpoint} has more blocks than its config, such as {more[0]}")
         channels = getattr(image_model(model).config, "num_channels", 3)
         known = read_processor(checkpoint, channels)
         if mean is None and known is None:
@@ -335,6 +352,29 @@ def image_model(model: nn.Module) -> nn.Module:
     """The encoder in a model: without a head, and of an image-text model the image's half."""
     model = getattr(model, "base_model", model)
     return getattr(model, "vision_model", model)
+
+
+def left_over_blocks(model: nn.Module, keys: Sequence[str]) -> list[str]:
+    """Those of a checkpoint's left-over keys that are of blocks beyond the model's last."""
+    lists = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
+    if not lists:
+        return []
+    name, blocks = max(lists, key=lambda item: len(item[1]))
+    prefix = f"{model.base_model_prefix}."  # a file may have it or not
+    pattern = re.compile(rf"(?:{re.escape(prefix)})?{re.escape(name.removeprefix(prefix))}\.(\d+)\.")
+    found = ((key, pattern.match(key)) for key in sorted(keys))
+    return [key for key, match in found if match and int(match[1]) >= len(blocks)]
+
+
+@contextlib.contextmanager
+def quiet():
+    """Without what transformers says of a loading that it did not fail in."""
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
 
 
 def _blocks(model: nn.Module, name: str | None) -> nn.ModuleList:

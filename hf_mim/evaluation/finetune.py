@@ -4,8 +4,10 @@
 (`classifier.py`), the arguments and training images (here), augmentation and loss (`hf_mim/data/mix.py`).
 """
 
+import os
 import tempfile
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import ClassVar
 
 import torch
@@ -84,6 +86,19 @@ def check_schedule(epochs: float, warmup_epochs: float | None, base_lr: float, l
         raise ValueError(f"layer_decay must lie in (0, 1], not {layer_decay!r}")
     if not weight_decay >= 0:
         raise ValueError(f"weight_decay must be at least 0, not {weight_decay!r}")
+
+
+def check_output(folder: Path, checkpoint: str | None):
+    """Raise ValueError, before hours of training, if a classifier cannot or must not be saved in a folder."""
+    if checkpoint is not None and folder.resolve() == Path(checkpoint).resolve():
+        raise ValueError(f"output_dir must not be the checkpoint, {folder}: the classifier would replace its weights")
+    above = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    try:
+        os.rmdir(tempfile.mkdtemp(prefix=".", dir=above))  # permissions alone do not tell, of /proc for one
+    except OSError as error:
+        raise ValueError(
+            f"output_dir must be a folder that can be written, and {folder} is none: {error.strerror}"
+        ) from error
 
 
 def training_images(images, encoder, crop_scale=(0.08, 1.0), magnitude=9.0, magnitude_std=0.5, seed=0):
@@ -188,6 +203,8 @@ class Finetune:
                 f"device must be {encoder.device.type}, the first that Trainer sees, not {encoder.device}; choose "
                 f"another GPU by CUDA_VISIBLE_DEVICES={index}"
             )
+        if self.output_dir is not None:
+            check_output(Path(self.output_dir), encoder.name)
         labels = train.read_labels()
         check_labels(labels)
         if self.batch_size > len(train):

@@ -40,6 +40,7 @@ def nearest_neighbours(train: Tensor, queries: Tensor, k: int) -> Iterator[tuple
     table = torch.empty(min(chunk, len(queries)), len(train), device=train.device)  # fresh memory costs on a CPU
     for part in queries.split(chunk):
         rough, nearest = largest(torch.mm(unit_vectors(part), units.T, out=table[: len(part)]), candidates)
+        nearest = nearest.sort(dim=1).values  # so that the stable sort leaves equals in their order
         exact = torch.cat([cosine(x, train[ids]) for x, ids in zip(part.split(64), nearest.split(64), strict=True)])
         exact, order = exact.sort(dim=1, descending=True, stable=True)
         exact, nearest = exact[:, :k], nearest.gather(1, order)[:, :k]
@@ -110,7 +111,7 @@ def knn_sweep(
 ) -> dict[tuple[int, float], Tensor]:
     """As `knn_predict`, for each (k, temperature), with one search for the largest k."""
     for temperature in temperatures:
-        if temperature <= 0:
+        if not temperature > 0:
             raise ValueError(f"temperature must be above 0, not {temperature}")
     classes, train_labels = train_labels.unique(return_inverse=True)
     predictions: dict[tuple[int, float], list[Tensor]] = {(k, t): [] for k in ks for t in temperatures}
@@ -156,8 +157,9 @@ class KNN:
             if min(values, default=1) < 1:
                 raise ValueError(f"{name} must be at least 1, not {min(values)}")
         for name, values in (("temperature", [self.temperature]), ("temperatures", self.temperatures)):
-            if min(values, default=1) <= 0:
-                raise ValueError(f"{name} must be above 0, not {min(values)}")
+            for value in values:
+                if not value > 0:
+                    raise ValueError(f"{name} must be above 0, not {value}")
 
     def run(self, extract: FeatureExtractor, train: LabelledImages, test: LabelledImages) -> Result:
         """Raises ValueError for fewer training images than k."""

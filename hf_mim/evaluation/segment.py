@@ -269,7 +269,7 @@ class Segment:
             raise ValueError(f"cells must be at least 1, not {self.cells}")
         if not 1 <= self.k <= self.bank:
             raise ValueError(f"k must be between 1 and the {self.bank} tokens of the bank, not {self.k}")
-        if self.temperature <= 0:
+        if not self.temperature > 0:
             raise ValueError(f"temperature must be above 0, not {self.temperature}")
 
     def run(self, extract, train: MaskedImages, test: MaskedImages) -> Result:

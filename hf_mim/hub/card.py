@@ -15,6 +15,7 @@ from urllib.parse import quote
 
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, PreTrainedConfig
 
 import hf_mim  # noqa: F401 (registers the configs)
@@ -117,7 +118,7 @@ def read_config(folder: Path) -> PreTrainedConfig:
         raise ValueError(f"checkpoint must be a folder with config.json, and {folder} is none")
     try:
         config = AutoConfig.from_pretrained(folder)
-    except (ValueError, TypeError, OSError, KeyError) as error:
+    except (ValueError, TypeError, OSError, KeyError, StrictDataclassError) as error:
         raise ValueError(f"{folder / 'config.json'} cannot be read: {' '.join(str(error).split())[:200]}") from error
     if not isinstance(config, MIMConfig):
         raise ValueError(f"checkpoint must be MAE, Latent MIM or StoP-JEPA, and {folder} holds {config.model_type}")

@@ -165,7 +165,7 @@ def test_a_mistake_is_one_line_and_nothing_is_written(words, message, checkpoint
 
 def test_a_result_that_cannot_be_written_is_known_before_any_work(checkpoint, tmp_path, capsys, cache):
     (tmp_path / "file").touch()
-    for output in (tmp_path, tmp_path / "file" / "result.json"):
+    for output in (tmp_path, tmp_path / "file" / "result.json", "/proc/results/result.json"):
         assert "output must be a file that can be written" in fails_with(
             capsys, "knn", checkpoint, *SMALL, "--output", output
         )

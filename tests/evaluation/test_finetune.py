@@ -4,6 +4,7 @@ import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
@@ -252,3 +253,16 @@ def test_the_script_trains_and_keeps_in_one_process_and_in_two(checkpoint, tmp_p
         assert done.returncode == 0, done.stderr
         assert "eval_top1_accuracy" in done.stdout and "The classifier is in" in done.stdout
         assert load_saved(tmp_path / "out").config.id2label[7] == "7"
+
+
+def test_where_a_classifier_cannot_or_must_not_go_is_told_before_training(checkpoint, digits_splits, tmp_path):
+    (tmp_path / "file").write_text("")
+    for folder, message in (
+        (f"{checkpoint}/", "output_dir must not be the checkpoint"),
+        (tmp_path / "file" / "below", "output_dir must be a folder that can be written"),
+        ("/proc/classifier", "output_dir must be a folder that can be written"),
+    ):
+        with mock.patch("hf_mim.evaluation.finetune.make_trainer", side_effect=AssertionError("it trains")):
+            with pytest.raises(ValueError, match=message) as error:
+                Finetune(**QUICK, output_dir=str(folder)).run(extractor(checkpoint), *digits_splits)
+        assert "\n" not in str(error.value)

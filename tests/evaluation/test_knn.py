@@ -129,6 +129,15 @@ def test_one_search_gives_every_k_and_temperature():
         assert torch.equal(predictions, knn_predict(train, labels, test, k, temperature))
 
 
+def test_of_equally_near_images_the_first_vote_for_every_k_of_a_search():
+    generator = torch.Generator().manual_seed(0)
+    train = torch.randn(20, 16, generator=generator)[torch.randint(20, (400,), generator=generator)]  # 20 twins each
+    labels = torch.randint(5, (400,), generator=generator)
+    test = torch.randn(30, 16, generator=generator)
+    for (k, temperature), predictions in knn_sweep(train, labels, test, [1, 5, 70], [0.07]).items():
+        assert predictions.tolist() == predict_by_loop(train, labels, test, k, temperature)
+
+
 @pytest.mark.parametrize(
     ("kwargs", "message"), [({"k": 0}, "k must"), ({"k": 601}, "k must"), ({"temperature": 0}, "temp")]
 )
@@ -183,6 +192,7 @@ def test_leave_one_out_is_latent_mims(tiny_encoder, digits_splits):
     [
         (lambda: KNN(k=0), "k must be at least 1, not 0"),
         (lambda: KNN(temperatures=[0.1, 0.0]), "temperatures must be above 0, not 0.0"),
+        (lambda: KNN(temperature=math.nan), "temperature must be above 0, not nan"),
         (lambda: LeaveOneOut("last/tokens/raw"), "features of leave_one_out must be pooled, mean or cls"),
         (lambda: KNN(features="last/mean"), "features must be layer/pooling/norm"),
     ],

@@ -148,6 +148,13 @@ def test_boundary_f_forgives_what_is_within_the_tolerance():
     assert boundary_f(square(150, 300, side=60, size=(240, 427)), truth) == 0
 
 
+def test_the_tolerance_is_a_share_of_the_diagonal_rounded_up():
+    size = (90, 100)  # diagonal 134.5 pixels, tolerance ceil(1.08) = 2; of the longer side it would be 1
+    truth = square(30, 30, side=30, size=size)
+    assert boundary_f(square(30, 32, side=30, size=size), truth) == 1
+    assert boundary_f(square(30, 33, side=30, size=size), truth) < 1
+
+
 def test_several_objects_and_void():
     truth = np.zeros((60, 80), np.uint8)
     truth[square(5, 5)], truth[square(30, 50)], truth[square(30, 5)] = 1, 2, 255
