@@ -63,14 +63,16 @@ def pretrain_command(arguments: list[str]) -> int:
             _say(f"{ended_by.name} has ended the run after a step; {go_on}")
             return INTERRUPTED
     except (BrokenImagesError, ImageFormatError, NonFiniteError) as error:
+        print(file=sys.stderr)  # the end of the line that has the progress bar
         return _fail(one_line(error))
     except OSError as error:
+        print(file=sys.stderr)
         return _fail(f"{one_line(error)}; {go_on}")
     except RuntimeError as error:
         if "DataLoader worker" not in str(error):
             raise
         # It may be any rank's.
-        print(f"error: {one_line(error)}; a lower dataloader_num_workers takes less memory; {go_on}", file=sys.stderr)
+        print(f"\nerror: {one_line(error)}; a lower dataloader_num_workers takes less memory; {go_on}", file=sys.stderr)
         return INTERRUPTED
     except KeyboardInterrupt:
         print(f"\ninterrupted; go on from the last checkpoint by --resume --output_dir {run.folder}", file=sys.stderr)

@@ -10,6 +10,7 @@ def spread(tokens: torch.Tensor) -> torch.Tensor:
     return tokens.detach().float().mean(dim=1).std(dim=0, correction=0).mean()
 
 
+@torch.no_grad()
 def target_signals(targets: torch.Tensor, ids: torch.Tensor | None = None, num_places: int = 0) -> dict:
     """What collapse shows in targets `[B, K, D]` at the places `ids [B, K]` of a grid of `num_places` patches (default:
     all patches in raster order): detached scalars, or nothing for a batch of one image, which shows none of it.

@@ -67,7 +67,6 @@ def are_ids_absent(context_ids, target_ids) -> bool:
     return context_ids is None
 
 
-@torch.no_grad()
 def eager_attention(module, query, key, value, attention_mask=None, scaling=None, dropout=0.0, **kwargs):
     """Attention written out, for when the weights are wanted: `[B, heads, Q, d]` → `[B, Q, heads, d]`, weights."""
     weights = (query @ key.transpose(2, 3) * scaling).softmax(dim=-1, dtype=torch.float32).to(query.dtype)
