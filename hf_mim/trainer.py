@@ -149,8 +149,11 @@ class MIMTrainer(CheckpointTrainer, HubTrainer, Trainer):
         return torch.where(torch.isfinite(loss), loss, 0)  # the mean over a run is not lost to one bad step
 
     def get_batch_samples(self, *args, **kwargs):
-        with self.throughput.waits():
-            return super().get_batch_samples(*args, **kwargs)
+        try:
+            with self.throughput.waits():
+                return super().get_batch_samples(*args, **kwargs)
+        except (ConnectionError, EOFError) as error:  # what torch has for some deaths; for others it has a RuntimeError
+            raise RuntimeError(f"DataLoader worker or its source has gone: {error}") from error
 
     def _get_grad_norm(self, *args, **kwargs):
         self.guard.grad_norm = super()._get_grad_norm(*args, **kwargs)

@@ -7,6 +7,7 @@ mistake is one line on stderr and exit status 2, before anything is trained or w
 
 import importlib
 import os
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -69,6 +70,7 @@ def pretrain_command(arguments: list[str]) -> int:
         print(file=sys.stderr)
         return _fail(f"{one_line(error)}; {go_on}")
     except RuntimeError as error:
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler raises anew for each worker that is found dead
         if "DataLoader worker" not in str(error):
             raise
         # It may be any rank's.
