@@ -186,3 +186,13 @@ def test_bfloat16_is_on_a_cpu_only_if_asked_for(tmp_path):
 def test_wrong_arguments_are_named_in_one_line(tmp_path, name, value, right):
     with pytest.raises(ValueError, match=rf"^{name} .*{right}"):
         arguments(tmp_path, **{name: value})
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("method", METHODS)
+def test_on_a_gpu_a_step_that_is_not_finite_is_skipped_there_and_told_later(tmp_path, method, caplog):
+    trainer, after = train(tmp_path, method, broken=[5], use_cpu=False, max_steps=6, optim="adamw_torch_fused")
+    assert trainer.guard.skipped == 1 and trainer.args.bf16
+    assert equal(after[1][1], after[0][1]) and not equal(after[2][1], after[1][1])
+    assert "Step 2 is skipped" in caplog.text and "5.npy" in caplog.text
+    assert trainer.state.log_history[0]["device_memory_gib"] > 0
