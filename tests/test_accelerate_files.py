@@ -122,12 +122,14 @@ def saved(folder: Path):
     return AutoModelForPreTraining.from_pretrained(folder / "saved")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 def test_fsdp2_trains_as_ddp_does(ranks, method):
     ddp, fsdp = saved(ranks / f"{method}_ddp"), saved(ranks / f"{method}_fsdp")
     assert_same_weights(ddp, fsdp, tolerance=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 def test_every_parameter_is_sharded_as_planned(ranks, plan_step, method):
     found = json.loads((ranks / f"{method}_0.json").read_text())
@@ -136,6 +138,7 @@ def test_every_parameter_is_sharded_as_planned(ranks, plan_step, method):
     assert found["local"] == step.shards["trained"]
 
 
+@pytest.mark.slow
 def test_fsdp2_resumes_and_follows_float32_in_bfloat16(ranks):
     found = json.loads((ranks / "stop_jepa_0.json").read_text())
     straight, resumed, half = found["losses"]
@@ -144,6 +147,7 @@ def test_fsdp2_resumes_and_follows_float32_in_bfloat16(ranks):
     assert found["dtypes"] == ["torch.float32"]  # the shards, those of the EMA target too
 
 
+@pytest.mark.slow
 def test_fsdp2_holds_the_activations_that_are_planned(ranks, plan_step, monkeypatch):
     found, config = json.loads((ranks / "stop_jepa_0.json").read_text()), make_model("stop_jepa").config
     monkeypatch.setattr(plan_step, "mask_lengths", lambda *_: [(12, 6)] * 2)  # those of `fixed_ids`

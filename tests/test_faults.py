@@ -101,6 +101,7 @@ def test_a_log_that_finds_no_room_costs_a_warning(small_disk, caplog):
     assert [line.endswith("No space left on device") for line in caplog.messages] == [True]
 
 
+@pytest.mark.slow
 def test_weights_that_find_no_room_at_the_end_leave_the_old_ones_and_say_so_in_one_line(small_disk):
     run = small_disk / "run"
     process = pretrain("--output_dir", run, "--max_steps", 40, "--save_steps", 40)
@@ -119,7 +120,7 @@ def test_weights_that_find_no_room_at_the_end_leave_the_old_ones_and_say_so_in_o
 # ---- signals
 
 
-@pytest.mark.parametrize("streaming", [False, True], ids=["map-style", "stream"])
+@pytest.mark.parametrize("streaming", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["map-style", "stream"])
 def test_a_schedulers_signal_to_all_processes_ends_the_run_by_75_and_it_goes_on(tmp_path, streaming):
     run, options = tmp_path / "run", ["--max_steps", 30, "--save_steps", 1000, "--dataloader_num_workers", 2]
     if streaming:
@@ -144,6 +145,7 @@ def test_a_schedulers_signal_to_all_processes_ends_the_run_by_75_and_it_goes_on(
 # ---- data
 
 
+@pytest.mark.slow
 def test_a_killed_worker_ends_the_run_by_75_and_a_line(tmp_path):
     run = tmp_path / "run"
     options = ["--output_dir", run, "--max_steps", 2000, "--save_steps", 5, "--dataloader_num_workers", 2]
