@@ -5,6 +5,7 @@ A folder, because each part is of use alone: `recipe.py` (what a run is), `value
 mistake is one line on stderr and exit status 2, before anything is trained or written. Status 75: start it again.
 """
 
+import gc
 import importlib
 import os
 import signal
@@ -80,6 +81,8 @@ def pretrain_command(arguments: list[str]) -> int:
         print(f"\ninterrupted; go on from the last checkpoint by --resume --output_dir {run.folder}", file=sys.stderr)
         return 130
     finally:
+        del run  # what holds the process group has to be gone before it, or its threads may outlive the interpreter
+        gc.collect()
         PartialState().destroy_process_group()
     return 0
 

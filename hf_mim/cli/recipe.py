@@ -31,7 +31,7 @@ DEFAULTS = {
     "per_device_train_batch_size": 64,
     "per_device_eval_batch_size": 64,
     "dataloader_num_workers": min(4, os.cpu_count() or 1),
-    "save_total_limit": 1,
+    "save_total_limit": 2,  # the one before, where a file of the last is damaged
 }
 # What the papers' optimisation differs in from MAE's, which is the default of `MIMTrainingArguments` (methods: README).
 METHOD_DEFAULTS = {
