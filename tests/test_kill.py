@@ -33,9 +33,11 @@ def finish(process) -> str:
     return err
 
 
-def wait_until_it_trains(process):
+def wait_for_steps(process, count):
+    """Until so many steps have begun."""
     for line in process.stdout:
-        if line.startswith("training"):
+        count -= line.startswith("training")
+        if count == 0:
             return
     raise AssertionError(process.stderr.read()[-3000:])
 
@@ -71,12 +73,13 @@ def kill_and_restart(folder, kills, *options, ranks=1):
     draw, hit = random.Random(0), {"save": 0, "else": 0}
     for number in range(kills):
         process = start(folder, *options, ranks=ranks)
-        wait_until_it_trains(process)
         if number % 2:
+            wait_for_steps(process, ranks)
             wait_for_a_save(folder)
             time.sleep(draw.uniform(0, 0.03))
         else:
-            time.sleep(draw.uniform(0, 0.6))
+            wait_for_steps(process, draw.randint(1, 4) * ranks)
+            time.sleep(draw.uniform(0, 0.1))
         kill(process)
         hit["save" if any((folder / "_saving").glob("checkpoint-*")) else "else"] += 1
         assert all(is_whole(path) for path in checkpoints(folder))
