@@ -147,6 +147,8 @@ def _remove(folder: Path):
     shutil.rmtree(trash, ignore_errors=True)
     os.rename(folder, trash)
     shutil.rmtree(trash, ignore_errors=True)
+    with contextlib.suppress(OSError):  # a save may be under way in it
+        trash.parent.rmdir()
 
 
 def _flush(path: Path):

@@ -63,8 +63,13 @@ class CheckpointTrainer:
             last = newest_whole(run_folder) if self.is_world_process_zero() else None
             left = f"{last.name} is the newest to resume from" if last else "there is none to resume from yet"
             logger.warning(f"{name} could not be saved ({failures[0]}); the run goes on, and {left}")
-        elif self.args.push_to_hub:
+            return
+        if self.args.push_to_hub:
             self._push_from_checkpoint(str(run_folder / name))
+        if self.args.should_save:  # after the push, which waits for the upload of the one that goes now
+            limit, best = self.args.save_total_limit, self.state.best_model_checkpoint
+            for failure in _failures(lambda: rotate(run_folder, limit, best)):
+                logger.warning(f"older checkpoints could not be deleted: {failure}")
 
     def _push_from_checkpoint(self, checkpoint_folder: str):
         if not self._staging:  # by Trainer, before the checkpoint has its name
@@ -84,7 +89,6 @@ class CheckpointTrainer:
             self.state.save_to_json(str(staged / "trainer_state.json"))
         write_manifest(staged, **self._about())
         commit(staged, final)
-        rotate(final.parent, self.args.save_total_limit, self.state.best_model_checkpoint)
 
     def _about(self) -> dict:
         """What a resume has to agree with."""

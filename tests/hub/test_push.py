@@ -59,6 +59,7 @@ def pushed(hub, tmp_path_factory):
     """A run of two checkpoints that are all to go up, and what the process said."""
     folder = tmp_path_factory.mktemp("pushed")
     options = ["--hub_model_id", "tester/digits", "--hub_strategy", "all_checkpoints", "--hub_token", "hf_secret"]
+    options += ["--save_total_limit", "1"]
     done = pretrain(hub, folder, *options)
     assert done.returncode == 0, done.stderr
     return folder / "run", done
