@@ -11,8 +11,34 @@ from hf_mim import schedules
 logger = logging.get_logger(__name__)
 
 
+class ProcessArguments(TrainingArguments):
+    """What pretraining and fine-tuning take alike: one process for each GPU, and loaders that suit them."""
+
+    @property
+    def visible_gpus(self) -> int:
+        """Those that this process could use."""
+        return super().n_gpu
+
+    @property
+    def n_gpu(self) -> int:
+        """At most 1: DataParallel passes no masks of unequal length, and would lose which images were mixed."""
+        return min(self.visible_gpus, 1)
+
+    @property
+    def images_per_step(self) -> int:
+        """Images per optimizer step: per-device batch × accumulation × processes."""
+        return self.per_device_train_batch_size * self.gradient_accumulation_steps * self.world_size
+
+    def settle_loaders(self):
+        """After `__post_init__`: no option that torch refuses or warns of."""
+        if self.dataloader_num_workers == 0:
+            self.dataloader_persistent_workers = False  # torch refuses it
+        if self.device.type == "cpu":
+            self.dataloader_pin_memory = False  # torch warns that there is nothing to pin for
+
+
 @dataclass
-class MIMTrainingArguments(TrainingArguments):
+class MIMTrainingArguments(ProcessArguments):
     """TrainingArguments with the papers' schedules; what else differs from transformers is the defaults.
 
     The learning rate goes from `start_lr_ratio` × peak to the peak over `warmup_steps` (a number of optimizer steps, or
@@ -80,14 +106,11 @@ class MIMTrainingArguments(TrainingArguments):
             if self.auto_find_batch_size:
                 raise ValueError("auto_find_batch_size needs learning_rate: base_lr cannot follow the batch it finds")
             self.learning_rate = self.base_lr * self.images_per_step / 256
-        if super().n_gpu > 1:
-            logger.warning(f"Using one of {super().n_gpu} GPUs; `torchrun --nproc_per_node={super().n_gpu}` uses all.")
+        if (gpus := self.visible_gpus) > 1:
+            logger.warning(f"Using one of {gpus} GPUs; `torchrun --nproc_per_node={gpus}` uses all.")
         if self.data_seed is None:
             self.data_seed = self.seed  # the order of the data must not depend on the ranks' own RNG
-        if self.dataloader_num_workers == 0:
-            self.dataloader_persistent_workers = False  # torch refuses it
-        if self.device.type == "cpu":
-            self.dataloader_pin_memory = False  # torch warns that there is nothing to pin for
+        self.settle_loaders()
         if default_accelerator:
             self.accelerator_config.non_blocking = self.dataloader_pin_memory
             self.accelerator_config.dispatch_batches = False  # each rank reads its own part of a stream
@@ -121,16 +144,6 @@ class MIMTrainingArguments(TrainingArguments):
         for name in ("adam_beta1", "adam_beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}")
-
-    @property
-    def n_gpu(self) -> int:
-        """At most 1: masks of unequal length cannot pass through DataParallel. Many GPUs: one process for each."""
-        return min(super().n_gpu, 1)
-
-    @property
-    def images_per_step(self) -> int:
-        """Images per optimizer step: per-device batch × accumulation × processes."""
-        return self.per_device_train_batch_size * self.gradient_accumulation_steps * self.world_size
 
     def learning_rate_at(self, progress: float, warmup: float) -> float:
         """The learning rate at `progress` in [0, 1], for a warm-up that takes the first `warmup` share of the run."""

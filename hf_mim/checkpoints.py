@@ -13,7 +13,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from hf_mim.hub.reading import sha256
+from hf_mim.files import sha256
 
 MANIFEST = "manifest.json"
 STAGING = "_saving"

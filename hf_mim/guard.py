@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import TrainerCallback
 
 from hf_mim.checkpoints import newest_whole
-from hf_mim.hub.reading import listed
+from hf_mim.files import listed
 
 logger = logging.getLogger(__name__)
 

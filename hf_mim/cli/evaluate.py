@@ -7,8 +7,6 @@ it needs (`NEEDS`), and its own. Anything else is an error.
 import dataclasses
 import difflib
 import inspect
-import os
-import tempfile
 import textwrap
 import time
 from dataclasses import MISSING, dataclass, field
@@ -22,6 +20,7 @@ from hf_mim.cli.help import section
 from hf_mim.cli.values import convert, split_options
 from hf_mim.data.sources import source_name
 from hf_mim.evaluation import PROTOCOLS, load_protocol
+from hf_mim.files import try_to_write
 
 USAGE = """\
 usage: hf-mim evaluate PROTOCOL CHECKPOINT [--dataset SOURCE] [--test SOURCE] [--option value]
@@ -133,7 +132,7 @@ class Evaluation:
 
     def __call__(self):
         """Measure and return the `Result`; `path` is where it is to be saved."""
-        from hf_mim.evaluation.encoder import checkpoint_sha256
+        from hf_mim.evaluation.checkpoint import checkpoint_sha256
 
         start = time.perf_counter()
         result = self.protocol.run(self.extract, *self.splits)
@@ -155,7 +154,7 @@ def check_writable(path: Path):
     try:
         if path.is_dir():
             raise IsADirectoryError
-        os.rmdir(tempfile.mkdtemp(prefix=".", dir=above))  # permissions alone do not tell, of /proc for one
+        try_to_write(above)
     except OSError:
         raise ValueError(
             f"output must be a file that can be written, and {path} cannot; give another --output"

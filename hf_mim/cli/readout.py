@@ -12,7 +12,8 @@ from transformers import PreTrainedConfig, Trainer
 from hf_mim.cli.recipe import RunArguments
 from hf_mim.data import CenterCrop, ImageDataset, load_images
 from hf_mim.data.sources import source_name
-from hf_mim.evaluation.encoder import FrozenEncoder, RawPixels, checkpoint_sha256
+from hf_mim.evaluation.checkpoint import checkpoint_sha256
+from hf_mim.evaluation.encoder import FrozenEncoder, RawPixels
 from hf_mim.evaluation.features import FeatureExtractor
 from hf_mim.evaluation.health import Health
 from hf_mim.evaluation.images import Images, LabelledImages, labelled_only, match_names

@@ -4,16 +4,16 @@
 (`classifier.py`), the arguments and training images (here), augmentation and loss (`hf_mim/data/mix.py`).
 """
 
-import os
 import tempfile
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import ClassVar
 
 import torch
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
+from hf_mim.arguments import ProcessArguments
 from hf_mim.callbacks import BrokenImages, DatasetEpoch, StepSeeds, seeded
 from hf_mim.data import ImageDataset, RandomCrop, check_broken
 from hf_mim.data.mix import MixAugment
@@ -22,10 +22,11 @@ from hf_mim.evaluation.classifier import load_classifier, parameter_groups, save
 from hf_mim.evaluation.metrics import top_k_accuracy
 from hf_mim.evaluation.result import Result
 from hf_mim.evaluation.splits import check_labels
+from hf_mim.files import try_to_write
 
 
 @dataclass
-class FinetuningArguments(TrainingArguments):
+class FinetuningArguments(ProcessArguments):
     """TrainingArguments whose defaults are MAE's fine-tuning of ViT-B (arXiv 2111.06377, table 9, and released code).
 
     The peak learning rate is `base_lr` × images per optimizer step / 256, or `learning_rate` as it is where given.
@@ -59,20 +60,7 @@ class FinetuningArguments(TrainingArguments):
             self.learning_rate = self.base_lr * self.images_per_step / 256
         if not self.warmup_steps:
             self.warmup_steps = self.warmup_epochs / self.num_train_epochs  # below 1, Trainer reads it as a share
-        if self.dataloader_num_workers == 0:
-            self.dataloader_persistent_workers = False  # torch refuses it
-        if self.device.type == "cpu":
-            self.dataloader_pin_memory = False  # torch warns that there is nothing to pin for
-
-    @property
-    def n_gpu(self) -> int:
-        """At most 1: one process for each GPU. DataParallel would lose which images were mixed."""
-        return min(super().n_gpu, 1)
-
-    @property
-    def images_per_step(self) -> int:
-        """Images per optimizer step: per-device batch × accumulation × processes."""
-        return self.per_device_train_batch_size * self.gradient_accumulation_steps * self.world_size
+        self.settle_loaders()
 
 
 def check_schedule(epochs: float, warmup_epochs: float | None, base_lr: float, layer_decay: float, weight_decay: float):
@@ -94,7 +82,7 @@ def check_output(folder: Path, checkpoint: str | None):
         raise ValueError(f"output_dir must not be the checkpoint, {folder}: the classifier would replace its weights")
     above = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
     try:
-        os.rmdir(tempfile.mkdtemp(prefix=".", dir=above))  # permissions alone do not tell, of /proc for one
+        try_to_write(above)
     except OSError as error:
         raise ValueError(
             f"output_dir must be a folder that can be written, and {folder} is none: {error.strerror}"

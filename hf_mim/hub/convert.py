@@ -18,9 +18,10 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from hf_mim.data.processor import image_processor
 from hf_mim.evaluation.processor import read_processor
+from hf_mim.files import listed
 from hf_mim.hub.destination import new_folder
 from hf_mim.hub.key_tables import to_ours, to_theirs
-from hf_mim.hub.reading import Checkpoint, listed, read_checkpoint
+from hf_mim.hub.reading import Checkpoint, read_checkpoint
 from hf_mim.hub.recognise import ENCODERS, Layout, recognise
 from hf_mim.hub.sizes import infer
 

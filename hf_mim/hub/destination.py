@@ -2,10 +2,11 @@
 
 import os
 import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from hf_mim.files import try_to_write
 
 
 def check_destination(dest: str | Path) -> Path:
@@ -19,7 +20,7 @@ def check_destination(dest: str | Path) -> Path:
         raise ValueError(f"DEST must be a new folder, and {dest} holds something already")
     above = next(parent for parent in dest.absolute().parents if os.path.lexists(parent))
     try:
-        os.rmdir(tempfile.mkdtemp(prefix=".", dir=above))  # permissions alone do not tell, of /proc for one
+        try_to_write(above)
     except OSError as error:
         raise ValueError(
             f"DEST must be a folder that can be written, and {dest} cannot be made in {above}: {error.strerror}"

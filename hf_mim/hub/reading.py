@@ -5,7 +5,6 @@ plain containers and what `ALLOWED` adds, and nothing else.
 """
 
 import argparse
-import hashlib
 import json
 import pickle
 import pickletools
@@ -15,7 +14,6 @@ import tarfile
 import warnings
 import zipfile
 import zlib
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,6 +25,8 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch.serialization import safe_globals
+
+from hf_mim.files import listed, sha256
 
 PICKLES = (".pth", ".pt", ".bin", ".tar", ".ckpt")
 EXTENSIONS = (".safetensors", *PICKLES)
@@ -266,19 +266,3 @@ def check_tensors(state: dict[str, Any], name: str) -> dict[str, torch.Tensor]:
 def _is_plain(value: Any) -> bool:
     is_tensor = isinstance(value, torch.Tensor) and value.layout == torch.strided
     return is_tensor and not value.is_quantized and value.device.type == "cpu"
-
-
-def listed(names: Iterable[str], limit: int = 6) -> str:
-    """The first of the names, on one line whatever they are, and how many more there are."""
-    names = [name if name.isprintable() else ascii(name) for name in names]
-    more = f" and {len(names) - limit} more" if len(names) > limit else ""
-    return ", ".join(names[:limit]) + more
-
-
-def sha256(path: Path) -> str:
-    """Of a file's bytes, in hex."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()

@@ -11,9 +11,10 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, PreTrainedModel
 
+from hf_mim.files import listed
 from hf_mim.hub import key_tables
 from hf_mim.hub.key_tables import Row, module_names, within
-from hf_mim.hub.reading import Checkpoint, listed
+from hf_mim.hub.reading import Checkpoint
 from hf_mim.hub.timm_vit import ACTIVATIONS
 from hf_mim.models.configuration_vit import MIMConfig
 from hf_mim.models.modeling_latent_mim import LatentMIMForImageClassification, LatentMIMForPreTraining, LatentMIMModel

@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 
-from hf_mim.hub.reading import listed
+from hf_mim.files import listed
 from hf_mim.hub.recognise import Layout
 from hf_mim.models.configuration_vit import SIZES, pair
 from hf_mim.models.positions import sincos_table

@@ -17,7 +17,7 @@ from transformers import AutoModelForImageClassification, AutoModelForPreTrainin
 from hf_mim.cli.card import card_command
 from hf_mim.cli.recipe import Recipe
 from hf_mim.data.processor import image_processor
-from hf_mim.evaluation.encoder import checkpoint_sha256
+from hf_mim.evaluation.checkpoint import checkpoint_sha256
 from hf_mim.evaluation.result import Result
 from hf_mim.hub.card import METHODS, TEMPLATE, model_card, read_config, write_card
 from hf_mim.hub.shown import is_hub_name, scrubbed, shown
