@@ -17,14 +17,7 @@ from .masking import gather, sample_multi_block
 from .positions import PositionEmbeddings
 from .signals import error_over_constant, spread, target_signals
 from .target_encoder import TargetNetworkMixin
-from .vit import (
-    MIMPreTrainedModel,
-    PretrainingOutput,
-    ViTEncoder,
-    are_ids_absent,
-    run_layers,
-    vit_layers,
-)
+from .vit import MIMPreTrainedModel, PretrainingOutput, ViTEncoder, are_ids_absent, run_layers, vit_layers
 
 
 @dataclass

@@ -12,9 +12,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from datasets import Array3D, Dataset, Features, Value
 from PIL import Image
 from safetensors.torch import load_file
+from small_runs import SMALL, run
 from transformers import AutoImageProcessor, AutoModel, AutoModelForPreTraining
 
 from hf_mim.cli import main, read_recipe
@@ -22,16 +22,13 @@ from hf_mim.cli.values import read_yaml
 from hf_mim.data import DeviceAugment, ImageDataset, WholeImage, load_images
 from hf_mim.evaluation.encoder import FrozenEncoder
 
-SMALL = (
-    "--hidden_size 16 --num_hidden_layers 1 --num_attention_heads 2 --per_device_train_batch_size 32 --use_cpu".split()
-)
 TINY_RUN = [*SMALL, "--max_steps", "4", "--knn_train_images", "200", "--knn_test_images", "100"]
+
+
 REPOSITORY = Path(__file__).parents[2]
+
+
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(REPOSITORY)}
-
-
-def run(*arguments):
-    assert main(["pretrain", *map(str, arguments)]) == 0
 
 
 def same_weights(a, b):
@@ -168,78 +165,6 @@ def test_the_other_methods_fill_their_run_folders_and_load(tmp_path, method):
         assert torch.equal(weight, encoder.state_dict()[name])
 
 
-def make_pictures(folder, count=80, formats=("png", "jpg", "bmp", "gif"), modes=("RGB", "L", "RGBA", "P")):
-    """Nested class folders, sizes, formats and modes mixed."""
-    random = np.random.default_rng(0)
-    for index in range(count):
-        kind = index % len(formats)
-        path = folder / "photos" / ("cats" if index % 2 else "dogs") / f"{index}.{formats[kind]}"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        height, width = random.integers(20, 60, 2)
-        mode = modes[index // 4 % len(modes)]
-        picture = Image.fromarray(random.integers(0, 256, (height, width, 3), dtype=np.uint8))
-        picture.convert("RGB" if formats[kind] in ("jpg", "bmp") and mode in ("RGBA", "P") else mode).save(path)
-    return folder
-
-
-OWN_IMAGES = "--image_size 16,32 --patch_size 8 --max_steps 2 --dataloader_num_workers 0".split()
-
-
-def test_a_folder_of_ones_own_images_with_a_broken_file(tmp_path, capsys, caplog):
-    pictures = make_pictures(tmp_path / "pictures", count=150)
-    (pictures / "photos" / "cats" / "broken.jpg").write_bytes(b"no jpeg")
-    options = [*SMALL, *OWN_IMAGES, "--num_train_epochs", 1, "--max_steps", -1]
-    run("--dataset", pictures, *options, "--output_dir", tmp_path / "run")
-    assert "broken.jpg" in caplog.text
-    assert "seen in pretraining without their labels" in capsys.readouterr().out
-    result = json.loads((tmp_path / "run" / "results" / "knn.json").read_text())
-    train, test = result["data"]["train"], result["data"]["test"]
-    assert result["settings"]["num_classes"] == 2 and test["seen_in_pretraining"] is True
-    assert train["images"] + test["images"] == 150  # the broken one is left out here, and counted
-    assert train.get("broken_images_left_out", 0) + test.get("broken_images_left_out", 0) == 1
-    processor = AutoImageProcessor.from_pretrained(tmp_path / "run")
-    for mode in ("RGB", "L", "RGBA", "P", "CMYK"):
-        picture = Image.new("RGB", (40, 30)).convert(mode)
-        assert processor(picture, return_tensors="pt")["pixel_values"].shape == (1, 3, 16, 32)
-
-
-def test_classes_of_the_test_dataset_are_matched_by_name(tmp_path):
-    random = np.random.default_rng(0)
-    patterns = {name: random.integers(0, 240, (16, 32)) for name in ("ant", "bee", "cow")}
-    for source, names in (("one", ("ant", "bee", "cow")), ("two", ("bee", "cow"))):  # in two, bee is 0
-        for name in names:
-            (tmp_path / source / name).mkdir(parents=True)
-            for number in range(10):
-                Image.fromarray((patterns[name] + number).astype(np.uint8)).save(
-                    tmp_path / source / name / f"{number}.png"
-                )
-    options = [*SMALL, *OWN_IMAGES, "--per_device_train_batch_size", 8, "--output_dir", tmp_path / "run"]
-    run("--dataset", tmp_path / "one", "--test_dataset", tmp_path / "two", *options)
-    scores = json.loads((tmp_path / "run" / "results" / "knn.json").read_text())["scores"]
-    assert scores["raw pixels"] == 1.0
-
-
-def test_images_of_which_some_have_no_label_are_pretrained_on(tmp_path):
-    rows = {"image": [encoded_grey(seed) for seed in range(64)], "label": [None, 0, 1, 1] * 16}
-    Dataset.from_dict(rows).to_parquet(tmp_path / "some.parquet")
-    run("--dataset", tmp_path / "some.parquet", *SMALL, *OWN_IMAGES, "--output_dir", tmp_path / "run")
-    data = json.loads((tmp_path / "run" / "results" / "knn.json").read_text())["data"]
-    assert data["train"]["images"] + data["test"]["images"] == 48
-
-
-def encoded_grey(seed) -> bytes:
-    buffer = io.BytesIO()
-    Image.fromarray(np.random.default_rng(seed).integers(0, 256, (20, 20), dtype=np.uint8)).save(buffer, "PNG")
-    return buffer.getvalue()
-
-
-def test_a_handful_of_images_is_pretrained_on_without_a_readout(tmp_path):
-    pictures = make_pictures(tmp_path / "pictures", count=4)
-    options = [*SMALL, *OWN_IMAGES, "--per_device_train_batch_size", 2]
-    run("--dataset", pictures / "photos", *options, "--output_dir", tmp_path / "run")
-    assert (tmp_path / "run" / "config.json").exists() and not (tmp_path / "run" / "results" / "knn.json").exists()
-
-
 def test_ctrl_c_is_one_line_that_says_how_to_go_on(tmp_path, monkeypatch, capsys):
     def interrupted(*args, **kwargs):
         raise KeyboardInterrupt
@@ -254,34 +179,6 @@ def test_ctrl_c_is_one_line_that_says_how_to_go_on(tmp_path, monkeypatch, capsys
 def test_every_way_to_write_resume_reads_the_runs_own_recipe(flag, mae_run):
     recipe = read_recipe([*flag, "--output_dir", str(mae_run[0])])
     assert recipe.run.resume and recipe.model["hidden_size"] == 16 and recipe.training["max_steps"] == 4
-
-
-@pytest.mark.parametrize("workers", [0, 1])
-def test_more_than_one_broken_file_in_a_hundred_stops_the_run_with_one_line(tmp_path, capsys, workers):
-    pictures = make_pictures(tmp_path / "pictures")
-    for index in range(8):
-        (pictures / "photos" / "cats" / f"broken{index}.jpg").write_bytes(b"no jpeg")
-    options = [*SMALL, *OWN_IMAGES, "--max_steps", 20, "--dataloader_num_workers", workers]
-    assert (
-        main(["pretrain", "--dataset", str(pictures), *map(str, options), "--output_dir", str(tmp_path / "run")]) == 2
-    )
-    error = [line for line in capsys.readouterr().err.splitlines() if "error: " in line]
-    assert len(error) == 1 and "cannot be decoded" in error[0] and "broken" in error[0]
-
-
-def test_ten_channels_from_arrays_to_processor(tmp_path):
-    pixels = np.random.default_rng(0).integers(0, 256, (40, 10, 16, 16), dtype=np.uint8)
-    features = Features(image=Array3D((10, 16, 16), "uint8"), label=Value("int64"))
-    Dataset.from_dict({"image": list(pixels), "label": [0, 1] * 20}, features).save_to_disk(tmp_path / "bands")
-    options = [*SMALL, *OWN_IMAGES, "--image_size", 16, "--num_channels", 10]
-    run("--dataset", tmp_path / "bands", *options, "--output_dir", tmp_path / "run")
-    assert (tmp_path / "run" / "reconstructions.png").exists()
-    processor = AutoImageProcessor.from_pretrained(tmp_path / "run")
-    inputs = processor(list(pixels[:2]), input_data_format="channels_first", return_tensors="pt")
-    assert inputs["pixel_values"].shape == (2, 10, 16, 16)
-    mean, std = (torch.tensor(x).view(10, 1, 1) for x in (processor.image_mean, processor.image_std))
-    torch.testing.assert_close(inputs["pixel_values"][1], (torch.tensor(pixels[1]) / 255 - mean) / std)
-    assert AutoModel.from_pretrained(tmp_path / "run")(**inputs).last_hidden_state.shape == (2, 5, 16)
 
 
 def test_a_stream_is_pretrained_on_and_measured(tmp_path):

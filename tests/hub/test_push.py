@@ -1,41 +1,29 @@
 """Pushing to a Hub and pulling from it by name, over HTTP against `minihub`; each side is a process of its own."""
 
-import io
 import os
-import pickle
-import socket
 import subprocess
 import sys
-import types
-from concurrent import futures
 from pathlib import Path
 
 import pytest
 import torch
-from huggingface_hub import HfApi, ModelCard, get_session, set_client_factory
+from huggingface_hub import ModelCard
 from huggingface_hub.repocard_data import model_index_to_eval_results
-from huggingface_hub.utils import _http
-from minihub import MiniHub
 from safetensors.torch import load, load_file
-from tiny_runs import arguments
-from transformers.utils.hub import PushInProgress
-
-from hf_mim.hub.push import SILENCE, HubTrainer, end_silence
 
 REPOSITORY = Path(__file__).parents[2]
+
+
 RUN = (
     "--hidden_size 16 --num_hidden_layers 1 --num_attention_heads 2 --per_device_train_batch_size 32 --use_cpu "
     "--max_steps 4 --save_steps 2 --knn_train_images 200 --knn_test_images 100 --push_to_hub"
 ).split()
+
+
 WHOLE = {"README.md", "config.json", "model.safetensors", "preprocessor_config.json", "recipe.yaml", "loss.png"}
+
+
 WHOLE |= {"results/training.json", "results/health.json", "results/knn.json", "trainer_state.json"}
-
-
-@pytest.fixture(scope="module")
-def hub():
-    hub = MiniHub()
-    yield hub
-    hub.close()
 
 
 @pytest.fixture(autouse=True)
@@ -231,7 +219,11 @@ name, out = sys.argv[1:]
 model = AutoModel.from_pretrained(name, trust_remote_code=True).eval()
 torch.save(model(torch.linspace(-1, 1, 1024).reshape(1, 1, 32, 32)).pooler_output, out)
 """
+
+
 PUSH_FOLDER = "import sys; from huggingface_hub import *; create_repo(sys.argv[1]); upload_folder(repo_id=sys.argv[1], "
+
+
 PUSH_FOLDER += "folder_path=sys.argv[2])"
 
 
@@ -253,118 +245,3 @@ def test_code_goes_up_with_an_exported_checkpoint_and_runs_where_hf_mim_is_not(h
     torch.testing.assert_close(pulled, ours, atol=1e-6, rtol=0)
     card = hub.files("tester/exported")["README.md"].decode()
     assert 'from_pretrained("tester/exported", trust_remote_code=True)' in card and "hf-mim export" not in card
-
-
-def test_pickled_arguments_hold_no_token(tmp_path):
-    args = arguments(tmp_path, hub_token="hf_secret", max_steps=3)
-    file = io.BytesIO()
-    torch.save(args, file)
-    assert b"hf_secret" not in file.getvalue()
-    copy = pickle.loads(pickle.dumps(args))
-    assert (copy.hub_token, copy.max_steps, args.hub_token) == (None, 3, "hf_secret")
-
-
-class Refused(HubTrainer):
-    """As if an upload had been refused."""
-
-    def __init__(self, folder, **settings):
-        settings = {"hub_private_repo": None, "hub_revision": None, "hub_token": None} | settings
-        self.args = types.SimpleNamespace(output_dir=folder, hub_model_id="me/my model", **settings)
-        self.hub_model_id = None
-
-    def is_world_process_zero(self):
-        return True
-
-
-@pytest.fixture
-def told(monkeypatch):
-    """Warnings."""
-    told = []
-    monkeypatch.setattr("hf_mim.hub.push.logger.warning", told.append)
-    return told
-
-
-def test_the_warning_is_one_line_that_can_be_pasted(tmp_path, told):
-    Refused(tmp_path / "a run")._warn(ValueError("500 for url\nFor more information see"))
-    Refused(tmp_path, hub_private_repo=True, hub_revision="a branch")._warn(ValueError("x"))
-    line, private = told
-    assert "\n" not in line and "(500 for url)" in line
-    excluded = " --exclude '_*' --exclude 'checkpoint-*' --exclude training_args.bin"
-    assert line.endswith(f"hf upload 'me/my model' '{tmp_path}/a run' .{excluded}")
-    assert private.endswith(f"{excluded} --private --revision 'a branch'")
-
-
-class Trainer:
-    """What is asked of transformers' at its start."""
-
-    def init_hf_repo(self, token=None, private=None):
-        HfApi(self.endpoint, "hf_dummy").create_repo("tester/name", exist_ok=True)
-
-
-class Started(Refused, Trainer):
-    pass
-
-
-@pytest.fixture
-def usual_client():
-    """The client of the Hub as it was."""
-    before = _http._GLOBAL_CLIENT_FACTORY
-    yield
-    set_client_factory(before)
-
-
-def test_a_hub_that_accepts_but_never_answers_is_a_warning(tmp_path, told, monkeypatch, usual_client):
-    monkeypatch.setattr("hf_mim.hub.push.SILENCE", 0.3)
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        trainer = Started(tmp_path)
-        trainer.endpoint = f"http://127.0.0.1:{server.getsockname()[1]}"
-        trainer.init_hf_repo()
-        trainer.init_hf_repo()
-    assert len(told) == 2 and all("does not answer (" in line for line in told)
-
-
-def test_a_client_with_a_limit_of_its_own_keeps_it(usual_client):
-    end_silence()
-    assert get_session().timeout.read == get_session().timeout.connect == SILENCE
-    ours = _http._GLOBAL_CLIENT_FACTORY
-    end_silence()
-    assert _http._GLOBAL_CLIENT_FACTORY is ours
-
-    def client():
-        client = _http.default_client_factory()
-        client.timeout = 7
-        return client
-
-    set_client_factory(client)
-    end_silence()
-    assert get_session().timeout.read == 7
-
-
-@pytest.mark.parametrize("status", [408, 429, 503])
-def test_a_hub_that_is_busy_at_the_start_is_a_warning(hub, status, tmp_path, told, usual_client):
-    hub.failing, trainer = status, Started(tmp_path)
-    trainer.endpoint = hub.address
-    trainer.init_hf_repo()
-    assert len(told) == 1 and str(status) in told[0]
-    hub.failing = 403
-    with pytest.raises(ValueError, match="cannot be had"):
-        trainer.init_hf_repo()
-
-
-def test_the_wait_for_an_upload_has_an_end(tmp_path, told, monkeypatch):
-    monkeypatch.setattr("hf_mim.hub.push.LONGEST_WAIT", 0.05)
-    trainer, failed, never = Refused(tmp_path), futures.Future(), futures.Future()
-    failed.set_exception(ValueError("refused"))
-    trainer.push_in_progress = PushInProgress([failed, never])
-    trainer._finish_current_push()
-    assert ["refused" in line for line in told] == [True, False] and "not done after 0.05 seconds" in told[1]
-    assert trainer.push_in_progress is None and never.cancelled()
-
-
-def test_a_card_that_cannot_be_written_is_a_warning(tmp_path, told, monkeypatch):
-    def write_card(*arguments):
-        raise PermissionError("README.md: denied")
-
-    monkeypatch.setattr("hf_mim.hub.push.write_card", write_card)
-    Refused(tmp_path).create_model_card()
-    assert told == ["There is no model card: README.md: denied"]

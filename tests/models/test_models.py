@@ -4,24 +4,13 @@ import copy
 
 import pytest
 import torch
-from transformers import AutoBackbone, AutoModel, AutoModelForImageClassification, AutoModelForPreTraining
+from methods import METHODS, drawn, gradients, make_config, tables
+from transformers import AutoModel
 
-import hf_mim
 from hf_mim.models import vit
-from hf_mim.models.modeling_latent_mim import patch_discrimination
-from hf_mim.models.positions import PositionEmbeddings, sincos_table
-from hf_mim.models.vit import MLP, patchify, unpatchify
+from hf_mim.models.positions import sincos_table
+from hf_mim.models.vit import MLP
 
-SIZES = dict(hidden_size=48, num_hidden_layers=2, num_attention_heads=3)
-METHODS = {
-    "mae": (hf_mim.MAEConfig, hf_mim.MAEForPreTraining, dict(decoder_num_hidden_layers=2)),
-    "latent_mim": (hf_mim.LatentMIMConfig, hf_mim.LatentMIMForPreTraining, dict(patch_gap=2, mask_ratio=0.8)),
-    "stop_jepa": (
-        hf_mim.StopJepaConfig,
-        hf_mim.StopJepaForPreTraining,
-        dict(predictor_hidden_size=24, predictor_num_hidden_layers=2),
-    ),
-}
 CASES = [
     (method, image_size, channels, cls_token)
     for method in METHODS
@@ -31,38 +20,12 @@ CASES = [
 ]
 
 
-def make_config(method, image_size=32, channels=3, cls_token=None, **changes):
-    config_class, _, sizes = METHODS[method]
-    cls_token = method != "stop_jepa" if cls_token is None else cls_token
-    return config_class(
-        **dict(image_size=image_size, patch_size=4, num_channels=channels, use_cls_token=cls_token)
-        | SIZES
-        | sizes
-        | changes
-    )
-
-
 @pytest.fixture(params=CASES, ids=lambda case: "-".join(map(str, case)).replace(" ", ""))
 def case(request):
     torch.manual_seed(0)
     config = make_config(*request.param)
     model = METHODS[request.param[0]][1](config)
     return model, torch.randn(3, config.num_channels, *config.training_size)
-
-
-def drawn(model, images, seed=1):
-    torch.manual_seed(seed)
-    return model(images)
-
-
-def given_back(output):
-    """What a pass has drawn, to be given to another."""
-    drawn_names = ("context_ids", "target_ids", "patch_offsets", "position_noise", "context_noise")
-    return {name: output[name] for name in drawn_names if name in output}
-
-
-def tables(model):
-    return {name: module for name, module in model.named_modules() if isinstance(module, PositionEmbeddings)}
 
 
 def assert_tables_right_and_target_frozen(model):
@@ -146,13 +109,6 @@ def count_calls(model, kind):
     return calls
 
 
-def gradients(model, images):
-    model.zero_grad()
-    loss = drawn(model.train(), images).loss
-    loss.backward()
-    return loss.detach(), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
-
-
 def test_eager_attention_equals_sdpa(case, monkeypatch):
     model, images = case
     assert model.config._attn_implementation == "sdpa"
@@ -177,232 +133,3 @@ def test_gradient_checkpointing_changes_nothing(case):
     assert all(count == 1 + (name not in frozen) for name, count in calls.items()), calls
     assert torch.equal(checkpointed_loss, loss)
     assert all(torch.equal(checkpointed_grads[name], grads[name]) for name in grads)
-
-
-@pytest.mark.parametrize("method", METHODS)
-def test_given_ids_reproduce_a_drawn_pass(method):
-    torch.manual_seed(0)
-    config = make_config(method, **dict(noise_on="both") if method == "stop_jepa" else {})
-    model = METHODS[method][1](config)
-    images = torch.randn(2, 3, *config.training_size)
-    first = drawn(model, images)
-    assert not torch.equal(drawn(model, images, seed=2).loss, first.loss)
-    assert torch.equal(model(images, **given_back(first)).loss, first.loss)
-
-
-@pytest.mark.parametrize("method", METHODS)
-def test_contexts_and_targets_never_overlap(method):
-    torch.manual_seed(0)
-    config = make_config(method)
-    model = METHODS[method][1](config)
-    for _ in range(5):
-        output = model(torch.randn(8, 3, *config.training_size))
-        for context, target in zip(output.context_ids, output.target_ids.flatten(1), strict=True):
-            assert not set(context.tolist()) & set(target.tolist())
-
-
-@pytest.mark.parametrize("method", METHODS)
-def test_the_encoder_sees_only_the_patches_it_is_given(method):
-    torch.manual_seed(0)
-    model = METHODS[method][1](make_config(method)).eval()
-    images = torch.randn(2, 3, 32, 32)
-    ids = torch.stack([torch.randperm(64)[:10] for _ in range(2)])
-    features = model.encoder(images, patch_ids=ids).last_hidden_state
-    hidden = torch.ones(2, 64, dtype=torch.bool).scatter(1, ids, False)
-    patches = patchify(images, (4, 4))
-    changed = unpatchify(torch.where(hidden[..., None], torch.randn_like(patches), patches), (4, 4), (8, 8))
-    assert not torch.equal(images, changed)
-    assert torch.equal(model.encoder(changed, patch_ids=ids).last_hidden_state, features)
-    # and with all ids in raster order it is the unmasked pass
-    every = torch.arange(64).expand(2, -1)
-    whole = model.encoder(images).last_hidden_state
-    torch.testing.assert_close(model.encoder(images, patch_ids=every).last_hidden_state, whole)
-
-
-@pytest.mark.parametrize("method", METHODS)
-def test_an_unmasked_pass_is_deterministic_in_train_mode_and_knows_the_order_of_patches(method):
-    torch.manual_seed(0)
-    encoder = METHODS[method][1](make_config(method)).encoder.train()
-    images = torch.randn(2, 3, 32, 32)
-    assert torch.equal(encoder(images).last_hidden_state, encoder(images).last_hidden_state)
-    shuffled = unpatchify(patchify(images, (4, 4))[:, torch.randperm(64)], (4, 4), (8, 8))
-    pooled, pooled_shuffled = encoder(images).pooler_output, encoder(shuffled).pooler_output
-    assert (pooled - pooled_shuffled).abs().max() > 0.01
-
-
-@pytest.mark.parametrize("method", METHODS)
-def test_any_image_whose_sides_divide_is_encoded(method):
-    encoder = METHODS[method][1](make_config(method)).encoder.eval()
-    prefix = encoder.config.num_prefix_tokens
-    assert encoder(torch.randn(1, 3, 20, 48)).last_hidden_state.shape == (1, prefix + 60, 48)
-    with pytest.raises(ValueError, match="divisible by patch_size"):
-        encoder(torch.randn(1, 3, 30, 32))
-    with pytest.raises(ValueError, match="num_channels=3"):
-        encoder(torch.randn(1, 4, 32, 32))
-
-
-@pytest.mark.parametrize("method", METHODS)
-def test_attentions_and_hidden_states_are_recorded_for_the_encoder_only(method):
-    model = METHODS[method][1](make_config(method)).eval()
-    model.set_attn_implementation("eager")
-    encoder = model.encoder
-    output = encoder(torch.randn(2, 3, 32, 32), output_attentions=True, output_hidden_states=True)
-    tokens = 64 + encoder.config.num_prefix_tokens
-    assert [a.shape for a in output.attentions] == [(2, 3, tokens, tokens)] * 2
-    torch.testing.assert_close(output.attentions[0].sum(-1), torch.ones(2, 3, tokens))
-    assert len(output.hidden_states) == 3
-    assert torch.equal(encoder.norm(output.hidden_states[-1]), output.last_hidden_state)
-
-
-@pytest.mark.parametrize("method", METHODS)
-def test_the_last_layer_computes_only_what_the_loss_reads(method):
-    """The same predictions come out when the last layer computes every token."""
-    torch.manual_seed(0)
-    model = METHODS[method][1](make_config(method, cls_token=None)).eval()
-    network = model.predictor if method == "stop_jepa" else model.decoder
-    images = torch.randn(2, 3, *model.config.training_size)
-    seen, last = [], network.layers[-1]
-    hook = last.mlp.register_forward_hook(lambda module, args, output: seen.append(output.shape[1]))
-    short = drawn(model, images)
-    hook.remove()
-    assert seen == [short.target_ids.shape[-1]]
-    every_token = type(last).forward
-
-    def compute_all(*args, num_queries=None, **kwargs):
-        args, queries = (args[:-1], args[-1]) if num_queries is None else (args, num_queries)
-        return every_token(last, *args, **kwargs)[:, -queries:]
-
-    last.forward = compute_all
-    torch.testing.assert_close(drawn(model, images).predictions, short.predictions, atol=1e-5, rtol=0)
-
-
-@pytest.mark.parametrize("method", METHODS)
-def test_classifier_starts_from_the_pretrained_encoder_with_only_the_head_new(method, tmp_path):
-    torch.manual_seed(0)
-    model = METHODS[method][1](make_config(method)).eval()
-    if method == "stop_jepa":
-        torch.nn.init.normal_(model.target_encoder.norm.bias)
-    model.save_pretrained(tmp_path)
-    classifier, info = AutoModelForImageClassification.from_pretrained(
-        tmp_path, num_labels=5, output_loading_info=True, head_batch_norm=True
-    )
-    assert all(key.startswith("classifier.") for key in info["missing_keys"]) and not info["unexpected_keys"]
-    images, labels = torch.randn(4, 3, 32, 32), torch.tensor([0, 1, 2, 4])
-    output = classifier.eval()(images, labels=labels)
-    pooled = model.base_model(images).pooler_output
-    expected = pooled / (1 + 1e-6) ** 0.5 @ classifier.classifier.linear.weight.T
-    torch.testing.assert_close(output.logits, expected, atol=1e-5, rtol=1e-4)
-    torch.testing.assert_close(output.loss, torch.nn.functional.cross_entropy(output.logits, labels))
-    # Under gradient accumulation Trainer says how many labels the whole step has.
-    part = classifier(images, labels=labels, num_items_in_batch=torch.tensor(16))
-    torch.testing.assert_close(part.loss, output.loss * 4 / 16)
-    output.loss.backward()
-    assert all(p.grad is not None for p in classifier.parameters())
-
-
-@pytest.mark.parametrize("method", METHODS)
-def test_backbone_gives_normalised_feature_maps(method, tmp_path):
-    model = METHODS[method][1](make_config(method)).eval()
-    model.save_pretrained(tmp_path)
-    backbone = AutoBackbone.from_config(type(model.config).from_pretrained(tmp_path, out_features=["stage1", "stage2"]))
-    backbone = type(backbone).from_pretrained(tmp_path, out_features=["stage1", "stage2"])
-    images = torch.randn(2, 3, 24, 40)
-    maps = backbone(images).feature_maps
-    assert [m.shape for m in maps] == [(2, 48, 6, 10)] * 2 and backbone.channels == [48, 48]
-    tokens = model.base_model(images).last_hidden_state[:, model.config.num_prefix_tokens :]
-    torch.testing.assert_close(maps[-1].flatten(2).transpose(1, 2), tokens)
-
-
-@pytest.mark.parametrize("method", METHODS)
-def test_half_precision_models_load_with_their_target_in_float32(method, tmp_path):
-    model = METHODS[method][1](make_config(method))
-    model.save_pretrained(tmp_path)
-    half = AutoModelForPreTraining.from_pretrained(tmp_path, dtype=torch.bfloat16)
-    for name, p in half.named_parameters():
-        assert p.dtype == (torch.float32 if name.startswith("target_") else torch.bfloat16), name
-    for name, module in tables(half).items():
-        assert torch.equal(module.table, model.get_submodule(name).table)
-    images = torch.randn(2, 3, *model.config.training_size)
-    output = drawn(half, images)
-    assert output.loss.dtype == torch.float32
-    output.loss.backward()
-    torch.testing.assert_close(output.loss, drawn(model.eval(), images).loss, rtol=0.05, atol=0)
-    half.update_target(0.5)
-
-
-@pytest.mark.parametrize("method", METHODS)
-def test_under_autocast_the_loss_is_computed_in_float32(method):
-    torch.manual_seed(0)
-    model = METHODS[method][1](make_config(method))
-    images = torch.randn(3, 3, *model.config.training_size)
-    loss, _ = gradients(model, images)
-    with torch.autocast("cpu", torch.bfloat16):
-        output = drawn(model, images)
-    predictions, targets = output.predictions, output.targets
-    assert predictions.dtype == torch.bfloat16 and targets.dtype == output.loss.dtype == torch.float32
-    if method == "latent_mim":
-        expected = patch_discrimination(predictions.float(), targets, model.config.temperature)
-        assert torch.equal(output.metrics["patch_discrimination"], expected.detach())
-    else:
-        function = torch.nn.functional.mse_loss if method == "mae" else torch.nn.functional.smooth_l1_loss
-        assert torch.equal(output.loss, function(predictions.float(), targets))
-    torch.testing.assert_close(output.loss, loss, rtol=0.03, atol=0)
-
-
-@pytest.mark.parametrize("method", METHODS)
-def test_a_checkpoint_with_more_layers_than_the_model_does_not_load_unnoticed(method, tmp_path):
-    model = METHODS[method][1](make_config(method))
-    model.save_pretrained(tmp_path)
-    depth = "predictor_num_hidden_layers" if method == "stop_jepa" else "decoder_num_hidden_layers"
-    shallow = {"num_hidden_layers": 1, depth: 1}
-    _, info = AutoModelForPreTraining.from_pretrained(tmp_path, **shallow, output_loading_info=True)
-    network = depth.split("_")[0]
-    assert any(key.startswith(f"{network}.layers.1.") for key in info["unexpected_keys"])
-    _, info = AutoModel.from_pretrained(tmp_path, num_hidden_layers=1, output_loading_info=True)
-    assert any("layers.1." in key for key in info["unexpected_keys"])
-
-
-@pytest.mark.parametrize("method", METHODS)
-def test_models_compile_without_graph_breaks_when_ids_are_given(method):
-    torch.manual_seed(0)
-    model = METHODS[method][1](make_config(method)).train()
-    images = torch.randn(2, 3, *model.config.training_size)
-    given = given_back(drawn(model, images))
-    compiled = torch.compile(model, fullgraph=True, backend="eager")
-    torch.testing.assert_close(compiled(images, **given).loss, model(images, **given).loss)
-
-
-def test_drop_path_leaves_out_branches_in_train_mode_only_and_keeps_their_mean():
-    torch.manual_seed(0)
-    model = hf_mim.MAEModel(make_config("mae", drop_path_rate=0.5))
-    layer = model.layers[-1].train()
-    assert [layer.drop_path_rate for layer in model.layers] == [0, 0.5]
-    branch = torch.ones(4000, 2, 3)
-    dropped = layer.drop_path(branch)
-    assert set(dropped.unique().tolist()) == {0.0, 2.0}
-    assert torch.equal(dropped[:, 0, 0], dropped[:, 1, 2])
-    assert abs(dropped.mean() - 1) < 0.05
-    assert torch.equal(layer.eval().drop_path(branch), branch)
-
-
-@pytest.mark.parametrize("size", ["tiny", "small", "base", "large", "huge", "giant"])
-def test_one_dial_sets_the_published_sizes(size):
-    """Parameters of the ViTs of Dosovitskiy et al. and Zhai et al. with their ImageNet head and learned positions."""
-    millions = {"tiny": 5.717, "small": 22.051, "base": 86.568, "large": 304.327, "huge": 632.046, "giant": 1012.611}
-    config = hf_mim.MAEConfig(size=size, patch_size=14 if size in ("huge", "giant") else 16, num_labels=1000)
-    with torch.device("meta"):
-        classifier = hf_mim.MAEForImageClassification(config)
-    positions = classifier.encoder.embeddings.position_embeddings.table.numel()
-    assert round((sum(p.numel() for p in classifier.parameters()) + positions) / 1e6, 3) == millions[size]
-
-
-def test_decoder_and_predictor_have_the_papers_sizes_at_vit_base_and_large():
-    for size in ("base", "large"):
-        mae, jepa = hf_mim.MAEConfig(size=size), hf_mim.StopJepaConfig(size=size)
-        assert (mae.decoder_hidden_size, mae.decoder_num_hidden_layers, mae.decoder_num_attention_heads) == (512, 8, 16)
-        assert jepa.predictor_hidden_size == 384
-        assert jepa.predictor_num_hidden_layers == {"base": 6, "large": 12}[size]
-        assert jepa.predictor_num_attention_heads == jepa.num_attention_heads
-    latent = hf_mim.LatentMIMConfig()
-    assert latent.projector_hidden_size == 4096 and latent.training_size == (280, 280)
-    assert latent.num_visible((14, 14)) == 20 and mae.num_visible((14, 14)) == 49

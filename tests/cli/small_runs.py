@@ -1,0 +1,11 @@
+"""Runs of a few seconds."""
+
+from hf_mim.cli import main
+
+SMALL = (
+    "--hidden_size 16 --num_hidden_layers 1 --num_attention_heads 2 --per_device_train_batch_size 32 --use_cpu".split()
+)
+
+
+def run(*arguments):
+    assert main(["pretrain", *map(str, arguments)]) == 0

@@ -1,0 +1,35 @@
+"""Numbers in the docs are those of the files beside them."""
+
+import re
+from pathlib import Path
+
+from hf_mim.evaluation.result import Result
+
+REPOSITORY = Path(__file__).parents[1]
+CARDS = REPOSITORY / "model_cards"
+
+
+def test_the_numbers_in_the_docs_of_evaluation_are_those_of_the_results_files():
+    results = [Result.load(path) for path in (CARDS / "cifar10_mae" / "results").glob("*.json")]
+    trained, untrained = ({r.protocol: r for r in results if r.settings["untrained"] is bare} for bare in (False, True))
+
+    def scores(protocol, *names):
+        return [x.scores[name] for name in names for x in (trained[protocol], untrained[protocol])]
+
+    linear = [f"top1 {features}" for features in ("last/mean/norm", "last/cls/norm")]
+    budgets = [[f"top1 {budget}", f"top1 {budget} standard deviation"] for budget in ("1%", "10%", "5")]
+    draws = [x.scores[name] for pair in budgets for x in (trained["lowshot"], untrained["lowshot"]) for name in pair]
+    rank = trained["health"].table[0]
+    expected = {name: [trained[name].value, untrained[name].value] for name in untrained}
+    expected["linear"] += scores("linear", *linear)
+    expected["lowshot"] = draws
+    expected["segment"] += scores("segment", "knn mIoU")
+    expected["propagate"].append(trained["propagate"].scores["J&F of the first mask left where it is"])
+    expected["local"] += [trained["local"].scores[name] for name in ("count from raw pixels", "count by chance")]
+    expected["local"] += [*scores("local", "distance"), trained["local"].scores["distance by chance"]]
+    expected["health"] = [rank["value"] / 100, rank["untrained"] / 100]
+    rows = re.findall(
+        r"\| `(\w+)` \|[^|]*\|(.*)", (REPOSITORY / "docs" / "evaluation.md").read_text().split("## Numbers")[1]
+    )
+    told = {name: re.findall(r"\d+\.\d", cells) for name, cells in rows}
+    assert told == {name: [f"{100 * value:.1f}" for value in values] for name, values in expected.items()}
