@@ -90,6 +90,7 @@ def test_the_log_counts_skipped_steps_and_its_means_leave_them_out(tmp_path):
     (entry,) = [entry for entry in trainer.state.log_history if "loss" in entry]
     assert entry["skipped_steps"] == 1
     assert 0 < entry["loss"] < 5 and 0 < entry["feature_std"] < 5
+    assert 0 < trainer.state.log_history[-1]["train_loss"] < 5
 
 
 def test_a_bad_image_in_an_accumulated_step_skips_all_of_it(tmp_path, caplog):

@@ -89,6 +89,21 @@ def test_resume_is_exact_with_random_crops_in_workers(tmp_path):
     assert_same_weights(run(), run(resume_from_checkpoint=str(tmp_path / "checkpoint-7")))
 
 
+def test_an_image_is_augmented_alike_in_batches_of_any_size(tmp_path):
+    def run(batch_size):
+        seen, model = [], make_model("mae")
+        model.register_forward_pre_hook(
+            lambda module, args, kwargs: seen.extend(kwargs["pixel_values"]), with_kwargs=True
+        )
+        sizes = dict(per_device_train_batch_size=batch_size, max_steps=16 // batch_size)
+        args = arguments(tmp_path, train_sampling_strategy="sequential", **sizes)
+        augment = DeviceAugment(grayscale_probability=0.5, blur_probability=0.5)
+        MIMTrainer(model, args, ImageDataset(image_column(16), size=24), augment=augment).train()
+        return torch.stack(seen)
+
+    torch.testing.assert_close(run(2), run(8), rtol=0, atol=1e-5)  # the blur sums in another order
+
+
 def test_data_is_told_each_epoch_also_after_a_resume(tmp_path):
     def run(**kwargs):
         model = make_model("mae")
