@@ -10,7 +10,7 @@ pretrain: $(INSTALLED)
 	$(BIN)/hf-mim pretrain training/recipes/digits_mae.yaml
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto
 
 test-slow: $(INSTALLED)
 	$(BIN)/python -m pytest -m slow --timeout 3600

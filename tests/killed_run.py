@@ -14,10 +14,10 @@ from transformers import TrainerCallback
 sys.path.insert(0, str(Path(__file__).parent))
 from tiny_runs import arguments, image_column, make_model
 
-from hf_mim.checkpoints import checkpoints
 from hf_mim.data import DeviceAugment, ImageDataset, ImageStream
-from hf_mim.guard import INTERRUPTED
-from hf_mim.trainer import MIMTrainer
+from hf_mim.pretraining.checkpoints import checkpoints
+from hf_mim.pretraining.guard import INTERRUPTED
+from hf_mim.pretraining.trainer import MIMTrainer
 
 STEPS = 60
 

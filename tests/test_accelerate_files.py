@@ -17,11 +17,9 @@ from accelerate import PartialState
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import launch_command_parser, prepare_multi_gpu_env
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
-
-sys.path.insert(0, str(Path(__file__).parent))
 from tiny_runs import METHODS, Images, arguments, assert_same_weights, fixed_ids, make_model
 
-from hf_mim.trainer import MIMTrainer
+from hf_mim.pretraining.trainer import MIMTrainer
 
 FOLDER = Path(__file__).parents[1] / "training" / "accelerate"
 SHARED = dict(max_steps=4, train_sampling_strategy="sequential", adam_epsilon=1e-3, logging_steps=1)

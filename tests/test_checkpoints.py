@@ -7,8 +7,8 @@ import shutil
 import pytest
 from tiny_runs import Images, arguments, make_model
 
-from hf_mim import checkpoints
-from hf_mim.trainer import MIMTrainer
+from hf_mim.pretraining import checkpoints
+from hf_mim.pretraining.trainer import MIMTrainer
 
 
 def make(run, step, size=1000):

@@ -11,14 +11,14 @@ import torch.nn.functional as F
 from tiny_runs import Images, arguments, make_model
 from transformers import TrainerControl, TrainerState
 
-from hf_mim.cli.pretrain import Pretraining
-from hf_mim.cli.recipe import Recipe
-from hf_mim.cli.values import read_yaml
-from hf_mim.collapse import CollapseAlarm
 from hf_mim.models.configuration_latent_mim import LatentMIMConfig
 from hf_mim.models.configuration_stop_jepa import StopJepaConfig
 from hf_mim.models.signals import error_over_constant, target_signals
-from hf_mim.trainer import MIMTrainer
+from hf_mim.pretraining.collapse import CollapseAlarm
+from hf_mim.pretraining.recipe import Recipe
+from hf_mim.pretraining.run import Pretraining
+from hf_mim.pretraining.settings import read_yaml
+from hf_mim.pretraining.trainer import MIMTrainer
 
 RECIPES = Path(__file__).parents[1] / "training" / "recipes"
 
@@ -138,8 +138,8 @@ class Log:
 
 @pytest.fixture
 def warnings(caplog):
-    caplog.set_level(logging.WARNING, "hf_mim.collapse")
-    return lambda: [record.getMessage() for record in caplog.records if record.name == "hf_mim.collapse"]
+    caplog.set_level(logging.WARNING, "hf_mim.pretraining.collapse")
+    return lambda: [record.getMessage() for record in caplog.records if record.name == "hf_mim.pretraining.collapse"]
 
 
 def test_a_collapse_is_told_once_and_again_when_it_comes_back(warnings):

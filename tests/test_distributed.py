@@ -10,8 +10,6 @@ from pathlib import Path
 
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).parent))
 from tiny_runs import (
     METHODS,
     AtEachStep,
@@ -25,9 +23,9 @@ from tiny_runs import (
     snapshot,
 )
 
-from hf_mim.checkpoints import is_whole
 from hf_mim.data import BrokenImagesError, DeviceAugment, ImageDataset, ImageStream, WholeImage
-from hf_mim.trainer import MIMTrainer
+from hf_mim.pretraining.checkpoints import is_whole
+from hf_mim.pretraining.trainer import MIMTrainer
 
 SHARED = dict(max_steps=3, train_sampling_strategy="sequential", adam_epsilon=1e-3, learning_rate=0.01)
 

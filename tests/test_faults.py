@@ -16,10 +16,10 @@ import pytest
 from PIL import Image
 from tiny_runs import AtEachStep, Images, arguments, image_column, make_model
 
-from hf_mim.callbacks import MetricsFile
-from hf_mim.checkpoints import checkpoints, is_whole, newest_whole
 from hf_mim.data import DeviceAugment, ImageDataset, load_images
-from hf_mim.trainer import MIMTrainer
+from hf_mim.pretraining.callbacks import MetricsFile
+from hf_mim.pretraining.checkpoints import checkpoints, is_whole, newest_whole
+from hf_mim.pretraining.trainer import MIMTrainer
 
 HERE = Path(__file__).parent
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE.parent), "PYTHONUNBUFFERED": "1"}

@@ -7,10 +7,10 @@ import pytest
 import torch
 from tiny_runs import METHODS, AtEachStep, Images, arguments, image_column, make_model, snapshot
 
-from hf_mim.checkpoints import is_whole
 from hf_mim.data import DeviceAugment, ImageDataset
-from hf_mim.guard import NonFiniteError
-from hf_mim.trainer import MIMTrainer, ScalarMeans
+from hf_mim.pretraining.checkpoints import is_whole
+from hf_mim.pretraining.guard import NonFiniteError
+from hf_mim.pretraining.trainer import MIMTrainer, ScalarMeans
 
 SHARED = dict(max_steps=4, logging_steps=1, train_sampling_strategy="sequential")
 

@@ -13,7 +13,7 @@ import psutil
 import pytest
 from killed_run import STEPS
 
-from hf_mim.checkpoints import checkpoints, is_whole, newest_whole
+from hf_mim.pretraining.checkpoints import checkpoints, is_whole, newest_whole
 
 HERE = Path(__file__).parent
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE.parent)}

@@ -8,8 +8,8 @@ import pytest
 import torch
 from tiny_runs import AtEachStep, Images, arguments, make_model
 
-from hf_mim.callbacks import MetricsFile
-from hf_mim.trainer import MIMTrainer
+from hf_mim.pretraining.callbacks import MetricsFile
+from hf_mim.pretraining.trainer import MIMTrainer
 
 
 def train(folder, steps=4, images=None, method="stop_jepa", resume=None, callbacks=(), **settings):

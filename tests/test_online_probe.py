@@ -7,12 +7,12 @@ import torch
 from tiny_runs import METHODS, image_column
 from transformers import AutoModelForPreTraining
 
-from hf_mim.cli.pretrain import Pretraining
-from hf_mim.cli.recipe import Recipe
 from hf_mim.evaluation.encoder import FrozenEncoder
 from hf_mim.evaluation.features import FeatureExtractor
 from hf_mim.evaluation.health import measure_health
 from hf_mim.evaluation.knn import KNN
+from hf_mim.pretraining.recipe import Recipe
+from hf_mim.pretraining.run import Pretraining
 
 TINY = {"size": "tiny", "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "use_cpu": True}
 TINY |= {"max_steps": 4, "per_device_train_batch_size": 16, "knn": False, "disable_tqdm": True, "probe_images": 40}

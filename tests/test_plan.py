@@ -2,18 +2,15 @@
 
 import importlib
 import json
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from tiny_runs import METHODS, make_model
 from transformers import AutoModelForPreTraining
 
-sys.path.insert(0, str(Path(__file__).parent))
-from tiny_runs import METHODS, make_model
-
-from hf_mim.cli.recipe import CONFIGS
 from hf_mim.models.configuration_vit import SIZES
+from hf_mim.pretraining.recipe import CONFIGS
 
 TRAINING = Path(__file__).parents[1] / "training"
 SMALL = dict(image_size=32, patch_size=4, num_hidden_layers=3, hidden_size=48, num_attention_heads=3)

@@ -17,6 +17,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from accelerate import PartialState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+from tiny_runs import METHODS, Images, arguments, fixed_ids, image_column, make_model
 from torch.distributed.checkpoint.state_dict import (
     get_model_state_dict,
     get_optimizer_state_dict,
@@ -28,13 +29,10 @@ from torch.distributed.tensor import DTensor, Shard
 from torch.utils._pytree import tree_leaves, tree_map
 from transformers import AutoModelForPreTraining, TrainerCallback
 
-sys.path.insert(0, str(Path(__file__).parent))
-from tiny_runs import METHODS, Images, arguments, fixed_ids, image_column, make_model
-
-from hf_mim.callbacks import OnlineProbe
-from hf_mim.checkpoints import check, newest_whole
 from hf_mim.data import DeviceAugment
-from hf_mim.trainer import MIMTrainer
+from hf_mim.pretraining.checkpoints import check, newest_whole
+from hf_mim.pretraining.probe import OnlineProbe
+from hf_mim.pretraining.trainer import MIMTrainer
 
 EQUAL = dict(max_steps=3, train_sampling_strategy="sequential", adam_epsilon=1e-4, learning_rate=0.01, logging_steps=1)
 EQUAL |= dict(gradient_accumulation_steps=2, max_grad_norm=0.1, weight_decay=0.1, weight_decay_end=0.5)

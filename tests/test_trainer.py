@@ -21,8 +21,8 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import TrainerCallback
 
-from hf_mim.callbacks import Throughput
-from hf_mim.trainer import MIMTrainer
+from hf_mim.pretraining.callbacks import Throughput
+from hf_mim.pretraining.trainer import MIMTrainer
 
 # ---- the target
 
@@ -218,7 +218,7 @@ def test_log_has_images_per_second_and_no_pixel_flops(tmp_path):
 
 def test_throughput_counts_neither_evaluation_nor_saving(monkeypatch):
     now = [0.0]
-    monkeypatch.setattr("hf_mim.callbacks.time.perf_counter", lambda: now[0])
+    monkeypatch.setattr("hf_mim.pretraining.callbacks.time.perf_counter", lambda: now[0])
     clock = Throughput()
     clock.on_train_begin(None, None, None)
     for seconds, event in ((2, "on_step_end"), (30, "on_evaluate"), (50, "on_save"), (1, "on_step_end")):

@@ -9,7 +9,7 @@ from torch import nn
 from transformers import TrainingArguments
 
 from hf_mim.data import BrokenImagesError, DeviceAugment, ImageDataset, ImageStream
-from hf_mim.trainer import MIMTrainer
+from hf_mim.pretraining.trainer import MIMTrainer
 
 # ---- evaluation
 

@@ -17,7 +17,7 @@ from hf_mim import (
     StopJepaConfig,
     StopJepaForPreTraining,
 )
-from hf_mim.trainer import MIMTrainingArguments
+from hf_mim.pretraining.trainer import MIMTrainingArguments
 
 TINY = dict(image_size=24, patch_size=4, hidden_size=32, num_hidden_layers=2, num_attention_heads=2)
 METHODS = ["mae", "latent_mim", "stop_jepa"]

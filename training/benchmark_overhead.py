@@ -42,8 +42,8 @@ def step_seconds(method: str, args) -> list[float]:
     import torch
     from transformers import TrainerCallback
 
-    from hf_mim.cli.recipe import CONFIGS
-    from hf_mim.trainer import MIMTrainer, MIMTrainingArguments
+    from hf_mim.pretraining.recipe import CONFIGS
+    from hf_mim.pretraining.trainer import MIMTrainer, MIMTrainingArguments
 
     class EveryOther(TrainerCallback):
         """Before all others at the beginning of a step."""
@@ -115,9 +115,10 @@ class TensorImages:
 
 def switches(trainer):
     """Functions that switch all that watches a run on, and off."""
-    from hf_mim.callbacks import MetricsFile, StepSeeds
-    from hf_mim.collapse import CollapseAlarm
     from hf_mim.models import modeling_latent_mim, modeling_stop_jepa
+    from hf_mim.pretraining.callbacks import MetricsFile
+    from hf_mim.pretraining.collapse import CollapseAlarm
+    from hf_mim.trainer_utils import StepSeeds
 
     def nothing(*args, **kwargs):
         return None

@@ -17,11 +17,11 @@ from accelerate.utils import set_seed
 from transformers import HfArgumentParser
 
 from hf_mim.data import CenterCrop, ImageDataset
+from hf_mim.data.labelled import load_labelled
 from hf_mim.data.mix import MixAugment
 from hf_mim.evaluation.classifier import load_classifier, save_classifier
 from hf_mim.evaluation.encoder import FrozenEncoder
 from hf_mim.evaluation.finetune import FinetuningArguments, make_trainer, training_images
-from hf_mim.evaluation.images import load_labelled
 from hf_mim.evaluation.metrics import compute_metrics
 
 

@@ -33,10 +33,10 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers.utils import logging
 
 from hf_mim.cli import one_line
-from hf_mim.cli.recipe import Recipe, field_type, model_fields
-from hf_mim.cli.values import convert, read_yaml, split_options
 from hf_mim.models.configuration_vit import SIZES
-from hf_mim.trainer import MIMTrainingArguments
+from hf_mim.pretraining.recipe import Recipe, field_type, model_fields
+from hf_mim.pretraining.settings import convert, read_yaml, split_options
+from hf_mim.pretraining.trainer import MIMTrainingArguments
 
 HERE = Path(__file__).parent
 IMAGENET, IMAGENET_IMAGES = "ILSVRC/imagenet-1k", 1_281_167

@@ -19,10 +19,10 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers.utils import logging
 
 from hf_mim.cli.help import pretrain_help
-from hf_mim.cli.recipe import Recipe, field_type
-from hf_mim.cli.values import read_yaml, split_options
 from hf_mim.data import BrokenImagesError, ImageFormatError
-from hf_mim.guard import INTERRUPTED, NonFiniteError
+from hf_mim.pretraining.guard import INTERRUPTED, NonFiniteError
+from hf_mim.pretraining.recipe import Recipe, field_type
+from hf_mim.pretraining.settings import read_yaml, split_options
 
 USAGE = """\
 usage: hf-mim COMMAND ...
@@ -52,7 +52,7 @@ def pretrain_command(arguments: list[str]) -> int:
     if {"-h", "--help"} & set(arguments):
         print(pretrain_help())
         return 0
-    from hf_mim.cli.pretrain import Pretraining  # after --help, which needs none of it
+    from hf_mim.pretraining.run import Pretraining  # after --help, which needs none of it
 
     logging.disable_progress_bar()  # those of loading and saving; the training has its own
     try:

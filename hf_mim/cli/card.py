@@ -3,7 +3,7 @@
 import os
 from pathlib import Path
 
-from hf_mim.cli.values import split_options
+from hf_mim.pretraining.settings import split_options
 
 USAGE = """\
 usage: hf-mim card CHECKPOINT [--license IDENTIFIER] [--repo_id OWNER/NAME]

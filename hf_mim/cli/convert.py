@@ -7,10 +7,10 @@ from typing import Any
 from huggingface_hub.errors import StrictDataclassError
 from transformers.utils import logging
 
-from hf_mim.cli.values import convert as to_type
 from hf_mim.hub.convert import Conversion, setting_types
-from hf_mim.hub.destination import check_destination
+from hf_mim.hub.new_folder import check_destination
 from hf_mim.hub.recognise import METHODS
+from hf_mim.pretraining.settings import convert as to_type
 
 USAGE = """\
 usage: hf-mim convert SOURCE DEST [--method mae|latent_mim|ijepa|stop] [--set name=value ...]

@@ -15,12 +15,12 @@ from typing import Any, Literal, get_type_hints
 
 import torch
 
-from hf_mim.cli.evaluate_sources import NEEDS
 from hf_mim.cli.help import section
-from hf_mim.cli.values import convert, split_options
 from hf_mim.data.sources import source_name
 from hf_mim.evaluation import PROTOCOLS, load_protocol
+from hf_mim.evaluation.data_arguments import NEEDS
 from hf_mim.files import try_to_write
+from hf_mim.pretraining.settings import convert, split_options
 
 USAGE = """\
 usage: hf-mim evaluate PROTOCOL CHECKPOINT [--dataset SOURCE] [--test SOURCE] [--option value]

@@ -44,7 +44,7 @@ def export_command(arguments: list[str]) -> int:
 
 def _parse(arguments: list[str]) -> tuple[str, str, str, str | None]:
     """CHECKPOINT, DEST, the form, the encoder. Raises ValueError for anything else."""
-    from hf_mim.cli.values import split_options
+    from hf_mim.pretraining.settings import split_options
 
     options, words = split_options(arguments, lambda name: False)
     unknown = sorted(set(options) - {"to", "encoder"})

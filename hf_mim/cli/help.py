@@ -6,8 +6,8 @@ import re
 import textwrap
 from typing import Any
 
-from hf_mim.cli.recipe import CONFIGS, DEFAULTS, TRAINING_FIELDS, RunArguments, model_fields
-from hf_mim.trainer import MIMTrainingArguments
+from hf_mim.pretraining.recipe import CONFIGS, DEFAULTS, TRAINING_FIELDS, RunArguments, model_fields
+from hf_mim.pretraining.trainer import MIMTrainingArguments
 
 USAGE = """\
 usage: hf-mim pretrain [RECIPE.yaml] [--dataset SOURCE] [--output_dir DIR] [--any_argument value]

@@ -25,9 +25,9 @@ _NAMES = {place.partition(":")[2]: place for place in PROTOCOLS.values()} | {
     "FeatureExtractor": "features:FeatureExtractor",
     "FeatureSpec": "encoder:FeatureSpec",
     "FrozenEncoder": "encoder:FrozenEncoder",
-    "LabelledImages": "images:LabelledImages",
+    "LabelledImages": "hf_mim.data.labelled:LabelledImages",
     "Result": "result:Result",
-    "load_labelled": "images:load_labelled",
+    "load_labelled": "hf_mim.data.labelled:load_labelled",
 }
 __all__ = ["PROTOCOLS", "load_protocol", *_NAMES]
 
@@ -43,4 +43,4 @@ def __getattr__(name: str):
     if name not in _NAMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     module, _, attribute = _NAMES[name].partition(":")
-    return getattr(importlib.import_module(f"{__name__}.{module}"), attribute)
+    return getattr(importlib.import_module(module if "." in module else f"{__name__}.{module}"), attribute)

@@ -12,10 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from hf_mim.data.labelled import LabelledImages
+from hf_mim.data.splits import generator
 from hf_mim.evaluation.encoder import FeatureSpec
 from hf_mim.evaluation.features import FeatureExtractor
-from hf_mim.evaluation.images import LabelledImages
-from hf_mim.evaluation.probing import (
+from hf_mim.evaluation.probe_training import (
     Grid,
     check_least,
     check_probe_options,
@@ -26,7 +27,6 @@ from hf_mim.evaluation.probing import (
     train_together,
 )
 from hf_mim.evaluation.result import Result
-from hf_mim.evaluation.splits import generator
 
 BETAS, EPS = (0.9, 0.999), 1e-8  # of AdamW
 WARMUP = 0.1  # share of the steps

@@ -12,10 +12,10 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForImageClassification
 
 import hf_mim  # noqa: F401 (registers the models)
-from hf_mim.callbacks import decayed_parameters
 from hf_mim.data.processor import image_processor
 from hf_mim.evaluation.checkpoint import LOADING_ERRORS, left_over_blocks, quiet
 from hf_mim.models.configuration_vit import pair
+from hf_mim.trainer_utils import decayed_parameters
 
 HEAD_STD = 2e-5  # MAE's: the first predictions are even, so the first gradients leave the encoder in peace
 

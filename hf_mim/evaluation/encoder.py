@@ -17,8 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hf_mim.data import IMAGENET_MEAN, IMAGENET_STD, DeviceAugment
+from hf_mim.data.processor import InputSpec, read_processor
 from hf_mim.evaluation.checkpoint import image_model, load_model
-from hf_mim.evaluation.processor import InputSpec, read_processor
 from hf_mim.models.configuration_vit import pair
 from hf_mim.models.positions import sincos_table
 

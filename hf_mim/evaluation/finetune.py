@@ -13,16 +13,15 @@ import torch
 from transformers import Trainer
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-from hf_mim.arguments import ProcessArguments
-from hf_mim.callbacks import BrokenImages, DatasetEpoch, StepSeeds, seeded
 from hf_mim.data import ImageDataset, RandomCrop, check_broken
 from hf_mim.data.mix import MixAugment
 from hf_mim.data.randaugment import RandAugment, RandAugmentedImages
+from hf_mim.data.splits import check_labels
 from hf_mim.evaluation.classifier import load_classifier, parameter_groups, save_classifier, size_options
 from hf_mim.evaluation.metrics import top_k_accuracy
 from hf_mim.evaluation.result import Result
-from hf_mim.evaluation.splits import check_labels
 from hf_mim.files import try_to_write
+from hf_mim.trainer_utils import BrokenImages, DatasetEpoch, ProcessArguments, StepSeeds, seeded
 
 
 @dataclass

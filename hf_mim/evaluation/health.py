@@ -14,9 +14,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from hf_mim.evaluation.probing import check_least, parse_pooled
+from hf_mim.data.splits import generator
+from hf_mim.evaluation.probe_training import check_least, parse_pooled
 from hf_mim.evaluation.result import Result
-from hf_mim.evaluation.splits import generator
 
 # Variation below this share of the size of the features is float32's rounding: the features are constant.
 ROUNDING = 1e-6

@@ -14,9 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from hf_mim.data.labelled import LabelledImages
 from hf_mim.evaluation.features import FeatureExtractor
-from hf_mim.evaluation.images import LabelledImages
-from hf_mim.evaluation.probing import parse_pooled
+from hf_mim.evaluation.probe_training import parse_pooled
 from hf_mim.evaluation.result import Result
 
 LARGEST_TABLE = 2**26  # similarities that are held at once: 256 MB

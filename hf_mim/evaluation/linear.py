@@ -11,10 +11,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from hf_mim.data.labelled import LabelledImages
 from hf_mim.evaluation.encoder import FeatureSpec, FrozenEncoder
 from hf_mim.evaluation.features import FeatureExtractor
-from hf_mim.evaluation.images import LabelledImages
-from hf_mim.evaluation.probing import (
+from hf_mim.evaluation.probe_training import (
     LARGEST_TABLE,
     Grid,
     check_probe_options,

@@ -14,12 +14,12 @@ from sklearn.linear_model import LogisticRegression, RidgeCV
 from torch import Tensor
 
 from hf_mim.data import WholeImage, scenes
+from hf_mim.data.labelled import Images
+from hf_mim.data.splits import stratified_split
 from hf_mim.evaluation.encoder import RawPixels
-from hf_mim.evaluation.images import Images
 from hf_mim.evaluation.lowshot import fit_logistic
-from hf_mim.evaluation.probing import check_least, parse_pooled, standardiser
+from hf_mim.evaluation.probe_training import check_least, parse_pooled, standardiser
 from hf_mim.evaluation.result import Result
-from hf_mim.evaluation.splits import stratified_split
 
 NUM_BINS = 6  # of the distance, as VTAB's
 HELD_OUT = 0.2  # of the training scenes, to choose C

@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from hf_mim.data.labelled import LabelledImages
+from hf_mim.data.splits import check_labels, random_ranks
 from hf_mim.evaluation.features import FeatureExtractor
-from hf_mim.evaluation.images import LabelledImages
-from hf_mim.evaluation.probing import check_least, check_numbers, parse_pooled, standardiser
+from hf_mim.evaluation.probe_training import check_least, check_numbers, parse_pooled, standardiser
 from hf_mim.evaluation.result import Result
-from hf_mim.evaluation.splits import check_labels, random_ranks
 
 MAX_ITERATIONS = 2000
 FOLDS = 3  # at most, of the cross-validation

@@ -19,12 +19,12 @@ from torch import Tensor, nn
 
 from hf_mim.data import WholeImage
 from hf_mim.data.masks import MaskedImages
+from hf_mim.data.splits import generator
 from hf_mim.evaluation.encoder import FeatureSpec
 from hf_mim.evaluation.metrics import class_iou, confusion_matrix, mean_iou
-from hf_mim.evaluation.probing import check_probe_options, describe_choice, fetch, mean_and_scale
+from hf_mim.evaluation.probe_training import check_probe_options, describe_choice, fetch, mean_and_scale
 from hf_mim.evaluation.result import Result
-from hf_mim.evaluation.splits import generator
-from hf_mim.schedules import learning_rate
+from hf_mim.trainer_utils import learning_rate
 
 LARGEST_TABLE = 2**26  # scores that are held at once: 256 MB
 MAX_CLASSES = 2**15 - 1

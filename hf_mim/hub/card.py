@@ -22,7 +22,7 @@ import hf_mim  # noqa: F401 (registers the configs)
 from hf_mim.evaluation import PROTOCOLS
 from hf_mim.evaluation.checkpoint import checkpoint_sha256
 from hf_mim.evaluation.result import Result, format_number
-from hf_mim.hub.shown import is_hub_name, last_name, markdown_table, scrubbed, scrubbed_all, shown, shown_number
+from hf_mim.hub.card_text import is_hub_name, last_name, markdown_table, scrubbed, scrubbed_all, shown, shown_number
 from hf_mim.models.configuration_vit import MIMConfig
 
 TEMPLATE = Path(__file__).with_name("card_template.md")

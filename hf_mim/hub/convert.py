@@ -16,11 +16,10 @@ import torch
 from huggingface_hub.dataclasses import validate_typed_dict
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from hf_mim.data.processor import image_processor
-from hf_mim.evaluation.processor import read_processor
+from hf_mim.data.processor import image_processor, read_processor
 from hf_mim.files import listed
-from hf_mim.hub.destination import new_folder
 from hf_mim.hub.key_tables import to_ours, to_theirs
+from hf_mim.hub.new_folder import new_folder
 from hf_mim.hub.reading import Checkpoint, read_checkpoint
 from hf_mim.hub.recognise import ENCODERS, Layout, recognise
 from hf_mim.hub.sizes import infer

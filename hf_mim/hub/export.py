@@ -12,8 +12,8 @@ from transformers.utils import cached_file
 from transformers.utils import logging as transformers_logging
 
 import hf_mim
-from hf_mim.evaluation.processor import FILES
-from hf_mim.hub.destination import check_destination, new_folder
+from hf_mim.data.processor import FILES
+from hf_mim.hub.new_folder import check_destination, new_folder
 from hf_mim.hub.onnx import check_onnx, write_onnx
 from hf_mim.hub.remote_code import write_remote_code
 from hf_mim.hub.timm_vit import write_timm

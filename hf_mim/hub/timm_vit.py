@@ -5,7 +5,7 @@ from pathlib import Path
 
 from safetensors.torch import save_file
 
-from hf_mim.evaluation.processor import read_processor
+from hf_mim.data.processor import read_processor
 from hf_mim.hub import key_tables
 from hf_mim.hub.classifier import as_linear
 from hf_mim.models.configuration_vit import MIMConfig

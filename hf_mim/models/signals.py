@@ -1,4 +1,4 @@
-"""What shows in a batch whether features and targets tell images apart; `hf_mim.collapse` judges it in the log."""
+"""What shows in a batch whether features and targets tell images apart; the collapse alarm judges it in the log."""
 
 import torch
 import torch.nn.functional as F

@@ -1,6 +1,6 @@
 """The target network: a copy of the online one that follows it as an exponential moving average (EMA).
 
-Also the two interpolations that models schedule by; `hf_mim.schedules` builds on them.
+Also the two interpolations that models schedule by; `hf_mim.trainer_utils` builds on them.
 """
 
 import math

@@ -18,9 +18,9 @@ from small_runs import SMALL, run
 from transformers import AutoImageProcessor, AutoModel, AutoModelForPreTraining
 
 from hf_mim.cli import main, read_recipe
-from hf_mim.cli.values import read_yaml
 from hf_mim.data import DeviceAugment, ImageDataset, WholeImage, load_images
 from hf_mim.evaluation.encoder import FrozenEncoder
+from hf_mim.pretraining.settings import read_yaml
 
 TINY_RUN = [*SMALL, "--max_steps", "4", "--knn_train_images", "200", "--knn_test_images", "100"]
 
@@ -169,7 +169,7 @@ def test_ctrl_c_is_one_line_that_says_how_to_go_on(tmp_path, monkeypatch, capsys
     def interrupted(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("hf_mim.trainer.MIMTrainer.train", interrupted)
+    monkeypatch.setattr("hf_mim.pretraining.trainer.MIMTrainer.train", interrupted)
     assert main(["pretrain", *TINY_RUN, "--output_dir", str(tmp_path / "run")]) == 130
     line = capsys.readouterr().err.strip().splitlines()[-1]
     assert line == f"interrupted; go on from the last checkpoint by --resume --output_dir {tmp_path / 'run'}"

@@ -7,9 +7,9 @@ import pytest
 
 from hf_mim.cli import parse, read_recipe
 from hf_mim.cli.help import documented, pretrain_help
-from hf_mim.cli.recipe import ALL_FIELDS, CONFIGS, RUN_FIELDS, TRAINING_FIELDS, Recipe, model_fields
-from hf_mim.cli.values import convert, read_yaml
-from hf_mim.trainer import MIMTrainingArguments
+from hf_mim.pretraining.recipe import ALL_FIELDS, CONFIGS, RUN_FIELDS, TRAINING_FIELDS, Recipe, model_fields
+from hf_mim.pretraining.settings import convert, read_yaml
+from hf_mim.pretraining.trainer import MIMTrainingArguments
 
 RECIPES = sorted((Path(__file__).parents[2] / "training" / "recipes").glob("*.yaml"))
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from hf_mim.data import digits
+from hf_mim.data.labelled import LabelledImages
 from hf_mim.evaluation.encoder import FrozenEncoder
-from hf_mim.evaluation.images import LabelledImages
 from hf_mim.models.configuration_mae import MAEConfig
 from hf_mim.models.modeling_mae import MAEForPreTraining, MAEModel
 

@@ -10,7 +10,7 @@ from torch import nn
 from hf_mim.evaluation.attentive import Attentive, AttentiveProbes
 from hf_mim.evaluation.features import FeatureExtractor
 from hf_mim.evaluation.linear import train_heads
-from hf_mim.evaluation.probing import mean_and_scale, train_together
+from hf_mim.evaluation.probe_training import mean_and_scale, train_together
 
 
 class PlainProbe(nn.Module):

@@ -19,9 +19,9 @@ from transformers import (
     YolosModel,
 )
 
+from hf_mim.data.processor import read_processor
 from hf_mim.evaluation.checkpoint import checkpoint_sha256
 from hf_mim.evaluation.encoder import FeatureSpec, FrozenEncoder, RawPixels
-from hf_mim.evaluation.processor import read_processor
 from hf_mim.models.configuration_mae import MAEConfig
 from hf_mim.models.configuration_stop_jepa import StopJepaConfig
 from hf_mim.models.modeling_mae import MAEForPreTraining

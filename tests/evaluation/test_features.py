@@ -12,11 +12,11 @@ from datasets import Dataset
 from PIL import Image
 
 from hf_mim.data import BrokenImagesError, CenterCrop, WholeImage, load_images
+from hf_mim.data.labelled import Images, LabelledImages
 from hf_mim.evaluation import cache as cache_module
 from hf_mim.evaluation import features as features_module
 from hf_mim.evaluation.encoder import FrozenEncoder
 from hf_mim.evaluation.features import FeatureExtractor
-from hf_mim.evaluation.images import Images, LabelledImages
 
 SPECS = ["last/mean/norm", "last/cls/raw", "last/tokens/norm"]
 

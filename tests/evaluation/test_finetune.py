@@ -23,12 +23,12 @@ from hf_mim import MAEForPreTraining
 from hf_mim.data import CenterCrop
 from hf_mim.data.crop import crop_rng, load_crop
 from hf_mim.data.decode import open_image
+from hf_mim.data.labelled import LabelledImages
 from hf_mim.data.mix import MixAugment
 from hf_mim.evaluation.classifier import load_classifier, save_classifier
 from hf_mim.evaluation.encoder import FrozenEncoder
 from hf_mim.evaluation.features import FeatureExtractor
 from hf_mim.evaluation.finetune import Finetune, FinetuningArguments, make_trainer, training_images
-from hf_mim.evaluation.images import LabelledImages
 
 TINY = dict(image_size=32, patch_size=8, hidden_size=64, num_hidden_layers=2, num_attention_heads=4)
 CLASSES = [f"class {number}" for number in range(10)]

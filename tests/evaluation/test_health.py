@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from hf_mim.data.digits import digits
+from hf_mim.data.labelled import Images
 from hf_mim.evaluation.features import FeatureExtractor
 from hf_mim.evaluation.health import (
     MEASURES,
@@ -19,7 +20,6 @@ from hf_mim.evaluation.health import (
     rank_me,
     token_cosine,
 )
-from hf_mim.evaluation.images import Images
 from hf_mim.models.positions import sincos_table
 
 GRID = (6, 8)

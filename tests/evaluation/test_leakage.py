@@ -24,12 +24,12 @@ from sklearn.base import BaseEstimator
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hf_mim import MAEConfig, MAEForPreTraining
+from hf_mim.data.labelled import LabelledImages
 from hf_mim.data.masks import MaskedImages
 from hf_mim.data.videos import Videos
 from hf_mim.evaluation import PROTOCOLS, load_protocol
 from hf_mim.evaluation.encoder import FrozenEncoder
 from hf_mim.evaluation.features import FeatureExtractor
-from hf_mim.evaluation.images import LabelledImages
 from hf_mim.evaluation.result import Result
 
 CLASSES = 3

@@ -8,12 +8,12 @@ import torch.nn.functional as F
 from sklearn.linear_model import LogisticRegression
 from torch import nn
 
-from hf_mim.evaluation import linear, probing
+from hf_mim.data.splits import stratified_split
+from hf_mim.evaluation import linear, probe_training
 from hf_mim.evaluation.encoder import FeatureSpec
 from hf_mim.evaluation.features import FeatureExtractor
 from hf_mim.evaluation.linear import Linear, LinearHeads, train_heads
-from hf_mim.evaluation.probing import choose_and_test, describe_choice, mean_and_scale, train_together
-from hf_mim.evaluation.splits import stratified_split
+from hf_mim.evaluation.probe_training import choose_and_test, describe_choice, mean_and_scale, train_together
 
 
 def clusters(n=300, width=12, num_classes=4, seed=0):
@@ -33,7 +33,7 @@ def test_standardising_is_batch_norm_without_affine_over_the_training_images():
 
 
 def test_standardising_is_exact_far_from_zero_and_of_constant_features(monkeypatch):
-    monkeypatch.setattr(probing, "LARGEST_TABLE", 100)
+    monkeypatch.setattr(probe_training, "LARGEST_TABLE", 100)
     x = torch.randn(5000, 2, generator=torch.Generator().manual_seed(0)) * 0.01 + 1000
     x[:, 1] = 3.25
     mean, scale = mean_and_scale(x, torch.arange(5000), "x")

@@ -10,8 +10,8 @@ import json
 import tempfile
 from pathlib import Path
 
-from hf_mim.cli.pretrain import Pretraining
-from hf_mim.cli.recipe import Recipe
+from hf_mim.pretraining.recipe import Recipe
+from hf_mim.pretraining.run import Pretraining
 
 FILE = Path(__file__).with_name("losses.json")
 STEPS = 30

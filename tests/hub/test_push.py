@@ -164,7 +164,7 @@ def test_uploads_that_fail_during_training_are_told_and_the_last_one_makes_up_fo
     script = tmp_path / "script.py"
     script.write_text(
         "import sys, urllib.request\n"
-        "from hf_mim.cli.pretrain import Pretraining\n"
+        "from hf_mim.pretraining.run import Pretraining\n"
         "from hf_mim.cli import read_recipe\n"
         "run = Pretraining(read_recipe(sys.argv[1:]))\n"
         "from transformers import TrainerCallback\n"

@@ -12,10 +12,10 @@ from minihub import MiniHub
 from transformers import UperNetConfig, UperNetForSemanticSegmentation
 
 from hf_mim import LatentMIMConfig, LatentMIMForPreTraining, MAEBackbone, MAEConfig, MAEForPreTraining
+from hf_mim.data.labelled import load_labelled
 from hf_mim.data.processor import image_processor
 from hf_mim.evaluation.encoder import FrozenEncoder
 from hf_mim.evaluation.features import FeatureExtractor
-from hf_mim.evaluation.images import load_labelled
 
 REPOSITORY = Path(__file__).parents[2]
 TINY = dict(image_size=32, patch_size=8, hidden_size=32, num_hidden_layers=4, num_attention_heads=4)

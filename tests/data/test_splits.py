@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from hf_mim.evaluation.splits import check_labels, generator, random_ranks, stratified_split
+from hf_mim.data.splits import check_labels, generator, random_ranks, stratified_split
 
 LABELS = torch.tensor([3] * 20 + [7] * 10 + [0] * 2 + [5])[torch.randperm(33, generator=generator(1))]
 

@@ -20,9 +20,10 @@ from datasets import Dataset
 from transformers import AutoModelForPreTraining, PreTrainedConfig
 
 import hf_mim  # noqa: F401 (registers the models)
-from hf_mim import checkpoints
-from hf_mim.callbacks import OnlineProbe
-from hf_mim.cli.readout import (
+from hf_mim.data import DeviceAugment, ImageDataset, ImageStream, RandomCrop, channel_statistics
+from hf_mim.data.processor import image_processor
+from hf_mim.pretraining import checkpoints
+from hf_mim.pretraining.final_results import (
     Readout,
     find_test_split,
     fixed_sample,
@@ -31,11 +32,10 @@ from hf_mim.cli.readout import (
     measure_health,
     training_record,
 )
-from hf_mim.cli.recipe import Recipe, RunArguments, model_fields
-from hf_mim.cli.values import read_yaml
-from hf_mim.data import DeviceAugment, ImageDataset, ImageStream, RandomCrop, channel_statistics
-from hf_mim.data.processor import image_processor
-from hf_mim.trainer import MIMTrainer, MIMTrainingArguments
+from hf_mim.pretraining.probe import OnlineProbe
+from hf_mim.pretraining.recipe import Recipe, RunArguments, model_fields
+from hf_mim.pretraining.settings import read_yaml
+from hf_mim.pretraining.trainer import MIMTrainer, MIMTrainingArguments
 from hf_mim.visualize import plot_reconstructions, plot_training
 
 NUM_PICTURES = 8

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from hf_mim.data import load_images
 from hf_mim.data.sources import SplitNotFound, open_source, source_name
-from hf_mim.evaluation.splits import stratified_split
+from hf_mim.data.splits import stratified_split
 
 HELD_OUT = 0.2  # of the training images, where a source has no test images
 

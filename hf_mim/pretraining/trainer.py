@@ -18,27 +18,17 @@ from transformers import Trainer
 from transformers.trainer_callback import ProgressCallback
 from transformers.trainer_utils import has_length
 
-from hf_mim.arguments import MIMTrainingArguments
-from hf_mim.callbacks import (
-    BrokenImages,
-    DatasetEpoch,
-    MetricsFile,
-    MIMProgress,
-    StepSeeds,
-    TargetUpdate,
-    Throughput,
-    WeightDecay,
-    decayed_parameters,
-    seeded,
-)
-from hf_mim.collapse import CollapseAlarm
 from hf_mim.data import DeviceAugment, ImageDataset, ImageStream
 from hf_mim.data.dataset import collate
 from hf_mim.data.stream import RING, EndlessStream
-from hf_mim.guard import StepGuard, leave_signals_to_the_main_process
 from hf_mim.hub.push import HubTrainer
 from hf_mim.models.target_encoder import TargetNetworkMixin
-from hf_mim.saving import CheckpointTrainer
+from hf_mim.pretraining.arguments import MIMTrainingArguments
+from hf_mim.pretraining.callbacks import MetricsFile, MIMProgress, TargetUpdate, Throughput, WeightDecay
+from hf_mim.pretraining.collapse import CollapseAlarm
+from hf_mim.pretraining.guard import StepGuard, leave_signals_to_the_main_process
+from hf_mim.pretraining.saving import CheckpointTrainer
+from hf_mim.trainer_utils import BrokenImages, DatasetEpoch, StepSeeds, decayed_parameters, seeded
 
 __all__ = ["MIMTrainer", "MIMTrainingArguments", "ScalarMeans", "check_data"]
 

@@ -9,16 +9,16 @@ import torch
 from datasets import Dataset, IterableDataset
 from transformers import PreTrainedConfig, Trainer
 
-from hf_mim.cli.recipe import RunArguments
 from hf_mim.data import CenterCrop, ImageDataset, load_images
+from hf_mim.data.labelled import Images, LabelledImages, labelled_only, match_names
 from hf_mim.data.sources import source_name
 from hf_mim.evaluation.checkpoint import checkpoint_sha256
 from hf_mim.evaluation.encoder import FrozenEncoder, RawPixels
 from hf_mim.evaluation.features import FeatureExtractor
 from hf_mim.evaluation.health import Health
-from hf_mim.evaluation.images import Images, LabelledImages, labelled_only, match_names
 from hf_mim.evaluation.knn import KNN
 from hf_mim.evaluation.result import Result, result_path
+from hf_mim.pretraining.recipe import RunArguments
 
 HEALTH_IMAGES = 512
 

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from hf_mim.data.labelled import LabelledImages
+from hf_mim.data.splits import check_labels, generator, stratified_split
 from hf_mim.evaluation.encoder import FeatureSpec
 from hf_mim.evaluation.features import FeatureExtractor
-from hf_mim.evaluation.images import LabelledImages
 from hf_mim.evaluation.result import Result
-from hf_mim.evaluation.splits import check_labels, generator, stratified_split
-from hf_mim.schedules import learning_rate
+from hf_mim.trainer_utils import learning_rate
 
 LARGEST_TABLE = 2**24  # numbers of one temporary table: 64 MB
 Grid = Sequence[tuple[float, float]]  # (learning rate for a batch of 256, weight decay) of each probe

@@ -16,12 +16,12 @@ from typing import Any, Literal, get_type_hints
 import yaml
 from transformers import PreTrainedConfig
 
-from hf_mim.cli.values import convert
 from hf_mim.hub.card import check_license
 from hf_mim.models.configuration_latent_mim import LatentMIMConfig
 from hf_mim.models.configuration_mae import MAEConfig
 from hf_mim.models.configuration_stop_jepa import StopJepaConfig
-from hf_mim.trainer import MIMTrainingArguments
+from hf_mim.pretraining.settings import convert
+from hf_mim.pretraining.trainer import MIMTrainingArguments
 
 CONFIGS = {"mae": MAEConfig, "latent_mim": LatentMIMConfig, "stop_jepa": StopJepaConfig}
 

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 from transformers import TrainerCallback
 
-from hf_mim.checkpoints import newest_whole
 from hf_mim.files import listed
+from hf_mim.pretraining.checkpoints import newest_whole
 
 logger = logging.getLogger(__name__)
 

@@ -55,7 +55,7 @@ class LabelledArguments(CropArguments):
 
     def load(self) -> tuple:
         """(train, test)."""
-        from hf_mim.evaluation.images import check_classes, load_labelled
+        from hf_mim.data.labelled import check_classes, load_labelled
 
         train, test = load_labelled(
             self.dataset, self.test, self.train_split, self.test_split, self.image_column, self.label_column
@@ -121,7 +121,7 @@ class ImageArguments(CropArguments):
     def load(self) -> tuple:
         """(images,)."""
         from hf_mim.data import load_images
-        from hf_mim.evaluation.images import Images
+        from hf_mim.data.labelled import Images
 
         images = load_images(self.dataset, self.split, image_column=self.image_column)
         return (Images(images.select_columns("image"), f"{source_name(self.dataset)}, split {self.split}"),)

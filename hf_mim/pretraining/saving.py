@@ -9,7 +9,8 @@ from accelerate.utils import broadcast_object_list, gather_object
 from safetensors import SafetensorError
 from transformers.utils import logging
 
-from hf_mim.checkpoints import (
+from hf_mim.data.stream import EndlessStream
+from hf_mim.pretraining.checkpoints import (
     MANIFEST,
     STAGING,
     check,
@@ -20,7 +21,6 @@ from hf_mim.checkpoints import (
     write_manifest,
     written_aside,
 )
-from hf_mim.data.stream import EndlessStream
 
 logger = logging.get_logger(__name__)
 

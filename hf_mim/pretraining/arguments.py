@@ -3,38 +3,12 @@
 from dataclasses import dataclass, field
 
 import torch
-from transformers import TrainingArguments
 from transformers.utils import logging
 
-from hf_mim import schedules
+from hf_mim import trainer_utils
+from hf_mim.trainer_utils import ProcessArguments
 
 logger = logging.get_logger(__name__)
-
-
-class ProcessArguments(TrainingArguments):
-    """What pretraining and fine-tuning take alike: one process for each GPU, and loaders that suit them."""
-
-    @property
-    def visible_gpus(self) -> int:
-        """Those that this process could use."""
-        return super().n_gpu
-
-    @property
-    def n_gpu(self) -> int:
-        """At most 1: DataParallel passes no masks of unequal length, and would lose which images were mixed."""
-        return min(self.visible_gpus, 1)
-
-    @property
-    def images_per_step(self) -> int:
-        """Images per optimizer step: per-device batch × accumulation × processes."""
-        return self.per_device_train_batch_size * self.gradient_accumulation_steps * self.world_size
-
-    def settle_loaders(self):
-        """After `__post_init__`: no option that torch refuses or warns of."""
-        if self.dataloader_num_workers == 0:
-            self.dataloader_persistent_workers = False  # torch refuses it
-        if self.device.type == "cpu":
-            self.dataloader_pin_memory = False  # torch warns that there is nothing to pin for
 
 
 @dataclass
@@ -148,6 +122,6 @@ class MIMTrainingArguments(ProcessArguments):
     def learning_rate_at(self, progress: float, warmup: float) -> float:
         """The learning rate at `progress` in [0, 1], for a warm-up that takes the first `warmup` share of the run."""
         peak = self.learning_rate
-        return schedules.learning_rate(
+        return trainer_utils.learning_rate(
             progress, peak, start=self.start_lr_ratio * peak, final=self.final_lr_ratio * peak, warmup=warmup
         )

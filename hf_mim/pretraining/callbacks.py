@@ -1,0 +1,161 @@
+"""What happens beside the step: random numbers, target update, weight decay, epochs, broken images, probe, logs.
+
+No callback keeps anything that a checkpoint would have to hold: what they do follows from the step number.
+"""
+
+import contextlib
+import json
+import logging
+import math
+import os
+import time
+from pathlib import Path
+
+import psutil
+import torch
+from transformers import TrainerCallback
+from transformers.trainer_callback import ProgressCallback
+
+from hf_mim import trainer_utils
+from hf_mim.pretraining.guard import StepGuard
+
+logger = logging.getLogger(__name__)
+
+
+class TargetUpdate(TrainerCallback):
+    """Tells the model its progress before each step and moves its target after each optimizer step that was taken.
+
+    Progress is the number of optimizer steps done before this one, over all of them. Under gradient accumulation this
+    is once per optimizer step; a step that was skipped, by the loss scaler or by `guard`, moves nothing.
+    """
+
+    def __init__(self, guard: StepGuard):
+        self.guard = guard
+
+    def on_step_begin(self, args, state, control, model=None, **kwargs):
+        model.set_progress(state.global_step / state.max_steps)
+
+    def on_optimizer_step(self, args, state, control, model=None, optimizer=None, **kwargs):
+        if not optimizer.step_was_skipped:
+            model.update_target(state.global_step / state.max_steps, self.guard.skip)
+
+
+class WeightDecay(TrainerCallback):
+    """Sets the weight decay of the decayed parameter groups before each optimizer step (`weight_decay_end`)."""
+
+    def on_pre_optimizer_step(self, args, state, control, optimizer=None, **kwargs):
+        end = args.weight_decay if args.weight_decay_end is None else args.weight_decay_end
+        value = trainer_utils.weight_decay(state.global_step / state.max_steps, args.weight_decay, end)
+        for group in optimizer.param_groups:
+            if group["decays"]:
+                group["weight_decay"] = value
+
+
+class Throughput(TrainerCallback):
+    """Training images per second between two readings; evaluating and saving do not count as training time."""
+
+    def __init__(self):
+        self._restart()
+
+    def _restart(self):
+        self.images, self.seconds, self.waiting, self.mark = 0, 0.0, 0.0, time.perf_counter()
+
+    def _lap(self):
+        now = time.perf_counter()
+        self.seconds, self.mark = self.seconds + now - self.mark, now
+
+    @contextlib.contextmanager
+    def waits(self):
+        """What happens inside is waiting for data."""
+        start = time.perf_counter()
+        yield
+        self.waiting += time.perf_counter() - start
+
+    def read(self, device: torch.device) -> dict[str, float]:
+        """Since the last reading: images per second, of all processes together; of this one, its seconds of training,
+        those of them that it has waited for data, and its most memory on the device in GiB (on a CPU, what the process
+        has now)."""
+        self._lap()
+        found = {"images_per_second": self.images / self.seconds}
+        found |= {"seconds": self.seconds, "data_wait_seconds": self.waiting}
+        if device.type == "cpu":
+            found["memory_gib"] = psutil.Process().memory_info().rss / 2**30
+        else:
+            found["device_memory_gib"] = torch.accelerator.max_memory_allocated(device) / 2**30
+            torch.accelerator.reset_peak_memory_stats(device)
+        self._restart()
+        return found
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self._restart()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self._lap()
+
+    def restart_clock(self):
+        """What has passed since the last step was no training."""
+        self.mark = time.perf_counter()
+
+    def on_evaluate(self, args, state, control, **kwargs):
+        self.restart_clock()
+
+    def on_save(self, args, state, control, **kwargs):
+        self.restart_clock()
+
+
+class MIMProgress(ProgressCallback):
+    """Trainer's progress bar, with the loss and the images per second on it."""
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        super().on_log(args, state, control, logs=logs, **kwargs)
+        if self.training_bar is not None and "images_per_second" in logs:
+            self.training_bar.set_postfix_str(f"loss {logs['loss']:.4g}, {logs['images_per_second']:.0f} images/s")
+
+
+class MetricsFile(TrainerCallback):
+    """`metrics.jsonl` in the run folder: a line for each entry of the log, with its step and time (Unix seconds).
+
+    A resumed run takes back the lines after the step that it goes on from.
+    """
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        path = Path(args.output_dir) / "metrics.jsonl"
+        if not state.is_world_process_zero or not path.exists():
+            return
+        with _unless_the_disk_is_full(path):
+            lines = [line for line in path.read_text().splitlines() if _step_of(line) <= state.global_step]
+            aside = path.with_name("_metrics.jsonl")
+            aside.write_text("".join(f"{line}\n" for line in lines))
+            os.replace(aside, path)
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if not state.is_world_process_zero:
+            return
+        path = Path(args.output_dir) / "metrics.jsonl"
+        entry = {"step": state.global_step, "time": round(time.time(), 3)} | {k: _plain(v) for k, v in logs.items()}
+        with _unless_the_disk_is_full(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with open(path, "a") as file:
+                file.write(json.dumps(entry) + "\n")
+
+
+def _plain(value):
+    """JSON has no word for a number that is not finite: null."""
+    return value if not isinstance(value, float) or math.isfinite(value) else None
+
+
+def _step_of(line: str) -> float:
+    """That of a line of metrics.jsonl; of half a line, which a kill can leave, infinity."""
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, KeyError, TypeError):
+        return math.inf
+
+
+@contextlib.contextmanager
+def _unless_the_disk_is_full(path: Path):
+    """A log that cannot be written is no reason to end a run."""
+    try:
+        yield
+    except OSError as error:
+        logger.warning("%s cannot be written: %s", path, error)
