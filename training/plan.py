@@ -32,7 +32,7 @@ from typing import get_type_hints
 from huggingface_hub.errors import StrictDataclassError
 from transformers.utils import logging
 
-from hf_mim.cli import one_line
+from hf_mim.files import one_line
 from hf_mim.models.configuration_vit import SIZES
 from hf_mim.pretraining.recipe import Recipe, field_type, model_fields
 from hf_mim.pretraining.settings import convert, read_yaml, split_options

@@ -20,9 +20,11 @@ from transformers.utils import logging
 
 from hf_mim.cli.help import pretrain_help
 from hf_mim.data import BrokenImagesError, ImageFormatError
+from hf_mim.files import one_line
 from hf_mim.pretraining.guard import INTERRUPTED, NonFiniteError
 from hf_mim.pretraining.recipe import Recipe, field_type
 from hf_mim.pretraining.settings import read_yaml, split_options
+from hf_mim.run_folder import RECIPE
 
 USAGE = """\
 usage: hf-mim COMMAND ...
@@ -132,7 +134,7 @@ def read_recipe(arguments: list[str]) -> Recipe:
     """The recipe that a command line asks for: its RECIPE.yaml, or with `--resume` that of the run folder, under it."""
     path, given = parse(arguments)
     if path is None and str(given.get("resume")).lower() == "true" and "output_dir" in given:
-        held = Path(given["output_dir"]) / "recipe.yaml"
+        held = Path(given["output_dir"]) / RECIPE
         path = held if held.is_file() else None
     return Recipe.resolve(read_yaml(path) if path else {}, given)
 
@@ -143,16 +145,6 @@ def parse(arguments: list[str]) -> tuple[str | None, dict[str, Any]]:
     if len(paths) > 1:
         raise ValueError(f"{paths[1]!r} is one argument too many after the recipe {paths[0]}")
     return (paths[0] if paths else None), options
-
-
-def one_line(error: BaseException) -> str:
-    """What is wrong, without what strict dataclasses and DataLoader workers wrap around it."""
-    while isinstance(error, StrictDataclassError) and error.__cause__ is not None:
-        error = error.__cause__
-    text = str(error).strip()
-    if "Original Traceback" in text:
-        text = text.splitlines()[-1].partition(": ")[2]
-    return " ".join(text.split()) or type(error).__name__
 
 
 def _fail(message: str) -> int:

@@ -1,8 +1,8 @@
 """`hf-mim card CHECKPOINT`: the model card of a checkpoint, into its README.md."""
 
-import os
 from pathlib import Path
 
+from hf_mim.files import check_writable, one_line
 from hf_mim.pretraining.settings import split_options
 
 USAGE = """\
@@ -17,7 +17,7 @@ results/*.json and pictures. What is in none of these is said to be missing.
 
 def card_command(arguments: list[str]) -> int:
     """`hf-mim card`."""
-    from hf_mim.cli import _fail, one_line
+    from hf_mim.cli import _fail
 
     if {"-h", "--help"} & set(arguments) or not arguments:
         print(USAGE)
@@ -29,8 +29,8 @@ def card_command(arguments: list[str]) -> int:
         if len(folders) != 1:
             raise ValueError(f"card needs one CHECKPOINT, not {' and '.join(folders) or 'none'}")
         folder = Path(folders[0])
-        if folder.is_dir() and not os.access(folder, os.W_OK):
-            raise ValueError(f"checkpoint must be a folder that can be written, and {folder} cannot")
+        if folder.is_dir():
+            check_writable(folder, "checkpoint")
         from hf_mim.hub.card import write_card
 
         path = write_card(folder, options.get("repo_id"), options.get("license"))

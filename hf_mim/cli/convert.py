@@ -7,6 +7,7 @@ from typing import Any
 from huggingface_hub.errors import StrictDataclassError
 from transformers.utils import logging
 
+from hf_mim.files import one_line
 from hf_mim.hub.convert import Conversion, setting_types
 from hf_mim.hub.new_folder import check_destination
 from hf_mim.hub.recognise import METHODS
@@ -29,7 +30,7 @@ told by the file, assumed after the paper and given is noted in DEST/conversion.
 
 def convert_command(arguments: list[str]) -> int:
     """`hf-mim convert`; returns the exit status."""
-    from hf_mim.cli import _fail, one_line  # hf_mim.cli imports this module
+    from hf_mim.cli import _fail  # hf_mim.cli imports this module
 
     if not arguments or {"-h", "--help"} & set(arguments):
         print(USAGE)

@@ -19,7 +19,7 @@ from hf_mim.cli.help import section
 from hf_mim.data.sources import source_name
 from hf_mim.evaluation import PROTOCOLS, load_protocol
 from hf_mim.evaluation.data_arguments import NEEDS
-from hf_mim.files import try_to_write
+from hf_mim.files import check_writable
 from hf_mim.pretraining.settings import convert, split_options
 
 USAGE = """\
@@ -111,13 +111,13 @@ class Evaluation:
             raise ValueError(f"dataset must be given: {arguments_help(NEEDS[protocol_class.needs])['dataset']}")
         self.checkpoint, self.arguments, self.source = checkpoint, encoder, source
         self.path = self._path(values)
-        check_writable(self.path)
+        check_writable(self.path, "output", "file")
         self.extract = encoder.extractor(checkpoint, source.crop())
         self.splits = source.load()
 
     def _path(self, values: dict[str, Any]) -> Path:
         """Of the result, named after protocol, data and every option that was given and may change the number."""
-        from hf_mim.evaluation.result import result_path
+        from hf_mim.run_folder import result_path
 
         if self.arguments.output:
             return Path(self.arguments.output)
@@ -146,19 +146,6 @@ class Evaluation:
         result.settings |= {name: value for name, value in about.items() if name in offered}
         result.settings["untrained"] = encoder.is_untrained
         return result
-
-
-def check_writable(path: Path):
-    """Raise ValueError, before any work, if a result could not be written to `path`."""
-    above = next(parent for parent in path.absolute().parents if parent.exists())
-    try:
-        if path.is_dir():
-            raise IsADirectoryError
-        try_to_write(above)
-    except OSError:
-        raise ValueError(
-            f"output must be a file that can be written, and {path} cannot; give another --output"
-        ) from None
 
 
 def argument_kinds(protocol: type) -> tuple[type, type, type]:

@@ -25,7 +25,8 @@ def export_command(arguments: list[str]) -> int:
     if {"-h", "--help"} & set(arguments) or not arguments:
         print(HELP)
         return 0
-    from hf_mim.cli import _fail, one_line  # which imports the commands
+    from hf_mim.cli import _fail  # which imports the commands
+    from hf_mim.files import one_line
     from hf_mim.hub.export import export
 
     disable_progress_bar()

@@ -8,6 +8,7 @@ IMAGE_EXTENSIONS = frozenset(
     ".jpg .jpeg .jpe .jfif .png .webp .bmp .dib .gif .tif .tiff .ppm .pgm .pbm .pnm .tga .jp2 .ico .avif .npy".split()
 )
 TABLE_EXTENSIONS = {".parquet": "parquet", ".arrow": "arrow", ".tar": "webdataset"}  # extension -> builder in datasets
+TRAINER_STATE = "trainer_state.json"  # in every folder that transformers' Trainer has written
 
 _SPLIT_WORDS = {
     "train": ("train", "training"),
@@ -25,13 +26,13 @@ def canonical_split(name: str) -> str:
 def find_files(folder: Path, extensions) -> list[str]:
     """Paths relative to the folder, sorted, of all files below it with one of the extensions, in upper or lower case.
 
-    Hidden files and folders are left out, and run folders, whose pictures are no data; links are followed, each folder
-    once.
+    Hidden files and folders are left out, and what a training has written, whose pictures are no data; links are
+    followed, each folder once.
     """
     found, visited = [], set()
     for parent, folders, names in os.walk(folder, followlinks=True):
         real = os.path.realpath(parent)
-        if real in visited or {"recipe.yaml", "trainer_state.json"} <= set(names):
+        if real in visited or TRAINER_STATE in names:
             folders.clear()
             continue
         visited.add(real)

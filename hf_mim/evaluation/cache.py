@@ -19,6 +19,8 @@ import torch
 from datasets import Dataset
 from torch import Tensor
 
+from hf_mim.files import replacing
+
 CHUNK = 512  # images
 FORMAT = 2  # part of every key: another one when what was kept before may be wrong
 
@@ -118,9 +120,8 @@ class FeatureStore:
         self.chunks[number] = {"crc32": self._checksum(number) if self.path else None, "broken": broken}
         if self.path:
             self.array.flush()
-            aside = self.record.with_suffix(f".{os.getpid()}.part")
-            aside.write_text(json.dumps(self.chunks))
-            aside.replace(self.record)
+            with replacing(self.record) as aside:
+                aside.write_text(json.dumps(self.chunks))
 
     def copy_to(self, other: "FeatureStore", kept: Tensor) -> "FeatureStore":
         """Fill what `other` lacks with the rows that are `kept`, in order; returns it."""

@@ -20,7 +20,7 @@ from hf_mim.data.splits import check_labels
 from hf_mim.evaluation.classifier import load_classifier, parameter_groups, save_classifier, size_options
 from hf_mim.evaluation.metrics import top_k_accuracy
 from hf_mim.evaluation.result import Result
-from hf_mim.files import try_to_write
+from hf_mim.files import check_writable
 from hf_mim.trainer_utils import BrokenImages, DatasetEpoch, ProcessArguments, StepSeeds, seeded
 
 
@@ -79,13 +79,7 @@ def check_output(folder: Path, checkpoint: str | None):
     """Raise ValueError, before hours of training, if a classifier cannot or must not be saved in a folder."""
     if checkpoint is not None and folder.resolve() == Path(checkpoint).resolve():
         raise ValueError(f"output_dir must not be the checkpoint, {folder}: the classifier would replace its weights")
-    above = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
-    try:
-        try_to_write(above)
-    except OSError as error:
-        raise ValueError(
-            f"output_dir must be a folder that can be written, and {folder} is none: {error.strerror}"
-        ) from error
+    check_writable(folder, "output_dir")
 
 
 def training_images(images, encoder, crop_scale=(0.08, 1.0), magnitude=9.0, magnitude_std=0.5, seed=0):

@@ -1,15 +1,14 @@
 """What a protocol returns: a number, the protocol in full, and what it was measured on."""
 
-import hashlib
 import json
 import math
-import os
-import re
 from dataclasses import asdict, dataclass, field, fields
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import UnionType
 from typing import get_args, get_origin
+
+from hf_mim.files import replacing
 
 LONGEST_TABLE = 16  # rows that are printed
 
@@ -55,9 +54,8 @@ class Result:
         """Write as JSON, whole or not at all; makes the folder."""
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        aside = path.with_name(f"{path.name}.{os.getpid()}.part")
-        aside.write_text(json.dumps(_finite(asdict(self)), indent=2, default=str, allow_nan=False) + "\n")
-        aside.replace(path)
+        with replacing(path) as aside:
+            aside.write_text(json.dumps(_finite(asdict(self)), indent=2, default=str, allow_nan=False) + "\n")
         return path
 
     @classmethod
@@ -119,14 +117,6 @@ def _finite(value):
     if isinstance(value, list | tuple):
         return [_finite(x) for x in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def result_path(folder: str | Path, *names: str) -> Path:
-    """Where a result of a checkpoint is kept: `results/` in its folder, named after protocol, dataset, options."""
-    name = "_".join(re.sub(r"[^\w.-]+", "_", part).strip("_") for part in names if part)
-    if len(name) > 120:
-        name = f"{name[:100]}_{hashlib.sha256(name.encode()).hexdigest()[:12]}"
-    return Path(folder) / "results" / f"{name}.json"
 
 
 def format_number(value) -> str:

@@ -6,24 +6,20 @@ from anywhere else; one that is in none of them is said to be missing.
 The prose is in `card_template.md`.
 """
 
-import json
 import re
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 from urllib.parse import quote
 
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
-from huggingface_hub.errors import StrictDataclassError
-from transformers import AutoConfig, PreTrainedConfig
+from transformers import PreTrainedConfig
 
-import hf_mim  # noqa: F401 (registers the configs)
+from hf_mim.checks import check_license
 from hf_mim.evaluation import PROTOCOLS
-from hf_mim.evaluation.checkpoint import checkpoint_sha256
 from hf_mim.evaluation.result import Result, format_number
+from hf_mim.files import replacing
 from hf_mim.hub.card_text import is_hub_name, last_name, markdown_table, scrubbed, scrubbed_all, shown, shown_number
-from hf_mim.models.configuration_vit import MIMConfig
+from hf_mim.run_folder import CARD, RESULTS, RunFacts
 
 TEMPLATE = Path(__file__).with_name("card_template.md")
 
@@ -54,48 +50,38 @@ def model_card(folder: str | Path, repo_id: str | None = None, license: str | No
     Raises:
         ValueError: no checkpoint of ours, a file that is damaged, or a licence that is no identifier; in one line.
     """
-    folder = Path(folder).absolute()
-    config = read_config(folder)
-    recipe = _read(folder / "recipe.yaml", yaml.safe_load) or {}
-    state = _read(folder / "trainer_state.json", json.loads) or {}
-    results = {path.name: Result.load(path) for path in sorted((folder / "results").glob("*.json"))}
-    notes = _result_notes(results, checkpoint_sha256(folder))
-    left_out = {name: notes[name] for name in ("training.json", "health.json") if name in notes}
-    training, health = (results.pop(name, None) for name in ("training.json", "health.json"))
-    training = None if "training.json" in left_out else training
-    health = None if "health.json" in left_out else health
-    own = {name: result for name, result in results.items() if name not in notes}
-    method = method_of(config)
-    license = check_license(license or recipe.get("license") or _license_of(folder / "README.md"))
+    facts = RunFacts.read(folder)
+    folder, config, recipe = facts.folder, facts.config, facts.recipe
+    training, health = facts.training, facts.health
+    license = check_license(license or facts.license)
     name = repo_id.rpartition("/")[2] if repo_id else folder.name
     dataset = _dataset(recipe, training)
-    measured = {result.protocol for result in own.values()} | ({"health"} if health else set())
     return ModelCard.from_template(
-        _metadata(name, config, dataset, own, license),
+        _metadata(name, facts, dataset, license),
         template_str=TEMPLATE.read_text(encoding="utf-8"),
         name=shown(name),
         address=repo_id or folder.name,
-        method=method,
-        title=METHODS[method][0],
+        method=method_of(config),
+        title=METHODS[method_of(config)][0],
         config=config,
-        classifier=is_classifier(config),
+        classifier=facts.is_classifier,
         remote_code=hasattr(config, "auto_map"),
-        auto_class="AutoModelForImageClassification" if is_classifier(config) else "AutoModel",
+        auto_class="AutoModelForImageClassification" if facts.is_classifier else "AutoModel",
         channels=config.num_channels,
         image_size=_size(config.image_size),
         training_size=_size(config.training_size),
         overview=_overview(config, dataset, license),
-        results=_results_table(results, notes),
-        result_notes=[f"`{name}`: {shown(text)}" for name, result in results.items() for text in result.notes],
-        left_out=left_out,
-        not_measured=[name for name in PROTOCOLS if name not in measured],
+        results=_results_table(facts),
+        result_notes=[f"`{name}`: {shown(text)}" for name, result in facts.results.items() for text in result.notes],
+        left_out=facts.left_out,
+        not_measured=[name for name in PROTOCOLS if name not in facts.measured],
         health=_health_table(health),
         health_data=_data(health.data) if health else None,
         health_notes=[shown(text) for text in health.notes] if health else [],
         worries=[shown(row.get("measure")) for row in health.table if row.get("worry") == "yes"] if health else [],
-        curve=(folder / "loss.png").is_file(),
-        reconstructions=(folder / "reconstructions.png").is_file(),
-        compute=_compute(training, state),
+        curve=facts.has_curve,
+        reconstructions=facts.has_reconstructions,
+        compute=[(name, NOT_RECORDED if x is None else shown_number(x)) for name, x in facts.compute.items()],
         compute_notes=[shown(text) for text in training.notes] if training else [],
         augmentation=_augmentation(recipe),
         recipe_text=_recipe_text(recipe, dataset),
@@ -105,24 +91,10 @@ def model_card(folder: str | Path, repo_id: str | None = None, license: str | No
 
 def write_card(folder: str | Path, repo_id: str | None = None, license: str | None = None) -> Path:
     """Write `model_card(...)` to the folder's README.md, whole or not at all."""
-    card, path = model_card(folder, repo_id, license), Path(folder) / "README.md"
-    aside = path.with_name("README.md.part")
-    card.save(aside)
-    aside.replace(path)
+    card, path = model_card(folder, repo_id, license), Path(folder) / CARD
+    with replacing(path) as aside:
+        card.save(aside)
     return path
-
-
-def read_config(folder: Path) -> PreTrainedConfig:
-    """The config in a folder. Raises ValueError if there is none of ours."""
-    if not (folder / "config.json").is_file():
-        raise ValueError(f"checkpoint must be a folder with config.json, and {folder} is none")
-    try:
-        config = AutoConfig.from_pretrained(folder)
-    except (ValueError, TypeError, OSError, KeyError, StrictDataclassError) as error:
-        raise ValueError(f"{folder / 'config.json'} cannot be read: {' '.join(str(error).split())[:200]}") from error
-    if not isinstance(config, MIMConfig):
-        raise ValueError(f"checkpoint must be MAE, Latent MIM or StoP-JEPA, and {folder} holds {config.model_type}")
-    return config
 
 
 def method_of(config: PreTrainedConfig) -> str:
@@ -132,52 +104,18 @@ def method_of(config: PreTrainedConfig) -> str:
     return config.model_type.removeprefix("mim_")
 
 
-def is_classifier(config: PreTrainedConfig) -> bool:
-    return any(name.endswith("ForImageClassification") for name in config.architectures or [])
-
-
-def check_license(license: str | None) -> str | None:
-    """Raise ValueError for anything but one of the Hub's short names."""
-    if license is not None and not (isinstance(license, str) and re.fullmatch(r"[a-z0-9][a-z0-9.-]*", license)):
-        raise ValueError(f"license must be an identifier of the Hub such as apache-2.0 or cc-by-nc-4.0, not {license}")
-    return license
-
-
-def _read(path: Path, parse: Callable[[str], Any]) -> dict | None:
-    """A mapping from a file; None where there is no file. Raises ValueError for any other content."""
-    if not path.is_file():
-        return None
-    try:
-        values = parse(path.read_text(encoding="utf-8"))
-    except (ValueError, yaml.YAMLError) as error:
-        raise ValueError(f"{path} cannot be read: {' '.join(str(error).split())}") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"{path} must hold names and values")
-    return values
-
-
-def _license_of(path: Path) -> str | None:
-    """What the card that is already there says, so that a later one does not forget it."""
-    if not path.is_file():
-        return None
-    try:
-        license = ModelCard.load(path).data.license
-        return license if isinstance(license, str) else None
-    except (ValueError, yaml.YAMLError):  # not a card, or one that is damaged: it is about to be replaced
-        return None
-
-
-def _metadata(name: str, config, dataset: str, results: dict[str, Result], license: str | None) -> ModelCardData:
-    title, papers = METHODS[method_of(config)]
+def _metadata(name: str, facts: RunFacts, dataset: str, license: str | None) -> ModelCardData:
+    title, papers = METHODS[method_of(facts.config)]
     tags = ["hf_mim", "masked-image-modeling", "self-supervised-learning", title.lower().replace(" ", "-")]
+    results = [_eval_result(result) for result in facts.own_results.values() if result.value is not None]
     return ModelCardData(
         model_name=name,
         library_name="transformers",
-        pipeline_tag="image-classification" if is_classifier(config) else "image-feature-extraction",
+        pipeline_tag="image-classification" if facts.is_classifier else "image-feature-extraction",
         license=license,
         datasets=[dataset] if is_hub_name(dataset) else None,
         tags=tags + [f"arxiv:{paper}" for paper in papers],
-        eval_results=[_eval_result(result) for result in results.values() if result.value is not None] or None,
+        eval_results=results or None,
     )
 
 
@@ -195,29 +133,18 @@ def _eval_result(result: Result) -> EvalResult:
     )
 
 
-def _result_notes(results: dict[str, Result], sha256: str | None) -> dict[str, str]:
-    """File → why its number is not one of these weights."""
-    notes = {}
-    for name, result in results.items():
-        if result.settings.get("untrained"):
-            notes[name] = "untrained encoder, to compare"
-        elif sha256 and result.checkpoint_sha256 and result.checkpoint_sha256 != sha256:
-            notes[name] = "**of other weights**"
-    return notes
-
-
-def _results_table(results: dict[str, Result], notes: dict[str, str]) -> str:
-    marks = {name: f" ({note})" for name, note in notes.items()}
+def _results_table(facts: RunFacts) -> str:
+    marks = {name: f" ({note})" for name, note in facts.notes.items()}
     rows = [
         {
-            "Protocol": f"[{shown(result.protocol)}](results/{quote(name)}){marks.get(name, '')}",
+            "Protocol": f"[{shown(result.protocol)}]({RESULTS}/{quote(name)}){marks.get(name, '')}",
             "Data": _data(result.data),
             "Metric": shown(result.metric),
             "Value": "not finite" if result.value is None else format_number(result.value),
             "Beside it": "; ".join(f"{shown(key)} {shown_number(value)}" for key, value in result.scores.items()),
             "Protocol in full": "; ".join(f"{shown(key)} {shown(value)}" for key, value in result.settings.items()),
         }
-        for name, result in results.items()
+        for name, result in facts.results.items()
     ]
     return markdown_table(rows)
 
@@ -235,38 +162,6 @@ def _overview(config, dataset: str, license: str | None) -> list[tuple[str, str]
         ("Pretrained on", shown(dataset)),
         ("Licence", license or "not given"),
     ]
-
-
-def _compute(training: Result | None, state: dict) -> list[tuple[str, str]]:
-    """From the run's own record, or else what Trainer's state has of it."""
-    history = state.get("log_history")
-    history = [entry for entry in history if isinstance(entry, dict)] if isinstance(history, list) else []
-    losses = [entry["loss"] for entry in history if "loss" in entry]
-    end = next((entry for entry in reversed(history) if "train_runtime" in entry), {})
-    facts = {
-        "Optimizer steps": state.get("global_step"),
-        "Images per second": end.get("train_samples_per_second"),
-        "Seconds": end.get("train_runtime"),
-        "First loss logged": losses[0] if losses else None,
-        "Last loss logged": losses[-1] if losses else None,
-    }
-    if training is not None:
-        scores, settings = training.scores, training.settings
-        facts |= {
-            "Device": training.device,
-            "Processes": settings.get("processes"),
-            "Precision": settings.get("precision"),
-            "Optimizer steps": scores.get("steps"),
-            "Images seen": scores.get("images_seen"),
-            "Images per second": scores.get("images_per_second"),
-            "Hours": scores.get("hours"),
-            "Seconds": training.seconds,
-            "First loss logged": scores.get("first_loss"),
-            "Last loss logged": training.value,
-        }
-    order = ["Device", "Processes", "Precision", "Hours", "Seconds", "Images per second", "Images seen"]
-    order += ["Optimizer steps", "First loss logged", "Last loss logged"]
-    return [(name, NOT_RECORDED if facts.get(name) is None else shown_number(facts[name])) for name in order]
 
 
 def _dataset(recipe: dict, training: Result | None) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from hf_mim.files import try_to_write
+from hf_mim.files import check_writable
 
 
 def check_destination(dest: str | Path) -> Path:
@@ -18,13 +18,7 @@ def check_destination(dest: str | Path) -> Path:
         raise ValueError(f"DEST must be a new folder, and {dest} is a file")
     if dest.is_dir() and any(dest.iterdir()):
         raise ValueError(f"DEST must be a new folder, and {dest} holds something already")
-    above = next(parent for parent in dest.absolute().parents if os.path.lexists(parent))
-    try:
-        try_to_write(above)
-    except OSError as error:
-        raise ValueError(
-            f"DEST must be a folder that can be written, and {dest} cannot be made in {above}: {error.strerror}"
-        ) from error
+    check_writable(dest, "DEST", "new folder")
     return dest
 
 

@@ -16,6 +16,7 @@ from transformers.utils import logging
 from transformers.utils.hub import PushInProgress
 
 from hf_mim.hub.card import write_card
+from hf_mim.run_folder import CHECKPOINT
 
 logger = logging.get_logger(__name__)
 
@@ -27,7 +28,7 @@ BUSY = (408, 429)  # of 400 to 499, where the user is at fault, those that pass
 SILENCE = 60  # seconds that the Hub may say nothing; by default the client waits for ever
 LONGEST_WAIT = 1800  # seconds for uploads in the background, before the next one or the end
 # As by Trainer, and its pickled arguments, which name folders of this machine and which loading a model needs not.
-NOT_UPLOADED = ["_*", "checkpoint-*", "training_args.bin"]
+NOT_UPLOADED = ["_*", f"{CHECKPOINT}*", "training_args.bin"]
 # What a checkpoint of Trainer has for a model's users; the rest is for resuming.
 MODEL_FILES = ("config.json", "*.safetensors", "*.safetensors.index.json")
 

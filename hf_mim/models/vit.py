@@ -24,8 +24,8 @@ from .configuration_vit import MIMConfig
 from .masking import gather
 from .positions import PositionEmbeddings
 
-# What is told of a checkpoint, beside its weights.
-PUBLISHED = ("README.md", "*processor_config.json", "recipe.yaml", "trainer_state.json", "*.png", "results/*.json")
+# The kinds of files that tell of a checkpoint, from the folder of its weights: card, settings, pictures, measurements.
+BESIDE_WEIGHTS = ("README.md", "*_config.json", "*_state.json", "*.yaml", "*.png", "results/*.json")
 
 
 def patchify(pixel_values: torch.Tensor, patch_size: tuple[int, int]) -> torch.Tensor:
@@ -238,10 +238,10 @@ class MIMPreTrainedModel(PreTrainedModel):
         return 0.02 / (2 * getattr(linear, "residual_depth", 0.5)) ** 0.5
 
     def _upload_modified_files(self, working_dir, *args, **kwargs):
-        """To the Hub go, with weights and config, the card, image processor, pictures and results of the folder that
-        the model was loaded from; in transformers' `push_to_hub`, a card that says nothing."""
+        """Also uploads what stands beside the weights in the folder that the model was loaded from. transformers alone
+        would write a card that says nothing, and leave out the image processor."""
         source = Path(self.name_or_path or working_dir)
-        for path in (path for pattern in PUBLISHED for path in source.glob(pattern)):
+        for path in (path for pattern in BESIDE_WEIGHTS for path in source.glob(pattern)):
             copy = Path(working_dir) / path.relative_to(source)
             if not copy.exists() or not copy.samefile(path):
                 copy.parent.mkdir(exist_ok=True)

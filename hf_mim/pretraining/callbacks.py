@@ -7,7 +7,6 @@ import contextlib
 import json
 import logging
 import math
-import os
 import time
 from pathlib import Path
 
@@ -17,7 +16,9 @@ from transformers import TrainerCallback
 from transformers.trainer_callback import ProgressCallback
 
 from hf_mim import trainer_utils
+from hf_mim.files import replacing
 from hf_mim.pretraining.guard import StepGuard
+from hf_mim.run_folder import METRICS
 
 logger = logging.getLogger(__name__)
 
@@ -119,19 +120,18 @@ class MetricsFile(TrainerCallback):
     """
 
     def on_train_begin(self, args, state, control, **kwargs):
-        path = Path(args.output_dir) / "metrics.jsonl"
+        path = Path(args.output_dir) / METRICS
         if not state.is_world_process_zero or not path.exists():
             return
         with _unless_the_disk_is_full(path):
             lines = [line for line in path.read_text().splitlines() if _step_of(line) <= state.global_step]
-            aside = path.with_name("_metrics.jsonl")
-            aside.write_text("".join(f"{line}\n" for line in lines))
-            os.replace(aside, path)
+            with replacing(path) as aside:
+                aside.write_text("".join(f"{line}\n" for line in lines))
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if not state.is_world_process_zero:
             return
-        path = Path(args.output_dir) / "metrics.jsonl"
+        path = Path(args.output_dir) / METRICS
         entry = {"step": state.global_step, "time": round(time.time(), 3)} | {k: _plain(v) for k, v in logs.items()}
         with _unless_the_disk_is_full(path):
             path.parent.mkdir(parents=True, exist_ok=True)

@@ -8,26 +8,12 @@ it. What happens to its files later (one deleted, a bad block) shows against the
 import contextlib
 import json
 import os
-import re
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from hf_mim.files import sha256
-
-MANIFEST = "manifest.json"
-STAGING = "_saving"
-
-
-def checkpoints(run_folder: str | Path) -> list[Path]:
-    """The folders `checkpoint-STEP` of a run, the latest step first; whole or not."""
-    found = [path for path in Path(run_folder).glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
-    return sorted(filter(Path.is_dir, found), key=step_of, reverse=True)
-
-
-def step_of(checkpoint: str | Path) -> int:
-    """120 for `.../checkpoint-120`."""
-    return int(Path(checkpoint).name.rpartition("-")[2])
+from hf_mim.run_folder import MANIFEST, STAGING, checkpoints
 
 
 def write_manifest(folder: Path, **about):

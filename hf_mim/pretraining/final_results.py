@@ -17,8 +17,9 @@ from hf_mim.evaluation.encoder import FrozenEncoder, RawPixels
 from hf_mim.evaluation.features import FeatureExtractor
 from hf_mim.evaluation.health import Health
 from hf_mim.evaluation.knn import KNN
-from hf_mim.evaluation.result import Result, result_path
+from hf_mim.evaluation.result import Result
 from hf_mim.pretraining.recipe import RunArguments
+from hf_mim.run_folder import HEALTH_RESULT, KNN_RESULT, TRAINING_RESULT, result_path
 
 HEALTH_IMAGES = 512
 
@@ -118,7 +119,7 @@ class Readout:
         result.data["test"]["seen_in_pretraining"] = self.data["test_images_seen_in_pretraining"]
         result.checkpoint, result.checkpoint_sha256 = folder.name, checkpoint_sha256(folder)
         result.device = str(model.device)
-        result.save(result_path(folder, "knn"))
+        result.save(result_path(folder, KNN_RESULT))
         seen = ", seen in pretraining without their labels" if self.data["test_images_seen_in_pretraining"] else ""
         print(f"\n{protocol.k}-NN accuracy on {len(test):,} images of {self.data['test']}{seen};")
         print(f"{len(train):,} of {self.data['train']} vote; mean of the patch tokens:\n")
@@ -163,7 +164,7 @@ def training_record(trainer: Trainer, run: RunArguments, images) -> Result:
         device=f"{args.device.type} ({name})",
         seconds=seconds,
     )
-    result.save(result_path(folder, "training"))
+    result.save(result_path(folder, TRAINING_RESULT))
     return result
 
 
@@ -176,7 +177,7 @@ def measure_health(model, augment, images, run: RunArguments, batch_size: int, f
     result.settings |= _input_settings(extract)
     result.checkpoint, result.checkpoint_sha256 = folder.name, checkpoint_sha256(folder)
     result.device = str(model.device)
-    result.save(result_path(folder, "health"))
+    result.save(result_path(folder, HEALTH_RESULT))
     print(f"\n{result.headline()}. {result.notes[0]}")
     return result
 

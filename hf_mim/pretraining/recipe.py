@@ -16,7 +16,7 @@ from typing import Any, Literal, get_type_hints
 import yaml
 from transformers import PreTrainedConfig
 
-from hf_mim.hub.card import check_license
+from hf_mim.checks import check_license
 from hf_mim.models.configuration_latent_mim import LatentMIMConfig
 from hf_mim.models.configuration_mae import MAEConfig
 from hf_mim.models.configuration_stop_jepa import StopJepaConfig

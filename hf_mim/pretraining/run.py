@@ -3,9 +3,7 @@
     run = Pretraining(recipe)  # checks everything, loads the data, builds the model; writes nothing
     run()                      # trains, saves, draws, measures
 
-The run folder is the checkpoint (config, weights, image processor) with `recipe.yaml`, `trainer_state.json`,
-`metrics.jsonl`, `loss.png`, for MAE `reconstructions.png`, in `results/` `training.json`, `health.json` and where the
-images have labels `knn.json`, and of all these the model card, `README.md`. With `--push_to_hub` it goes to the Hub.
+What is in the run folder afterwards, `hf_mim/run_folder.py` lists. With `--push_to_hub` it goes to the Hub.
 """
 
 import math
@@ -22,7 +20,7 @@ from transformers import AutoModelForPreTraining, PreTrainedConfig
 import hf_mim  # noqa: F401 (registers the models)
 from hf_mim.data import DeviceAugment, ImageDataset, ImageStream, RandomCrop, channel_statistics
 from hf_mim.data.processor import image_processor
-from hf_mim.pretraining import checkpoints
+from hf_mim.files import check_writable
 from hf_mim.pretraining.final_results import (
     Readout,
     find_test_split,
@@ -36,6 +34,7 @@ from hf_mim.pretraining.probe import OnlineProbe
 from hf_mim.pretraining.recipe import Recipe, RunArguments, model_fields
 from hf_mim.pretraining.settings import read_yaml
 from hf_mim.pretraining.trainer import MIMTrainer, MIMTrainingArguments
+from hf_mim.run_folder import CARD, CURVE, RECIPE, RECONSTRUCTIONS, checkpoints, contents
 from hf_mim.visualize import plot_reconstructions, plot_training
 
 NUM_PICTURES = 8
@@ -80,7 +79,7 @@ class Pretraining:
             samples = samples or (None, fixed_sample(self.images, run.probe_images // 4))
             self.trainer.add_callback(OnlineProbe(self.trainer, run.probe_every, *samples))
         # The last thing that can be wrong. A run that was ended before its first checkpoint begins again.
-        resumes = bool(run.resume and checkpoints.checkpoints(self.folder))
+        resumes = bool(run.resume and checkpoints(self.folder))
         self.checkpoint = self.trainer.checkpoint_to_resume(resumes)
 
     def __call__(self) -> signal.Signals | None:
@@ -89,7 +88,7 @@ class Pretraining:
         PartialState().wait_for_everyone()  # every rank has looked into the folder by now
         if main:
             self.folder.mkdir(parents=True, exist_ok=True)
-            self.recipe.save(self.folder / "recipe.yaml")
+            self.recipe.save(self.folder / RECIPE)
         trainer.train(resume_from_checkpoint=self.checkpoint)
         if trainer.guard.signal:
             return trainer.guard.signal
@@ -110,7 +109,7 @@ class Pretraining:
         self.measure(model.eval())
         self.trainer.create_model_card()
         print(
-            f"\nThe checkpoint is in {self.folder}, its card in README.md. Three lines of Python load its encoder:\n\n"
+            f"\nThe checkpoint is in {self.folder}, its card in {CARD}. Three lines of Python load its encoder:\n\n"
             "    import hf_mim\n"
             "    from transformers import AutoModel\n"
             f'    model = AutoModel.from_pretrained("{self.folder}")'
@@ -118,11 +117,11 @@ class Pretraining:
 
     def draw(self, model):
         """The training curve and, of MAE, reconstructions."""
-        plot_training(self.trainer.state.log_history, self.folder / "loss.png")
+        plot_training(self.trainer.state.log_history, self.folder / CURVE)
         if self.recipe.run.method == "mae":
             view = fixed_view(self.images, model.config, NUM_PICTURES)
             images = torch.stack([sample["pixel_values"] for sample in view]).to(model.device)
-            plot_reconstructions(model, images, self.augment, self.folder / "reconstructions.png")
+            plot_reconstructions(model, images, self.augment, self.folder / RECONSTRUCTIONS)
 
     def measure(self, model):
         """What the training took, the health of the features and, where there are labels, their k-NN accuracy."""
@@ -154,20 +153,17 @@ def check_run_folder(folder: Path, recipe: Recipe):
     """Raise ValueError if the folder cannot be written, or holds another run than that of the recipe."""
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"output_dir must be a folder, and {folder} is a file")
-    above = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
-    if not above.is_dir() or not os.access(above, os.W_OK):
-        raise ValueError(f"output_dir must be a folder that can be written, and {folder} cannot be made in {above}")
-    held = [name for name in ("recipe.yaml", "config.json", "trainer_state.json") if (folder / name).exists()]
-    held += [path.name for path in checkpoints.checkpoints(folder)]
+    check_writable(folder, "output_dir")
+    held = contents(folder)
     if not recipe.run.resume:
         if held:
             raise ValueError(
                 f"output_dir {folder} holds another run ({held[0]}); go on with it by --resume, or give another"
             )
         return
-    if "recipe.yaml" not in held:
-        raise ValueError(f"output_dir {folder} holds no run to resume (no recipe.yaml)")
-    before = Recipe.resolve(read_yaml(folder / "recipe.yaml"))
+    if RECIPE not in held:
+        raise ValueError(f"output_dir {folder} holds no run to resume (no {RECIPE})")
+    before = Recipe.resolve(read_yaml(folder / RECIPE))
     if before.run.method != recipe.run.method:
         raise ValueError(f"method is {recipe.run.method}, but the run in {folder} has {before.run.method}")
     old, new = before.config(), recipe.config()

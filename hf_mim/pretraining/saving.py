@@ -10,9 +10,8 @@ from safetensors import SafetensorError
 from transformers.utils import logging
 
 from hf_mim.data.stream import EndlessStream
+from hf_mim.files import one_line
 from hf_mim.pretraining.checkpoints import (
-    MANIFEST,
-    STAGING,
     check,
     clear_staging,
     commit,
@@ -21,6 +20,7 @@ from hf_mim.pretraining.checkpoints import (
     write_manifest,
     written_aside,
 )
+from hf_mim.run_folder import CHECKPOINT, MANIFEST, STAGING, TRAINER_STATE
 
 logger = logging.get_logger(__name__)
 
@@ -42,7 +42,7 @@ class CheckpointTrainer:
         return str(Path(folder) / STAGING) if self._staging else folder
 
     def _save_checkpoint(self, model, trial):
-        run_folder, name = Path(self._get_output_dir(trial)), f"checkpoint-{self.state.global_step}"
+        run_folder, name = Path(self._get_output_dir(trial)), f"{CHECKPOINT}{self.state.global_step}"
         staged = run_folder / STAGING / name
         if self.args.should_save:
             clear_staging(run_folder)
@@ -86,7 +86,7 @@ class CheckpointTrainer:
     def _finish(self, staged: Path, final: Path):
         if self.state.best_model_checkpoint == str(staged):  # by its real name
             self.state.best_model_checkpoint = str(final)
-            self.state.save_to_json(str(staged / "trainer_state.json"))
+            self.state.save_to_json(str(staged / TRAINER_STATE))
         write_manifest(staged, **self._about())
         commit(staged, final)
 
@@ -202,7 +202,7 @@ def disk_errors():
     except (SafetensorError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and "inline_container" not in str(error):
             raise
-        raise OSError(" ".join(str(error).split())[:200]) from error
+        raise OSError(one_line(error, 200)) from error
 
 
 def _failures(save: Callable) -> list[str]:

@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from hf_mim.evaluation.result import Result, format_table, result_path
+from hf_mim.evaluation.result import Result, format_table
+from hf_mim.run_folder import result_path
 
 
 def result(**changes) -> Result:

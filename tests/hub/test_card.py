@@ -18,9 +18,10 @@ from hf_mim.cli.card import card_command
 from hf_mim.data.processor import image_processor
 from hf_mim.evaluation.checkpoint import checkpoint_sha256
 from hf_mim.evaluation.result import Result
-from hf_mim.hub.card import METHODS, TEMPLATE, model_card, read_config, write_card
+from hf_mim.hub.card import METHODS, TEMPLATE, model_card, write_card
 from hf_mim.hub.card_text import is_hub_name, scrubbed, shown
 from hf_mim.pretraining.recipe import Recipe
+from hf_mim.run_folder import read_config
 
 CARDS = Path(__file__).parents[2] / "model_cards"
 SMALL = {"image_size": 24, "patch_size": 4, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
