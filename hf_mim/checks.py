@@ -33,7 +33,7 @@ def one_of(allowed: Collection[str], **arguments):
     """Each must be one of the words."""
     for name, value in arguments.items():
         if value is not None and value not in list(allowed):  # a list: the value may be of any type
-            raise ValueError(f"{name} must be one of {', '.join(allowed)}, not {value}")
+            raise ValueError(f"{name} must be one of {', '.join(allowed)}, not {value!r}")
 
 
 def numbers(or_zero: bool = False, **arguments):

@@ -3,7 +3,6 @@
     python training/benchmark.py data --source FOLDER            # loading: one core, against a plain PIL pipeline
     python training/benchmark.py step                            # full training steps of the three methods
     python training/benchmark.py evaluate                        # k-NN and linear heads, against plain ways
-    python training/benchmark.py overhead                        # what watching a run costs its steps
 
 Each command prints a table and, with --json PATH, writes its numbers there.
 """
@@ -17,7 +16,6 @@ import time
 from pathlib import Path
 
 from benchmark_evaluate import add_evaluate
-from benchmark_overhead import add_overhead
 from benchmark_step import add_step
 
 
@@ -173,7 +171,7 @@ def cpu_name() -> str:
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     subcommands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for add in (add_data, add_step, add_evaluate, add_overhead):
+    for add in (add_data, add_step, add_evaluate):
         add(subcommands)
     for subcommand in subcommands.choices.values():
         subcommand.add_argument("--json", type=Path, help="write the numbers here too")

@@ -16,7 +16,7 @@ import torch
 from datasets import Dataset
 
 from hf_mim.data import CenterCrop, load_images
-from hf_mim.data.labelled import Images
+from hf_mim.data.images import Images
 from hf_mim.evaluation.encoder import FrozenEncoder
 from hf_mim.evaluation.features import FeatureExtractor
 

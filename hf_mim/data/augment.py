@@ -5,6 +5,8 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor, nn
 
+from hf_mim.checks import share
+
 from .decode import LUMINANCE
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -39,10 +41,8 @@ class DeviceAugment(nn.Module):
             raise ValueError(f"mean and std need one value for each channel, not {len(mean)} and {len(std)} values")
         if min(std) <= 0:
             raise ValueError(f"std must be positive, not {list(std)}")
-        probabilities = dict(flip=flip_probability, grayscale=grayscale_probability, blur=blur_probability)
-        for name, probability in probabilities.items():
-            if not 0 <= probability <= 1:
-                raise ValueError(f"{name}_probability must lie in [0, 1], not {probability!r}")
+        share(flip_probability=flip_probability, grayscale_probability=grayscale_probability)
+        share(blur_probability=blur_probability)
         if grayscale_probability and len(mean) not in (1, 3):
             raise ValueError(f"grayscale_probability must be 0 for images of {len(mean)} channels, not 3 or 1")
         if not 0 < blur_sigma[0] <= blur_sigma[1]:

@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, JpegImagePlugin
 
+from hf_mim.checks import share
+
 from .decode import exif_orientation, open_image, to_channels
 
 # Shrinking in the decoder filters less well than the resize: with a margin of 1 some crops are 6 grey levels off on
@@ -73,8 +75,7 @@ class CenterCrop:
     exact = True
 
     def __post_init__(self):
-        if not 0 < self.fraction <= 1:
-            raise ValueError(f"fraction must lie in (0, 1], not {self.fraction!r}")
+        share("(0, 1]", fraction=self.fraction)
 
     def box(self, width: int, height: int, size: tuple[int, int], rng: random.Random) -> Box:
         return _centred(width, height, size[1] / size[0], self.fraction)

@@ -18,6 +18,8 @@ from torch import Tensor
 from torch.utils.data import get_worker_info
 from transformers import default_data_collator
 
+from hf_mim.checks import least
+
 from .crop import RandomCrop, crop_rng, load_crop
 from .decode import BrokenImage, decoding, image_name
 
@@ -41,8 +43,7 @@ class _Images:
         self.size = (size, size) if isinstance(size, int) else tuple(size)
         if len(self.size) != 2 or min(self.size) < 1:
             raise ValueError(f"size must be a positive int or (height, width), not {size!r}")
-        if num_channels < 1:
-            raise ValueError(f"num_channels must be at least 1, not {num_channels!r}")
+        least(1, num_channels=num_channels)
         columns = images.column_names
         if columns is not None:
             for column in ["image"] + ["label"] * labels:

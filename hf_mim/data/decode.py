@@ -18,6 +18,8 @@ import zlib
 import numpy as np
 from PIL import Image, JpegImagePlugin, UnidentifiedImageError
 
+from hf_mim.files import one_line
+
 from .tiff import is_multiband_tiff, read_multiband_tiff
 
 MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}  # what PIL itself can convert to
@@ -56,8 +58,7 @@ def decoding(name: str):
     except UnidentifiedImageError as error:
         raise BrokenImage(f"{name}: not an image, or of an unknown format") from error
     except _DECODE_ERRORS as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise BrokenImage(f"{name}: {reason}") from error
+        raise BrokenImage(f"{name}: {one_line(error)}") from error
 
 
 def image_name(value, otherwise: str) -> str:

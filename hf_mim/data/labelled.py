@@ -1,47 +1,14 @@
 """Labelled images for the protocols: loaded, checked, and their labels kept apart until they are asked for."""
 
 import torch
-from datasets import ClassLabel, Dataset, Features, Image, IterableDataset
+from datasets import ClassLabel, Dataset, Features, IterableDataset
 from torch import Tensor
 
-from hf_mim.data import load_images
-from hf_mim.data.sources import SplitNotFound, open_source, source_name
-from hf_mim.data.splits import stratified_split
+from .images import Images
+from .sources import SplitNotFound, first_split, load_images, open_source, source_name
+from .splits import stratified_split
 
 HELD_OUT = 0.2  # of the training images, where a source has no test images
-
-
-class Images:
-    """Images, undecoded, and what they are called in results.
-
-    Args:
-        images: a `datasets.Dataset` with a column `image` (see `load_images`).
-        name: what they are, for results.
-    """
-
-    def __init__(self, images: Dataset, name: str = "images"):
-        feature = images.features["image"]
-        if getattr(feature, "decode", False):
-            images = images.cast_column("image", Image(mode=feature.mode, decode=False))
-        self.images, self.name, self.num_broken = images, name, 0
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def select(self, indices):
-        """Those of these indices, in their order."""
-        return type(self)(self.images.select([int(index) for index in indices]), self.name)
-
-    def leave_out(self, indices: list[int]):
-        """Drop images that cannot be decoded, and count them."""
-        dropped = set(indices)
-        self.images = self.images.select([index for index in range(len(self)) if index not in dropped])
-        self.num_broken += len(dropped)
-
-    def describe(self) -> dict:
-        """For a result."""
-        about = {"source": self.name, "images": len(self)}
-        return about | ({"broken_images_left_out": self.num_broken} if self.num_broken else {})
 
 
 class LabelledImages(Images):
@@ -106,13 +73,12 @@ def _open_test(source, split: str | None, taken: str | None):
     if split is not None and split == taken:
         raise ValueError(f"test_split must be another split than {taken}, which trains: of {source} or of another test")
     splits = [split] if split else [name for name in ("test", "validation", "train") if name != taken]
-    for name in splits:
-        try:
-            return open_source(source, name), name
-        except SplitNotFound:
-            if split or (taken is None and name == splits[-1]):
-                raise
-    return None, None
+    try:
+        return first_split(splits, lambda name: open_source(source, name))
+    except SplitNotFound:
+        if split or taken is None:
+            raise
+        return None, None
 
 
 def labelled_only(images: Dataset | IterableDataset, source="source", split: str = "train") -> Dataset:

@@ -1,10 +1,9 @@
 """Masks: images whose pixels are ids (of classes, or of objects), and images that have a mask each."""
 
 import contextlib
-import copy
 import io
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path, PurePath
 
 import numpy as np
@@ -15,6 +14,7 @@ from PIL import Image, JpegImagePlugin, UnidentifiedImageError
 from .columns import is_array, is_encoded
 from .decode import BrokenImage, ImageFormatError, decoding, exif_orientation, image_name, open_image
 from .files import IMAGE_EXTENSIONS, canonical_split, find_files
+from .images import Images
 from .sources import load_images, open_source, pick_split, source_name
 
 IMAGE_FOLDERS = ("images", "image", "imgs", "img")
@@ -24,7 +24,7 @@ _SPLITS = ("train", "validation", "test")
 _ID_MODES = ("1", "L", "P", "I", "I;16", "I;16B", "I;16L", "I;16N")
 
 
-class MaskedImages:
+class MaskedImages(Images):
     """Images with a mask each. What the ids mean, and which of them is to be ignored, a mask does not say.
 
     Args:
@@ -43,35 +43,13 @@ class MaskedImages:
     def __init__(self, images: Dataset, masks: Dataset, name: str = "images"):
         if len(images) != len(masks):
             raise ValueError(f"masks must be as many as the {len(images)} images of {name}, not {len(masks)}")
-        self.images, self._masks = images.select_columns(["image"]), masks.select_columns(["mask"])
-        self.name, self.num_broken = name, 0
+        super().__init__(images.select_columns(["image"]), name)
+        self._masks = masks.select_columns(["mask"])
         self.sizes = [self._checked_size(index) for index in range(len(images))]
 
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def select(self, indices: Sequence[int]) -> "MaskedImages":
-        """Those of these indices, in their order."""
-        part, indices = copy.copy(self), [int(index) for index in indices]  # not checked anew
-        part.images, part._masks, part.num_broken = self.images.select(indices), self._masks.select(indices), 0
-        part.sizes = [self.sizes[index] for index in indices]
-        return part
-
-    def leave_out(self, indices: list[int]):
-        """Drop images that cannot be decoded, with their masks, and count them."""
-        kept = sorted(set(range(len(self))) - set(indices))
-        self.num_broken += len(self) - len(kept)
-        self.images, self._masks = self.images.select(kept), self._masks.select(kept)
-        self.sizes = [self.sizes[index] for index in kept]
-
-    def describe(self) -> dict:
-        """For a result."""
-        about = {"source": self.name, "images": len(self)}
-        return about | ({"broken_images_left_out": self.num_broken} if self.num_broken else {})
-
-    def image_name(self, index: int) -> str:
-        """The file name of an image, or "image 12" where the source gives none."""
-        return image_name(self.images[index]["image"], f"image {index}")
+    def _keep(self, indices: list[int]):
+        super()._keep(indices)
+        self._masks, self.sizes = self._masks.select(indices), [self.sizes[index] for index in indices]
 
     def read_mask(self, index: int) -> np.ndarray:
         """The ids `[h, w]` of an image's pixels, uint8 or int64. Raises ValueError as `read_mask_ids`."""

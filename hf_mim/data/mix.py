@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from hf_mim.checks import least, share
+
 from .augment import DeviceAugment
 
 Box = tuple[int, int, int, int]  # top, left, bottom, right in pixels
@@ -99,13 +101,9 @@ class MixAugment(nn.Module):
 
     def __init__(self, mean, std, mixup=0.8, cutmix=1.0, label_smoothing=0.1, random_erase=0.25, flip=0.5):
         super().__init__()
-        for name, alpha in (("mixup", mixup), ("cutmix", cutmix)):
-            if not alpha >= 0:
-                raise ValueError(f"{name} must be at least 0, not {alpha!r}")
-        if not 0 <= label_smoothing < 1:
-            raise ValueError(f"label_smoothing must lie in [0, 1), not {label_smoothing!r}")
-        if not 0 <= random_erase <= 1:
-            raise ValueError(f"random_erase must lie in [0, 1], not {random_erase!r}")
+        least(0, mixup=mixup, cutmix=cutmix)
+        share("[0, 1)", label_smoothing=label_smoothing)
+        share(random_erase=random_erase)
         self.normalize = DeviceAugment(mean, std, flip_probability=flip)
         self.mixup, self.cutmix, self.label_smoothing, self.erase = mixup, cutmix, label_smoothing, random_erase
         self.weight = 1.0  # λ of the last batch, which `loss` has to know

@@ -6,7 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from transformers import BaseImageProcessor
-from transformers.utils import cached_file, logging
+from transformers.utils import cached_file
+
+from hf_mim.files import one_line, quiet
 
 FILES = ("preprocessor_config.json", "processor_config.json")
 
@@ -17,9 +19,7 @@ def image_processor(image_size: tuple[int, int], mean: Sequence[float], std: Seq
     It takes pictures of any mode for 3 channels, grey ones for 1. PIL resizes images of up to 4 channels; for others
     the arrays have to come in the right size, with `input_data_format` given.
     """
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()  # importing it warns that torchvision is missing; without, it works by PIL
-    try:
+    with quiet():  # importing it warns that torchvision is missing; without, it works by PIL
         from transformers import ViTImageProcessor
 
         return ViTImageProcessor(
@@ -30,8 +30,6 @@ def image_processor(image_size: tuple[int, int], mean: Sequence[float], std: Seq
             image_mean=list(mean),
             image_std=list(std),
         )
-    finally:
-        logging.set_verbosity(verbosity)
 
 
 @dataclass
@@ -55,9 +53,7 @@ def read_processor(checkpoint: str | Path, num_channels: int) -> InputSpec | Non
     try:
         settings = BaseImageProcessor.get_image_processor_dict(checkpoint)[0]
     except OSError as error:
-        raise ValueError(
-            f"the image processor of {checkpoint} cannot be read: {' '.join(str(error).split())}"
-        ) from error
+        raise ValueError(f"the image processor of {checkpoint} cannot be read: {one_line(error)}") from error
     if not isinstance(settings, dict):
         raise ValueError(f"the image processor of {checkpoint} must be a mapping, not {settings!r}")
     if not settings.get("do_normalize", True):

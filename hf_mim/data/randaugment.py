@@ -18,6 +18,8 @@ import numpy as np
 import torch
 from PIL import Image, ImageEnhance, ImageOps
 
+from hf_mim.checks import least, share
+
 from .crop import crop_rng
 from .dataset import ImageDataset
 
@@ -72,14 +74,9 @@ class RandAugment:
     fill: tuple[int, ...] = (124, 116, 104)
 
     def __post_init__(self):
-        if not 0 <= self.magnitude <= LARGEST_MAGNITUDE:
-            raise ValueError(f"magnitude must lie in [0, {LARGEST_MAGNITUDE:g}], not {self.magnitude!r}")
-        if self.std < 0:
-            raise ValueError(f"std must be at least 0, not {self.std!r}")
-        if self.num_operations < 0:
-            raise ValueError(f"num_operations must be at least 0, not {self.num_operations!r}")
-        if not 0 <= self.probability <= 1:
-            raise ValueError(f"probability must lie in [0, 1], not {self.probability!r}")
+        share(f"[0, {LARGEST_MAGNITUDE:g}]", magnitude=self.magnitude)
+        least(0, std=self.std, num_operations=self.num_operations)
+        share(probability=self.probability)
         if len(self.fill) not in (1, 3):
             raise ValueError(
                 f"RandAugment is for images of 1 or 3 channels, not {len(self.fill)} (values in fill): go without it, "

@@ -16,6 +16,8 @@ from datasets import Dataset, Features, List, Value
 from datasets import Image as ImageFeature
 from PIL import Image
 
+from hf_mim.checks import least, one_of
+
 COUNTS = (3, 10)  # objects in a scene, as in CLEVR
 DISTANCES = (0.06, 0.24)  # of the nearest pair, centre to centre, in shares of the side
 RADII = (0.055, 0.11)  # of the disc that has the object's area, in shares of the side
@@ -51,14 +53,10 @@ def scenes(count: int, size: int = 96, seed: int = 0, split: str = "train") -> D
     Raises:
         ValueError: no scene is asked for, a size outside 16..1024, a negative seed, or an unknown split.
     """
-    if count < 1:
-        raise ValueError(f"count must be at least 1, not {count}")
-    if not 16 <= size <= 1024:
-        raise ValueError(f"size must lie between 16 and 1024 pixels, not {size}")
-    if seed < 0:
-        raise ValueError(f"seed must be at least 0, not {seed}")
-    if split not in SPLITS:
-        raise ValueError(f"split must be one of {', '.join(SPLITS)}, not {split!r}")
+    least(1, count=count)
+    check_size(size)
+    least(0, seed=seed)
+    one_of(SPLITS, split=split)
     columns = {"image": [], "num_objects": [], "distance": [], "positions": []}
     for index in range(count):
         # Seeding by a string is the same in every process and version.
@@ -75,6 +73,12 @@ def scenes(count: int, size: int = 96, seed: int = 0, split: str = "train") -> D
         positions=List(List(Value("float64"))),
     )
     return Dataset.from_dict(columns, features=features)
+
+
+def check_size(size: int):
+    """Raise ValueError for a side, in pixels, that no scene is drawn at."""
+    if not 16 <= size <= 1024:
+        raise ValueError(f"size must lie between 16 and 1024 pixels, not {size}")
 
 
 @dataclass(frozen=True)

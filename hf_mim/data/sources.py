@@ -3,9 +3,12 @@
 import os
 import re
 import tarfile
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import datasets
+import torch
 from datasets import ClassLabel, Dataset, DatasetDict, Features, IterableDataset
 from datasets import Image as ImageFeature
 from datasets.exceptions import DatasetsError
@@ -145,6 +148,36 @@ def pick_split(splits: dict, split: str, source):
         if canonical_split(name) == canonical_split(split):
             return splits[name]
     raise SplitNotFound(f"split {split!r} is not in source {str(source)!r}; it has {', '.join(sorted(splits))}")
+
+
+def first_split(splits: Sequence[str], load: Callable[[str], Any]) -> tuple[Any, str]:
+    """(what `load` makes of it, its name) of the first of these splits that is there.
+
+    Raises:
+        SplitNotFound: none of them is; the error of the last.
+    """
+    for split in splits[:-1]:
+        try:
+            return load(split), split
+        except SplitNotFound:
+            continue
+    return load(splits[-1]), splits[-1]
+
+
+def fixed_sample(images, count: int, start: int = 0, random: torch.Generator | None = None, in_order: bool = False):
+    """The same `count` images each time, or fewer if there are not as many: of a shuffled order those from `start` on.
+
+    Args:
+        images: with a length, a `datasets.Dataset` or what else has `select`; or an `IterableDataset`, which is taken
+            in its own order.
+        random: what shuffles; by default always the same.
+        in_order: put those that were drawn back into the order of `images`.
+    """
+    if isinstance(images, IterableDataset):
+        return Dataset.from_list(list(images.skip(start).take(count)), features=images.features)
+    order = torch.randperm(len(images), generator=random or torch.Generator().manual_seed(0))
+    drawn = order[start : start + count].tolist()
+    return images.select(sorted(drawn) if in_order else drawn)
 
 
 class _one_line_errors:

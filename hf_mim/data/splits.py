@@ -4,17 +4,15 @@ import torch
 from torch import Tensor
 
 
-def check_labels(labels: Tensor, at_least: int = 2, name: str = "train"):
-    """Raise ValueError, in one line, unless `labels` [n] names at least two classes and `at_least` images."""
+def check_labels(labels: Tensor):
+    """Raise ValueError, in one line, unless the labels [n] of training images are known and of two classes or more."""
     if len(labels) == 0:
-        raise ValueError(f"{name} holds no images")
+        raise ValueError("train holds no images")
     unlabelled = int((labels < 0).sum())
     if unlabelled:
-        raise ValueError(f"{unlabelled} of the {len(labels)} images of {name} have no label; leave them out")
+        raise ValueError(f"{unlabelled} of the {len(labels)} images of train have no label; leave them out")
     if labels.min() == labels.max():
-        raise ValueError(f"{name} must hold at least two classes; all its {len(labels)} images are of one")
-    if len(labels) < at_least:
-        raise ValueError(f"{name} must hold at least {at_least} images, not {len(labels)}")
+        raise ValueError(f"train must hold at least two classes; all its {len(labels)} images are of one")
 
 
 def random_ranks(labels: Tensor, *seed: int) -> tuple[Tensor, Tensor]:

@@ -10,7 +10,7 @@ from datasets import ClassLabel, Dataset
 
 from .files import IMAGE_EXTENSIONS, find_files
 from .masks import IMAGE_FOLDERS, MASK_FOLDERS, MaskedImages, load_masks, path_column
-from .sources import open_source, source_name
+from .sources import first_split, open_source, source_name
 
 VOID = 255  # the id of pixels that are not scored, in DAVIS
 SEQUENCE_COLUMNS = ("sequence", "video", "clip", "label")
@@ -136,7 +136,8 @@ def load_videos(
     folder = _child(path, _FRAME_FOLDERS) if path is not None and path.is_dir() else None
     if folder is not None:
         return _load_folders(path, folder, split)
-    data, split = _open_split(source, split)
+    splits = ["test", "validation", "train"] if split is None else [split]
+    data, split = first_split(splits, lambda name: open_source(source, name))
     name = f"{source_name(source)}, split {split}"
     sequence_column = sequence_column or next((c for c in SEQUENCE_COLUMNS if c in data.features), None)
     if sequence_column not in data.features:
@@ -154,16 +155,6 @@ def load_videos(
     numbers = data[frame_column][:]
     order = sorted(range(len(numbers)), key=numbers.__getitem__)
     return Videos(frames.select(order), [sequences[row] for row in order])
-
-
-def _open_split(source, split: str | None) -> tuple[Dataset, str]:
-    """The table, and its split's name."""
-    for name in ("test", "validation") if split is None else ():
-        try:
-            return open_source(source, name), name
-        except ValueError:  # no such split; what else is wrong with the source is said below
-            continue
-    return open_source(source, split or "train"), split or "train"
 
 
 def _load_folders(source: Path, frame_folder: Path, split: str | None) -> Videos:

@@ -8,6 +8,8 @@ print(KNN().run(extract, *load_labelled("digits")))
 
 import importlib
 
+from hf_mim.checks import one_of
+
 # Protocol → its class, and where it is: each is imported when it is asked for.
 PROTOCOLS = {
     "knn": "knn:KNN",
@@ -34,8 +36,7 @@ __all__ = ["PROTOCOLS", "load_protocol", *_NAMES]
 
 def load_protocol(name: str) -> type:
     """The class of a protocol. Raises ValueError for one that there is not."""
-    if name not in PROTOCOLS:
-        raise ValueError(f"protocol must be one of {', '.join(PROTOCOLS)}, not {name}")
+    one_of(PROTOCOLS, protocol=name)
     return __getattr__(PROTOCOLS[name].partition(":")[2])
 
 

@@ -12,13 +12,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from hf_mim.checks import least
 from hf_mim.data.labelled import LabelledImages
 from hf_mim.data.splits import generator
 from hf_mim.evaluation.encoder import FeatureSpec
 from hf_mim.evaluation.features import FeatureExtractor
 from hf_mim.evaluation.probe_training import (
     Grid,
-    check_least,
     check_probe_options,
     choose_and_test,
     fetch,
@@ -142,7 +142,7 @@ class Attentive:
         check_probe_options(self)
         if FeatureSpec.parse(self.features).pooling != "tokens":
             raise ValueError(f"features of {self.name} must be tokens, such as last/tokens/norm, not {self.features}")
-        check_least(self, attention_heads=1)
+        least(1, attention_heads=self.attention_heads)
 
     def run(self, extract: FeatureExtractor, train: LabelledImages, test: LabelledImages) -> Result:
         spec, encoder = FeatureSpec.parse(self.features), extract.encoder

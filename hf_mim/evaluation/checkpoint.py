@@ -1,9 +1,8 @@
 """From a checkpoint to a model whose every weight is the checkpoint's, or a line that says why not."""
 
-import contextlib
 import pickle
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -11,67 +10,85 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoModel
-from transformers.utils import cached_file, logging
+from transformers.utils import cached_file
 
 import hf_mim  # noqa: F401 (registers the models)
-from hf_mim.files import sha256
+from hf_mim.files import one_line, quiet, sha256
 
 # What `from_pretrained` raises for what is no checkpoint, or a damaged one.
 LOADING_ERRORS = (OSError, ValueError, KeyError, RuntimeError, EOFError, SafetensorError, pickle.UnpicklingError)
 LOADING_ERRORS += (StrictDataclassError,)
 
 
-def load_model(checkpoint: str) -> nn.Module:
-    """What `AutoModel` makes of a folder or a name on the Hub, in float32.
+def load_whole(
+    model_class,
+    checkpoint: str,
+    part: str = "encoder",
+    unusable: str = "holds no encoder that can be loaded",
+    may_be_new: Callable[[nn.Module, str], bool] = lambda model, key: False,
+    **options,
+) -> nn.Module:
+    """A model in float32 whose every weight is the checkpoint's.
 
-    Raises ValueError, in one line, for a checkpoint without an encoder or without some of its weights.
+    Args:
+        model_class: its `from_pretrained` loads; an Auto class too.
+        checkpoint: a folder, or a name on the Hub.
+        part: "encoder": what the checkpoint has beside it, such as a decoder, may be left over, but no blocks of it;
+            "model": nothing may be left over.
+        unusable: what the error says of a checkpoint that cannot be loaded at all.
+        may_be_new: whether the model may have a weight that the checkpoint lacks, such as that of a new head.
+        options: of `from_pretrained`.
+
+    Raises:
+        ValueError: it is not such a checkpoint, is damaged, or lacks weights; in one line.
     """
     try:
         # float32 even where it was saved in half precision: `dtype` is what autocast computes in.
         with quiet():  # what it reports of the weights, at length, is checked below
-            model, loading = AutoModel.from_pretrained(
-                checkpoint, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True
+            model, loading = model_class.from_pretrained(
+                checkpoint, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True, **options
             )
     except LOADING_ERRORS as error:
-        reason = " ".join(str(error).split())
-        raise ValueError(f"checkpoint {checkpoint} holds no encoder that can be loaded: {reason[:300]}") from error
-    if mismatched := sorted(key for key, *_ in loading["mismatched_keys"]):
-        raise ValueError(
-            f"checkpoint {checkpoint} has other shapes than its config for {len(mismatched)} weights of its "
-            f"encoder, such as {mismatched[0]}"
-        )
-    missing = sorted(key for key in loading["missing_keys"] if not key.startswith(("pooler", "head")))
-    if missing:
-        raise ValueError(
-            f"checkpoint {checkpoint} lacks {len(missing)} weights of its encoder, such as {missing[0]}: "
-            "what was evaluated would be partly random"
-        )
-    if more := left_over_blocks(model, loading["unexpected_keys"]):
+        raise ValueError(f"checkpoint {checkpoint} {unusable}: {one_line(error, 300)}") from error
+    mismatched = [key for key, *_ in loading["mismatched_keys"]]
+    left_over = loading["unexpected_keys"] if part == "model" else []
+    for keys, says, consequence in (
+        (mismatched, "has other shapes than its config for", ""),
+        (loading["missing_keys"], "lacks", ": the model would be partly random"),
+        (left_over, "has no place in its config for", ""),
+    ):
+        if wrong := sorted(key for key in keys if not may_be_new(model, key)):
+            weights = f"{len(wrong)} weights of its {part}, such as {wrong[0]}"
+            raise ValueError(f"checkpoint {checkpoint} {says} {weights}{consequence}")
+    if part == "encoder" and (more := left_over_blocks(model, loading["unexpected_keys"])):
         raise ValueError(f"checkpoint {checkpoint} has more blocks than its config, such as {more[0]}")
     return model
 
 
+def load_encoder(checkpoint: str) -> nn.Module:
+    """What `AutoModel` makes of a checkpoint. Raises as `load_whole`; poolers and heads may be new."""
+    return load_whole(AutoModel, checkpoint, may_be_new=lambda model, key: key.startswith(("pooler", "head")))
+
+
+def blocks_of(model: nn.Module) -> tuple[str, nn.ModuleList]:
+    """(name, list) of the blocks: the longest ModuleList. Of a model in stages it may be a stage, or the list of them.
+
+    Raises:
+        ValueError: there is none.
+    """
+    found = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
+    if not found:
+        raise ValueError(f"{type(model).__name__} has no list of layers, and is no transformer that can be used here")
+    return max(found, key=lambda item: len(item[1]))
+
+
 def left_over_blocks(model: nn.Module, keys: Sequence[str]) -> list[str]:
     """Those of a checkpoint's left-over keys that are of blocks beyond the model's last."""
-    lists = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
-    if not lists:
-        return []
-    name, blocks = max(lists, key=lambda item: len(item[1]))
+    name, blocks = blocks_of(model)
     prefix = f"{model.base_model_prefix}."  # a file may have it or not
     pattern = re.compile(rf"(?:{re.escape(prefix)})?{re.escape(name.removeprefix(prefix))}\.(\d+)\.")
     found = ((key, pattern.match(key)) for key in sorted(keys))
     return [key for key, match in found if match and int(match[1]) >= len(blocks)]
-
-
-@contextlib.contextmanager
-def quiet():
-    """Without what transformers says of a loading that it did not fail in."""
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
 
 
 def image_model(model: nn.Module) -> nn.Module:

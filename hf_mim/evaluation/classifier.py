@@ -12,11 +12,14 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForImageClassification
 
 import hf_mim  # noqa: F401 (registers the models)
+from hf_mim.checks import share
 from hf_mim.data.processor import image_processor
-from hf_mim.evaluation.checkpoint import LOADING_ERRORS, left_over_blocks, quiet
+from hf_mim.evaluation.checkpoint import LOADING_ERRORS, blocks_of, load_whole
+from hf_mim.files import one_line
 from hf_mim.models.configuration_vit import pair
 from hf_mim.trainer_utils import decayed_parameters
 
+UNUSABLE = "holds no encoder that can be fine-tuned"
 HEAD_STD = 2e-5  # MAE's: the first predictions are even, so the first gradients leave the encoder in peace
 
 
@@ -38,8 +41,7 @@ def load_classifier(
     Raises:
         ValueError: no checkpoint that can be classified with, or one that lacks weights of the encoder.
     """
-    if not 0 <= drop_path < 1:
-        raise ValueError(f"drop_path must lie in [0, 1), not {drop_path!r}")
+    share("[0, 1)", drop_path=drop_path)
     checkpoint = str(checkpoint)
     try:
         config = AutoConfig.from_pretrained(checkpoint)
@@ -49,13 +51,12 @@ def load_classifier(
             config.drop_path_rate = drop_path
         if hasattr(config, "pool_before_norm"):
             config.pooling, config.pool_before_norm, config.head_batch_norm = "mean", blocks != 0, blocks == 0
-        if untrained:
-            model = AutoModelForImageClassification.from_config(config, dtype=torch.float32)
-        else:
-            model = _load(checkpoint, config)
+        model = AutoModelForImageClassification.from_config(config, dtype=torch.float32) if untrained else None
     except LOADING_ERRORS as error:
-        reason = " ".join(str(error).split())[:300]
-        raise ValueError(f"checkpoint {checkpoint} holds no encoder that can be fine-tuned: {reason}") from error
+        raise ValueError(f"checkpoint {checkpoint} {UNUSABLE}: {one_line(error, 300)}") from error
+    if model is None:
+        options = {"unusable": UNUSABLE, "may_be_new": _is_no_encoder, "config": config}
+        model = load_whole(AutoModelForImageClassification, checkpoint, **options)
     encoder = _encoder_prefix(model)
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear) and not name.startswith(encoder):
@@ -66,35 +67,13 @@ def load_classifier(
     return model
 
 
-def _load(checkpoint: str, config):
-    with quiet():  # it reports, at length, that the classifier is new
-        model, loading = AutoModelForImageClassification.from_pretrained(
-            checkpoint, config=config, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True
-        )
-    wrong = [*loading["missing_keys"], *(key for key, *_ in loading["mismatched_keys"])]
-    wrong = sorted(key for key in wrong if key.startswith(_encoder_prefix(model)) and ".pooler." not in key)
-    if wrong:
-        raise ValueError(f"it lacks {len(wrong)} weights of its encoder, such as {wrong[0]}")
-    if more := left_over_blocks(model, loading["unexpected_keys"]):
-        raise ValueError(f"it has more blocks than its config, such as {more[0]}")
-    return model
-
-
-def find_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
-    """(name, list) of the blocks: the longest ModuleList. Of a model in stages it may be a stage, or the list of them.
-
-    Raises:
-        ValueError: there is none.
-    """
-    found = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
-    if not found:
-        raise ValueError(f"{type(model).__name__} has no list of layers to tell depth by; it cannot be fine-tuned here")
-    return max(found, key=lambda item: len(item[1]))
+def _is_no_encoder(model: nn.Module, key: str) -> bool:
+    return not key.startswith(_encoder_prefix(model)) or ".pooler." in key
 
 
 def parameter_depths(model: nn.Module) -> dict[str, int]:
     """Parameter name → depth: 0 for all that comes before the blocks, i for block i (from 1), L + 1 after them."""
-    name, layers = find_layers(model)
+    name, layers = blocks_of(model)
     depths, depth_outside = {}, 0
     for parameter, _ in model.named_parameters():  # in the order in which the modules were made
         if parameter.startswith(name + "."):
@@ -113,10 +92,9 @@ def parameter_groups(model: nn.Module, learning_rate: float, weight_decay: float
     Raises:
         ValueError: layer_decay outside (0, 1], or a model without a list of layers.
     """
-    if not 0 < layer_decay <= 1:
-        raise ValueError(f"layer_decay must lie in (0, 1], not {layer_decay!r}")
+    share("(0, 1]", layer_decay=layer_decay)
     depths, decayed, groups = parameter_depths(model), set(decayed_parameters(model)), {}
-    top = len(find_layers(model)[1]) + 1
+    top = len(blocks_of(model)[1]) + 1
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             groups.setdefault((depths[name], name in decayed), []).append(parameter)
@@ -138,7 +116,7 @@ def freeze_below(model: nn.Module, blocks: int) -> None:
     Raises:
         ValueError: fewer than 0 or more than the model's blocks.
     """
-    name, layers = find_layers(model)
+    name, layers = blocks_of(model)
     if not 0 <= blocks <= len(layers):
         raise ValueError(f"blocks must be between 0 (linear probe) and the {len(layers)} of the model, not {blocks!r}")
     if blocks == len(layers):
@@ -179,4 +157,4 @@ def size_options(model, image_size: tuple[int, int]) -> dict:
 
 def _encoder_prefix(model: nn.Module) -> str:
     """What the names of the encoder's parameters begin with: where the blocks are, up to the first dot."""
-    return find_layers(model)[0].split(".")[0] + "."
+    return blocks_of(model)[0].split(".")[0] + "."

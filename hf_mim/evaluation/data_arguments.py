@@ -3,10 +3,9 @@
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-import torch
-
+from hf_mim.checks import least
 from hf_mim.data import CenterCrop, WholeImage
-from hf_mim.data.sources import source_name
+from hf_mim.data.sources import fixed_sample, source_name
 
 
 def source_field(text: str):
@@ -121,7 +120,7 @@ class ImageArguments(CropArguments):
     def load(self) -> tuple:
         """(images,)."""
         from hf_mim.data import load_images
-        from hf_mim.data.labelled import Images
+        from hf_mim.data.images import Images
 
         images = load_images(self.dataset, self.split, image_column=self.image_column)
         return (Images(images.select_columns("image"), f"{source_name(self.dataset)}, split {self.split}"),)
@@ -151,7 +150,5 @@ def fixed_part(images, count: int | None, name: str):
     """The same `count` of the images each time, or all."""
     if count is None:
         return images
-    if count < 1:
-        raise ValueError(f"{name} must be at least 1, not {count}")
-    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
-    return images.select(sorted(order[:count].tolist()))
+    least(1, **{name: count})
+    return fixed_sample(images, count, in_order=True)

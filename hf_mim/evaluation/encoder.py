@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from hf_mim.data import IMAGENET_MEAN, IMAGENET_STD, DeviceAugment
 from hf_mim.data.processor import InputSpec, read_processor
-from hf_mim.evaluation.checkpoint import image_model, load_model
+from hf_mim.evaluation.checkpoint import blocks_of, image_model, load_encoder
+from hf_mim.files import one_line
 from hf_mim.models.configuration_vit import pair
 from hf_mim.models.positions import sincos_table
 
@@ -106,7 +107,7 @@ class FrozenEncoder:
         Raises ValueError, in one line, for a checkpoint without an encoder or without some of its weights.
         """
         checkpoint = str(checkpoint)
-        model = load_model(checkpoint)
+        model = load_encoder(checkpoint)
         channels = getattr(image_model(model).config, "num_channels", 3)
         known = read_processor(checkpoint, channels)
         if mean is None and known is None:
@@ -258,7 +259,7 @@ class FrozenEncoder:
             with torch.no_grad():
                 tokens = self._streams(blank, [self.num_layers])[self.num_layers]
         except (ValueError, RuntimeError, TypeError, KeyError, AttributeError) as error:
-            reason = " ".join(str(error).split())[:200]
+            reason = one_line(error, 200)
             raise ValueError(f"image_size {height},{width} does not suit {self.name}: {reason}") from error
         patches = self.grid[0] * self.grid[1]
         # CLS, a distillation token and registers come first; of more tokens nobody knows which are patches.
@@ -303,9 +304,8 @@ class RawPixels:
 
 
 def _blocks(model: nn.Module, name: str | None) -> nn.ModuleList:
-    """The transformer blocks: the longest ModuleList of a model that has patches."""
-    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
+    """The transformer blocks of a model that has patches."""
     config = getattr(model, "config", None)
-    if not lists or not hasattr(config, "patch_size") or not hasattr(config, "image_size"):
+    if not hasattr(config, "patch_size") or not hasattr(config, "image_size"):
         raise ValueError(f"checkpoint {name} holds {type(model).__name__}, which is no vision transformer")
-    return max(lists, key=len)
+    return blocks_of(model)[1]

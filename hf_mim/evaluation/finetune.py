@@ -13,6 +13,7 @@ import torch
 from transformers import Trainer
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
+from hf_mim.checks import least, positive, share
 from hf_mim.data import ImageDataset, RandomCrop, check_broken
 from hf_mim.data.mix import MixAugment
 from hf_mim.data.randaugment import RandAugment, RandAugmentedImages
@@ -64,15 +65,11 @@ class FinetuningArguments(ProcessArguments):
 
 def check_schedule(epochs: float, warmup_epochs: float | None, base_lr: float, layer_decay: float, weight_decay: float):
     """Raise ValueError, naming the argument, for a value outside its range."""
-    for name, value in (("epochs", epochs), ("base_lr", base_lr)):
-        if not value > 0:
-            raise ValueError(f"{name} must be above 0, not {value!r}")
+    positive(epochs=epochs, base_lr=base_lr)
     if not 0 <= (warmup_epochs or 0) < epochs:
         raise ValueError(f"warmup_epochs must be at least 0 and below the {epochs:g} epochs, not {warmup_epochs!r}")
-    if not 0 < layer_decay <= 1:
-        raise ValueError(f"layer_decay must lie in (0, 1], not {layer_decay!r}")
-    if not weight_decay >= 0:
-        raise ValueError(f"weight_decay must be at least 0, not {weight_decay!r}")
+    share("(0, 1]", layer_decay=layer_decay)
+    least(0, weight_decay=weight_decay)
 
 
 def check_output(folder: Path, checkpoint: str | None):
@@ -160,12 +157,9 @@ class Finetune:
     seed: int = field(default=0, metadata={"help": "of the new classifier, the order and all augmentation"})
 
     def __post_init__(self):
-        if self.batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1, not {self.batch_size!r}")
-        if self.blocks is not None and self.blocks < 0:
-            raise ValueError(f"blocks must be at least 0, a linear probe, not {self.blocks!r}")
-        if not 0 <= self.drop_path < 1:
-            raise ValueError(f"drop_path must lie in [0, 1), not {self.drop_path!r}")
+        least(1, batch_size=self.batch_size)
+        least(0, blocks=self.blocks)
+        share("[0, 1)", drop_path=self.drop_path)
         check_schedule(self.epochs, self.warmup_epochs, self.base_lr, self.layer_decay, self.weight_decay)
         self._augment([0.5], [0.5])
         for prefix, check in (

@@ -14,8 +14,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from hf_mim.checks import least
+from hf_mim.data.sources import fixed_sample
 from hf_mim.data.splits import generator
-from hf_mim.evaluation.probe_training import check_least, parse_pooled
+from hf_mim.evaluation.probe_training import parse_pooled
 from hf_mim.evaluation.result import Result
 
 # Variation below this share of the size of the features is float32's rounding: the features are constant.
@@ -229,14 +231,15 @@ class Health:
 
     def __post_init__(self):
         parse_pooled(self.features, self.name)
-        check_least(self, num_images=2, num_token_images=2, seed=0)
+        least(2, num_images=self.num_images, num_token_images=self.num_token_images)
+        least(0, seed=self.seed)
 
     def run(self, extract, images) -> Result:
         """Raises ValueError for fewer than 2 images."""
         if len(images) < 2:
             raise ValueError(f"images must be at least 2 to be compared, not {len(images)}")
-        chosen = torch.randperm(len(images), generator=generator(self.seed))[: self.num_images]
-        pooled_images, token_images = images.select(chosen), images.select(chosen[: self.num_token_images])
+        pooled_images = fixed_sample(images, self.num_images, random=generator(self.seed))
+        token_images = pooled_images.select(range(min(self.num_token_images, len(pooled_images))))
         values = self._measure(extract, pooled_images, token_images)
         columns = {"value": values}
         if self.compare:

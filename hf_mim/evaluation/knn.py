@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from hf_mim.checks import least, positive
 from hf_mim.data.labelled import LabelledImages
 from hf_mim.evaluation.features import FeatureExtractor
 from hf_mim.evaluation.probe_training import parse_pooled
@@ -111,8 +112,7 @@ def knn_sweep(
 ) -> dict[tuple[int, float], Tensor]:
     """As `knn_predict`, for each (k, temperature), with one search for the largest k."""
     for temperature in temperatures:
-        if not temperature > 0:
-            raise ValueError(f"temperature must be above 0, not {temperature}")
+        positive(temperature=temperature)
     classes, train_labels = train_labels.unique(return_inverse=True)
     predictions: dict[tuple[int, float], list[Tensor]] = {(k, t): [] for k in ks for t in temperatures}
     for similarity, nearest in nearest_neighbours(train_features.detach(), test_features.detach(), max(ks)):
@@ -153,13 +153,10 @@ class KNN:
 
     def __post_init__(self):
         parse_pooled(self.features, self.name)
-        for name, values in (("k", [self.k]), ("ks", self.ks)):
-            if min(values, default=1) < 1:
-                raise ValueError(f"{name} must be at least 1, not {min(values)}")
-        for name, values in (("temperature", [self.temperature]), ("temperatures", self.temperatures)):
-            for value in values:
-                if not value > 0:
-                    raise ValueError(f"{name} must be above 0, not {value}")
+        least(1, k=self.k, ks=min(self.ks, default=None))
+        positive(temperature=self.temperature)
+        for temperature in self.temperatures:
+            positive(temperatures=temperature)
 
     def run(self, extract: FeatureExtractor, train: LabelledImages, test: LabelledImages) -> Result:
         """Raises ValueError for fewer training images than k."""

@@ -13,12 +13,14 @@ import torch
 from sklearn.linear_model import LogisticRegression, RidgeCV
 from torch import Tensor
 
-from hf_mim.data import WholeImage, scenes
-from hf_mim.data.labelled import Images
+from hf_mim.checks import least
+from hf_mim.data import WholeImage
+from hf_mim.data.images import Images
+from hf_mim.data.scenes import check_size, scenes
 from hf_mim.data.splits import stratified_split
 from hf_mim.evaluation.encoder import RawPixels
 from hf_mim.evaluation.lowshot import fit_logistic
-from hf_mim.evaluation.probe_training import check_least, parse_pooled, standardiser
+from hf_mim.evaluation.probe_training import parse_pooled, standardiser
 from hf_mim.evaluation.result import Result
 
 NUM_BINS = 6  # of the distance, as VTAB's
@@ -75,9 +77,11 @@ class Local:
 
     def __post_init__(self):
         parse_pooled(self.features, self.name)
-        check_least(self, num_train=100, num_test=10, seed=0)
-        if self.size is not None and not 16 <= self.size <= 1024:
-            raise ValueError(f"size must lie between 16 and 1024 pixels, not {self.size}")
+        least(100, num_train=self.num_train)
+        least(10, num_test=self.num_test)
+        least(0, seed=self.seed)
+        if self.size is not None:
+            check_size(self.size)
 
     def run(self, extract) -> Result:
         """Raises ValueError for an encoder of images that are not square or of more than 4 channels, or without such

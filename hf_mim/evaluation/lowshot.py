@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from hf_mim.checks import least, numbers
 from hf_mim.data.labelled import LabelledImages
 from hf_mim.data.splits import check_labels, random_ranks
 from hf_mim.evaluation.features import FeatureExtractor
-from hf_mim.evaluation.probe_training import check_least, check_numbers, parse_pooled, standardiser
+from hf_mim.evaluation.probe_training import parse_pooled, standardiser
 from hf_mim.evaluation.result import Result
 
 MAX_ITERATIONS = 2000
@@ -107,8 +108,9 @@ class LowShot:
         self.budgets = list(dict.fromkeys(budget.strip() for budget in self.budgets))
         for budget in self.budgets:
             parse_budget(budget)
-        check_least(self, draws=1, seed=0)
-        check_numbers("c", self.c)
+        least(1, draws=self.draws)
+        least(0, seed=self.seed)
+        numbers(c=self.c)
 
     def run(self, extract: FeatureExtractor, train: LabelledImages, test: LabelledImages) -> Result:
         labels = train.read_labels()

@@ -1,4 +1,4 @@
-"""Accuracy, mean IoU and DAVIS's J and F: as functions, and as `evaluate.Metric`s that need no network.
+"""Accuracy, mean IoU and DAVIS's J and F as functions; accuracy and mean IoU as `evaluate.Metric`s without network too.
 
 The metrics are instantiated, not loaded by name: `MeanIoU(num_classes=11, ignore_index=255)`. `compute_metrics` goes to
 `Trainer` as it is.
@@ -191,11 +191,7 @@ class TopKAccuracy(_RunningMetric):
         return evaluate.MetricInfo(
             description="The share of samples whose class is among the k that score highest.",
             citation="",
-            inputs_description="""
-            predictions: logits or scores [n, classes].
-            references: class ids [n].
-            Returns top1_accuracy and so on, in 0..1, for each k of ks.
-            """,
+            inputs_description="Scores [n, classes] and class ids [n]. Returns top1_accuracy and so on, in 0..1.",
             features=datasets.Features(
                 predictions=datasets.Sequence(datasets.Value("float32")), references=datasets.Value("int64")
             ),
@@ -220,15 +216,13 @@ class MeanIoU(_RunningMetric):
         super().__init__()
 
     def _info(self):
+        maps = datasets.Sequence(datasets.Sequence(datasets.Value("int64")))
         return evaluate.MetricInfo(
             description="Intersection over union of the pixels of each class, averaged over the classes that occur.",
             citation="Everingham et al., The PASCAL Visual Object Classes challenge, IJCV 2010, section 4.4",
-            inputs_description="""
-            predictions, references: class ids [n, h, w], or lists of n maps [h, w] whose sizes may differ.
-            Returns mean_iou and pixel_accuracy in 0..1, and class_iou: a list, NaN for a class that is neither
-            predicted nor there, which the mean leaves out.
-            """,
-            features=_maps_of_ids(),
+            inputs_description="Class ids [n, h, w], or lists of n maps [h, w] whose sizes may differ. Returns "
+            "mean_iou, pixel_accuracy and class_iou: NaN for a class that is neither predicted nor there.",
+            features=datasets.Features(predictions=maps, references=maps),
         )
 
     def _reset(self):
@@ -248,48 +242,12 @@ class MeanIoU(_RunningMetric):
         }
 
 
-class JAndF(_RunningMetric):
-    """DAVIS's J, F and their mean, over the objects 1..num_objects of each frame (see `object_scores`)."""
-
-    def __init__(self, num_objects: int = 1, void: int | None = 255):
-        self.ids, self.void = range(1, num_objects + 1), void
-        super().__init__()
-
-    def _info(self):
-        return evaluate.MetricInfo(
-            description="Region similarity J, boundary accuracy F, and their mean, of object masks in video frames.",
-            citation="Perazzi et al., A benchmark dataset and evaluation methodology for video object segmentation, "
-            "CVPR 2016; Pont-Tuset et al., The 2017 DAVIS challenge on video object segmentation, arXiv 1704.00675",
-            inputs_description="""
-            predictions, references: object ids [n, h, w] (0 background, 255 void), or lists of n maps [h, w].
-            Returns j_and_f, j and f in 0..1, means over frames and objects. An object that is in neither map scores 1.
-            """,
-            features=_maps_of_ids(),
-        )
-
-    def _reset(self):
-        self._sum = np.zeros(2)
-
-    def _update(self, predictions, references):
-        pairs = [[_array(x) for x in pair] for pair in zip(predictions, references, strict=True)]
-        self._sum += sum(object_scores(*pair, self.ids, self.void).mean(axis=0) for pair in pairs)
-
-    def _result(self) -> dict[str, float]:
-        j, f = (self._sum / self._count).tolist()
-        return {"j_and_f": (j + f) / 2, "j": j, "f": f}
-
-
 def compute_metrics(eval_prediction: EvalPrediction) -> dict[str, float]:
     """Top-1 and, of more than five classes, top-5 accuracy of a classifier, for `Trainer(compute_metrics=…)`."""
     logits = eval_prediction.predictions
     logits = logits[0] if isinstance(logits, tuple) else logits  # hidden states may follow
     ks = [k for k in (1, 5) if k == 1 or k < logits.shape[-1]]
     return TopKAccuracy(ks).compute(predictions=logits, references=eval_prediction.label_ids)
-
-
-def _maps_of_ids() -> datasets.Features:
-    maps = datasets.Sequence(datasets.Sequence(datasets.Value("int64")))
-    return datasets.Features(predictions=maps, references=maps)
 
 
 def _check_ids(name: str, ids: Tensor, num_classes: int):

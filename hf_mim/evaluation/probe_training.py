@@ -1,6 +1,5 @@
 """What linear and attentive probes share: many are trained together, held-out images choose, the test comes last."""
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from typing import Protocol
@@ -9,6 +8,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from hf_mim.checks import least, numbers, share
 from hf_mim.data.labelled import LabelledImages
 from hf_mim.data.splits import check_labels, generator, stratified_split
 from hf_mim.evaluation.encoder import FeatureSpec
@@ -175,24 +175,11 @@ def describe_choice(features: str, grid: Grid, best: int, held_out: int) -> list
 
 def check_probe_options(options):
     """Raise ValueError, in one line, for a learning rate, weight decay, … that no probe can have."""
-    check_numbers("learning_rates", options.learning_rates)
-    check_numbers("weight_decays", options.weight_decays, or_zero=True)
-    check_least(options, epochs=1, batch_size=1, seed=0)
-    if not 0 < options.held_out < 1:
-        raise ValueError(f"held_out must be a share between 0 and 1, not {options.held_out}")
-
-
-def check_numbers(name: str, values: Sequence[float], or_zero: bool = False):
-    """Raise ValueError unless all are finite and positive, and there is one."""
-    if not values or not all(math.isfinite(value) and (value > 0 or or_zero and value == 0) for value in values):
-        raise ValueError(f"{name} must be numbers {'0 or more' if or_zero else 'above 0'}, at least one, not {values}")
-
-
-def check_least(options, **least: int):
-    """Raise ValueError for the first of these options that is below its least value."""
-    for name, value in least.items():
-        if getattr(options, name) < value:
-            raise ValueError(f"{name} must be at least {value}, not {getattr(options, name)}")
+    numbers(learning_rates=options.learning_rates)
+    numbers(or_zero=True, weight_decays=options.weight_decays)
+    least(1, epochs=options.epochs, batch_size=options.batch_size)
+    least(0, seed=options.seed)
+    share("(0, 1)", held_out=options.held_out)
 
 
 def parse_pooled(text: str, protocol: str) -> FeatureSpec:

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from hf_mim.checks import least, positive
 from hf_mim.data import WholeImage
 from hf_mim.data.crop import crop_rng, load_crop
 from hf_mim.data.decode import BrokenImage, decoding, image_name
@@ -150,11 +151,9 @@ class Propagate:
     def __post_init__(self):
         if self.spec.pooling != "tokens":
             raise ValueError(f"features must be tokens, such as last/tokens/norm, not {self.features}")
-        for option, least in (("k", 1), ("neighbourhood", 0), ("queue", 0), ("short_side", 1)):
-            if getattr(self, option) < least:
-                raise ValueError(f"{option} must be {least} or more, not {getattr(self, option)}")
-        if not self.temperature > 0:
-            raise ValueError(f"temperature must be above 0, not {self.temperature}")
+        least(1, k=self.k, short_side=self.short_side)
+        least(0, neighbourhood=self.neighbourhood, queue=self.queue)
+        positive(temperature=self.temperature)
 
     @property
     def spec(self) -> FeatureSpec:

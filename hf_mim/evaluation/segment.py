@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from hf_mim.checks import least, positive, share
 from hf_mim.data import WholeImage
 from hf_mim.data.masks import MaskedImages
 from hf_mim.data.splits import generator
@@ -263,14 +264,11 @@ class Segment:
         check_probe_options(self)
         if FeatureSpec.parse(self.features).pooling != "tokens":
             raise ValueError(f"features of segment must be tokens, such as last/tokens/norm, not {self.features}")
-        if self.num_classes is not None and not 2 <= self.num_classes <= MAX_CLASSES:
-            raise ValueError(f"num_classes must be in 2..{MAX_CLASSES}, not {self.num_classes}")
-        if self.cells < 1:
-            raise ValueError(f"cells must be at least 1, not {self.cells}")
+        share(f"[2, {MAX_CLASSES}]", num_classes=self.num_classes)
+        least(1, cells=self.cells)
         if not 1 <= self.k <= self.bank:
             raise ValueError(f"k must be between 1 and the {self.bank} tokens of the bank, not {self.k}")
-        if not self.temperature > 0:
-            raise ValueError(f"temperature must be above 0, not {self.temperature}")
+        positive(temperature=self.temperature)
 
     def run(self, extract, train: MaskedImages, test: MaskedImages) -> Result:
         """Raises ValueError for fewer than two training images, or ids that are no class."""

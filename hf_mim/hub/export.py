@@ -4,15 +4,14 @@ import logging
 import shutil
 from pathlib import Path
 
-import torch
-from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError
 from transformers import AutoConfig
 from transformers.utils import cached_file
-from transformers.utils import logging as transformers_logging
 
 import hf_mim
+from hf_mim.checks import one_of
 from hf_mim.data.processor import FILES
+from hf_mim.evaluation.checkpoint import LOADING_ERRORS, load_whole
+from hf_mim.files import one_line
 from hf_mim.hub.new_folder import check_destination, new_folder
 from hf_mim.hub.onnx import check_onnx, write_onnx
 from hf_mim.hub.remote_code import write_remote_code
@@ -30,7 +29,6 @@ WRITERS = {
     "remote-code": write_remote_code,
     "onnx": write_onnx,
 }
-ENCODERS = ("online", "target")
 
 
 def export(checkpoint: str | Path, dest: str | Path, to: str, encoder: str | None = None) -> str:
@@ -51,14 +49,12 @@ def export(checkpoint: str | Path, dest: str | Path, to: str, encoder: str | Non
         ValueError: a checkpoint that is not ours or not whole, a form that cannot hold it, a dest that exists.
         ImportError: ONNX is asked for and not installed.
     """
-    if to not in WRITERS:
-        raise ValueError(f"to must be one of {', '.join(WRITERS)}, not {to}")
-    if encoder not in (None, *ENCODERS):
-        raise ValueError(f"encoder must be one of {', '.join(ENCODERS)}, not {encoder}")
+    one_of(WRITERS, to=to)
+    one_of(("online", "target"), encoder=encoder)
     check_destination(dest)
     if to == "onnx":
         check_onnx()
-    model = read_checkpoint(checkpoint)
+    model = load_ours(checkpoint)
     if encoder is not None:
         model = pick_encoder(model, encoder)
     with new_folder(dest) as folder:
@@ -68,48 +64,20 @@ def export(checkpoint: str | Path, dest: str | Path, to: str, encoder: str | Non
     return how_to_load
 
 
-def read_checkpoint(checkpoint: str | Path) -> MIMPreTrainedModel:
+def load_ours(checkpoint: str | Path) -> MIMPreTrainedModel:
     """The model that a checkpoint was saved from, in float32 and eval mode. Raises ValueError if it is not one of ours
     or its weights are not those of its config."""
     checkpoint = str(checkpoint)
     try:
         config = AutoConfig.from_pretrained(checkpoint, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, StrictDataclassError) as error:
-        raise _unreadable(checkpoint, error) from error
+    except LOADING_ERRORS as error:
+        raise ValueError(f"checkpoint {checkpoint} cannot be read: {one_line(error, 300)}") from error
     architecture = (config.architectures or ["nothing"])[0]
     if not isinstance(config, MIMConfig) or architecture not in hf_mim.__all__:
         raise ValueError(
             f"checkpoint {checkpoint} must be of a model of hf_mim, and it is of {architecture} ({config.model_type})"
         )
-    verbosity = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity_error()  # what it reports of the weights is said below, in one line
-    try:
-        model, loading = getattr(hf_mim, architecture).from_pretrained(
-            checkpoint, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True
-        )
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise _unreadable(checkpoint, error) from error
-    finally:
-        transformers_logging.set_verbosity(verbosity)
-    _check_loading(checkpoint, loading)
-    return model.eval()
-
-
-def _check_loading(checkpoint: str, loading: dict):
-    """Raise ValueError unless every weight has found its place."""
-    mismatched = [key for key, *_ in loading["mismatched_keys"]]
-    for keys, says in (
-        (mismatched, "has other shapes than its config for"),
-        (loading["missing_keys"], "lacks"),
-        (loading["unexpected_keys"], "has no place in its config for"),
-    ):
-        if keys:
-            raise ValueError(f"checkpoint {checkpoint} {says} {len(keys)} weights of its model, such as {min(keys)}")
-
-
-def _unreadable(checkpoint: str, error: Exception) -> ValueError:
-    reason = error.__cause__ if isinstance(error, StrictDataclassError) else error
-    return ValueError(f"checkpoint {checkpoint} cannot be read: {' '.join(str(reason).split())[:300]}")
+    return load_whole(getattr(hf_mim, architecture), checkpoint, part="model", unusable="cannot be read").eval()
 
 
 def pick_encoder(model: MIMPreTrainedModel, encoder: str) -> MIMPreTrainedModel:

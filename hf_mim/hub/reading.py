@@ -26,7 +26,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch.serialization import safe_globals
 
-from hf_mim.files import listed, sha256
+from hf_mim.files import listed, one_line, sha256
 
 PICKLES = (".pth", ".pt", ".bin", ".tar", ".ckpt")
 EXTENSIONS = (".safetensors", *PICKLES)
@@ -108,7 +108,7 @@ def _download(repository: str) -> Path:
                 break
         return folder
     except (HfHubHTTPError, LocalEntryNotFoundError, HFValidationError, OSError) as error:
-        reason = " ".join(str(error).split())
+        reason = one_line(error)
         raise ValueError(f"there is no file or folder {repository}, and the Hub did not give it: {reason}") from error
 
 

@@ -11,7 +11,7 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, PreTrainedModel
 
-from hf_mim.files import listed
+from hf_mim.files import listed, one_line
 from hf_mim.hub import key_tables
 from hf_mim.hub.key_tables import Row, module_names, within
 from hf_mim.hub.reading import Checkpoint
@@ -205,6 +205,5 @@ def _transformers_settings(checkpoint: Checkpoint) -> dict[str, Any]:
     try:
         config = AutoConfig.for_model(model_type, **settings)
     except (StrictDataclassError, ValueError, TypeError, AttributeError) as error:
-        reason = " ".join(str(error.__cause__ or error).split())
-        raise ValueError(f"the config.json of {checkpoint.name} is wrong: {reason}") from error
+        raise ValueError(f"the config.json of {checkpoint.name} is wrong: {one_line(error)}") from error
     return {name: getattr(config, name) for name in names}

@@ -6,6 +6,7 @@ import torch
 from transformers.utils import logging
 
 from hf_mim import trainer_utils
+from hf_mim.checks import least, positive, share
 from hf_mim.trainer_utils import ProcessArguments
 
 logger = logging.get_logger(__name__)
@@ -95,9 +96,9 @@ class MIMTrainingArguments(ProcessArguments):
 
     def _check_numbers(self):
         """Numbers written as text (YAML reads `1e-4` as text) become numbers; each must be in its range."""
-        positive = ("base_lr", "learning_rate")
+        above_zero = ("base_lr", "learning_rate")
         not_negative = ("start_lr_ratio", "final_lr_ratio", "weight_decay", "weight_decay_end", "warmup_steps")
-        for name in (*positive, *not_negative):
+        for name in (*above_zero, *not_negative):
             value = getattr(self, name)
             if value is None and name in ("learning_rate", "weight_decay_end"):
                 continue
@@ -105,19 +106,15 @@ class MIMTrainingArguments(ProcessArguments):
                 number = float(value)
             except (TypeError, ValueError):
                 raise ValueError(f"{name} must be a number, got {value!r}") from None
-            if not (number > 0 if name in positive else number >= 0):
-                raise ValueError(f"{name} must be {'above' if name in positive else 'at least'} 0, got {value!r}")
+            positive(**{name: number}) if name in above_zero else least(0, **{name: number})
             setattr(self, name, number)
-        positive = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")
-        positive += ("max_skipped_steps",)
-        for name, least in (dict.fromkeys(positive, 1) | {"dataloader_num_workers": 0}).items():
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
+        for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
+            least(1, **{name: getattr(self, name)})
+        least(1, max_skipped_steps=self.max_skipped_steps)
+        least(0, dataloader_num_workers=self.dataloader_num_workers)
         if self.max_steps == 0 or self.max_steps < -1:
             raise ValueError(f"max_steps must be at least 1, or -1 for num_train_epochs, got {self.max_steps}")
-        for name in ("adam_beta1", "adam_beta2"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}")
+        share("[0, 1)", adam_beta1=self.adam_beta1, adam_beta2=self.adam_beta2)
 
     def learning_rate_at(self, progress: float, warmup: float) -> float:
         """The learning rate at `progress` in [0, 1], for a warm-up that takes the first `warmup` share of the run."""

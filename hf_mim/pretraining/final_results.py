@@ -10,8 +10,9 @@ from datasets import Dataset, IterableDataset
 from transformers import PreTrainedConfig, Trainer
 
 from hf_mim.data import CenterCrop, ImageDataset, load_images
-from hf_mim.data.labelled import Images, LabelledImages, labelled_only, match_names
-from hf_mim.data.sources import source_name
+from hf_mim.data.images import Images
+from hf_mim.data.labelled import LabelledImages, labelled_only, match_names
+from hf_mim.data.sources import SplitNotFound, first_split, fixed_sample, source_name
 from hf_mim.evaluation.checkpoint import checkpoint_sha256
 from hf_mim.evaluation.encoder import FrozenEncoder, RawPixels
 from hf_mim.evaluation.features import FeatureExtractor
@@ -29,15 +30,8 @@ def load_split(run: RunArguments, argument: str, split: str) -> Dataset | Iterab
     try:
         return load_images(getattr(run, argument), split, run.streaming, run.image_column, run.label_column)
     except ValueError as error:
-        raise ValueError(re.sub("^source|(?<= in )source", argument, str(error))) from error
-
-
-def fixed_sample(images: Dataset | IterableDataset, count: int, start: int = 0) -> Dataset:
-    """`count` images or fewer, always the same: those from `start` on in a shuffled order (a stream has its own)."""
-    if isinstance(images, Dataset):
-        order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
-        return images.select(order[start : start + count].tolist())
-    return Dataset.from_list(list(images.skip(start).take(count)), features=images.features)
+        kind = SplitNotFound if isinstance(error, SplitNotFound) else ValueError
+        raise kind(re.sub("^source|(?<= in )source", argument, str(error))) from error
 
 
 def labelled_sample(images: Dataset | IterableDataset, count: int, start: int = 0) -> Dataset:
@@ -200,18 +194,20 @@ def find_test_split(run: RunArguments, labelled: bool = False) -> tuple[Dataset 
     splits = [run.test_split] if run.test_split else ["validation", "test", "train"]
     if argument == "dataset":
         splits = [split for split in splits if split != run.train_split]
-    for split in splits:
-        try:
-            images = load_split(run, argument, split)
-        except ValueError:
-            if named and split == splits[-1]:
-                raise
-            continue
-        if not labelled or _has_labels(images):
-            return images, split
+
+    def load(split):
+        images = load_split(run, argument, split)
+        if labelled and not _has_labels(images):
+            wrong = f"{argument} must have labels, and split {split} of {getattr(run, argument)} has none"
+            raise ValueError(wrong) if named else SplitNotFound(wrong)
+        return images
+
+    try:
+        return first_split(splits, load)
+    except SplitNotFound:
         if named:
-            raise ValueError(f"{argument} must have labels, and split {split} of {getattr(run, argument)} has none")
-    return None, None
+            raise
+        return None, None
 
 
 def _has_labels(images: Dataset | IterableDataset) -> bool:

@@ -7,7 +7,8 @@ from datasets import Dataset
 from torch import nn
 from transformers import TrainerCallback
 
-from hf_mim.data.labelled import Images, LabelledImages
+from hf_mim.data.images import Images
+from hf_mim.data.labelled import LabelledImages
 from hf_mim.evaluation.encoder import FrozenEncoder
 from hf_mim.evaluation.features import FeatureExtractor
 from hf_mim.evaluation.health import measure_health

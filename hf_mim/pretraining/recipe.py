@@ -16,7 +16,7 @@ from typing import Any, Literal, get_type_hints
 import yaml
 from transformers import PreTrainedConfig
 
-from hf_mim.checks import check_license
+from hf_mim.checks import check_license, least
 from hf_mim.models.configuration_latent_mim import LatentMIMConfig
 from hf_mim.models.configuration_mae import MAEConfig
 from hf_mim.models.configuration_stop_jepa import StopJepaConfig
@@ -169,10 +169,10 @@ class RunArguments:
         if (self.image_mean is None) != (self.image_std is None):
             raise ValueError("image_mean and image_std must be given together")
         check_license(self.license)
-        least = {"knn_train_images": 1, "knn_test_images": 1, "shuffle_buffer": 1, "probe_every": 0, "probe_images": 8}
-        for name, value in least.items():
-            if getattr(self, name) < value:
-                raise ValueError(f"{name} must be at least {value}, not {getattr(self, name)}")
+        least(1, knn_train_images=self.knn_train_images, knn_test_images=self.knn_test_images)
+        least(1, shuffle_buffer=self.shuffle_buffer)
+        least(0, probe_every=self.probe_every)
+        least(8, probe_images=self.probe_images)
 
 
 def model_fields(method: str) -> dict[str, Any]:

@@ -20,11 +20,11 @@ from transformers import AutoModelForPreTraining, PreTrainedConfig
 import hf_mim  # noqa: F401 (registers the models)
 from hf_mim.data import DeviceAugment, ImageDataset, ImageStream, RandomCrop, channel_statistics
 from hf_mim.data.processor import image_processor
+from hf_mim.data.sources import fixed_sample
 from hf_mim.files import check_writable
 from hf_mim.pretraining.final_results import (
     Readout,
     find_test_split,
-    fixed_sample,
     fixed_view,
     load_split,
     measure_health,

@@ -9,6 +9,8 @@ from typing import Any, Literal, Union, get_args, get_origin
 
 import yaml
 
+from hf_mim.files import one_line
+
 WORDS = {
     bool: "true or false",
     int: "a whole number",
@@ -51,7 +53,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     try:
         settings = yaml.load(path.read_text(), YamlLoader)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"the recipe {path} is no YAML: {' '.join(str(error).split())}") from None
+        raise ValueError(f"the recipe {path} is no YAML: {one_line(error)}") from None
     settings = {} if settings is None else settings
     if not isinstance(settings, dict) or not all(isinstance(name, str) for name in settings):
         raise ValueError(f"the recipe {path} must consist of lines like `name: value`")

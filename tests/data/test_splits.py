@@ -43,12 +43,11 @@ def test_split_is_a_function_of_the_seed_and_not_of_the_global_one():
         ([], "holds no images"),
         ([0, -1, 1], "1 of the 3 images of train have no label"),
         ([4, 4, 4], "at least two classes; all its 3 images are of one"),
-        ([0, 1], "at least 3 images, not 2"),
     ],
 )
 def test_labels_that_cannot_be_used_are_told_in_one_line(labels, message):
     with pytest.raises(ValueError, match=message) as error:
-        check_labels(torch.tensor(labels, dtype=torch.long), at_least=3)
+        check_labels(torch.tensor(labels, dtype=torch.long))
     assert "\n" not in str(error.value)
 
 

@@ -15,8 +15,8 @@ from transformers import (
 
 from hf_mim import MAEConfig, MAEForPreTraining, StopJepaConfig, StopJepaForPreTraining
 from hf_mim.data.mix import MixAugment
+from hf_mim.evaluation.checkpoint import blocks_of
 from hf_mim.evaluation.classifier import (
-    find_layers,
     load_classifier,
     parameter_groups,
 )
@@ -76,7 +76,7 @@ def test_rates_of_transformers_models(family):
 
 def test_a_model_without_a_list_of_layers_is_refused():
     with pytest.raises(ValueError, match="Linear has no list of layers"):
-        find_layers(torch.nn.Linear(2, 2))
+        blocks_of(torch.nn.Linear(2, 2))
     with pytest.raises(ValueError, match="layer_decay"):
         parameter_groups(torch.nn.Linear(2, 2), 1.0, 0.05, layer_decay=0)
 

@@ -12,7 +12,8 @@ from datasets import Dataset
 from PIL import Image
 
 from hf_mim.data import BrokenImagesError, CenterCrop, WholeImage, load_images
-from hf_mim.data.labelled import Images, LabelledImages
+from hf_mim.data.images import Images
+from hf_mim.data.labelled import LabelledImages
 from hf_mim.evaluation import cache as cache_module
 from hf_mim.evaluation import features as features_module
 from hf_mim.evaluation.encoder import FrozenEncoder

@@ -257,7 +257,7 @@ def test_a_learning_rate_at_the_end_of_the_grid_is_reported():
         ({"weight_decays": [0, math.nan]}, "weight_decays must be numbers 0 or more"),
         ({"weight_decays": [-0.1]}, "weight_decays must be numbers 0 or more"),
         ({"epochs": 0}, "epochs must be at least 1, not 0"),
-        ({"held_out": 1.0}, "held_out must be a share between 0 and 1"),
+        ({"held_out": 1.0}, "held_out must lie in \\(0, 1\\), not 1.0"),
         ({"features": ["last/tokens/norm"]}, "features of linear must be pooled, mean or cls, not last/tokens/norm"),
         ({"features": ["best"]}, "such as last/mean/norm"),
     ],

@@ -12,7 +12,6 @@ from sklearn.metrics import jaccard_score, top_k_accuracy_score
 from transformers import Trainer, TrainingArguments, ViTConfig, ViTForImageClassification
 
 from hf_mim.evaluation.metrics import (
-    JAndF,
     MeanIoU,
     TopKAccuracy,
     boundary_f,
@@ -186,12 +185,6 @@ def test_metrics_in_batches_are_metrics_of_all(tmp_path):
     assert result["pixel_accuracy"] == pytest.approx((whole.trace() / whole.sum()).item())
     assert np.isnan(result["class_iou"][3])
 
-    masks, truths = np.stack([blobs(i) for i in range(3)]), np.stack([blobs(i + 5) for i in range(3)])
-    scores = JAndF().compute(predictions=torch.tensor(masks).int(), references=truths.astype(int))
-    assert scores["j"] == pytest.approx(np.mean([region_similarity(*x) for x in zip(masks, truths, strict=True)]))
-    assert scores["f"] == pytest.approx(np.mean([boundary_f(*x) for x in zip(masks, truths, strict=True)]))
-    assert scores["j_and_f"] == pytest.approx((scores["j"] + scores["f"]) / 2)
-
 
 def test_metrics_need_no_network_and_leave_no_file(tmp_path, monkeypatch):
     def forbidden(*args, **kwargs):
@@ -201,7 +194,7 @@ def test_metrics_need_no_network_and_leave_no_file(tmp_path, monkeypatch):
     monkeypatch.setattr(socket, "getaddrinfo", forbidden)
     monkeypatch.setattr(evaluate.config, "HF_METRICS_CACHE", str(tmp_path / "cache"))
     monkeypatch.chdir(tmp_path)
-    for metric in (TopKAccuracy([1]), MeanIoU(2), JAndF()):
+    for metric in (TopKAccuracy([1]), MeanIoU(2)):
         assert isinstance(metric, evaluate.Metric)
         assert {"predictions", "references"} == set(metric.features)
         assert metric.description and "Returns" in metric.inputs_description

@@ -207,7 +207,7 @@ def test_the_layer_and_the_norm_are_those_asked_for(extract):
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"k": 0}, "k must be 1 or more, not 0"),
+        ({"k": 0}, "k must be at least 1, not 0"),
         ({"queue": -1}, "queue must be 0 or more"),
         ({"temperature": 0.0}, "temperature must be above 0"),
         ({"short_side": 0}, "short_side must be 1 or more"),

@@ -344,11 +344,11 @@ def test_a_checkpoint_that_is_not_ours_or_not_whole_is_one_line(others, tmp_path
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--to", "tensorflow"], "to must be one of transformers, timm, remote-code, onnx, not tensorflow"),
+        (["--to", "tensorflow"], "to must be one of transformers, timm, remote-code, onnx, not 'tensorflow'"),
         ([], "export needs --to transformers, timm, remote-code or onnx"),
         (["--to"], "to needs a value"),
         (["--to", "timm", "--size", "3"], "unknown option --size; export has --to and --encoder"),
-        (["--to", "timm", "--encoder", "both"], "encoder must be one of online, target, not both"),
+        (["--to", "timm", "--encoder", "both"], "encoder must be one of online, target, not 'both'"),
         (["--to", "timm", "--encoder", "target"], "MAEForPreTraining has only one"),
         (["--to", "timm", "more"], "export needs CHECKPOINT and DEST, and was given"),
     ],

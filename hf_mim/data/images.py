@@ -1,0 +1,52 @@
+"""What every set of images that is evaluated can do: be counted, divided, named, and lose what cannot be decoded."""
+
+import copy
+from collections.abc import Sequence
+
+from datasets import Dataset, Image
+
+from .decode import image_name
+
+
+class Images:
+    """Images, undecoded, and what they are called in results.
+
+    Args:
+        images: a `datasets.Dataset` with a column `image` (see `load_images`).
+        name: what they are, for results.
+    """
+
+    def __init__(self, images: Dataset, name: str = "images"):
+        feature = images.features["image"]
+        if getattr(feature, "decode", False):
+            images = images.cast_column("image", Image(mode=feature.mode, decode=False))
+        self.images, self.name, self.num_broken = images, name, 0
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def select(self, indices: Sequence[int]):
+        """Those of these indices, in their order."""
+        part = copy.copy(self)
+        part.num_broken = 0
+        part._keep([int(index) for index in indices])
+        return part
+
+    def leave_out(self, indices: Sequence[int]):
+        """Drop images that cannot be decoded, and count them."""
+        dropped = set(indices)
+        self.num_broken += len(dropped)
+        self._keep([index for index in range(len(self)) if index not in dropped])
+
+    def _keep(self, indices: list[int]):
+        """A subclass adds what it has for each image."""
+        self.images = self.images.select(indices)
+
+    def describe(self) -> dict:
+        """For a result."""
+        about = {"source": self.name, "images": len(self)}
+        return about | ({"broken_images_left_out": self.num_broken} if self.num_broken else {})
+
+    def image_name(self, index: int) -> str:
+        """The file name of an image, or "image 12" where the source gives none."""
+        return image_name(self.images[index]["image"], f"image {index}")
