@@ -35,7 +35,7 @@ from transformers.utils import logging
 from hf_mim.files import one_line
 from hf_mim.models.configuration_vit import SIZES
 from hf_mim.pretraining.recipe import Recipe, field_type, model_fields
-from hf_mim.pretraining.settings import convert, read_yaml, split_options
+from hf_mim.pretraining.settings import read_yaml, split_options, to_type
 from hf_mim.pretraining.trainer import MIMTrainingArguments
 
 HERE = Path(__file__).parent
@@ -86,10 +86,10 @@ def parse(argv: list[str]) -> tuple[Recipe, Cluster]:
     if len(words) != 1:
         raise ValueError(f"one MODEL is needed, a recipe or one of {', '.join(SIZES)}; got {' '.join(words) or 'none'}")
     own = {
-        name: convert(name, options.pop(name), CLUSTER_FIELDS[name]) for name in list(options) if name in CLUSTER_FIELDS
+        name: to_type(name, options.pop(name), CLUSTER_FIELDS[name]) for name in list(options) if name in CLUSTER_FIELDS
     }
     if words[0] in SIZES:
-        method = convert("method", options.get("method", "mae"), field_type("method"))
+        method = to_type("method", options.get("method", "mae"), field_type("method"))
         settings = read_yaml(HERE / f"recipes/imagenet_{method}.yaml")
         sizes = model_fields(method).keys() - {"image_size", "patch_size"}
         settings = {name: value for name, value in settings.items() if name not in sizes} | {"size": words[0]}

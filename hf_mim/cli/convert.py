@@ -11,7 +11,7 @@ from hf_mim.files import one_line
 from hf_mim.hub.convert import Conversion, setting_types
 from hf_mim.hub.new_folder import check_destination
 from hf_mim.hub.recognise import METHODS
-from hf_mim.pretraining.settings import convert as to_type
+from hf_mim.pretraining.settings import to_type
 
 USAGE = """\
 usage: hf-mim convert SOURCE DEST [--method mae|latent_mim|ijepa|stop] [--set name=value ...]

@@ -20,7 +20,7 @@ from hf_mim.data.sources import source_name
 from hf_mim.evaluation import PROTOCOLS, load_protocol
 from hf_mim.evaluation.data_arguments import NEEDS
 from hf_mim.files import check_writable
-from hf_mim.pretraining.settings import convert, split_options
+from hf_mim.pretraining.settings import split_options, to_type
 
 USAGE = """\
 usage: hf-mim evaluate PROTOCOL CHECKPOINT [--dataset SOURCE] [--test SOURCE] [--option value]
@@ -100,7 +100,7 @@ class Evaluation:
                 )
         if len(rest) != 1:
             raise ValueError(f"evaluate {protocol} needs one CHECKPOINT, not {' and '.join(rest) or 'none'}")
-        return cls(protocol, rest[0], {name: convert(name, value, types[name]) for name, value in given.items()})
+        return cls(protocol, rest[0], {name: to_type(name, value, types[name]) for name, value in given.items()})
 
     def __init__(self, protocol: str, checkpoint: str, values: dict[str, Any]):
         kinds = argument_kinds(protocol_class := load_protocol(protocol))

@@ -13,7 +13,7 @@ from PIL import Image, JpegImagePlugin, UnidentifiedImageError
 
 from .columns import is_array, is_encoded
 from .decode import BrokenImage, ImageFormatError, decoding, exif_orientation, image_name, open_image
-from .files import IMAGE_EXTENSIONS, canonical_split, find_files
+from .folders import IMAGE_EXTENSIONS, canonical_split, find_files
 from .images import Images
 from .sources import load_images, open_source, pick_split, source_name
 

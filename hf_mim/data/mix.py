@@ -13,8 +13,7 @@ from torch import Tensor, nn
 from hf_mim.checks import least, share
 
 from .augment import DeviceAugment
-
-Box = tuple[int, int, int, int]  # top, left, bottom, right in pixels
+from .crop import Box
 
 
 def mixup(images: Tensor, weight: float) -> Tensor:
@@ -24,7 +23,7 @@ def mixup(images: Tensor, weight: float) -> Tensor:
 
 def cutmix(images: Tensor, box: Box) -> Tensor:
     """The box of each image replaced by its neighbour's, [B, C, H, W] (Yun et al., arXiv 1905.04899)."""
-    top, left, bottom, right = box
+    left, top, right, bottom = box
     mixed = images.clone()
     mixed[..., top:bottom, left:right] = images.roll(1, 0)[..., top:bottom, left:right]
     return mixed
@@ -36,12 +35,12 @@ def cutmix_box(height: int, width: int, weight: float) -> Box:
     y, x = (torch.rand(2) * torch.tensor([height, width])).tolist()
     top, bottom = (min(max(round(y + half), 0), height) for half in (-half_height, half_height))
     left, right = (min(max(round(x + half), 0), width) for half in (-half_width, half_width))
-    return top, left, bottom, right
+    return left, top, right, bottom
 
 
 def weight_outside(box: Box, height: int, width: int) -> float:
     """The share of the pixels that a box leaves: λ after CutMix."""
-    top, left, bottom, right = box
+    left, top, right, bottom = box
     return 1 - (bottom - top) * (right - left) / (height * width)
 
 

@@ -16,7 +16,7 @@ from datasets.exceptions import DatasetsError
 from .columns import prepare_columns
 from .decode import BrokenImage, decoding, image_name, open_image
 from .digits import digits
-from .files import IMAGE_EXTENSIONS, TABLE_EXTENSIONS, canonical_split, find_files, image_splits, table_splits
+from .folders import IMAGE_EXTENSIONS, TABLE_EXTENSIONS, canonical_split, find_files, image_splits, table_splits
 
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?(:[\w.-]+)?")
 _MAX_SHARDS = 64  # into which a local source is divided for streaming

@@ -8,7 +8,7 @@ from pathlib import Path, PurePath
 import numpy as np
 from datasets import ClassLabel, Dataset
 
-from .files import IMAGE_EXTENSIONS, find_files
+from .folders import IMAGE_EXTENSIONS, find_files
 from .masks import IMAGE_FOLDERS, MASK_FOLDERS, MaskedImages, load_masks, path_column
 from .sources import first_split, open_source, source_name
 

@@ -18,7 +18,7 @@ from hf_mim.data.splits import generator
 from hf_mim.evaluation.encoder import FeatureSpec
 from hf_mim.evaluation.features import FeatureExtractor
 from hf_mim.evaluation.probe_training import (
-    Grid,
+    SearchGrid,
     check_probe_options,
     choose_and_test,
     fetch,
@@ -48,7 +48,7 @@ class AttentiveProbes:
     """
 
     def __init__(
-        self, mean: Tensor, scale: Tensor, grid: Grid, num_classes: int, attention_heads: int, seed: int, device
+        self, mean: Tensor, scale: Tensor, grid: SearchGrid, num_classes: int, attention_heads: int, seed: int, device
     ):
         self.device, self.mean, self.scale = device, mean.to(device), scale.to(device)
         random, width, heads = generator(seed, 2), len(mean), attention_heads

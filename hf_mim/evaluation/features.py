@@ -21,6 +21,8 @@ from hf_mim.evaluation.result import installed_versions
 
 logger = logging.getLogger(__name__)
 
+LARGEST_TABLE = 2**26  # similarities or scores that a protocol holds at once: 256 MB
+
 
 @dataclass
 class FeatureExtractor:

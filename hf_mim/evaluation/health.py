@@ -205,7 +205,7 @@ MEASURES = (
     Measure("position_readout", "R² of a linear map from a patch's token to its place; high is usual"),
     Measure("position_share", "of a token's variance, what its place alone explains; above 0.9 nearly all", 0.9),
 )
-ADVICE = (
+ON_THE_LIMITS = (
     "The limits are wide, and the field has agreed on none: compare with the same encoder untrained and with earlier "
     "checkpoints, on the same images."
 )
@@ -259,7 +259,7 @@ class Health:
             settings=asdict(self),
             data=pooled_images.describe() | {"token_images": len(token_images)},
             table=table,
-            notes=[f"Worry: {', '.join(worries)}." if worries else "No measure is past its limit.", ADVICE],
+            notes=[f"Worry: {', '.join(worries)}." if worries else "No measure is past its limit.", ON_THE_LIMITS],
         )
 
     def _measure(self, extract, pooled_images, token_images) -> dict[str, float]:

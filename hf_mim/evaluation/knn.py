@@ -16,11 +16,10 @@ from torch import Tensor
 
 from hf_mim.checks import least, positive
 from hf_mim.data.labelled import LabelledImages
-from hf_mim.evaluation.features import FeatureExtractor
+from hf_mim.evaluation.features import LARGEST_TABLE, FeatureExtractor
 from hf_mim.evaluation.probe_training import parse_pooled
 from hf_mim.evaluation.result import Result
 
-LARGEST_TABLE = 2**26  # similarities that are held at once: 256 MB
 # float32 similarities of unit vectors are within 1e-6 of the truth; what lies closer is compared in float64.
 ROUNDING = 4e-6
 DIGITS = 13  # to which float64 similarities are equal
@@ -42,13 +41,17 @@ def nearest_neighbours(train: Tensor, queries: Tensor, k: int) -> Iterator[tuple
     for part in queries.split(chunk):
         rough, nearest = largest(torch.mm(unit_vectors(part), units.T, out=table[: len(part)]), candidates)
         nearest = nearest.sort(dim=1).values  # so that the stable sort leaves equals in their order
-        exact = torch.cat([cosine(x, train[ids]) for x, ids in zip(part.split(64), nearest.split(64), strict=True)])
+        exact = torch.cat(
+            [exact_cosine(x, train[ids]) for x, ids in zip(part.split(64), nearest.split(64), strict=True)]
+        )
         exact, order = exact.sort(dim=1, descending=True, stable=True)
         exact, nearest = exact[:, :k], nearest.gather(1, order)[:, :k]
         if candidates > k:
             for query in (rough[:, k - 1] - rough[:, k] <= ROUNDING).nonzero().flatten().tolist():  # rare
                 near = (table[query] >= rough[query, k - 1] - ROUNDING).nonzero().flatten()
-                similarity, order = cosine(part[query][None], train[near][None])[0].sort(descending=True, stable=True)
+                similarity, order = exact_cosine(part[query][None], train[near][None])[0].sort(
+                    descending=True, stable=True
+                )
                 exact[query], nearest[query] = similarity[:k], near[order[:k]]
         yield exact, nearest
 
@@ -71,7 +74,7 @@ def largest(table: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return values, ids.gather(1, order)
 
 
-def cosine(queries: Tensor, neighbours: Tensor) -> Tensor:
+def exact_cosine(queries: Tensor, neighbours: Tensor) -> Tensor:
     """Cosines in float64 of `[q, D]` with `[q, k, D]`; those that differ by rounding alone come out equal."""
     queries, neighbours = queries.double(), neighbours.double()
     lengths = queries.norm(dim=1)[:, None] * neighbours.norm(dim=2)

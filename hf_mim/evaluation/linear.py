@@ -15,8 +15,8 @@ from hf_mim.data.labelled import LabelledImages
 from hf_mim.evaluation.encoder import FeatureSpec, FrozenEncoder
 from hf_mim.evaluation.features import FeatureExtractor
 from hf_mim.evaluation.probe_training import (
-    LARGEST_TABLE,
-    Grid,
+    LARGEST_PIECE,
+    SearchGrid,
     check_probe_options,
     choose_and_test,
     fetch,
@@ -43,7 +43,7 @@ class LinearHeads:
         device: where it computes.
     """
 
-    def __init__(self, mean: Tensor, scale: Tensor, grid: Grid, num_classes: int, device: torch.device):
+    def __init__(self, mean: Tensor, scale: Tensor, grid: SearchGrid, num_classes: int, device: torch.device):
         self.device, self.mean, self.scale = device, mean.to(device), scale.to(device)
         rates = torch.tensor(grid, dtype=torch.float32, device=device)
         self.learning_rates, self.weight_decays = rates[:, :1], rates[:, 1:]  # [H, 1] against [D, H, C]
@@ -65,7 +65,7 @@ class LinearHeads:
         The gradient of the logits is `softmax - one hot`. A batch whose logits would not fit is taken in parts.
         """
         weight_gradient, bias_gradient = self.weight * self.weight_decays, torch.zeros_like(self.bias)
-        rows = max(1, LARGEST_TABLE // self.bias.numel())
+        rows = max(1, LARGEST_PIECE // self.bias.numel())
         for x, y in zip(self.standardise(features).split(rows), labels.split(rows), strict=True):
             gradient = self.logits(x).softmax(dim=-1)
             gradient[torch.arange(len(y), device=y.device), :, y] -= 1
@@ -91,7 +91,7 @@ def train_heads(
     features: Sequence[Tensor],
     labels: Tensor,
     ids: Tensor,
-    grids: Sequence[Grid],
+    grids: Sequence[SearchGrid],
     num_classes: int,
     epochs: int = 100,
     batch_size: int = 256,

@@ -16,8 +16,8 @@ from hf_mim.evaluation.features import FeatureExtractor
 from hf_mim.evaluation.result import Result
 from hf_mim.trainer_utils import learning_rate
 
-LARGEST_TABLE = 2**24  # numbers of one temporary table: 64 MB
-Grid = Sequence[tuple[float, float]]  # (learning rate for a batch of 256, weight decay) of each probe
+LARGEST_PIECE = 2**24  # numbers of one temporary table: 64 MB
+SearchGrid = Sequence[tuple[float, float]]  # (learning rate for a batch of 256, weight decay) of each probe
 
 
 class Probes(Protocol):
@@ -41,7 +41,7 @@ def fetch(features: Tensor, ids: Tensor, device: torch.device) -> Tensor:
 
 def pieces(ids: Tensor, row_size: int) -> Iterator[Tensor]:
     """`ids` in order, in pieces that make tables of bounded size, `row_size` numbers a row."""
-    return iter(ids.split(max(1, LARGEST_TABLE // row_size)))
+    return iter(ids.split(max(1, LARGEST_PIECE // row_size)))
 
 
 def mean_and_scale(features: Tensor, ids: Tensor, name: str, eps: float = 1e-6) -> tuple[Tensor, Tensor]:
@@ -108,7 +108,7 @@ def train_together(
 
 def choose_and_test(
     protocol,
-    fit: Callable[[Sequence[Tensor], Tensor, Tensor, Sequence[Grid], int], Sequence[Probes]],
+    fit: Callable[[Sequence[Tensor], Tensor, Tensor, Sequence[SearchGrid], int], Sequence[Probes]],
     extract: FeatureExtractor,
     train: LabelledImages,
     test: LabelledImages,
@@ -164,7 +164,7 @@ def choose_and_test(
     )
 
 
-def describe_choice(features: str, grid: Grid, best: int, held_out: int) -> list[str]:
+def describe_choice(features: str, grid: SearchGrid, best: int, held_out: int) -> list[str]:
     """Which probe was chosen, and whether the grid was wide enough for it."""
     (rate, decay), rates = grid[best], sorted({rate for rate, _ in grid})
     notes = [f"Chosen on {held_out} held-out images: {features}, learning rate {rate:g}, weight decay {decay:g}."]

@@ -22,11 +22,9 @@ from hf_mim.data.crop import crop_rng, load_crop
 from hf_mim.data.decode import BrokenImage, decoding, image_name
 from hf_mim.data.videos import VOID, Videos
 from hf_mim.evaluation.encoder import FeatureSpec
-from hf_mim.evaluation.features import FeatureExtractor
+from hf_mim.evaluation.features import LARGEST_TABLE, FeatureExtractor
 from hf_mim.evaluation.metrics import object_scores
 from hf_mim.evaluation.result import Result
-
-LARGEST_TABLE = 2**26  # similarities that are held at once: 256 MB
 
 
 def propagate_labels(

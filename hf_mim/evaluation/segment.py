@@ -22,12 +22,12 @@ from hf_mim.data import WholeImage
 from hf_mim.data.masks import MaskedImages
 from hf_mim.data.splits import generator
 from hf_mim.evaluation.encoder import FeatureSpec
+from hf_mim.evaluation.features import LARGEST_TABLE
 from hf_mim.evaluation.metrics import class_iou, confusion_matrix, mean_iou
 from hf_mim.evaluation.probe_training import check_probe_options, describe_choice, fetch, mean_and_scale
 from hf_mim.evaluation.result import Result
 from hf_mim.trainer_utils import learning_rate
 
-LARGEST_TABLE = 2**26  # scores that are held at once: 256 MB
 MAX_CLASSES = 2**15 - 1
 IGNORED = -1  # in what is read here, whatever ignore_index is in the files
 
@@ -82,7 +82,7 @@ def class_ids(mask: np.ndarray, ignore_index: int | None, name: str) -> np.ndarr
     return np.where(counted, mask.astype(np.int64), IGNORED)
 
 
-def train_heads(
+def train_token_heads(
     tokens: Tensor,
     targets: Tensor,
     images: Tensor,
@@ -136,7 +136,7 @@ def train_heads(
 def head_scores(
     layers: Sequence[nn.Linear], tokens: Tensor, targets: Tensor, images: Tensor, grid: Grid, batch_size: int
 ) -> list[float]:
-    """The mean IoU of each of the layers on these images, by pixels of the targets; arguments as of `train_heads`."""
+    """The mean IoU of each of the layers on these images, by pixels of the targets; see `train_token_heads`."""
     device, num_classes = layers[0].weight.device, layers[0].out_features
     confusions = [torch.zeros(num_classes, num_classes, dtype=torch.int64, device=device) for _ in layers]
     for batch in images.split(batch_size):
@@ -318,10 +318,10 @@ class Segment:
         count = min(max(round(self.held_out * len(tokens)), 1), len(tokens) - 1)
         held, kept = images[:count], images[count:]
         shared = (num_classes, self.epochs, self.batch_size, self.seed, device)
-        heads = train_heads(tokens, targets, kept, grid, options, *shared)
+        heads = train_token_heads(tokens, targets, kept, grid, options, *shared)
         ious = head_scores(heads, tokens, targets, held, grid, self.batch_size)
         best = int(np.argmax(ious))
-        (head,) = train_heads(tokens, targets, images, grid, [options[best]], *shared)
+        (head,) = train_token_heads(tokens, targets, images, grid, [options[best]], *shared)
         rows = [
             {"learning_rate": rate, "weight_decay": decay, "held_out_miou": iou}
             for (rate, decay), iou in zip(options, ious, strict=True)

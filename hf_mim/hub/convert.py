@@ -90,7 +90,7 @@ class Conversion:
             "given": settings,
             "left_out": list(layout.unread),
         }
-        return cls(load_model(layout, config), mean, std, record)
+        return cls(fill_model(layout, config), mean, std, record)
 
     def save(self, dest: str | Path):
         """Make a folder that `from_pretrained` loads, with an image processor and the record (`conversion.json`).
@@ -175,7 +175,7 @@ def _shape(tensor: torch.Tensor) -> str:
     return "×".join(map(str, tensor.shape)) or "scalar"
 
 
-def load_model(layout: Layout, config: PreTrainedConfig) -> PreTrainedModel:
+def fill_model(layout: Layout, config: PreTrainedConfig) -> PreTrainedModel:
     """The model with the tensors of a layout that has been checked."""
     state = to_ours(layout.state, layout.table)
     # Copies: those of a file lie in the file, which may change.

@@ -7,7 +7,7 @@ from safetensors.torch import save_file
 
 from hf_mim.data.processor import read_processor
 from hf_mim.hub import key_tables
-from hf_mim.hub.classifier import as_linear
+from hf_mim.hub.as_linear import as_linear
 from hf_mim.models.configuration_vit import MIMConfig
 from hf_mim.models.heads import ClassificationHead
 from hf_mim.models.vit import MIMPreTrainedModel

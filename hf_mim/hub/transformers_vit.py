@@ -21,7 +21,7 @@ from transformers import (
 )
 
 from hf_mim.hub import key_tables
-from hf_mim.hub.classifier import as_linear
+from hf_mim.hub.as_linear import as_linear
 from hf_mim.models.configuration_vit import MIMConfig
 from hf_mim.models.heads import ClassificationHead
 from hf_mim.models.modeling_mae import MAEForPreTraining

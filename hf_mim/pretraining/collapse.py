@@ -106,7 +106,7 @@ class CollapseAlarm(TrainerCallback):
                 continue
             collapsed = True
             if before is None and state.is_world_process_zero:
-                logger.warning(describe(condition, seen[0], entry, since, model.config, args))
+                logger.warning(warning_text(condition, seen[0], entry, since, model.config, args))
         if "target_std" in logs:
             logs["collapsed"] = entry["collapsed"] = float(collapsed)
         if self.stop and args.world_size > 1:  # each process has probed for itself: all stop, or none
@@ -115,7 +115,7 @@ class CollapseAlarm(TrainerCallback):
             control.should_save = control.should_training_stop = True
 
 
-def describe(condition: Condition, start: dict, entry: dict, since: int, model_config, args) -> str:
+def warning_text(condition: Condition, start: dict, entry: dict, since: int, model_config, args) -> str:
     """The warning: what was seen, since when, and what to change first."""
     says = condition.says
     if condition.name == "target_std":

@@ -162,7 +162,7 @@ def training_record(trainer: Trainer, run: RunArguments, images) -> Result:
     return result
 
 
-def measure_health(model, augment, images, run: RunArguments, batch_size: int, folder: Path) -> Result:
+def health_record(model, augment, images, run: RunArguments, batch_size: int, folder: Path) -> Result:
     """`results/health.json`: the features of training images, beside an untrained encoder's. Needs no labels."""
     sample = Images(fixed_sample(images, HEALTH_IMAGES), f"{source_name(run.dataset)}, split {run.train_split}")
     encoder = FrozenEncoder(model.base_model, *augment.statistics(), name=str(folder))

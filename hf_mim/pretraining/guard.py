@@ -86,7 +86,7 @@ class StepGuard(TrainerCallback):
         self._start_step()
 
     def on_pre_optimizer_step(self, args, state, control, optimizer=None, **kwargs):
-        total = torch.stack(self._losses).sum() + _whole(self.grad_norm)
+        total = torch.stack(self._losses).sum() + _full_tensor(self.grad_norm)
         votes = torch.stack([(~torch.isfinite(total)).float(), total.new_full((), float(self._asked is not None))])
         if args.world_size > 1:
             votes = self.trainer.accelerator.reduce(votes, "sum")
@@ -167,7 +167,7 @@ def _end_with_the_main_process():
     os._exit(0)
 
 
-def _whole(norm) -> Tensor | float:
+def _full_tensor(norm) -> Tensor | float:
     """A sharded model's gradient norm is a DTensor."""
     return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
 

@@ -46,7 +46,7 @@ class OnlineProbe(TrainerCallback):
     def measure(self):
         """Log one measurement; features that are not finite are said, and left to the training to deal with."""
         trainer = self.trainer
-        model = _whole(trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False).base_model)
+        model = _unsharded(trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False).base_model)
         training = model.training
         try:
             trainer.log({f"probe_{name}": value for name, value in self.values(model).items()})
@@ -68,7 +68,7 @@ class OnlineProbe(TrainerCallback):
         return values
 
 
-def _whole(model: nn.Module) -> nn.Module:
+def _unsharded(model: nn.Module) -> nn.Module:
     """Of a sharded model (FSDP2) a whole copy, for which all ranks have to ask; any other as it is.
 
     A part of a sharded model cannot be called by itself: it would take itself for the root.

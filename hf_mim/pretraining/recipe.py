@@ -20,7 +20,7 @@ from hf_mim.checks import check_license, least
 from hf_mim.models.configuration_latent_mim import LatentMIMConfig
 from hf_mim.models.configuration_mae import MAEConfig
 from hf_mim.models.configuration_stop_jepa import StopJepaConfig
-from hf_mim.pretraining.settings import convert
+from hf_mim.pretraining.settings import to_type
 from hf_mim.pretraining.trainer import MIMTrainingArguments
 
 CONFIGS = {"mae": MAEConfig, "latent_mim": LatentMIMConfig, "stop_jepa": StopJepaConfig}
@@ -206,7 +206,7 @@ class Recipe:
 
         Raises ValueError for unknown arguments and for values that are of the wrong type.
         """
-        layers = [{name: convert(name, value, field_type(name)) for name, value in layer.items()} for layer in layers]
+        layers = [{name: to_type(name, value, field_type(name)) for name, value in layer.items()} for layer in layers]
         given = {name: value for layer in layers for name, value in layer.items()}
         method = given.get("method", RunArguments.method)
         for name in given:
@@ -221,7 +221,7 @@ class Recipe:
             dropped = [other for name in layer for other in OVERRULED_BY.get(name, ())]
             settings = {name: value for name, value in settings.items() if name not in dropped} | layer
         run, model, training = (
-            {name: convert(name, settings[name], field_type(name)) for name in names if name in settings}
+            {name: to_type(name, settings[name], field_type(name)) for name in names if name in settings}
             for names in (RUN_FIELDS, model_fields(method), TRAINING_FIELDS)
         )
         recipe = cls(RunArguments(**run), model, training)

@@ -26,8 +26,8 @@ from hf_mim.pretraining.final_results import (
     Readout,
     find_test_split,
     fixed_view,
+    health_record,
     load_split,
-    measure_health,
     training_record,
 )
 from hf_mim.pretraining.probe import OnlineProbe
@@ -51,7 +51,7 @@ class Pretraining:
         check_run_folder(self.folder, recipe)
         with args.main_process_first(desc="loading the images"):
             self.images = load_split(run, "dataset", run.train_split)
-            train_images = training_images(self.images, run, config, args.seed)
+            train_images = random_crops(self.images, run, config, args.seed)
             self.augment = device_augment(recipe, train_images, config)
             self.readout = Readout.find(self.images, run) if run.knn or run.probe_every else None
             eval_images = None if args.eval_strategy == "no" else evaluation_images(run, config)
@@ -129,7 +129,7 @@ class Pretraining:
         batch_size = trainer.args.per_device_eval_batch_size
         training_record(trainer, run, self.images)
         try:
-            measure_health(model, self.augment, self.images, run, batch_size, self.folder)
+            health_record(model, self.augment, self.images, run, batch_size, self.folder)
         except ValueError as error:  # features that are not finite, too many broken images
             print(f"\nThe health of the features cannot be told: {error}")
         if self.readout is not None and run.knn:
@@ -180,7 +180,7 @@ def number_of_steps(args: MIMTrainingArguments, images: ImageDataset | ImageStre
     return math.ceil(args.num_train_epochs * max(1, math.ceil(batches / args.gradient_accumulation_steps)))
 
 
-def training_images(images, run: RunArguments, config: PreTrainedConfig, seed: int) -> ImageDataset | ImageStream:
+def random_crops(images, run: RunArguments, config: PreTrainedConfig, seed: int) -> ImageDataset | ImageStream:
     """Random crops of the size that the method trains on; a stream is shuffled within its buffer."""
     try:
         crop = RandomCrop(run.crop_scale, run.crop_ratio)

@@ -81,7 +81,7 @@ def split_options(arguments: list[str], is_flag: Callable[[str], bool]) -> tuple
     return options, words
 
 
-def convert(name: str, value: Any, hint: Any) -> Any:
+def to_type(name: str, value: Any, hint: Any) -> Any:
     """A value of YAML or of the command line as the type that the argument has.
 
     Pairs and lists may be written `64,96`; none, true and false by these words. Raises ValueError, naming the argument.
@@ -89,14 +89,14 @@ def convert(name: str, value: Any, hint: Any) -> Any:
     try:
         return _as(value, hint)
     except NOT_THIS:
-        raise ValueError(f"{name} must be {describe(hint)}, not {value!r}") from None
+        raise ValueError(f"{name} must be {type_in_words(hint)}, not {value!r}") from None
 
 
-def describe(hint: Any) -> str:
+def type_in_words(hint: Any) -> str:
     """A type in words, for error messages."""
     kind, arguments = get_origin(hint) or hint, get_args(hint)
     if kind in (Union, types.UnionType):
-        words = [describe(argument) for argument in _alternatives(arguments)]
+        words = [type_in_words(argument) for argument in _alternatives(arguments)]
         return " or ".join(word for word in dict.fromkeys(words) if word != "a whole number" or "a number" not in words)
     if kind is Literal:
         return f"one of {', '.join(map(str, arguments))}"

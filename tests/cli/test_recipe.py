@@ -8,7 +8,7 @@ import pytest
 from hf_mim.cli import parse, read_recipe
 from hf_mim.cli.help import documented, pretrain_help
 from hf_mim.pretraining.recipe import ALL_FIELDS, CONFIGS, RUN_FIELDS, TRAINING_FIELDS, Recipe, model_fields
-from hf_mim.pretraining.settings import convert, read_yaml
+from hf_mim.pretraining.settings import read_yaml, to_type
 from hf_mim.pretraining.trainer import MIMTrainingArguments
 
 RECIPES = sorted((Path(__file__).parents[2] / "training" / "recipes").glob("*.yaml"))
@@ -56,7 +56,7 @@ def test_no_argument_has_two_meanings():
     ],
 )
 def test_values_become_the_type_of_their_argument(name, value, expected):
-    converted = convert(name, value, ALL_FIELDS[name])
+    converted = to_type(name, value, ALL_FIELDS[name])
     assert converted == expected and type(converted) is type(expected)
 
 
@@ -74,7 +74,7 @@ def test_values_become_the_type_of_their_argument(name, value, expected):
 )
 def test_values_of_the_wrong_type_are_named(name, value, message):
     with pytest.raises(ValueError) as error:
-        convert(name, value, ALL_FIELDS[name])
+        to_type(name, value, ALL_FIELDS[name])
     assert str(error.value) == message
 
 

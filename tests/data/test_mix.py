@@ -57,7 +57,7 @@ def test_cutmix_boxes_inside_the_image_have_the_area_asked_for_and_every_pixel_i
     torch.manual_seed(0)
     hits = torch.zeros(40, 80)
     for _ in range(500):
-        top, left, bottom, right = cutmix_box(40, 80, 0.75)  # sides halved
+        left, top, right, bottom = cutmix_box(40, 80, 0.75)  # sides halved
         hits[top:bottom, left:right] += 1
         if top > 0 and bottom < 40 and left > 0 and right < 80:
             assert bottom - top == 20 and right - left == 40

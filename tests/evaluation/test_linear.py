@@ -33,7 +33,7 @@ def test_standardising_is_batch_norm_without_affine_over_the_training_images():
 
 
 def test_standardising_is_exact_far_from_zero_and_of_constant_features(monkeypatch):
-    monkeypatch.setattr(probe_training, "LARGEST_TABLE", 100)
+    monkeypatch.setattr(probe_training, "LARGEST_PIECE", 100)
     x = torch.randn(5000, 2, generator=torch.Generator().manual_seed(0)) * 0.01 + 1000
     x[:, 1] = 3.25
     mean, scale = mean_and_scale(x, torch.arange(5000), "x")
@@ -42,7 +42,7 @@ def test_standardising_is_exact_far_from_zero_and_of_constant_features(monkeypat
 
 
 def test_each_head_is_the_one_that_torch_trains_alone(monkeypatch):
-    monkeypatch.setattr(linear, "LARGEST_TABLE", 5 * 3 * 4)  # logits of five images at once
+    monkeypatch.setattr(linear, "LARGEST_PIECE", 5 * 3 * 4)  # logits of five images at once
     x, labels = clusters(n=48)
     grid = [(0.3, 0.0), (0.05, 0.01), (0.01, 0.1)]
     heads = LinearHeads(*mean_and_scale(x, torch.arange(48), "x"), grid, 4, torch.device("cpu"))

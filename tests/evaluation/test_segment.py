@@ -28,7 +28,7 @@ from hf_mim.evaluation.segment import (
     read_targets,
     score_masks,
     token_bank,
-    train_heads,
+    train_token_heads,
     upsample,
 )
 
@@ -155,12 +155,12 @@ def test_a_head_on_single_cells_is_logistic_regression():
     targets, labels = true.view(30, 4, 4).short(), true.flatten().numpy()
     tokens = tokens * torch.tensor([1, 9, 0.1, 1, 1]) + 3  # scales that standardisation has to undo
     heads = [(0.05, 0.0), (0.01, 0.0)]
-    head, other = train_heads(tokens, targets, torch.arange(30), (4, 4), heads, 3, 100, 10, 0, CPU)
+    head, other = train_token_heads(tokens, targets, torch.arange(30), (4, 4), heads, 3, 100, 10, 0, CPU)
     reference = LogisticRegression(C=1e6, max_iter=1000).fit(tokens.flatten(0, 1).numpy(), labels)
     with torch.no_grad():
         loss = F.cross_entropy(head(tokens).flatten(0, 1), true.flatten()).item()
     assert loss == pytest.approx(log_loss(labels, reference.predict_proba(tokens.flatten(0, 1).numpy())), abs=2e-3)
-    (alone,) = train_heads(tokens, targets, torch.arange(30), (4, 4), heads[1:], 3, 100, 10, 0, CPU)
+    (alone,) = train_token_heads(tokens, targets, torch.arange(30), (4, 4), heads[1:], 3, 100, 10, 0, CPU)
     torch.testing.assert_close(alone.weight, other.weight)
 
 
@@ -168,11 +168,11 @@ def test_ignored_cells_do_not_pull_on_a_head():
     tokens = torch.randn(4, 16, 5, generator=torch.Generator().manual_seed(0))
     targets = (tokens[..., 0] > 0).view(4, 4, 4).short()
     shared = ((4, 4), [(0.1, 0.0)], 2, 3, 8, 0, CPU)
-    (labelled,) = train_heads(tokens, targets, torch.arange(4), *shared)
+    (labelled,) = train_token_heads(tokens, targets, torch.arange(4), *shared)
     twice, half = tokens.repeat(2, 1, 1), torch.cat([targets, torch.full_like(targets, -1)])
-    (with_ignored,) = train_heads(twice, half, torch.arange(8), *shared)  # the statistics of the tokens are the same
+    (with_ignored,) = train_token_heads(twice, half, torch.arange(8), *shared)  # the tokens' statistics are the same
     torch.testing.assert_close(with_ignored.weight, labelled.weight)
-    (nothing,) = train_heads(tokens, torch.full_like(targets, -1), torch.arange(4), *shared)
+    (nothing,) = train_token_heads(tokens, torch.full_like(targets, -1), torch.arange(4), *shared)
     assert nothing.weight.abs().max() == 0
 
 
@@ -191,7 +191,7 @@ def test_heads_are_chosen_on_images_that_they_did_not_train_on(monkeypatch):
     def record(call, position):
         return lambda *args: asked.append(set(args[position].tolist())) or call(*args)
 
-    monkeypatch.setattr(segment, "train_heads", record(train_heads, 2))
+    monkeypatch.setattr(segment, "train_token_heads", record(train_token_heads, 2))
     monkeypatch.setattr(segment, "head_scores", record(head_scores, 3))
     data = masked(*coloured_scenes(10))
     run(data, data, epochs=1, held_out=0.3)
