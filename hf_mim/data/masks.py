@@ -121,7 +121,7 @@ def read_mask_ids(value, name: str = "the mask") -> np.ndarray:
         ValueError: one line that names the mask: it cannot be decoded, has colours or fractions where ids belong, or is
             a JPEG, which does not keep ids.
     """
-    with _one_line_errors(value, name):
+    with _naming_the_mask(value, name):
         mask = open_image(value)
         if isinstance(mask, np.ndarray):
             ids = mask[..., 0] if mask.ndim == 3 and mask.shape[2] == 1 else mask
@@ -146,7 +146,7 @@ def _check_holds_ids(mask: Image.Image):
 
 def _upright_size(value, name: str, is_mask: bool = False) -> tuple[int, int]:
     """(height, width) of one value of an image column when upright, from the header where there is one."""
-    with _one_line_errors(value, name):
+    with _naming_the_mask(value, name):
         if isinstance(value, dict):
             value = value["bytes"] if value.get("bytes") is not None else value.get("path")
         if isinstance(value, str | bytes):
@@ -170,7 +170,7 @@ def _size_of(image: Image.Image | np.ndarray, is_mask: bool) -> tuple[int, int]:
 
 
 @contextlib.contextmanager
-def _one_line_errors(value, name: str):
+def _naming_the_mask(value, name: str):
     """Whatever opening an image raises, as one ValueError line that names it."""
     try:
         with decoding(image_name(value, name)):

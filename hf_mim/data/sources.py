@@ -94,7 +94,7 @@ def _load_local(path: Path, split: str, streaming: bool) -> Dataset | IterableDa
 
 def _load_saved(path: Path, split: str) -> Dataset:
     """A folder written by `save_to_disk`."""
-    with _one_line_errors(path):
+    with _naming_the_source(path):
         saved = datasets.load_from_disk(str(path))
     return pick_split(saved, split, path) if isinstance(saved, DatasetDict) else saved
 
@@ -122,7 +122,7 @@ def _load_tables(folder: Path, paths: list[str], split: str, streaming: bool) ->
     if len(paths) == 1 and split == "train":
         splits = {"train": paths}  # whatever a single file is called, it is what the user wants to train on
     files = [str(folder / path) for path in pick_split(splits, split, folder)]
-    with _one_line_errors(folder / paths[0] if len(paths) == 1 else folder):
+    with _naming_the_source(folder / paths[0] if len(paths) == 1 else folder):
         return datasets.load_dataset(kind, data_files={"train": files}, split="train", streaming=streaming)
 
 
@@ -130,7 +130,7 @@ def _load_hub(name: str, split: str, streaming: bool) -> Dataset | IterableDatas
     if not _HUB_NAME.fullmatch(name):
         raise ValueError(f"source {name!r} does not exist, and is no name of a dataset on the Hub")
     name, _, config = name.partition(":")
-    with _one_line_errors(name, "no local path, and from the Hub"):
+    with _naming_the_source(name, "no local path, and from the Hub"):
         try:
             return datasets.load_dataset(name, config or None, split=split, streaming=streaming)
         except ValueError as error:
@@ -180,7 +180,7 @@ def fixed_sample(images, count: int, start: int = 0, random: torch.Generator | N
     return images.select(sorted(drawn) if in_order else drawn)
 
 
-class _one_line_errors:
+class _naming_the_source:
     """What the datasets library raises, as one ValueError line that names the source."""
 
     def __init__(self, source, where: str = ""):

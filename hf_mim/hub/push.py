@@ -50,10 +50,10 @@ class HubTrainer:
         except UPLOAD_ERRORS as error:
             status = getattr(getattr(error, "response", None), "status_code", 500)
             if (400 <= status < 500 and status not in BUSY) or not isinstance(error, HTTPError | ConnectionError):
-                raise ValueError(f"hub_model_id {self._repo_name()} cannot be had: {_one_line(error)}") from error
+                raise ValueError(f"hub_model_id {self._repo_name()} cannot be had: {_first_line(error)}") from error
             if hasattr(self, "state"):
                 raise
-            logger.warning(f"The Hub does not answer ({_one_line(error)}); each upload tries again")
+            logger.warning(f"The Hub does not answer ({_first_line(error)}); each upload tries again")
 
     def create_model_card(self, license: str | None = None, **kwargs):
         """Our card, from what the folder holds, in place of Trainer's, which knows a fine-tuned text model only.
@@ -65,7 +65,7 @@ class HubTrainer:
         try:
             write_card(self.args.output_dir, self.hub_model_id or self.args.hub_model_id, license)
         except (ValueError, OSError) as error:  # a file beside the checkpoint is damaged: the checkpoint is good
-            logger.warning(f"There is no model card: {_one_line(error)}")
+            logger.warning(f"There is no model card: {_first_line(error)}")
 
     def push_to_hub(
         self,
@@ -172,7 +172,7 @@ class HubTrainer:
         words += ["--private"] if self.args.hub_private_repo else []
         words += ["--revision", self.args.hub_revision] if self.args.hub_revision else []
         logger.warning(
-            f"The upload to {self._repo_name()} failed ({_one_line(error)}); nothing is lost, and this repeats it: "
+            f"The upload to {self._repo_name()} failed ({_first_line(error)}); nothing is lost, and this repeats it: "
             f"{shlex.join(words)}"
         )
 
@@ -193,6 +193,6 @@ def end_silence():
     set_client_factory(client)
 
 
-def _one_line(error: BaseException) -> str:
+def _first_line(error: BaseException) -> str:
     """What happened, without the client's advice on later lines."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]

@@ -13,6 +13,7 @@ from PIL import Image
 
 import hf_mim.data
 from hf_mim.data import ImageDataset, ImageStream, WholeImage, digits, load_images
+from hf_mim.data.sources import SplitNotFound, first_split, fixed_sample
 
 CLASSES = ["cat", "dog"]
 
@@ -244,3 +245,28 @@ def test_the_pictures_of_runs_are_no_data(tmp_path, pictures):
     for name in ("recipe.yaml", "trainer_state.json"):
         (folder / name).write_text("{}")
     assert len(load_images(tmp_path)) == 6
+
+
+def test_the_first_split_that_is_there_is_taken_and_other_errors_are_not_swallowed():
+    def load(split):
+        if split == "damaged":
+            raise ValueError("the file is damaged")
+        if split not in ("b", "c"):
+            raise SplitNotFound(f"no {split}")
+        return split.upper()
+
+    assert first_split(["a", "b", "c"], load) == ("B", "b")
+    with pytest.raises(SplitNotFound, match="no d"):
+        first_split(["a", "d"], load)
+    with pytest.raises(ValueError, match="the file is damaged"):
+        first_split(["a", "damaged", "b"], load)
+
+
+def test_a_fixed_sample_is_always_the_same_and_two_do_not_overlap():
+    images = Dataset.from_dict({"image": list(range(100))})
+    first = fixed_sample(images, 30)["image"][:]
+    assert first == fixed_sample(images, 30)["image"][:] != sorted(first)
+    assert sorted(first) == fixed_sample(images, 30, in_order=True)["image"][:]
+    assert not set(first) & set(fixed_sample(images, 30, start=30)["image"])
+    assert fixed_sample(images.to_iterable_dataset(), 3, start=2)["image"][:] == [2, 3, 4]
+    assert len(fixed_sample(images, 200)) == 100

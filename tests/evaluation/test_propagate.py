@@ -208,9 +208,9 @@ def test_the_layer_and_the_norm_are_those_asked_for(extract):
     "options, message",
     [
         ({"k": 0}, "k must be at least 1, not 0"),
-        ({"queue": -1}, "queue must be 0 or more"),
+        ({"queue": -1}, "queue must be at least 0"),
         ({"temperature": 0.0}, "temperature must be above 0"),
-        ({"short_side": 0}, "short_side must be 1 or more"),
+        ({"short_side": 0}, "short_side must be at least 1"),
         ({"features": "first/tokens/norm"}, "features must be layer/pooling/norm"),
         ({"features": "last/mean/norm"}, "features must be tokens, such as last/tokens/norm, not last/mean/norm"),
     ],
