@@ -117,9 +117,9 @@ class Pretraining:
         )
 
     def draw(self, model):
-        """The training curve and, of MAE, reconstructions."""
+        """The training curve and, where the model predicts pixels, reconstructions."""
         plot_training(self.trainer.state.log_history, self.folder / "loss.png")
-        if self.recipe.run.method == "mae":
+        if hasattr(model, "reconstruct"):
             view = fixed_view(self.images, model.config, NUM_PICTURES)
             images = torch.stack([sample["pixel_values"] for sample in view]).to(model.device)
             plot_reconstructions(model, images, self.augment, self.folder / "reconstructions.png")
