@@ -23,7 +23,7 @@ from huggingface_hub import ModelCard
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, PreTrainedConfig
 
-import hf_mim  # noqa: F401 (registers the configs)
+from hf_mim import methods
 from hf_mim.evaluation.checkpoint import checkpoint_sha256
 from hf_mim.evaluation.result import Result
 from hf_mim.files import one_line
@@ -79,7 +79,8 @@ def read_config(folder: Path) -> PreTrainedConfig:
     except (ValueError, TypeError, OSError, KeyError, StrictDataclassError) as error:
         raise ValueError(f"{folder / CONFIG} cannot be read: {one_line(error, 200)}") from error
     if not isinstance(config, MIMConfig):
-        raise ValueError(f"checkpoint must be MAE, Latent MIM or StoP-JEPA, and {folder} holds {config.model_type}")
+        *titles, last = (method.title for method in methods.rows())
+        raise ValueError(f"checkpoint must be {', '.join(titles)} or {last}, and {folder} holds {config.model_type}")
     return config
 
 

@@ -3,17 +3,18 @@ from anywhere else; one that is in none of them is said to be missing.
 
     model_card("runs/digits_mae").save("runs/digits_mae/README.md")  # or: hf-mim card runs/digits_mae
 
-The prose is in `card_template.md`.
+The prose is in `card_template.md`, that of a method in the file or text that its row in `hf_mim.methods` names.
 """
 
 import re
 from pathlib import Path
 from urllib.parse import quote
 
+import jinja2
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
-from transformers import PreTrainedConfig
 
+from hf_mim import methods
 from hf_mim.checks import check_license
 from hf_mim.evaluation import PROTOCOLS
 from hf_mim.evaluation.result import Result, format_number
@@ -23,13 +24,6 @@ from hf_mim.run_folder import CARD, RESULTS, RunFacts
 
 TEMPLATE = Path(__file__).with_name("card_template.md")
 
-# Method → what it is called, and its papers on arXiv. I-JEPA is StoP-JEPA without noise.
-METHODS = {
-    "mae": ("MAE", ["2111.06377"]),
-    "latent_mim": ("Latent MIM", ["2407.15837"]),
-    "stop_jepa": ("StoP-JEPA", ["2308.00566", "2301.08243"]),
-    "ijepa": ("I-JEPA", ["2301.08243"]),
-}
 # Protocols of classes and of masks; the Hub's word for anything else is image-feature-extraction.
 TASKS = dict.fromkeys(("knn", "leave_one_out", "linear", "attentive", "lowshot", "finetune"), "image-classification")
 TASKS |= dict.fromkeys(("segment", "propagate"), "image-segmentation")
@@ -53,6 +47,7 @@ def model_card(folder: str | Path, repo_id: str | None = None, license: str | No
     facts = RunFacts.read(folder)
     folder, config, recipe = facts.folder, facts.config, facts.recipe
     training, health = facts.training, facts.health
+    method = methods.of_config(config)
     license = check_license(license or facts.license)
     name = repo_id.rpartition("/")[2] if repo_id else folder.name
     dataset = _dataset(recipe, training)
@@ -61,8 +56,10 @@ def model_card(folder: str | Path, repo_id: str | None = None, license: str | No
         template_str=TEMPLATE.read_text(encoding="utf-8"),
         name=shown(name),
         address=repo_id or folder.name,
-        method=method_of(config),
-        title=METHODS[method_of(config)][0],
+        title=method.title,
+        method_text=jinja2.Template(method.card_text).render(config=config),
+        bibtex=method.bibtex,
+        predicts_pixels=method.predicts_pixels,
         config=config,
         classifier=facts.is_classifier,
         remote_code=hasattr(config, "auto_map"),
@@ -97,16 +94,9 @@ def write_card(folder: str | Path, repo_id: str | None = None, license: str | No
     return path
 
 
-def method_of(config: PreTrainedConfig) -> str:
-    """A key of `METHODS`."""
-    if config.model_type == "stop_jepa" and not config.position_noise_std:
-        return "ijepa"
-    return config.model_type.removeprefix("mim_")
-
-
 def _metadata(name: str, facts: RunFacts, dataset: str, license: str | None) -> ModelCardData:
-    title, papers = METHODS[method_of(facts.config)]
-    tags = ["hf_mim", "masked-image-modeling", "self-supervised-learning", title.lower().replace(" ", "-")]
+    method = methods.of_config(facts.config)
+    tags = ["hf_mim", "masked-image-modeling", "self-supervised-learning", method.title.lower().replace(" ", "-")]
     results = [_eval_result(result) for result in facts.own_results.values() if result.value is not None]
     return ModelCardData(
         model_name=name,
@@ -114,7 +104,7 @@ def _metadata(name: str, facts: RunFacts, dataset: str, license: str | None) -> 
         pipeline_tag="image-classification" if facts.is_classifier else "image-feature-extraction",
         license=license,
         datasets=[dataset] if is_hub_name(dataset) else None,
-        tags=tags + [f"arxiv:{paper}" for paper in papers],
+        tags=tags + [f"arxiv:{paper}" for paper in method.papers],
         eval_results=results or None,
     )
 
