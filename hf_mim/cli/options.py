@@ -89,12 +89,10 @@ class Command(click.Command):
         """All that the help shows. An argument of several methods is there once for each of their defaults."""
         if self._settings is None:
             self._settings = self._make_settings()
-            self.params += {setting.name: setting for setting in self._settings}.values()
         return self._settings
 
     def get_params(self, ctx: click.Context) -> list[click.Parameter]:
-        assert self.settings is not None  # they are among the parameters now
-        return super().get_params(ctx)
+        return [*super().get_params(ctx), *{setting.name: setting for setting in self.settings}.values()]
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter):
         self.format_settings(ctx, formatter, self.settings)
@@ -105,7 +103,7 @@ class Command(click.Command):
                 formatter.write_dl([setting.get_help_record(ctx) for setting in settings], col_max=38)
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        self._settings, self.params = None, self.params[:1]  # a method may have been registered since the last call
+        self._settings = None  # a method may have been registered since the last call
         if HELP & set(args) or (self.no_args_is_help and not args):
             click.echo(self.get_help(ctx))
             ctx.exit()
@@ -132,7 +130,7 @@ class Command(click.Command):
     def unknown(self, option: str, args: list[str]) -> str:
         """The message for an option that there is not."""
         if not option.startswith("--"):  # click names the first letter
-            option = next(word for word in args if word.startswith(option))
+            option = next((word for word in args if word.startswith(option)), option)
         name, known = option.lstrip("-") or option, [setting.name for setting in self.settings]
         hint = suggestion(name, known)
         if not hint and len(known) < 5:

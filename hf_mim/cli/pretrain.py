@@ -6,7 +6,7 @@ import sys
 
 import click
 
-from hf_mim.cli.errors import Mistake, one_line, say, told_in_one_line
+from hf_mim.cli.errors import Mistake, fail, one_line, say, told_in_one_line
 from hf_mim.cli.options import Command, Setting, settings_of
 
 TEXT = """\
@@ -123,10 +123,10 @@ def run(recipe: str | None = None, **given: str) -> int:
             return INTERRUPTED
     except (BrokenImagesError, ImageFormatError, NonFiniteError) as error:
         print(file=sys.stderr)  # the end of the line that has the progress bar
-        raise Mistake(one_line(error)) from error
+        return fail(one_line(error))
     except OSError as error:
         print(file=sys.stderr)
-        raise Mistake(f"{one_line(error)}; {resume}") from error
+        return fail(f"{one_line(error)}; {resume}")
     except RuntimeError as error:
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler raises anew for each worker that is found dead
         if "DataLoader worker" not in str(error):
