@@ -52,6 +52,23 @@ def result_path(folder: str | Path, *names: str) -> Path:
     return Path(folder) / RESULTS / f"{name}.json"
 
 
+# Options of an evaluation that change no number, and those that name its result anyway.
+UNNAMED = {"dataset", "test", "device", "extract_batch_size", "num_workers", "cache", "output", "output_dir"}
+
+
+def evaluation_path(checkpoint: str, protocol: str, values: dict[str, Any]) -> Path:
+    """Where `hf-mim evaluate` keeps a result. The protocol, the data and every option given that may change it name it.
+
+    A checkpoint on the Hub has no folder here: its results go to `results/` in the current one.
+    """
+    folder, names = Path(checkpoint), [protocol]
+    if not folder.is_dir():
+        folder, names = Path("."), [checkpoint.replace("/", "_"), protocol]
+    names += [Path(values[name]).stem for name in ("dataset", "test") if values.get(name)]
+    given = sorted((name, value) for name, value in values.items() if name not in UNNAMED)
+    return result_path(folder, *names, *(name if value is True else f"{name}_{value}" for name, value in given))
+
+
 def checkpoints(run_folder: str | Path) -> list[Path]:
     """The folders `checkpoint-STEP` of a run, the latest step first; whole or not."""
     pattern = re.compile(re.escape(CHECKPOINT) + r"\d+")

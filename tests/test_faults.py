@@ -51,6 +51,11 @@ def fill(folder):
             return path
 
 
+def resume(run) -> str:
+    """The end of what a run says that has ended early."""
+    return f"resume with: hf-mim pretrain --resume --output_dir {run}"
+
+
 def pretrain(*options):
     command = [sys.executable, "-m", "hf_mim.cli", "pretrain", *TINY.split(), *map(str, options)]
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -109,7 +114,7 @@ def test_weights_that_find_no_room_at_the_end_leave_the_old_ones_and_say_so_in_o
     filler = fill(small_disk)
     lines = told(process)
     assert process.returncode == 2
-    assert lines[-1].startswith("error: ") and lines[-1].endswith(f"go on by --resume --output_dir {run}"), lines[-3:]
+    assert lines[-1].startswith("error: ") and lines[-1].endswith(resume(run)), lines[-3:]
     assert not (run / "model.safetensors").exists() and "Traceback" not in "".join(lines)
     filler.unlink()
     process = pretrain("--output_dir", run, "--resume")
@@ -132,7 +137,7 @@ def test_a_schedulers_signal_to_all_processes_ends_the_run_by_75_and_it_goes_on(
         each.send_signal(signal.SIGTERM)
     lines = told(process)
     assert process.returncode == 75, lines[-5:]
-    assert lines[-1] == f"SIGTERM has ended the run after a step; go on by --resume --output_dir {run}"
+    assert lines[-1] == f"SIGTERM has ended the run after a step; {resume(run)}"
     step = int(newest_whole(run).name.rpartition("-")[2])
     assert 0 < step < 30
     process = pretrain("--output_dir", run, "--resume")

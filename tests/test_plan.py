@@ -155,12 +155,12 @@ def test_a_size_is_planned_with_its_own_parts(plan, method):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        ([], "one MODEL is needed"),
+        ([], "plan needs one MODEL, a recipe or one of tiny, small"),
         (["no.yaml"], "there is no recipe no.yaml"),
         (["tiny", "--devices", "0"], "devices must be above 0"),
         (["tiny", "--devices", "many"], "devices must be a whole number"),
         (["tiny", "--mfu", "35"], "mfu is a share"),
-        (["tiny", "--tflop", "1"], "unknown argument tflop"),
+        (["tiny", "--tflop", "1"], "plan has no option tflop; did you mean tflops?"),
         (["tiny", "--images_per_step", "100", "--devices", "64"], "images_per_step 100 is no multiple"),
         (["tiny", "--image_size", "225"], "image_size must be divisible"),
         ([str(TRAINING / "recipes" / "digits_mae.yaml")], "images must be given"),

@@ -33,10 +33,12 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers.utils import logging
 
 from hf_mim import methods
+from hf_mim.cli.options import Command, settings_of
+from hf_mim.cli.pretrain import settings as pretrain_settings
 from hf_mim.files import one_line
 from hf_mim.models.configuration_vit import SIZES
-from hf_mim.pretraining.recipe import Recipe, RunArguments, field_type, model_fields
-from hf_mim.pretraining.settings import read_yaml, split_options, to_type
+from hf_mim.pretraining.recipe import Recipe, RunArguments, model_fields
+from hf_mim.pretraining.settings import read_yaml, to_type
 from hf_mim.pretraining.trainer import MIMTrainingArguments
 
 HERE = Path(__file__).parent
@@ -81,11 +83,18 @@ class Cluster:
 CLUSTER_FIELDS = get_type_hints(Cluster)
 
 
+COMMAND = Command(
+    "plan",
+    None,
+    (f"MODEL, a recipe or one of {', '.join(SIZES)}",),
+    lambda: pretrain_settings() + settings_of(Cluster, "the plan"),
+    __doc__,
+)
+
+
 def parse(argv: list[str]) -> tuple[Recipe, Cluster]:
     """Raises ValueError for arguments that there are not, or that do not fit."""
-    options, words = split_options(argv, lambda name: name not in CLUSTER_FIELDS and field_type(name) is bool)
-    if len(words) != 1:
-        raise ValueError(f"one MODEL is needed, a recipe or one of {', '.join(SIZES)}; got {' '.join(words) or 'none'}")
+    words, options = COMMAND.read(argv)
     own = {
         name: to_type(name, options.pop(name), CLUSTER_FIELDS[name]) for name in list(options) if name in CLUSTER_FIELDS
     }

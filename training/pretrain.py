@@ -5,7 +5,7 @@
     accelerate launch training/pretrain.py training/recipes/cifar10_mae.yaml --dataset /path/to/cifar10
 
 With data, model or masks of your own, take the pieces instead: everything that `Pretraining` does is in
-`hf_mim/cli/pretrain.py`, and at its heart is
+`hf_mim/pretraining/run.py`, and at its heart is
 
     trainer = MIMTrainer(model, MIMTrainingArguments(output_dir=...), train_dataset=images, augment=DeviceAugment())
     trainer.train()

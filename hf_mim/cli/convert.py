@@ -1,92 +1,81 @@
 """`hf-mim convert SOURCE DEST`: a checkpoint of others becomes a folder that `from_pretrained` loads."""
 
 import re
-import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
-from huggingface_hub.errors import StrictDataclassError
-from transformers.utils import logging
+import click
 
 from hf_mim import methods
-from hf_mim.files import one_line
-from hf_mim.hub.convert import Conversion, setting_types
-from hf_mim.hub.new_folder import check_destination
+from hf_mim.cli.errors import told_in_one_line
+from hf_mim.cli.options import Command, Setting
 from hf_mim.pretraining.settings import to_type
 
-USAGE = """\
-usage: hf-mim convert SOURCE DEST [--method mae|latent_mim|ijepa|stop] [--set name=value ...]
+if TYPE_CHECKING:
+    from hf_mim.hub.convert import Conversion
 
-  SOURCE    a file (.pth, .pth.tar, .bin, .safetensors), a folder of one checkpoint, or a name on the Hub:
-              the authors' files of MAE (pretrained, fine-tuned, linear probe), I-JEPA, StoP, Latent MIM;
-              transformers' vit_mae and ijepa; timm's ViT (vit_base_patch16_224.mae and alike)
-  DEST      a new folder, for AutoModel, AutoModelForPreTraining or AutoModelForImageClassification
-  --method  what to take the file for; needed for StoP, whose files look like I-JEPA's
-  --set     config fields that the file does not tell, like num_attention_heads=12, image_size=64,96, or the
-            normalisation of the pixels, image_mean=.485,.456,.406 image_std=.229,.224,.225
+TEXT = """\
+Bring SOURCE in: a file (.pth, .pth.tar, .bin, .safetensors), a folder of one checkpoint, or a name on the Hub: the
+authors' files of MAE (pretrained, fine-tuned, linear probe), I-JEPA, StoP, Latent MIM; transformers' vit_mae and ijepa;
+timm's ViT (vit_base_patch16_224.mae and alike). DEST is a new folder, for AutoModel, AutoModelForPreTraining or
+AutoModelForImageClassification.
 
 Every tensor of the file has to find its place, and every place its tensor; nothing is written otherwise. What was
 told by the file, assumed after the paper and given is noted in DEST/conversion.json."""
 
 
-def convert_command(arguments: list[str]) -> int:
-    """`hf-mim convert`; returns the exit status."""
-    from hf_mim.cli import _fail  # hf_mim.cli imports this module
+def settings() -> list[Setting]:
+    method = "what to take the file for; needed for StoP, whose files look like I-JEPA's"
+    fields = (
+        "config fields that the file does not tell, like num_attention_heads=12, image_size=64,96, or the "
+        "normalisation of the pixels, image_mean=.485,.456,.406 image_std=.229,.224,.225"
+    )
+    return [
+        Setting("method", Literal[tuple(methods.names())], text=method),
+        Setting("set", str, "name=value ...", fields, metavar="name=value", multiple=True),
+    ]
 
-    if not arguments or {"-h", "--help"} & set(arguments):
-        print(USAGE)
-        return 0
-    logging.disable_progress_bar()
-    try:
-        source, dest, method, settings = parse(arguments)
+
+class Convert(Command):
+    """`--set` may be followed by several settings."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        again, follows = [], False
+        for word in args:
+            if follows and re.match(r"\w+=", word):
+                again.append("--set")
+            follows = word.startswith("--set=") or (bool(again) and again[-1] == "--set")
+            again.append(word)
+        return super().parse_args(ctx, again)
+
+
+def run(source: str, dest: str, method: str | None = None, set: tuple[str, ...] = ()):
+    with told_in_one_line("nothing was written"):
+        from transformers.utils import logging
+
+        from hf_mim.hub.convert import Conversion
+        from hf_mim.hub.new_folder import check_destination
+
+        given = dict(read_setting(text) for text in set)
+        logging.disable_progress_bar()
         check_destination(dest)  # before minutes of reading
-        conversion = Conversion.read(source, method, **settings)
+        conversion = Conversion.read(source, method, **given)
         conversion.save(dest)
-    except (ValueError, OSError, RuntimeError, StrictDataclassError) as error:
-        return _fail(one_line(error))
-    except KeyboardInterrupt:
-        print("\ninterrupted; nothing was written", file=sys.stderr)
-        return 130
     print(summary(conversion, dest, hint=method is None))
-    return 0
 
 
-def parse(arguments: list[str]) -> tuple[str, str, str | None, dict[str, Any]]:
-    """(source, dest, method, settings). Raises ValueError for what is missing, unknown or of the wrong type."""
-    words, settings, method, rest = [], {}, None, list(arguments)
-    while rest:
-        word, has_value, value = rest.pop(0).partition("=")
-        if word == "--method":
-            method = value if has_value else _next(rest, "--method needs one of " + ", ".join(methods.names()))
-        elif word == "--set":
-            given = [value] if has_value else [_next(rest, "--set needs name=value")]
-            while rest and re.match(r"\w+=", rest[0]):
-                given.append(rest.pop(0))
-            settings |= dict(_setting(text) for text in given)
-        elif word.startswith("--"):
-            raise ValueError(f"convert has no option {word}; there is --method and --set")
-        else:
-            words.append(word + has_value + value)
-    if len(words) != 2:
-        raise ValueError(f"convert needs SOURCE and DEST, got {' '.join(words) or 'neither'}")
-    return *words, method, settings
+def read_setting(text: str) -> tuple[str, Any]:
+    """`name=value` as the name and the value in its type. Raises ValueError."""
+    from hf_mim.hub.convert import setting_types
 
-
-def _next(rest: list[str], message: str) -> str:
-    if not rest or rest[0].startswith("--"):
-        raise ValueError(message)
-    return rest.pop(0)
-
-
-def _setting(text: str) -> tuple[str, Any]:
     name, has_value, value = text.partition("=")
     if not has_value:
         raise ValueError(f"--set needs name=value, not {text!r}")
-    types = {name: kind for method in methods.names() for name, kind in setting_types(method).items()}
+    types = {name: kind for method in methods.rows() for name, kind in setting_types(method.name).items()}
     # Another name is refused when the method is known, with a hint at what was meant.
     return name, to_type(name, value, types[name]) if name in types else value
 
 
-def summary(conversion: Conversion, dest: str, hint: bool) -> str:
+def summary(conversion: "Conversion", dest: str, hint: bool) -> str:
     """What was made, what of it no file told, and how to load it; with a hint at StoP where it could be that."""
     record, loader = conversion.record, "AutoModel"
     for part in ("ForPreTraining", "ForImageClassification"):
@@ -101,3 +90,7 @@ def summary(conversion: Conversion, dest: str, hint: bool) -> str:
         lines.append(f"Not told by the file, so assumed after the paper (other values by --set): {assumed}.")
     lines += [f"\nThe checkpoint is in {dest}:\n", "    import hf_mim", f"    from transformers import {loader}"]
     return "\n".join([*lines, f'    model = {loader}.from_pretrained("{dest}")'])
+
+
+SUMMARY = "bring a checkpoint of the authors, of transformers or of timm in"
+command = Convert("convert", run, ("SOURCE", "DEST"), settings, TEXT, short_help=SUMMARY, no_args_is_help=True)

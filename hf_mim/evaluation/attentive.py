@@ -119,24 +119,29 @@ class Attentive:
 
     Source: AIM (arXiv 2401.08541), whose pooling it is; V-JEPA (arXiv 2404.08471) adds a block of its own
     after the pooling.
+
+    Args:
+        features: layer/tokens/norm
+        attention_heads: of the pooling; divides the width
+        learning_rates: peaks for a batch of 256, compared on held-out images
+        weight_decays: compared on held-out images
+        epochs: passes over the training images
+        batch_size: images of a step
+        held_out: share of the training images that chooses the probe
+        seed: of the held-out images, the first weights and the order
     """
 
     name: ClassVar[str] = "attentive"
     needs: ClassVar[str] = "labels"
 
-    features: str = field(default="last/tokens/norm", metadata={"help": "layer/tokens/norm"})
-    attention_heads: int = field(default=8, metadata={"help": "of the pooling; divides the width"})
-    learning_rates: list[float] = field(
-        default_factory=lambda: [0.001, 0.005, 0.02],
-        metadata={"help": "peaks for a batch of 256, compared on held-out images"},
-    )
-    weight_decays: list[float] = field(
-        default_factory=lambda: [0.01, 0.1], metadata={"help": "compared on held-out images"}
-    )
-    epochs: int = field(default=30, metadata={"help": "passes over the training images"})
-    batch_size: int = field(default=256, metadata={"help": "images of a step"})
-    held_out: float = field(default=0.1, metadata={"help": "share of the training images that chooses the probe"})
-    seed: int = field(default=0, metadata={"help": "of the held-out images, the first weights and the order"})
+    features: str = "last/tokens/norm"
+    attention_heads: int = 8
+    learning_rates: list[float] = field(default_factory=lambda: [0.001, 0.005, 0.02])
+    weight_decays: list[float] = field(default_factory=lambda: [0.01, 0.1])
+    epochs: int = 30
+    batch_size: int = 256
+    held_out: float = 0.1
+    seed: int = 0
 
     def __post_init__(self):
         check_probe_options(self)

@@ -1,6 +1,6 @@
 """What images `hf-mim evaluate` gives to a protocol: by `NEEDS`, a dataclass of options for each kind of protocol."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import ClassVar
 
 from hf_mim.checks import least
@@ -8,17 +8,15 @@ from hf_mim.data import CenterCrop, WholeImage
 from hf_mim.data.sources import fixed_sample, source_name
 
 
-def source_field(text: str):
-    return field(default=None, metadata={"help": text})
-
-
 @dataclass
 class CropArguments:
-    """Images that need not be seen whole."""
+    """Images that need not be seen whole.
 
-    crop_fraction: float = field(
-        default=1.0, metadata={"help": "of the image's shorter side in the central crop; .875 in papers at 224 pixels"}
-    )
+    Args:
+        crop_fraction: of the image's shorter side in the central crop; .875 in papers at 224 pixels
+    """
+
+    crop_fraction: float = 1.0
 
     def __post_init__(self):
         self.crop()
@@ -41,16 +39,26 @@ class WholeArguments:
 
 @dataclass
 class LabelledArguments(CropArguments):
-    """Labelled images to learn from and to test on."""
+    """Labelled images to learn from and to test on.
 
-    dataset: str | None = source_field("images with labels, as for hf-mim pretrain")
-    test: str | None = source_field("test images; default: the test or validation split of dataset, or a fifth of it")
-    train_split: str = field(default="train", metadata={"help": "of dataset"})
-    test_split: str | None = source_field("of test, or else of dataset; default: test or validation")
-    image_column: str | None = source_field("default: found by its type")
-    label_column: str | None = source_field("default: found by its type")
-    train_images: int | None = source_field("at most so many, drawn at random by a fixed seed; default: all")
-    test_images: int | None = source_field("likewise")
+    Args:
+        dataset: images with labels, as for hf-mim pretrain
+        test: test images; default: the test or validation split of dataset, or a fifth of it
+        train_split: of dataset
+        test_split: of test, or else of dataset; default: test or validation
+        image_column: default: found by its type
+        label_column: default: found by its type
+        train_images, test_images: at most so many, drawn at random by a fixed seed; default: all
+    """
+
+    dataset: str | None = None
+    test: str | None = None
+    train_split: str = "train"
+    test_split: str | None = None
+    image_column: str | None = None
+    label_column: str | None = None
+    train_images: int | None = None
+    test_images: int | None = None
 
     def load(self) -> tuple:
         """(train, test)."""
@@ -69,16 +77,26 @@ class LabelledArguments(CropArguments):
 
 @dataclass
 class MaskedArguments(WholeArguments):
-    """Images with masks to learn from and to test on."""
+    """Images with masks to learn from and to test on.
 
-    dataset: str | None = source_field("images with a mask each: Parquet, a folder of images/ and masks/, the Hub")
-    test: str | None = source_field("test images; default: dataset")
-    train_split: str = field(default="train", metadata={"help": "of dataset"})
-    test_split: str = field(default="test", metadata={"help": "of test, or else of dataset"})
-    image_column: str | None = source_field("default: found by its type")
-    mask_column: str | None = source_field("default: found by its name")
-    train_images: int | None = source_field("at most so many, drawn at random by a fixed seed; default: all")
-    test_images: int | None = source_field("likewise")
+    Args:
+        dataset: images with a mask each: Parquet, a folder of images/ and masks/, the Hub
+        test: test images; default: dataset
+        train_split: of dataset
+        test_split: of test, or else of dataset
+        image_column: default: found by its type
+        mask_column: default: found by its name
+        train_images, test_images: at most so many, drawn at random by a fixed seed; default: all
+    """
+
+    dataset: str | None = None
+    test: str | None = None
+    train_split: str = "train"
+    test_split: str = "test"
+    image_column: str | None = None
+    mask_column: str | None = None
+    train_images: int | None = None
+    test_images: int | None = None
 
     def load(self) -> tuple:
         """(train, test)."""
@@ -94,13 +112,21 @@ class MaskedArguments(WholeArguments):
 
 @dataclass
 class VideoArguments(WholeArguments):
-    """Videos with masks."""
+    """Videos with masks.
 
-    dataset: str | None = source_field("a folder in DAVIS' layout, or rows of image, mask, sequence (label), frame")
-    split: str | None = source_field("of dataset; default: the list val of a DAVIS folder; test, validation or train")
-    image_column: str | None = source_field("default: found by its type")
-    mask_column: str | None = source_field("default: found by its name")
-    sequence_column: str | None = source_field("default: sequence, video, clip or label")
+    Args:
+        dataset: a folder in DAVIS' layout, or rows of image, mask, sequence (label), frame
+        split: of dataset; default: the list val of a DAVIS folder; test, validation or train
+        image_column: default: found by its type
+        mask_column: default: found by its name
+        sequence_column: default: sequence, video, clip or label
+    """
+
+    dataset: str | None = None
+    split: str | None = None
+    image_column: str | None = None
+    mask_column: str | None = None
+    sequence_column: str | None = None
 
     def load(self) -> tuple:
         """(videos,)."""
@@ -111,11 +137,17 @@ class VideoArguments(WholeArguments):
 
 @dataclass
 class ImageArguments(CropArguments):
-    """Images without labels."""
+    """Images without labels.
 
-    dataset: str | None = source_field("images, as for hf-mim pretrain")
-    split: str = field(default="train", metadata={"help": "of dataset"})
-    image_column: str | None = source_field("default: found by its type")
+    Args:
+        dataset: images, as for hf-mim pretrain
+        split: of dataset
+        image_column: default: found by its type
+    """
+
+    dataset: str | None = None
+    split: str = "train"
+    image_column: str | None = None
 
     def load(self) -> tuple:
         """(images,)."""

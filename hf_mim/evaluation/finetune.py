@@ -130,31 +130,52 @@ class Finetune:
     1024, which the learning rate follows. For ViT-L: base_lr 1e-3, layer_decay .75, epochs 50, drop_path .2. Small data
     wants more epochs and less augmentation, and digits and the like flip 0. `blocks` is partial fine-tuning (figure 9):
     0 is a linear probe, the number of blocks is all. Nothing is chosen by the test images, whose labels are read last.
+
+    Args:
+        epochs: passes over the training images
+        batch_size: images of a step; 1024 in the paper
+        base_lr: peak learning rate of the head for 256 images per step
+        layer_decay: learning rate of each block over the next one's
+        warmup_epochs: default: 5, at most a tenth of the run
+        weight_decay: of matrices
+        blocks: train only the last so many; default: everything
+        drop_path: stochastic depth of the last block
+        mixup: α of mixup; 0: none
+        cutmix: α of CutMix; 0: none
+        label_smoothing: share of a label given to all classes alike
+        random_erase: probability of erasing a part of an image
+        randaugment_magnitude: mean, 0 to 10; 0: no RandAugment
+        randaugment_std: standard deviation of the magnitude
+        crop_scale: share of the image in a crop
+        flip: probability of a left-right flip
+        bf16: autocast to bfloat16; default: on CUDA
+        output_dir: keep the fine-tuned classifier in this folder
+        seed: of the new classifier, the order and all augmentation
     """
 
     name: ClassVar[str] = "finetune"
     needs: ClassVar[str] = "labels"
     unused: ClassVar[tuple[str, ...]] = ("dtype", "cache", "extract_batch_size")  # of the encoder's options
 
-    epochs: float = field(default=100.0, metadata={"help": "passes over the training images"})
-    batch_size: int = field(default=128, metadata={"help": "images of a step; 1024 in the paper"})
-    base_lr: float = field(default=5e-4, metadata={"help": "peak learning rate of the head for 256 images per step"})
-    layer_decay: float = field(default=0.65, metadata={"help": "learning rate of each block over the next one's"})
-    warmup_epochs: float | None = field(default=None, metadata={"help": "default: 5, at most a tenth of the run"})
-    weight_decay: float = field(default=0.05, metadata={"help": "of matrices"})
-    blocks: int | None = field(default=None, metadata={"help": "train only the last so many; default: everything"})
-    drop_path: float = field(default=0.1, metadata={"help": "stochastic depth of the last block"})
-    mixup: float = field(default=0.8, metadata={"help": "α of mixup; 0: none"})
-    cutmix: float = field(default=1.0, metadata={"help": "α of CutMix; 0: none"})
-    label_smoothing: float = field(default=0.1, metadata={"help": "share of a label given to all classes alike"})
-    random_erase: float = field(default=0.25, metadata={"help": "probability of erasing a part of an image"})
-    randaugment_magnitude: float = field(default=9.0, metadata={"help": "mean, 0 to 10; 0: no RandAugment"})
-    randaugment_std: float = field(default=0.5, metadata={"help": "standard deviation of the magnitude"})
-    crop_scale: tuple[float, float] = field(default=(0.08, 1.0), metadata={"help": "share of the image in a crop"})
-    flip: float = field(default=0.5, metadata={"help": "probability of a left-right flip"})
-    bf16: bool | None = field(default=None, metadata={"help": "autocast to bfloat16; default: on CUDA"})
-    output_dir: str | None = field(default=None, metadata={"help": "keep the fine-tuned classifier in this folder"})
-    seed: int = field(default=0, metadata={"help": "of the new classifier, the order and all augmentation"})
+    epochs: float = 100.0
+    batch_size: int = 128
+    base_lr: float = 5e-4
+    layer_decay: float = 0.65
+    warmup_epochs: float | None = None
+    weight_decay: float = 0.05
+    blocks: int | None = None
+    drop_path: float = 0.1
+    mixup: float = 0.8
+    cutmix: float = 1.0
+    label_smoothing: float = 0.1
+    random_erase: float = 0.25
+    randaugment_magnitude: float = 9.0
+    randaugment_std: float = 0.5
+    crop_scale: tuple[float, float] = (0.08, 1.0)
+    flip: float = 0.5
+    bf16: bool | None = None
+    output_dir: str | None = None
+    seed: int = 0
 
     def __post_init__(self):
         least(1, batch_size=self.batch_size)

@@ -8,7 +8,7 @@ All numbers are computed in float64, in pieces of bounded memory, on the device 
 """
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -218,16 +218,23 @@ class Health:
     The pooled features of `num_images` images, and the patch tokens of the same layer of the first `num_token_images`
     of them. The headline is RankMe. `compare` measures the same encoder with fresh weights beside it: most measures
     have no accepted limits, and a number that was worse before training is no reason to worry.
+
+    Args:
+        features: layer/pooling/norm of the pooled features
+        num_images: images, drawn at random; all if there are fewer
+        num_token_images: of these, images whose patch tokens are measured
+        compare: measure the encoder with fresh weights too
+        seed: of the choice of images and of the fresh weights
     """
 
     name: ClassVar[str] = "health"
     needs: ClassVar[str] = "images"
 
-    features: str = field(default="last/mean/norm", metadata={"help": "layer/pooling/norm of the pooled features"})
-    num_images: int = field(default=2048, metadata={"help": "images, drawn at random; all if there are fewer"})
-    num_token_images: int = field(default=256, metadata={"help": "of these, images whose patch tokens are measured"})
-    compare: bool = field(default=True, metadata={"help": "measure the encoder with fresh weights too"})
-    seed: int = field(default=0, metadata={"help": "of the choice of images and of the fresh weights"})
+    features: str = "last/mean/norm"
+    num_images: int = 2048
+    num_token_images: int = 256
+    compare: bool = True
+    seed: int = 0
 
     def __post_init__(self):
         parse_pooled(self.features, self.name)

@@ -143,16 +143,23 @@ class KNN:
 
     Cosine similarity; the k nearest training images vote with weight exp(similarity / temperature). The headline is the
     accuracy at `k` and `temperature`, which are fixed beforehand; the table has the others for comparison.
+
+    Args:
+        features: layer/pooling/norm
+        k: neighbours that vote
+        temperature: of the votes' weights
+        ks: for the table
+        temperatures: for the table
     """
 
     name: ClassVar[str] = "knn"
     needs: ClassVar[str] = "labels"
 
-    features: str = field(default="last/mean/norm", metadata={"help": "layer/pooling/norm"})
-    k: int = field(default=20, metadata={"help": "neighbours that vote"})
-    temperature: float = field(default=0.07, metadata={"help": "of the votes' weights"})
-    ks: list[int] = field(default_factory=lambda: [1, 5, 10, 20, 50, 100], metadata={"help": "for the table"})
-    temperatures: list[float] = field(default_factory=lambda: [0.04, 0.07, 0.2], metadata={"help": "for the table"})
+    features: str = "last/mean/norm"
+    k: int = 20
+    temperature: float = 0.07
+    ks: list[int] = field(default_factory=lambda: [1, 5, 10, 20, 50, 100])
+    temperatures: list[float] = field(default_factory=lambda: [0.04, 0.07, 0.2])
 
     def __post_init__(self):
         parse_pooled(self.features, self.name)
@@ -189,12 +196,15 @@ class LeaveOneOut:
 
     As in the released code of arXiv 2407.15837: Euclidean distance between means of the patch tokens of the residual
     stream, before the final norm, inside the validation set.
+
+    Args:
+        features: layer/pooling/norm
     """
 
     name: ClassVar[str] = "leave_one_out"
     needs: ClassVar[str] = "labels"
 
-    features: str = field(default="last/mean/raw", metadata={"help": "layer/pooling/norm"})
+    features: str = "last/mean/raw"
 
     def __post_init__(self):
         parse_pooled(self.features, self.name)

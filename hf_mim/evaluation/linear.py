@@ -131,28 +131,27 @@ class Linear:
 
     Source: MAE (arXiv 2111.06377, appendix A.1) for BatchNorm without affine before the classifier; I-JEPA (arXiv
     2301.08243) for the last layer and the last four; DINOv2 (arXiv 2304.07193) for a grid trained in one pass.
+
+    Args:
+        features: layer/pooling/norm; default: last/mean/norm, last/cls/norm and last4/mean/norm where they exist
+        learning_rates: peaks for a batch of 256, compared on held-out images
+        weight_decays: compared on held-out images
+        epochs: passes over the training images
+        batch_size: images of a step
+        held_out: share of the training images that chooses the head
+        seed: of the held-out images and of the order
     """
 
     name: ClassVar[str] = "linear"
     needs: ClassVar[str] = "labels"
 
-    features: list[str] | None = field(
-        default=None,
-        metadata={
-            "help": "layer/pooling/norm; default: last/mean/norm, last/cls/norm and last4/mean/norm where they exist"
-        },
-    )
-    learning_rates: list[float] = field(
-        default_factory=lambda: [0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0],
-        metadata={"help": "peaks for a batch of 256, compared on held-out images"},
-    )
-    weight_decays: list[float] = field(
-        default_factory=lambda: [0.0, 0.001], metadata={"help": "compared on held-out images"}
-    )
-    epochs: int = field(default=100, metadata={"help": "passes over the training images"})
-    batch_size: int = field(default=256, metadata={"help": "images of a step"})
-    held_out: float = field(default=0.1, metadata={"help": "share of the training images that chooses the head"})
-    seed: int = field(default=0, metadata={"help": "of the held-out images and of the order"})
+    features: list[str] | None = None
+    learning_rates: list[float] = field(default_factory=lambda: [0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0])
+    weight_decays: list[float] = field(default_factory=lambda: [0.0, 0.001])
+    epochs: int = 100
+    batch_size: int = 256
+    held_out: float = 0.1
+    seed: int = 0
 
     def __post_init__(self):
         check_probe_options(self)

@@ -6,7 +6,7 @@ so the numbers compare encoders with each other, not with the papers. VTAB's dis
 the camera; the scenes here have no depth, and ask for the two objects nearest to each other.
 """
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from typing import ClassVar
 
 import torch
@@ -62,18 +62,23 @@ class Local:
     training scenes, are what features have to be better than. Test answers are read when all is predicted.
 
     Source: VTAB (arXiv 1910.04867); I-JEPA (arXiv 2301.08243, section 6), linear probes on averaged patch tokens.
+
+    Args:
+        features: layer/pooling/norm; mean or cls
+        num_train: training scenes
+        num_test: test scenes
+        size: side of the scenes as drawn, in pixels; none: the encoder's, within 64..128
+        seed: of the scenes and of what is held out to choose C
     """
 
     name: ClassVar[str] = "local"
     needs: ClassVar[str] = "nothing"
 
-    features: str = field(default="last/mean/norm", metadata={"help": "layer/pooling/norm; mean or cls"})
-    num_train: int = field(default=4000, metadata={"help": "training scenes"})
-    num_test: int = field(default=1000, metadata={"help": "test scenes"})
-    size: int | None = field(
-        default=None, metadata={"help": "side of the scenes as drawn, in pixels; none: the encoder's, within 64..128"}
-    )
-    seed: int = field(default=0, metadata={"help": "of the scenes and of what is held out to choose C"})
+    features: str = "last/mean/norm"
+    num_train: int = 4000
+    num_test: int = 1000
+    size: int | None = None
+    seed: int = 0
 
     def __post_init__(self):
         parse_pooled(self.features, self.name)

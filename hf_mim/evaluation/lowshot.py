@@ -84,22 +84,23 @@ class LowShot:
     √D, so that one C means the same for any width. C is chosen within the drawn images alone.
 
     Source: MSN (arXiv 2204.07141) and I-JEPA (arXiv 2301.08243, section 5), which report 1 % of ImageNet.
+
+    Args:
+        budgets: percentages such as 1%, or numbers of images per class such as 5
+        features: layer/pooling/norm; mean or cls
+        draws: of each budget
+        c: C of the logistic regression; several are compared by cross-validation
+        seed: of the draws
     """
 
     name: ClassVar[str] = "lowshot"
     needs: ClassVar[str] = "labels"
 
-    budgets: list[str] = field(
-        default_factory=lambda: ["1%", "10%", "5"],
-        metadata={"help": "percentages such as 1%, or numbers of images per class such as 5"},
-    )
-    features: str = field(default="last/mean/norm", metadata={"help": "layer/pooling/norm; mean or cls"})
-    draws: int = field(default=5, metadata={"help": "of each budget"})
-    c: list[float] = field(
-        default_factory=lambda: [0.1, 1.0, 10.0, 100.0, 1000.0],
-        metadata={"help": "C of the logistic regression; several are compared by cross-validation"},
-    )
-    seed: int = field(default=0, metadata={"help": "of the draws"})
+    budgets: list[str] = field(default_factory=lambda: ["1%", "10%", "5"])
+    features: str = "last/mean/norm"
+    draws: int = 5
+    c: list[float] = field(default_factory=lambda: [0.1, 1.0, 10.0, 100.0, 1000.0])
+    seed: int = 0
 
     def __post_init__(self):
         parse_pooled(self.features, self.name)

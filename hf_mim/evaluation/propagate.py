@@ -7,7 +7,7 @@ arXiv 2104.14294, section 4.2.2 and appendix), scored as DAVIS 2017 does (Pont-T
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from typing import ClassVar
 
 import numpy as np
@@ -128,19 +128,24 @@ class Propagate:
     (Jabri et al. 2020; Caron et al. 2021, DINO). J is the intersection over union of masks, F the agreement of their
     boundaries; both are averaged over the frames but the first, which is given, and the last (DAVIS 2017 leaves it
     out), then over all objects of all sequences. The frames' positions are resized to the grid that `short_side` gives.
+
+    Args:
+        features: layer/tokens/norm
+        k: patches that a patch takes its label from
+        temperature: of the weights exp(cosine / temperature)
+        neighbourhood: rows and columns of patches that an object may move
+        queue: past frames that labels come from, beside the first
+        short_side: pixels of a frame's short side; fewer for an encoder of small patches
+        sequences: names of the sequences, or how many of them; default all
     """
 
-    features: str = field(default="last/tokens/norm", metadata={"help": "layer/tokens/norm"})
-    k: int = field(default=5, metadata={"help": "patches that a patch takes its label from"})
-    temperature: float = field(default=0.1, metadata={"help": "of the weights exp(cosine / temperature)"})
-    neighbourhood: int = field(default=12, metadata={"help": "rows and columns of patches that an object may move"})
-    queue: int = field(default=7, metadata={"help": "past frames that labels come from, beside the first"})
-    short_side: int = field(
-        default=480, metadata={"help": "pixels of a frame's short side; fewer for an encoder of small patches"}
-    )
-    sequences: int | list[str] | None = field(
-        default=None, metadata={"help": "names of the sequences, or how many of them; default all"}
-    )
+    features: str = "last/tokens/norm"
+    k: int = 5
+    temperature: float = 0.1
+    neighbourhood: int = 12
+    queue: int = 7
+    short_side: int = 480
+    sequences: int | list[str] | None = None
 
     name: ClassVar[str] = "propagate"
     needs: ClassVar[str] = "videos"

@@ -239,26 +239,38 @@ class Segment:
     have were never taught: together they are one more class, whose IoU is 0, and a note names them.
 
     Source: the linear layer DINOv2 (arXiv 2304.07193, section 7.4), the neighbours arXiv 2306.01667, section 3.
+
+    Args:
+        features: layer/tokens/norm
+        ignore_index: id of pixels that do not count
+        num_classes: default: the largest id of training masks + 1
+        learning_rates, weight_decays: compared on held-out images
+        epochs: passes over the training images
+        batch_size: images of a step
+        held_out: share of the training images that chooses the head
+        cells: pixels of a training mask for each patch, along each side
+        k: neighbours that vote
+        temperature: of the votes' weights
+        bank: training tokens that neighbours are looked up in, at most
+        seed: of the held-out images, the order and the bank
     """
 
     name: ClassVar[str] = "segment"
     needs: ClassVar[str] = "masks"
 
-    features: str = field(default="last/tokens/norm", metadata={"help": "layer/tokens/norm"})
-    ignore_index: int | None = field(default=255, metadata={"help": "id of pixels that do not count"})
-    num_classes: int | None = field(default=None, metadata={"help": "default: the largest id of training masks + 1"})
-    learning_rates: list[float] = field(
-        default_factory=lambda: [0.001, 0.01, 0.1, 1.0], metadata={"help": "compared on held-out images"}
-    )
-    weight_decays: list[float] = field(default_factory=lambda: [0.0, 0.01], metadata={"help": "likewise"})
-    epochs: int = field(default=20, metadata={"help": "passes over the training images"})
-    batch_size: int = field(default=16, metadata={"help": "images of a step"})
-    held_out: float = field(default=0.1, metadata={"help": "share of the training images that chooses the head"})
-    cells: int = field(default=4, metadata={"help": "pixels of a training mask for each patch, along each side"})
-    k: int = field(default=30, metadata={"help": "neighbours that vote"})
-    temperature: float = field(default=0.07, metadata={"help": "of the votes' weights"})
-    bank: int = field(default=100_000, metadata={"help": "training tokens that neighbours are looked up in, at most"})
-    seed: int = field(default=0, metadata={"help": "of the held-out images, the order and the bank"})
+    features: str = "last/tokens/norm"
+    ignore_index: int | None = 255
+    num_classes: int | None = None
+    learning_rates: list[float] = field(default_factory=lambda: [0.001, 0.01, 0.1, 1.0])
+    weight_decays: list[float] = field(default_factory=lambda: [0.0, 0.01])
+    epochs: int = 20
+    batch_size: int = 16
+    held_out: float = 0.1
+    cells: int = 4
+    k: int = 30
+    temperature: float = 0.07
+    bank: int = 100_000
+    seed: int = 0
 
     def __post_init__(self):
         check_probe_options(self)

@@ -20,49 +20,59 @@ class MIMTrainingArguments(ProcessArguments):
     below 1 a share of the run), then on a half cosine to `final_lr_ratio` × peak at the end. The peak is
     `base_lr` × images per optimizer step / 256, or `learning_rate` as it is where that is given: it wins.
 
+    Args:
+        base_lr: Peak learning rate for 256 images per optimizer step.
+        learning_rate: Peak learning rate as it is; wins over base_lr × batch / 256.
+        start_lr_ratio: Learning rate at the first step, over the peak.
+        final_lr_ratio: Learning rate at the end of the run, over the peak.
+        lr_scheduler_type: 'cosine', the one that all recipes share.
+        weight_decay: Weight decay, at the start of the run.
+        weight_decay_end: Weight decay at the end, reached on a half cosine; default: it is constant.
+        adam_beta2: AdamW's second beta; I-JEPA and StoP use 0.999.
+        max_grad_norm: Gradient norm to clip to; 0: no clipping.
+        bf16: Mixed precision in bfloat16; default: where the GPU has it, unless fp16.
+        max_skipped_steps: Steps in a row without a finite loss and gradient after which the run stops.
+        stop_on_collapse: End the run when its features collapse; else there is a warning.
+        logging_steps: Log every so many steps (or share of the run).
+        logging_first_step: Log the first step too.
+        logging_nan_inf_filter: Leave NaN losses out of the log.
+        remove_unused_columns: Drop columns that the model does not take.
+        label_names: Inputs without which there is no eval_loss.
+        prediction_loss_only: Evaluate the loss, collect no predictions.
+        dataloader_drop_last: Drop the last, smaller training batch.
+        dataloader_persistent_workers: Keep workers between epochs.
+        ddp_find_unused_parameters: Search for parameters without a gradient; no model here has any.
+        ddp_broadcast_buffers: Send buffers from rank 0 each step.
+
     Raises:
         ValueError: a value outside its range, in one line that names the argument.
     """
 
-    base_lr: float = field(default=1.5e-4, metadata={"help": "Peak learning rate for 256 images per optimizer step."})
-    learning_rate: float | None = field(
-        default=None, metadata={"help": "Peak learning rate as it is; wins over base_lr × batch / 256."}
-    )
-    start_lr_ratio: float = field(default=0.0, metadata={"help": "Learning rate at the first step, over the peak."})
-    final_lr_ratio: float = field(default=0.0, metadata={"help": "Learning rate at the end of the run, over the peak."})
-    lr_scheduler_type: str = field(default="cosine", metadata={"help": "'cosine', the one that all recipes share."})
-    weight_decay: float = field(default=0.05, metadata={"help": "Weight decay, at the start of the run."})
-    weight_decay_end: float | None = field(
-        default=None, metadata={"help": "Weight decay at the end, reached on a half cosine; default: it is constant."}
-    )
-    adam_beta2: float = field(default=0.95, metadata={"help": "AdamW's second beta; I-JEPA and StoP use 0.999."})
-    max_grad_norm: float = field(default=0.0, metadata={"help": "Gradient norm to clip to; 0: no clipping."})
-    bf16: bool | None = field(
-        default=None, metadata={"help": "Mixed precision in bfloat16; default: where the GPU has it, unless fp16."}
-    )
-    max_skipped_steps: int = field(
-        default=10, metadata={"help": "Steps in a row without a finite loss and gradient after which the run stops."}
-    )
-    stop_on_collapse: bool = field(
-        default=False, metadata={"help": "End the run when its features collapse; else there is a warning."}
-    )
+    base_lr: float = 1.5e-4
+    learning_rate: float | None = None
+    start_lr_ratio: float = 0.0
+    final_lr_ratio: float = 0.0
+    lr_scheduler_type: str = "cosine"
+    weight_decay: float = 0.05
+    weight_decay_end: float | None = None
+    adam_beta2: float = 0.95
+    max_grad_norm: float = 0.0
+    bf16: bool | None = None
+    max_skipped_steps: int = 10
+    stop_on_collapse: bool = False
 
-    logging_steps: float = field(default=50, metadata={"help": "Log every so many steps (or share of the run)."})
-    logging_first_step: bool = field(default=True, metadata={"help": "Log the first step too."})
+    logging_steps: float = 50
+    logging_first_step: bool = True
     # Trainer's filter looks at every loss: a device synchronisation per step, and it would hide a NaN.
-    logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Leave NaN losses out of the log."})
-    remove_unused_columns: bool = field(default=False, metadata={"help": "Drop columns that the model does not take."})
-    label_names: list[str] | None = field(
-        default_factory=lambda: ["pixel_values"], metadata={"help": "Inputs without which there is no eval_loss."}
-    )
-    prediction_loss_only: bool = field(default=True, metadata={"help": "Evaluate the loss, collect no predictions."})
-    dataloader_drop_last: bool = field(default=True, metadata={"help": "Drop the last, smaller training batch."})
-    dataloader_persistent_workers: bool = field(default=True, metadata={"help": "Keep workers between epochs."})
-    ddp_find_unused_parameters: bool | None = field(
-        default=False, metadata={"help": "Search for parameters without a gradient; no model here has any."}
-    )
+    logging_nan_inf_filter: bool = False
+    remove_unused_columns: bool = False
+    label_names: list[str] | None = field(default_factory=lambda: ["pixel_values"])
+    prediction_loss_only: bool = True
+    dataloader_drop_last: bool = True
+    dataloader_persistent_workers: bool = True
+    ddp_find_unused_parameters: bool | None = False
     # The buffers are tables that never change, and a similarity target that each rank sets alike.
-    ddp_broadcast_buffers: bool | None = field(default=False, metadata={"help": "Send buffers from rank 0 each step."})
+    ddp_broadcast_buffers: bool | None = False
 
     def __post_init__(self):
         self._check_numbers()

@@ -18,6 +18,7 @@ from hf_mim.evaluation.encoder import FrozenEncoder, RawPixels
 from hf_mim.evaluation.features import FeatureExtractor
 from hf_mim.evaluation.health import Health
 from hf_mim.evaluation.knn import KNN
+from hf_mim.evaluation.measure import measure
 from hf_mim.evaluation.result import Result
 from hf_mim.pretraining.recipe import RunArguments
 from hf_mim.run_folder import HEALTH_RESULT, KNN_RESULT, TRAINING_RESULT, result_path
@@ -106,19 +107,16 @@ class Readout:
         }
         protocol = KNN(k=min(20, len(train)))
         extractors = {name: FeatureExtractor(encoder, batch_size, progress=False) for name, encoder in encoders.items()}
+        result = measure(protocol, extractors.pop("trained"), (train, test), folder)
         results = {name: protocol.run(extract, train, test) for name, extract in extractors.items()}
-        result = results["trained"]
-        result.settings |= _input_settings(extractors["trained"])
-        result.scores = {name: results[name].value for name in ("untrained", "raw pixels")}
+        result.scores = {name: other.value for name, other in results.items()}
         result.data["test"]["seen_in_pretraining"] = self.data["test_images_seen_in_pretraining"]
-        result.checkpoint, result.checkpoint_sha256 = folder.name, checkpoint_sha256(folder)
-        result.device = str(model.device)
         result.save(result_path(folder, KNN_RESULT))
         seen = ", seen in pretraining without their labels" if self.data["test_images_seen_in_pretraining"] else ""
         print(f"\n{protocol.k}-NN accuracy on {len(test):,} images of {self.data['test']}{seen};")
         print(f"{len(train):,} of {self.data['train']} vote; mean of the patch tokens:\n")
-        for name, value in results.items():
-            print(f"    {name:<12}{100 * value.value:5.1f} %")
+        for name, value in {"trained": result.value, **result.scores}.items():
+            print(f"    {name:<12}{100 * value:5.1f} %")
         return result
 
 
@@ -167,21 +165,10 @@ def health_record(model, augment, images, run: RunArguments, batch_size: int, fo
     sample = Images(fixed_sample(images, HEALTH_IMAGES), f"{source_name(run.dataset)}, split {run.train_split}")
     encoder = FrozenEncoder(model.base_model, *augment.statistics(), name=str(folder))
     extract = FeatureExtractor(encoder, batch_size, progress=False)
-    result = Health(num_images=HEALTH_IMAGES).run(extract, sample)
-    result.settings |= _input_settings(extract)
-    result.checkpoint, result.checkpoint_sha256 = folder.name, checkpoint_sha256(folder)
-    result.device = str(model.device)
+    result = measure(Health(num_images=HEALTH_IMAGES), extract, (sample,), folder)
     result.save(result_path(folder, HEALTH_RESULT))
     print(f"\n{result.headline()}. {result.notes[0]}")
     return result
-
-
-def _input_settings(extract: FeatureExtractor) -> dict:
-    """What the encoder was given, as `hf-mim evaluate` records it."""
-    encoder = extract.encoder
-    about = {"image_size": list(encoder.image_size), "dtype": str(encoder.dtype).removeprefix("torch.")}
-    about |= {"image_mean": encoder.mean, "image_std": encoder.std, "crop_fraction": extract.crop.fraction}
-    return about | {"untrained": False}
 
 
 def find_test_split(run: RunArguments, labelled: bool = False) -> tuple[Dataset | IterableDataset | None, str | None]:

@@ -6,10 +6,9 @@ over them `DEFAULTS`, and over these what the method's row in `hf_mim.methods` s
 """
 
 import dataclasses
-import difflib
 import os
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_type_hints
 
@@ -18,7 +17,7 @@ from transformers import PreTrainedConfig
 
 from hf_mim import methods
 from hf_mim.checks import check_license, least
-from hf_mim.pretraining.settings import read_yaml, to_type
+from hf_mim.pretraining.settings import read_yaml, suggestion, to_type
 from hf_mim.pretraining.trainer import MIMTrainingArguments
 
 DEFAULTS = {
@@ -57,59 +56,59 @@ RECORDED = (
 
 @dataclass
 class RunArguments:
-    """What a run is made of beside the model and the training. `help` texts are what `--help` prints."""
+    """What a run is made of beside the model and the training. `--help-all` prints these texts.
 
-    method: str = field(default="mae", metadata={"help": "the method"})
-    dataset: str | None = field(
-        default="digits",
-        metadata={
-            "help": "a folder of images, Parquet or Arrow files, WebDataset tars, a save_to_disk folder, the name of a "
-            'dataset on the Hub (owner/name or owner/name:config), or "digits" (embedded)'
-        },
-    )
-    train_split: str = field(default="train", metadata={"help": "the split to train on"})
-    test_dataset: str | None = field(default=None, metadata={"help": "images for the k-NN test; default: dataset"})
-    test_split: str | None = field(
-        default=None, metadata={"help": "their split; default: validation or test, else training images are used"}
-    )
-    image_column: str | None = field(default=None, metadata={"help": "default: found by its type"})
-    label_column: str | None = field(
-        default=None, metadata={"help": "default: found by its type; needed for no method"}
-    )
-    streaming: bool = field(default=False, metadata={"help": "read while training; needs max_steps"})
-    shuffle_buffer: int = field(
-        default=1000, metadata={"help": "images of a stream that are held in each worker, to draw from at random"}
-    )
-    crop_scale: tuple[float, float] = field(default=(0.2, 1.0), metadata={"help": "a crop's share of the image's area"})
-    crop_ratio: tuple[float, float] = field(
-        default=(0.75, 1.3333), metadata={"help": "a crop's width / height over that of image_size"}
-    )
-    flip_probability: float = field(default=0.5, metadata={"help": "of a left-right flip"})
-    grayscale_probability: float = field(default=0.0, metadata={"help": "of turning an image grey"})
-    blur_probability: float = field(default=0.0, metadata={"help": "of a Gaussian blur"})
-    blur_sigma: tuple[float, float] = field(default=(0.1, 2.0), metadata={"help": "its standard deviation, in pixels"})
-    image_mean: list[float] | None = field(
-        default=None, metadata={"help": "of each channel, pixels in [0, 1]; default: measured on 1,024 images"}
-    )
-    image_std: list[float] | None = field(default=None, metadata={"help": "likewise"})
-    knn: bool = field(
-        default=True, metadata={"help": "measure the features at the end by 20-NN, where there are labels"}
-    )
-    knn_train_images: int = field(default=10_000, metadata={"help": "at most so many labelled images to vote"})
-    knn_test_images: int = field(default=2_000, metadata={"help": "at most so many to classify"})
-    probe_every: int = field(
-        default=0,
-        metadata={
-            "help": "steps between measurements of k-NN (with labels) and health, logged beside the loss; 0: none"
-        },
-    )
-    probe_images: int = field(
-        default=2000, metadata={"help": "of which at most so many vote; a quarter as many are classified"}
-    )
-    license: str | None = field(
-        default=None, metadata={"help": "of the checkpoint, for its card: apache-2.0, cc-by-nc-4.0, ..."}
-    )
-    resume: bool = field(default=False, metadata={"help": "go on with the run in output_dir, by its own recipe.yaml"})
+    Args:
+        method: the method
+        dataset: a folder of images, Parquet or Arrow files, WebDataset tars, a save_to_disk folder, the name of a
+            dataset on the Hub (owner/name or owner/name:config), or "digits" (embedded)
+        train_split: the split to train on
+        test_dataset: images for the k-NN test; default: dataset
+        test_split: their split; default: validation or test, else training images are used
+        image_column: default: found by its type
+        label_column: default: found by its type; needed for no method
+        streaming: read while training; needs max_steps
+        shuffle_buffer: images of a stream that are held in each worker, to draw from at random
+        crop_scale: a crop's share of the image's area
+        crop_ratio: a crop's width / height over that of image_size
+        flip_probability: of a left-right flip
+        grayscale_probability: of turning an image grey
+        blur_probability: of a Gaussian blur
+        blur_sigma: its standard deviation, in pixels
+        image_mean, image_std: of each channel, pixels in [0, 1]; default: measured on 1,024 images
+        knn: measure the features at the end by 20-NN, where there are labels
+        knn_train_images: at most so many labelled images to vote
+        knn_test_images: at most so many to classify
+        probe_every: steps between measurements of k-NN (with labels) and health, logged beside the loss; 0: none
+        probe_images: of which at most so many vote; a quarter as many are classified
+        license: of the checkpoint, for its card: apache-2.0, cc-by-nc-4.0, ...
+        resume: continue the run in output_dir, by its own recipe.yaml
+    """
+
+    method: str = "mae"
+    dataset: str | None = "digits"
+    train_split: str = "train"
+    test_dataset: str | None = None
+    test_split: str | None = None
+    image_column: str | None = None
+    label_column: str | None = None
+    streaming: bool = False
+    shuffle_buffer: int = 1000
+    crop_scale: tuple[float, float] = (0.2, 1.0)
+    crop_ratio: tuple[float, float] = (0.75, 1.3333)
+    flip_probability: float = 0.5
+    grayscale_probability: float = 0.0
+    blur_probability: float = 0.0
+    blur_sigma: tuple[float, float] = (0.1, 2.0)
+    image_mean: list[float] | None = None
+    image_std: list[float] | None = None
+    knn: bool = True
+    knn_train_images: int = 10_000
+    knn_test_images: int = 2_000
+    probe_every: int = 0
+    probe_images: int = 2000
+    license: str | None = None
+    resume: bool = False
 
     def __post_init__(self):
         methods.get(self.method)
@@ -161,6 +160,14 @@ class Recipe:
     training: dict[str, Any]
 
     @classmethod
+    def read(cls, path: str | Path | None, given: dict[str, Any]) -> "Recipe":
+        """A recipe file, or with `resume` the one in the run folder `output_dir`, under the settings that are given."""
+        if path is None and str(given.get("resume")).lower() == "true" and "output_dir" in given:
+            held = Path(given["output_dir"]) / "recipe.yaml"
+            path = held if held.is_file() else None
+        return cls.resolve(read_yaml(path) if path else {}, given)
+
+    @classmethod
     def resolve(cls, *layers: dict[str, Any]) -> "Recipe":
         """Settings as given, each layer over those before it (file, command line), and all over the defaults.
 
@@ -200,7 +207,7 @@ class Recipe:
     def _fresh_folder(self) -> str:
         """runs/<dataset>_<method>, numbered from the second run on."""
         if self.run.resume:
-            raise ValueError("resume needs output_dir: the folder of the run to go on with")
+            raise ValueError("resume needs output_dir: the folder of the run to continue")
         source = re.sub(r"\W+", "_", Path(self.run.dataset).stem).strip("_")
         folder = Path("runs") / f"{source}_{self.run.method}"
         number = 1
@@ -236,12 +243,11 @@ def _typed(name: str, value: Any) -> Any:
 
 
 def field_type(name: str):
-    """The type of an argument. Raises ValueError for a name that there is not, with the nearest."""
+    """The type of an argument. Raises ValueError for a name that there is not, with what was meant."""
     fields = all_fields()
-    if name in fields:
-        return fields[name]
-    nearest = difflib.get_close_matches(name, fields, n=1, cutoff=0.5)
-    raise ValueError(f"unknown argument {name}" + (f"; did you mean {nearest[0]}?" if nearest else ""))
+    if name not in fields:
+        raise ValueError(f"unknown argument {name}{suggestion(name, fields)}")
+    return fields[name]
 
 
 def _plain(settings: dict[str, Any]) -> dict[str, Any]:

@@ -8,6 +8,7 @@ What is in the run folder afterwards, `hf_mim/run_folder.py` lists. With `--push
 
 import math
 import os
+import shlex
 import signal
 from pathlib import Path
 
@@ -158,7 +159,8 @@ def check_run_folder(folder: Path, recipe: Recipe):
     if not recipe.run.resume:
         if held:
             raise ValueError(
-                f"output_dir {folder} holds another run ({held[0]}); go on with it by --resume, or give another"
+                f"output_dir {folder} holds another run ({held[0]}); give another, "
+                f"or resume it with: {resume_command(folder)}"
             )
         return
     if RECIPE not in held:
@@ -171,6 +173,11 @@ def check_run_folder(folder: Path, recipe: Recipe):
     for name in model_fields(recipe.run.method):
         if getattr(old, name) != getattr(new, name):
             raise ValueError(f"{name} is {getattr(new, name)}, but the run in {folder} has {getattr(old, name)}")
+
+
+def resume_command(folder: Path) -> str:
+    """What continues the run in a folder, to be pasted into a shell."""
+    return f"hf-mim pretrain --resume --output_dir {shlex.quote(str(folder))}"
 
 
 def number_of_steps(args: MIMTrainingArguments, images: ImageDataset | ImageStream) -> int:

@@ -1,8 +1,9 @@
 """Text and YAML to typed values: what `HfArgumentParser` leaves open (`1e-4` in YAML, pairs on the command line)."""
 
+import difflib
 import re
 import types
-from collections.abc import Callable
+from collections.abc import Iterable
 from enum import Enum
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin
@@ -20,6 +21,31 @@ WORDS = {
     list: "a list like 1,2",
     tuple: "a pair like 1,2",
     types.NoneType: "none",
+}
+# Names that people bring from other programs → names here, of which a command may know some.
+BROUGHT = {
+    "accum_iter": ["gradient_accumulation_steps"],
+    "amp": ["bf16", "dtype"],
+    "arch": ["method", "size"],
+    "base_lr": ["learning_rates"],
+    "batch_size": ["per_device_train_batch_size"],
+    "blr": ["base_lr"],
+    "ckpt": ["resume"],
+    "data_dir": ["dataset"],
+    "data_path": ["dataset"],
+    "device": ["use_cpu"],
+    "epochs": ["num_train_epochs"],
+    "init": ["resume"],
+    "lr": ["base_lr", "learning_rate", "learning_rates"],
+    "learning_rate": ["base_lr", "learning_rates"],
+    "model": ["method", "size"],
+    "num_train_epochs": ["epochs"],
+    "num_workers": ["dataloader_num_workers"],
+    "per_device_train_batch_size": ["batch_size", "extract_batch_size"],
+    "resume_from_checkpoint": ["resume"],
+    "warmup_epochs": ["warmup_steps"],
+    "wd": ["weight_decay", "weight_decays"],
+    "workers": ["dataloader_num_workers", "num_workers"],
 }
 # What a value that is of another type raises on conversion.
 NOT_THIS = (ValueError, TypeError, OverflowError, StopIteration, yaml.YAMLError)
@@ -60,25 +86,10 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     return settings
 
 
-def split_options(arguments: list[str], is_flag: Callable[[str], bool]) -> tuple[dict[str, Any], list[str]]:
-    """(values of `--name value --name=value --flag`, as text or True; the words that belong to none)."""
-    options, words, rest = {}, [], list(arguments)
-    while rest:
-        word = rest.pop(0)
-        if not word.startswith("--"):
-            words.append(word)
-            continue
-        name, has_value, value = word[2:].partition("=")
-        name = name.replace("-", "_")
-        flag = is_flag(name)
-        if not has_value:
-            value = True
-            if rest and not rest[0].startswith("--") and (not flag or rest[0].lower() in ("true", "false")):
-                value = rest.pop(0)
-            elif not flag:
-                raise ValueError(f"{name} needs a value")
-        options[name] = value
-    return options, words
+def suggestion(name: str, known: Iterable[str]) -> str:
+    """What was meant by a name that there is not, as the end of a message; nothing where no known name is near."""
+    meant = [ours for ours in BROUGHT.get(name, ()) if ours in known] or difflib.get_close_matches(name, known, n=1)
+    return f"; did you mean {' or '.join(meant)}?" if meant else ""
 
 
 def to_type(name: str, value: Any, hint: Any) -> Any:
@@ -98,11 +109,19 @@ def type_in_words(hint: Any) -> str:
     if kind in (Union, types.UnionType):
         words = [type_in_words(argument) for argument in _alternatives(arguments)]
         return " or ".join(word for word in dict.fromkeys(words) if word != "a whole number" or "a number" not in words)
-    if kind is Literal:
-        return f"one of {', '.join(map(str, arguments))}"
-    if _is_enum(kind):
-        return f"one of {', '.join(member.value for member in kind)}"
+    if kind is Literal or _is_enum(kind):
+        return f"one of {', '.join(choices(kind if _is_enum(kind) else hint))}"
     return WORDS[kind]
+
+
+def choices(hint: Any) -> list[str]:
+    """The words that a type consists of; none for most."""
+    kind, arguments = get_origin(hint) or hint, get_args(hint)
+    if kind in (Union, types.UnionType):
+        return [word for argument in arguments for word in choices(argument)]
+    if kind is Literal:
+        return [str(argument) for argument in arguments]
+    return [member.value for member in kind] if _is_enum(kind) else []
 
 
 def _as(value: Any, hint: Any) -> Any:

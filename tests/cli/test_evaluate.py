@@ -9,8 +9,9 @@ from PIL import Image
 from transformers import BertConfig, BertModel
 
 from hf_mim.cli import main
-from hf_mim.cli.evaluate import EncoderArguments, argument_kinds, option_types
+from hf_mim.docstrings import argument_texts
 from hf_mim.evaluation import PROTOCOLS, load_protocol
+from hf_mim.evaluation.measure import EncoderArguments, Evaluation, argument_kinds, option_types
 from hf_mim.models.configuration_mae import MAEConfig
 from hf_mim.models.modeling_mae import MAEForPreTraining
 
@@ -91,13 +92,13 @@ def test_another_image_size_changes_the_grid(checkpoint, tmp_path):
 def test_every_option_of_every_protocol_is_explained_and_means_one_thing(protocol, capsys):
     kinds = argument_kinds(load_protocol(protocol))
     unused = getattr(load_protocol(protocol), "unused", ())
-    fields = [f for kind in kinds for f in dataclasses.fields(kind) if f.name not in unused]
-    names = [f.name for f in fields]
+    texts = [argument_texts(kind) for kind in kinds]
+    names = [f.name for kind in kinds for f in dataclasses.fields(kind) if f.name not in unused]
     assert len(set(names)) == len(names)
     assert evaluate(protocol, "--help") == 0
     printed = capsys.readouterr().out
-    for f in fields:
-        assert f.metadata["help"] and f"--{f.name}" in printed
+    for name in names:
+        assert any(text.get(name) for text in texts) and f"--{name}" in printed
 
 
 def test_help_lists_the_protocols(capsys):
@@ -185,3 +186,15 @@ def test_an_interrupted_evaluation_says_that_it_goes_on(checkpoint, capsys, monk
     monkeypatch.setattr(load_protocol("knn"), "run", interrupt)
     assert evaluate("knn", checkpoint, *SMALL) == 130
     assert "the same command goes on from them" in capsys.readouterr().err
+
+
+def test_a_library_user_measures_without_the_command_line(checkpoint):
+    evaluation = Evaluation(
+        "knn", str(checkpoint), {"dataset": "digits", "train_images": 60, "test_images": 20, "k": 5}
+    )
+    assert evaluation.path == checkpoint / "results" / "knn_digits_k_5_test_images_20_train_images_60.json"
+    result = evaluation()
+    assert result.settings["k"] == 5 and result.settings["image_size"] == [32, 32] and result.device == "cpu"
+    assert result.checkpoint == checkpoint.name and result.checkpoint_sha256 and result.seconds > 0
+    with pytest.raises(ValueError, match="dataset must be given: images with labels"):
+        Evaluation("knn", str(checkpoint), {})

@@ -4,11 +4,12 @@ import dataclasses
 from pathlib import Path
 
 import pytest
+from small_runs import read_recipe
 
 from hf_mim import methods
-from hf_mim.cli import parse, read_recipe
-from hf_mim.cli.help import documented, pretrain_help
-from hf_mim.pretraining.recipe import RUN_FIELDS, TRAINING_FIELDS, Recipe, all_fields, model_fields
+from hf_mim.cli import main, pretrain
+from hf_mim.docstrings import argument_texts
+from hf_mim.pretraining.recipe import RUN_FIELDS, TRAINING_FIELDS, Recipe, RunArguments, all_fields, model_fields
 from hf_mim.pretraining.settings import read_yaml, to_type
 from hf_mim.pretraining.trainer import MIMTrainingArguments
 
@@ -87,11 +88,11 @@ def test_yaml_reads_1e_4_as_a_number_and_no_as_a_word(write):
 
 
 def test_flags_and_values_are_told_apart():
-    path, given = parse(
-        ["--streaming", "r.yaml", "--flip-probability", "0", "--resume", "false", "--base_lr=1e-3", "--knn"]
-    )
-    assert path == "r.yaml"
-    assert given == {"streaming": True, "flip_probability": "0", "resume": "false", "base_lr": "1e-3", "knn": True}
+    words = "--streaming r.yaml --flip-probability 0 --resume false --base_lr=1e-3 --bf16 --image_mean -1,2 --knn"
+    paths, given = pretrain.command.read(words.split())
+    assert paths == ["r.yaml"]
+    assert given.pop("streaming") == given.pop("bf16") == given.pop("knn") == "true"
+    assert given == {"flip_probability": "0", "resume": "false", "base_lr": "1e-3", "image_mean": "-1,2"}
 
 
 @pytest.mark.parametrize("method", methods.rows(), ids=lambda method: method.name)
@@ -153,17 +154,31 @@ def test_output_dir_defaults_to_a_folder_that_no_run_has(tmp_path, monkeypatch):
     assert Recipe.resolve().training["output_dir"] == "runs/digits_mae_2"
 
 
-def test_help_shows_every_argument():
-    text = pretrain_help()
+def test_help_all_shows_every_argument(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "120")
+    assert main(["pretrain", "--help-all"]) == 0
+    text = capsys.readouterr().out
     missing = [name for name in all_fields() if name not in text]
     assert not missing
     assert all(len(line) <= 120 for line in text.splitlines())
     assert "--mask_ratio 0.9 " in text and "--mask_ratio 0.75 " in text  # Latent MIM's default and MAE's
+    assert "[mae|latent_mim|stop_jepa]" in text and "[tiny|small|base|large|huge|giant]" in text
+
+
+def test_the_short_help_tells_the_real_defaults(capsys):
+    assert main(["pretrain", "--help"]) == 0
+    text, real = capsys.readouterr().out, {}
+    for setting in reversed(pretrain.settings()):
+        real[setting.name] = setting.get_help_record(None)[0]
+    assert [f"--{name} {default}".rstrip() for name, default, _ in pretrain.MOST_USED] == [
+        real[name] for name, _, _ in pretrain.MOST_USED
+    ]
+    assert all(real[name] in text for name, _, _ in pretrain.MOST_USED) and "--help-all" in text
+    assert text.count("\n  hf-mim pretrain") == 3  # examples
 
 
 def test_every_own_argument_is_explained():
     for config_class in (method.config_class for method in methods.rows()):
-        texts = {name for base in config_class.__mro__ for name in documented(base)}
         sizes = {
             "num_channels",
             "hidden_size",
@@ -174,6 +189,6 @@ def test_every_own_argument_is_explained():
         }
         decoder = {"decoder_hidden_size", "decoder_num_attention_heads"}  # Latent MIM points to MAE's
         fields = {f.name for f in dataclasses.fields(config_class)} & set(all_fields())
-        assert fields - texts <= sizes | decoder
-    own = MIMTrainingArguments.__annotations__
-    assert all(f.metadata.get("help") for f in dataclasses.fields(MIMTrainingArguments) if f.name in own)
+        assert fields - argument_texts(config_class).keys() <= sizes | decoder
+    for own in (RunArguments, MIMTrainingArguments):
+        assert own.__annotations__.keys() <= argument_texts(own).keys()

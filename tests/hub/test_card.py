@@ -15,7 +15,7 @@ from PIL import Image
 from transformers import AutoModelForImageClassification, AutoModelForPreTraining, ViTConfig
 
 from hf_mim import methods
-from hf_mim.cli.card import card_command
+from hf_mim.cli import main
 from hf_mim.data.processor import image_processor
 from hf_mim.evaluation.checkpoint import checkpoint_sha256
 from hf_mim.evaluation.result import Result
@@ -405,14 +405,14 @@ def damage(folder, name, text):
 )
 def test_a_mistake_is_one_line_and_nothing_is_written(folder, capsys, arguments, change, message):
     change(folder)
-    assert card_command([str(folder), *arguments]) == 2
+    assert main(["card", str(folder), *arguments]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("error: ") and message in line
     assert not (folder / "README.md").exists()
 
 
 def test_the_command_writes_the_card(folder, capsys):
-    assert card_command([str(folder), "--license", "mit", "--repo_id", "me/photos"]) == 0
+    assert main(["card", str(folder), "--license", "mit", "--repo_id", "me/photos"]) == 0
     text = (folder / "README.md").read_text()
     assert "license: mit" in text and 'from_pretrained("me/photos")' in text and "\n# photos\n" in text
     assert str(folder / "README.md") in capsys.readouterr().out and not list(folder.glob("*.part"))

@@ -10,7 +10,7 @@ from authors import classifier_state, read, save_jepa, save_mae
 from safetensors.torch import save_file
 from transformers import AutoModelForPreTraining, BertConfig, BertModel, IJepaConfig, IJepaModel, PreTrainedModel
 
-from hf_mim.cli.convert import convert_command
+from hf_mim.cli import main
 from hf_mim.hub.convert import Conversion, convert
 
 HEADS = ("--set", "num_attention_heads=3", "decoder_num_attention_heads=4")
@@ -27,7 +27,7 @@ def run(tmp_path, capsys):
 
     def run(source, *words):
         capsys.readouterr()
-        status = convert_command([str(source), str(tmp_path / "dest"), *map(str, words)])
+        status = main(["convert", str(source), str(tmp_path / "dest"), *map(str, words)])
         captured = capsys.readouterr()
         assert (tmp_path / "dest").exists() == (status == 0)
         assert not list(tmp_path.glob(".dest*"))
@@ -102,11 +102,11 @@ def test_what_is_left_out_is_said(tmp_path, run):
         (["--set", "image_mean=0,0,nan"], "image_mean must have finite numbers, not ["),
         (["--set", "layer_norm_eps=-1"], "layer_norm_eps must be above 0"),
         (["--set", "num_attention_heads"], "--set needs name=value, not 'num_attention_heads'"),
-        (["--set"], "--set needs name=value"),
+        (["--set"], "set needs a value: name=value"),
         (["--method", "dino"], "method must be one of mae, latent_mim, stop_jepa, ijepa, not 'dino'"),
         (["--method", "stop"], "method must be mae for mae.pth (by its keys), not stop_jepa"),
-        (["--method"], "--method needs one of"),
-        (["--force"], "no option --force"),
+        (["--method"], "method needs a value: one of mae, latent_mim"),
+        (["--force"], "convert has no option force; there is method and set"),
         (["third"], "convert needs SOURCE and DEST"),
     ],
 )
@@ -246,14 +246,14 @@ def test_a_hostile_pickle_is_one_line(tmp_path, fails, monkeypatch):
 def test_dest_is_never_written_over(mae, tmp_path, capsys):
     for dest in (mae, tmp_path):
         before = sorted(tmp_path.rglob("*"))
-        assert convert_command([str(mae), str(dest), *HEADS]) == 2
+        assert main(["convert", str(mae), str(dest), *HEADS]) == 2
         assert "DEST must be a new folder" in capsys.readouterr().err
         assert sorted(tmp_path.rglob("*")) == before
     (tmp_path / "link").symlink_to(tmp_path / "nowhere")
-    assert convert_command([str(mae), str(tmp_path / "link"), *HEADS]) == 2
+    assert main(["convert", str(mae), str(tmp_path / "link"), *HEADS]) == 2
     assert "DEST must be a new folder, and" in capsys.readouterr().err
     (tmp_path / "empty").mkdir()
-    assert convert_command([str(mae), str(tmp_path / "empty"), *HEADS]) == 0
+    assert main(["convert", str(mae), str(tmp_path / "empty"), *HEADS]) == 0
     assert (tmp_path / "empty" / "config.json").exists()
 
 
@@ -262,7 +262,7 @@ def test_a_dest_that_cannot_be_made_is_told_before_reading(tmp_path, capsys, des
     (tmp_path / "link").symlink_to(tmp_path / "nowhere")
     (tmp_path / "file").write_text("")
     before = sorted(tmp_path.rglob("*"))
-    assert convert_command([str(tmp_path / "missing.pth"), str(tmp_path / dest)]) == 2
+    assert main(["convert", str(tmp_path / "missing.pth"), str(tmp_path / dest)]) == 2
     error = capsys.readouterr().err
     assert "DEST must be a folder that can be written" in error and error.count("\n") == 1
     assert sorted(tmp_path.rglob("*")) == before
@@ -296,5 +296,5 @@ def test_a_classifier_of_ten_channels_needs_its_normalisation(tmp_path):
 
 
 def test_help_names_the_sources(capsys):
-    assert convert_command(["--help"]) == 0
+    assert main(["convert", "--help"]) == 0
     assert "I-JEPA" in capsys.readouterr().out

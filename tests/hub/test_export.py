@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoImageProcessor, AutoModel, AutoModelForPreTraining, ViTConfig, ViTModel
 
 import hf_mim
-from hf_mim.cli.export import export_command
+from hf_mim.cli import main
 from hf_mim.data.processor import image_processor
 from hf_mim.hub import export as export_module
 from hf_mim.hub import key_tables
@@ -288,7 +288,7 @@ def test_an_export_that_fails_half_way_leaves_nothing(root, tmp_path, monkeypatc
 
 def fails(capsys, *words) -> str:
     """The one line that a mistaken command gives."""
-    assert export_command([str(word) for word in words]) == 2
+    assert main(["export", *map(str, words)]) == 2
     out, err = capsys.readouterr()
     assert out == "" and err.startswith("error: ") and err.count("\n") == 1
     return err
@@ -347,10 +347,10 @@ def test_a_checkpoint_that_is_not_ours_or_not_whole_is_one_line(others, tmp_path
         (["--to", "tensorflow"], "to must be one of transformers, timm, remote-code, onnx, not 'tensorflow'"),
         ([], "export needs --to transformers, timm, remote-code or onnx"),
         (["--to"], "to needs a value"),
-        (["--to", "timm", "--size", "3"], "unknown option --size; export has --to and --encoder"),
+        (["--to", "timm", "--size", "3"], "export has no option size; there is to and encoder"),
         (["--to", "timm", "--encoder", "both"], "encoder must be one of online, target, not 'both'"),
         (["--to", "timm", "--encoder", "target"], "MAEForPreTraining has only one"),
-        (["--to", "timm", "more"], "export needs CHECKPOINT and DEST, and was given"),
+        (["--to", "timm", "more"], "export needs CHECKPOINT and DEST, not"),
     ],
 )
 def test_a_mistaken_command_is_one_line(root, tmp_path, capsys, words, message):
@@ -389,7 +389,7 @@ def test_onnx_without_its_packages_is_one_line_that_names_the_extra(root, tmp_pa
 
 
 def test_the_command_prints_the_line_that_loads_what_it_wrote(root, tmp_path, capsys):
-    assert export_command([str(root / "mae" / "ours"), str(tmp_path / "new" / "dest"), "--to", "transformers"]) == 0
+    assert main(["export", str(root / "mae" / "ours"), str(tmp_path / "new" / "dest"), "--to", "transformers"]) == 0
     line = capsys.readouterr().out.strip()
     assert line == f'transformers.ViTMAEForPreTraining.from_pretrained("{tmp_path}/new/dest")'
     assert sorted(path.name for path in (tmp_path / "new").iterdir()) == ["dest"]

@@ -165,8 +165,9 @@ def test_uploads_that_fail_during_training_are_told_and_the_last_one_makes_up_fo
     script.write_text(
         "import sys, urllib.request\n"
         "from hf_mim.pretraining.run import Pretraining\n"
-        "from hf_mim.cli import read_recipe\n"
-        "run = Pretraining(read_recipe(sys.argv[1:]))\n"
+        "from hf_mim.cli.pretrain import command\n"
+        "from hf_mim.pretraining.recipe import Recipe\n"
+        "run = Pretraining(Recipe.read(None, command.read(sys.argv[1:])[1]))\n"
         "from transformers import TrainerCallback\n"
         "class Repair(TrainerCallback):\n"
         "    def on_train_end(self, args, state, control, **kwargs):\n"

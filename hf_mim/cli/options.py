@@ -1,0 +1,176 @@
+"""Fields of dataclasses as options of click commands, and the habits that all commands of hf-mim share.
+
+An option may be written with dashes or underscores, `--name value` or `--name=value`, a switch also `--name` alone.
+Values stay text here: `pretraining.settings.to_type` gives them their types. `--help` wins over every mistake.
+"""
+
+import dataclasses
+import inspect
+from collections.abc import Callable, Iterable, Iterator
+from itertools import groupby
+from typing import Any, get_args, get_type_hints
+
+import click
+
+from hf_mim.cli.errors import Mistake
+from hf_mim.docstrings import argument_texts
+from hf_mim.pretraining.settings import choices, suggestion, type_in_words
+
+HELP = {"-h", "--help"}
+CONTEXT = {
+    "help_option_names": sorted(HELP),
+    "max_content_width": 120,
+    "token_normalize_func": lambda name: name.replace("-", "_"),
+}
+
+
+class Setting(click.Option):
+    """An option with the type and the default that its help and its messages speak of."""
+
+    def __init__(self, name: str, hint: Any, default: Any = None, text: str = "", section: str = "options", **more):
+        super().__init__([f"--{name}"], help=text, **more)
+        self.hint, self.shown, self.section = hint, default, section
+
+    def is_alone(self, following: str) -> bool:
+        """Whether it stands without a value before this word: true, then. Raises Mistake for what is no switch."""
+        if self.hint is bool:
+            return following.lower() not in ("true", "false")
+        if following.startswith("--") and bool not in get_args(self.hint):
+            what = self.metavar or type_in_words(self.hint)
+            tells = "text" not in what and len(choices(self.hint)) < 10
+            raise Mistake(f"{self.name} needs a value" + (f": {what}" if tells else ""))
+        return following.startswith("--")
+
+    def get_help_record(self, ctx: click.Context) -> tuple[str, str]:
+        """The name with its default as it would be typed; what it means, and the words that it may be."""
+        default, words = self.shown, choices(self.hint)
+        default = ",".join(map(str, default)) if isinstance(default, list | tuple) else default
+        default = str(default).lower() if isinstance(default, bool) else default
+        left = f"--{self.name}" if default is None else f"--{self.name} {default}"
+        return left, f"{self.help} [{'|'.join(words)}]".lstrip() if words else self.help
+
+
+def settings_of(
+    cls: type, section: str, names: Iterable[str] | None = None, defaults: dict[str, Any] | None = None
+) -> list[Setting]:
+    """A `Setting` for each field of a dataclass, or for those of these names in their order, with other defaults.
+
+    The text is what the docstring says under `Args:`, or the field's own `metadata["help"]` in transformers' classes.
+    """
+    texts, fields = argument_texts(cls), {field.name: field for field in dataclasses.fields(cls)}
+    chosen = list(fields.values()) if names is None else [fields[name] for name in names]
+    hints = get_type_hints(cls) if any(isinstance(field.type, str) for field in chosen) else {}
+    settings = []
+    for field in chosen:
+        default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+        default = (defaults or {}).get(field.name, default)
+        text = texts.get(field.name) or field.metadata.get("help", "")
+        settings.append(Setting(field.name, hints.get(field.name, field.type), default, text, section))
+    return settings
+
+
+class Command(click.Command):
+    """`NAME WORD ... --option value ...`: calls `run(*words, **values)` with the values that were given, as text.
+
+    Args:
+        words: what has to be given without an option, such as ("SOURCE", "DEST").
+        settings: makes the options. It is called when they are needed, so that what it imports costs no other command.
+    """
+
+    complaint = "{command} has no option {name}"
+
+    def __init__(self, name: str, run: Callable, words: tuple[str, ...], settings: Callable, text: str, **more):
+        given = click.Argument(["words"], nargs=-1, metavar=" ".join(words))
+        super().__init__(name, CONTEXT, run, [given], help=text, options_metavar="[--option value ...]", **more)
+        self.words, self._make_settings, self._settings = words, settings, None
+
+    @property
+    def settings(self) -> list[Setting]:
+        """All that the help shows. An argument of several methods is there once for each of their defaults."""
+        if self._settings is None:
+            self._settings = self._make_settings()
+        return self._settings
+
+    def get_params(self, ctx: click.Context) -> list[click.Parameter]:
+        return [*super().get_params(ctx), *{setting.name: setting for setting in self.settings}.values()]
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter):
+        self.format_settings(ctx, formatter, self.settings)
+
+    def format_settings(self, ctx: click.Context, formatter: click.HelpFormatter, shown: list[Setting]):
+        for title, settings in groupby(shown, key=lambda setting: setting.section):
+            with formatter.section(title):
+                formatter.write_dl([setting.get_help_record(ctx) for setting in settings], col_max=38)
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        self._settings = None  # a method may have been registered since the last call
+        if HELP & set(args) or (self.no_args_is_help and not args):
+            click.echo(self.get_help(ctx))
+            ctx.exit()
+        try:
+            super().parse_args(ctx, list(self._spelled_out(args)))
+        except click.NoSuchOption as error:
+            raise Mistake(self.unknown(error.option_name, args)) from None
+        self.check_words(ctx.command_path.removeprefix("hf-mim "), ctx.params["words"])
+        return []
+
+    def _spelled_out(self, args: list[str]) -> Iterator[str]:
+        """A switch without a value gets `=true`: click would take whatever word comes next for its value."""
+        settings = {setting.name: setting for setting in self.settings}
+        for word, following in zip(args, [*args[1:], "--"], strict=False):
+            setting = settings.get(word[2:].replace("-", "_")) if word.startswith("--") else None
+            yield f"{word}=true" if setting is not None and setting.is_alone(following) else word
+
+    def check_words(self, path: str, words: tuple[str, ...]):
+        """Raise Mistake unless there are as many as there have to be."""
+        if len(words) != len(self.words):
+            needed = " and ".join(self.words) if len(self.words) > 1 else f"one {self.words[0]}"
+            raise Mistake(f"{path} needs {needed}, not {' and '.join(words) or 'none'}")
+
+    def unknown(self, option: str, args: list[str]) -> str:
+        """The message for an option that there is not."""
+        if not option.startswith("--"):  # click names the first letter
+            option = next((word for word in args if word.startswith(option)), option)
+        name, known = option.lstrip("-") or option, [setting.name for setting in self.settings]
+        hint = suggestion(name, known)
+        if not hint and len(known) < 5:
+            hint = f"; there is {' and '.join(known)}"
+        return self.complaint.format(command=self.name, name=name) + hint
+
+    def read(self, arguments: list[str]) -> tuple[list[str], dict[str, Any]]:
+        """The words and the values of a command line. Raises `Mistake`, a ValueError."""
+        return self._given(self.make_context(self.name, list(arguments)))
+
+    def invoke(self, ctx: click.Context) -> Any:
+        words, values = self._given(ctx)
+        return self.callback(*words, **values)
+
+    def _given(self, ctx: click.Context) -> tuple[list[str], dict[str, Any]]:
+        values = {name: value for name, value in ctx.params.items() if value is not None and name != "words"}
+        return list(ctx.params["words"]), values
+
+
+class Menu(click.Group):
+    """A choice of commands. `refuse(word)` is the message for what is none."""
+
+    def __init__(self, name: str, refuse: Callable[[str], str], text: str, **more):
+        super().__init__(name, context_settings=CONTEXT, help=inspect.cleandoc(text), options_metavar="", **more)
+        self.refuse = refuse
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(self.commands)
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        if not args:
+            args = ["--help"]
+        try:
+            return super().parse_args(ctx, args)
+        except click.NoSuchOption as error:
+            raise Mistake(self.refuse(error.option_name)) from None
+
+    def resolve_command(self, ctx: click.Context, args: list[str]):
+        name = args[0].replace("-", "_")
+        command = self.get_command(ctx, name)
+        if command is None:
+            raise Mistake(self.refuse(args[0]))
+        return name, command, args[1:]

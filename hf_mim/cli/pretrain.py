@@ -1,0 +1,153 @@
+"""`hf-mim pretrain [RECIPE.yaml] [--argument value ...]`."""
+
+import gc
+import signal
+import sys
+
+import click
+
+from hf_mim.cli.errors import Mistake, fail, say, told_in_one_line
+from hf_mim.cli.options import Command, Setting, settings_of
+from hf_mim.files import one_line
+
+TEXT = """\
+The command line goes over the recipe, the recipe over the defaults. Without any argument, MAE is pretrained on the
+embedded digits, with a small model. Pairs are written 64,96; --streaming means --streaming true."""
+
+# (name, default, text) of the options that most runs set. By hand, because the help is to be quick: to read them from
+# their classes takes seconds of imports. A test compares the two.
+MOST_USED = (
+    ("method", "mae", "mae, latent_mim or stop_jepa"),
+    (
+        "dataset",
+        "digits",
+        "a folder of images, Parquet, Arrow or tar files, owner/name on the Hub, or digits (embedded)",
+    ),
+    ("output_dir", "", "the run folder; default: runs/DATASET_METHOD"),
+    ("size", "base", "tiny, small, base, large, huge or giant; each of its parts can be set apart"),
+    ("image_size", "224", "side in pixels, or height,width"),
+    ("patch_size", "16", "side in pixels, or height,width; divides image_size"),
+    ("num_channels", "3", "of the images"),
+    ("num_train_epochs", "100", "passes over the images; or give max_steps"),
+    ("per_device_train_batch_size", "64", "images per device and step"),
+    ("base_lr", "0.00015", "peak learning rate for 256 images per step"),
+    ("bf16", "", "mixed precision; default: where the GPU has it"),
+    ("save_steps", "500", "steps from one checkpoint to the next"),
+    ("probe_every", "0", "steps from one measurement of the features to the next; 0: none"),
+    ("resume", "false", "continue the run in output_dir, by its own recipe.yaml"),
+    ("seed", "42", "of weights, crops, masks and order"),
+)
+EXAMPLES = """\
+\b
+Examples:
+  hf-mim pretrain
+  hf-mim pretrain --dataset ~/photos --size small --num_train_epochs 200
+  hf-mim pretrain --resume --output_dir runs/photos_mae
+
+These are the most used; hf-mim pretrain --help-all lists all."""
+
+# Of transformers' own arguments, those that most runs set; of the others only the names are printed.
+COMMON = (
+    "output_dir num_train_epochs max_steps per_device_train_batch_size gradient_accumulation_steps warmup_steps "
+    "adam_beta1 bf16 torch_compile dataloader_num_workers save_steps save_total_limit seed"
+).split()
+OTHERS = "and of transformers.TrainingArguments"
+
+
+def settings() -> list[Setting]:
+    """All arguments of a run, of the methods and of the training, with their defaults."""
+    from hf_mim import methods
+    from hf_mim.pretraining.recipe import DEFAULTS, TRAINING_FIELDS, RunArguments, model_fields
+    from hf_mim.pretraining.trainer import MIMTrainingArguments
+
+    fields = {method: list(model_fields(method.name)) for method in methods.rows()}
+    shared = set.intersection(*map(set, fields.values()))
+    found = settings_of(RunArguments, "the run")
+    first = methods.get(RunArguments.method)
+    found += settings_of(first.config_class, "the model", [name for name in fields[first] if name in shared])
+    for method, names in fields.items():
+        own = [name for name in names if name not in shared]
+        found += settings_of(method.config_class, f"the model, method {method.name}", own)
+    training = [*COMMON, *(name for name in MIMTrainingArguments.__annotations__ if name not in COMMON)]
+    found += settings_of(MIMTrainingArguments, "training", training, DEFAULTS)
+    return found + settings_of(MIMTrainingArguments, OTHERS, sorted(TRAINING_FIELDS.keys() - set(training)))
+
+
+class Pretrain(Command):
+    """Its help is short; `--help-all` is as that of other commands."""
+
+    complaint = "unknown argument {name}"
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        if {"--help-all", "--help_all"} & set(args):
+            click.echo(super().get_help(ctx))
+            ctx.exit()
+        return super().parse_args(ctx, args)
+
+    def get_help(self, ctx: click.Context) -> str:
+        formatter = ctx.make_formatter()
+        formatter.write_usage(ctx.command_path, "[RECIPE.yaml] [--option value ...]")
+        self.format_help_text(ctx, formatter)
+        with formatter.section("options"):
+            rows = [(f"--{name} {default}".rstrip(), text) for name, default, text in MOST_USED]
+            formatter.write_dl(rows, col_max=38)
+        formatter.write_paragraph()
+        formatter.write_text(EXAMPLES)
+        return formatter.getvalue().rstrip("\n")
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter):
+        others = [setting for setting in self.settings if setting.section == OTHERS]
+        self.format_settings(ctx, formatter, self.settings[: -len(others)])
+        with formatter.section(OTHERS):
+            formatter.write_text(", ".join(setting.name for setting in others))
+
+    def check_words(self, path: str, words: tuple[str, ...]):
+        if len(words) > 1:
+            raise Mistake(f"{words[1]!r} is one argument too many after the recipe {words[0]}")
+
+
+def run(recipe: str | None = None, **given: str) -> int:
+    """Train; returns the exit status. 75, where the run has saved itself, says to start it again."""
+    from accelerate import PartialState
+    from transformers.utils import logging
+
+    from hf_mim.data import BrokenImagesError, ImageFormatError
+    from hf_mim.pretraining.guard import INTERRUPTED, NonFiniteError
+    from hf_mim.pretraining.recipe import Recipe
+    from hf_mim.pretraining.run import Pretraining, resume_command
+
+    logging.disable_progress_bar()  # those of loading and saving; the training has its own
+    with told_in_one_line("nothing was written"):
+        pretraining = Pretraining(Recipe.read(recipe, given))
+    resume = f"resume with: {resume_command(pretraining.folder)}"
+    try:
+        if ended_by := pretraining():
+            say(f"{ended_by.name} has ended the run after a step; {resume}")
+            return INTERRUPTED
+    except (BrokenImagesError, ImageFormatError, NonFiniteError) as error:
+        print(file=sys.stderr)  # the end of the line that has the progress bar
+        return fail(one_line(error))
+    except OSError as error:
+        print(file=sys.stderr)
+        return fail(f"{one_line(error)}; {resume}")
+    except RuntimeError as error:
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler raises anew for each worker that is found dead
+        if "DataLoader worker" not in str(error):
+            raise
+        # It may be any rank's.
+        print(
+            f"\nerror: {one_line(error)}; a lower dataloader_num_workers takes less memory; {resume}", file=sys.stderr
+        )
+        return INTERRUPTED
+    except KeyboardInterrupt:
+        print(f"\ninterrupted; from the last checkpoint, {resume}", file=sys.stderr)
+        return 130
+    finally:
+        del pretraining  # what holds the process group has to be gone before it, or its threads may outlive Python
+        gc.collect()
+        PartialState().destroy_process_group()
+    return 0
+
+
+SUMMARY = "pretrain MAE, Latent MIM or StoP-JEPA on images"
+command = Pretrain("pretrain", run, ("[RECIPE.yaml]",), settings, TEXT, short_help=SUMMARY)

@@ -1,0 +1,159 @@
+"""One measurement: a protocol, a checkpoint's encoder and data become a `Result` that says what it was measured on.
+
+    from hf_mim.evaluation.measure import Evaluation
+
+    evaluation = Evaluation("knn", "runs/digits_mae", {"dataset": "digits", "k": 5})  # checks everything
+    evaluation().save("knn.json")
+
+Three dataclasses say what a protocol can be told: `EncoderArguments`, that of the images that it needs
+(`data_arguments.NEEDS`), and the protocol's own. `measure` is the same for an encoder and images that are loaded.
+"""
+
+import dataclasses
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, get_type_hints
+
+import torch
+
+from hf_mim.checks import least
+from hf_mim.data.sources import source_name
+from hf_mim.docstrings import argument_texts
+from hf_mim.evaluation import load_protocol
+from hf_mim.evaluation.cache import default_cache
+from hf_mim.evaluation.checkpoint import checkpoint_sha256
+from hf_mim.evaluation.data_arguments import NEEDS
+from hf_mim.evaluation.encoder import FrozenEncoder
+from hf_mim.evaluation.features import FeatureExtractor
+from hf_mim.evaluation.result import Result
+
+
+@dataclass
+class EncoderArguments:
+    """How the encoder is loaded and run.
+
+    Args:
+        image_size: side, or height,width, that the encoder is to see; default: its own
+        image_mean, image_std: default: the image processor's
+        untrained: the same architecture with random weights, to compare
+        dtype: bfloat16: autocast
+        device: default: the accelerator, or else the CPU
+        extract_batch_size: images at a time; changes no feature
+        num_workers: processes that decode
+        cache: folder that keeps features (default: ~/.cache/hf_mim/features), or none
+        output: file of the result; default: in CHECKPOINT/results
+
+    Raises:
+        ValueError: a value outside its range, in one line that names the argument.
+    """
+
+    image_size: int | list[int] | None = None
+    image_mean: list[float] | None = None
+    image_std: list[float] | None = None
+    untrained: bool = False
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    device: str | None = None
+    extract_batch_size: int = 64
+    num_workers: int = 0
+    cache: str = "default"
+    output: str | None = None
+
+    def __post_init__(self):
+        if isinstance(self.image_size, list) and len(self.image_size) != 2:
+            raise ValueError(f"image_size must be a side or height,width, not {self.image_size}")
+        least(1, extract_batch_size=self.extract_batch_size)
+        least(0, num_workers=self.num_workers)
+        if (self.image_mean is None) != (self.image_std is None):
+            raise ValueError("image_mean and image_std must be given together")
+        if self.device is not None:
+            try:
+                torch.empty(0, device=self.device)
+            except (RuntimeError, AssertionError):  # unknown to torch, or not in this machine
+                raise ValueError(f"device must be one that this machine has, such as cpu, not {self.device}") from None
+
+    def extractor(self, checkpoint: str, crop) -> FeatureExtractor:
+        """The checkpoint's encoder, ready to extract features."""
+        size = tuple(self.image_size) if isinstance(self.image_size, list) else self.image_size
+        dtype = getattr(torch, self.dtype)
+        encoder = FrozenEncoder.load(checkpoint, size, self.device, dtype, self.image_mean, self.image_std)
+        if self.untrained:
+            encoder = encoder.untrained()
+        cache = {"default": default_cache(), "none": None}.get(self.cache, Path(self.cache))
+        return FeatureExtractor(encoder, self.extract_batch_size, self.num_workers, cache, crop)
+
+
+class Evaluation:
+    """One measurement, ready to start.
+
+    Args:
+        protocol: a name in `hf_mim.evaluation.PROTOCOLS`.
+        checkpoint: a folder, or a name on the Hub.
+        values: options by name (`option_types`) with values of their types.
+
+    Raises:
+        ValueError: before any work, in one line, if the measurement cannot be made.
+    """
+
+    def __init__(self, protocol: str, checkpoint: str, values: dict[str, Any]):
+        kinds = argument_kinds(protocol_class := load_protocol(protocol))
+        encoder, source, self.protocol = (
+            kind(**{name: value for name, value in values.items() if name in field_types(kind)}) for kind in kinds
+        )
+        if protocol_class.needs != "nothing" and source.dataset is None:
+            raise ValueError(f"dataset must be given: {argument_texts(type(source))['dataset']}")
+        self.checkpoint = checkpoint
+        self.extract = encoder.extractor(checkpoint, source.crop())
+        self.splits = source.load()
+
+    def __call__(self) -> Result:
+        """Measure."""
+        return measure(self.protocol, self.extract, self.splits, self.checkpoint)
+
+
+def measure(protocol, extract: FeatureExtractor, splits: tuple, checkpoint: str | Path) -> Result:
+    """Run a protocol on the features of a checkpoint's encoder.
+
+    Args:
+        protocol: such as `KNN(k=5)`.
+        extract: with the encoder of the checkpoint, or its untrained twin.
+        splits: the images that `protocol.run` takes after `extract`.
+        checkpoint: folder, or name on the Hub.
+
+    Returns:
+        The protocol's result, which also says the checkpoint and its hash (none if untrained), the device, the seconds
+        that it took, and in its settings how the encoder saw the images.
+    """
+    start, encoder = time.perf_counter(), extract.encoder
+    result = protocol.run(extract, *splits)
+    result.seconds = round(time.perf_counter() - start, 1)
+    result.checkpoint, result.device = source_name(checkpoint), str(encoder.device)
+    result.checkpoint_sha256 = None if encoder.is_untrained else checkpoint_sha256(checkpoint)
+    about = {
+        "image_size": list(encoder.image_size),
+        "dtype": str(encoder.dtype).removeprefix("torch."),
+        "image_mean": encoder.mean,
+        "image_std": encoder.std,
+        "crop_fraction": extract.crop.fraction,
+    }
+    offered = option_types(type(protocol))
+    result.settings |= {name: value for name, value in about.items() if name in offered}
+    result.settings["untrained"] = encoder.is_untrained
+    return result
+
+
+def argument_kinds(protocol: type) -> tuple[type, type, type]:
+    """The dataclasses that say what a protocol can be told: of the encoder, of the images, its own."""
+    return EncoderArguments, NEEDS[protocol.needs], protocol
+
+
+def option_types(protocol: type) -> dict[str, Any]:
+    """Name → type of every option. A protocol may have no use for some of the encoder's: it lists them as `unused`."""
+    types = {name: hint for kind in argument_kinds(protocol) for name, hint in field_types(kind).items()}
+    return {name: hint for name, hint in types.items() if name not in getattr(protocol, "unused", ())}
+
+
+def field_types(kind: type) -> dict[str, Any]:
+    """Name → type of a dataclass's fields."""
+    hints = get_type_hints(kind)
+    return {f.name: hints[f.name] for f in dataclasses.fields(kind)}
