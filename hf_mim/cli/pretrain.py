@@ -57,16 +57,17 @@ OTHERS = "and of transformers.TrainingArguments"
 def settings() -> list[Setting]:
     """All arguments of a run, of the methods and of the training, with their defaults."""
     from hf_mim import methods
-    from hf_mim.pretraining.recipe import DEFAULTS, TRAINING_FIELDS, RunArguments, model_fields
+    from hf_mim.pretraining.recipe import DEFAULTS, TRAINING_FIELDS, RunArguments, all_fields, model_fields
     from hf_mim.pretraining.trainer import MIMTrainingArguments
 
-    fields = {method: list(model_fields(method.name)) for method in methods.rows()}
+    fields = {method.name: list(model_fields(method.name)) for method in methods.rows()}
     shared = set.intersection(*map(set, fields.values()))
+    first, *_ = methods.rows()
     found = settings_of(RunArguments, "the run")
-    first = methods.get(RunArguments.method)
-    found += settings_of(first.config_class, "the model", [name for name in fields[first] if name in shared])
-    for method, names in fields.items():
-        own = [name for name in names if name not in shared]
+    found[0].hint = all_fields()["method"]  # which methods there are is known only now
+    found += settings_of(first.config_class, "the model", [name for name in fields[first.name] if name in shared])
+    for method in methods.rows():
+        own = [name for name in fields[method.name] if name not in shared]
         found += settings_of(method.config_class, f"the model, method {method.name}", own)
     training = [*COMMON, *(name for name in MIMTrainingArguments.__annotations__ if name not in COMMON)]
     found += settings_of(MIMTrainingArguments, "training", training, DEFAULTS)

@@ -19,6 +19,7 @@ from hf_mim import methods
 from hf_mim.checks import check_license, least
 from hf_mim.pretraining.settings import read_yaml, suggestion, to_type
 from hf_mim.pretraining.trainer import MIMTrainingArguments
+from hf_mim.run_folder import RECIPE
 
 DEFAULTS = {
     "num_train_epochs": 100,
@@ -163,7 +164,7 @@ class Recipe:
     def read(cls, path: str | Path | None, given: dict[str, Any]) -> "Recipe":
         """A recipe file, or with `resume` the one in the run folder `output_dir`, under the settings that are given."""
         if path is None and str(given.get("resume")).lower() == "true" and "output_dir" in given:
-            held = Path(given["output_dir"]) / "recipe.yaml"
+            held = Path(given["output_dir"]) / RECIPE
             path = held if held.is_file() else None
         return cls.resolve(read_yaml(path) if path else {}, given)
 

@@ -192,7 +192,6 @@ def test_a_library_user_measures_without_the_command_line(checkpoint):
     evaluation = Evaluation(
         "knn", str(checkpoint), {"dataset": "digits", "train_images": 60, "test_images": 20, "k": 5}
     )
-    assert evaluation.path == checkpoint / "results" / "knn_digits_k_5_test_images_20_train_images_60.json"
     result = evaluation()
     assert result.settings["k"] == 5 and result.settings["image_size"] == [32, 32] and result.device == "cpu"
     assert result.checkpoint == checkpoint.name and result.checkpoint_sha256 and result.seconds > 0
