@@ -4,8 +4,7 @@ from typing import ClassVar, Literal
 
 from huggingface_hub.dataclasses import strict
 
-from .configuration_mae import check_decoder, fill_decoder_sizes, num_visible
-from .configuration_vit import MIMConfig
+from .configuration_vit import MIMConfig, check_decoder, fill_decoder_sizes, num_visible
 from .target_encoder import check_momentum
 
 

@@ -1,11 +1,10 @@
 """Configuration of MAE (He et al., CVPR 2022, arXiv 2111.06377)."""
 
 import math
-from collections.abc import Callable
 
 from huggingface_hub.dataclasses import strict
 
-from .configuration_vit import MIMConfig, check_width
+from .configuration_vit import MIMConfig, check_decoder, fill_decoder_sizes, num_visible
 
 
 @strict
@@ -45,35 +44,3 @@ class MAEConfig(MIMConfig):
     def num_visible(self, grid: tuple[int, int]) -> int:
         """Patches that stay visible on a grid. Raises ValueError if that is none or all."""
         return num_visible(self.mask_ratio, grid, rounding=int)
-
-
-def fill_decoder_sizes(config):
-    """Where unset: the paper's 512 × 16 heads at ViT-Base and above, in proportion below."""
-    if config.decoder_hidden_size is None:
-        config.decoder_hidden_size = min(512, max(32, config.hidden_size * 2 // 3 // 32 * 32))
-    if config.decoder_num_attention_heads is None:
-        config.decoder_num_attention_heads = max(1, config.decoder_hidden_size // 32)
-
-
-def check_decoder(config):
-    """Raise ValueError for decoder sizes that do not fit."""
-    check_width(
-        "decoder_hidden_size",
-        config.decoder_hidden_size,
-        "decoder_num_attention_heads",
-        config.decoder_num_attention_heads,
-    )
-    if config.decoder_num_hidden_layers < 1:
-        raise ValueError(f"decoder_num_hidden_layers must be at least 1, got {config.decoder_num_hidden_layers}")
-
-
-def num_visible(mask_ratio: float, grid: tuple[int, int], rounding: Callable, least_masked: int = 1) -> int:
-    """How many patches of a grid stay visible. Raises ValueError for a ratio that keeps nothing or everything."""
-    num_patches = grid[0] * grid[1]
-    visible = rounding(num_patches * (1 - mask_ratio)) if 0 <= mask_ratio <= 1 else 0
-    if not 1 <= visible <= num_patches - least_masked:
-        raise ValueError(
-            f"mask_ratio must leave between 1 and {num_patches - least_masked} of the {num_patches} patches visible, "
-            f"got {mask_ratio}, which leaves {visible}"
-        )
-    return visible

@@ -1,12 +1,13 @@
 """Configuration of StoP-JEPA (Bar et al., ICML 2024, arXiv 2308.00566) and of I-JEPA, its case without noise."""
 
 import math
+from dataclasses import fields
 from typing import ClassVar, Literal
 
 from huggingface_hub.dataclasses import strict
 
 from .configuration_vit import MIMConfig, check_width
-from .masking import check_blocks
+from .masking import BlockMasks
 from .target_encoder import check_momentum
 
 
@@ -44,13 +45,13 @@ class StopJepaConfig(MIMConfig):
     tie_noise_projection: bool = True
     use_mask_token: bool = True
     position_embedding: Literal["sincos", "learned"] = "sincos"
-    num_targets: int = 4
-    target_scale: list[float | int] | tuple[float | int, float | int] = (0.15, 0.2)
-    target_aspect_ratio: list[float | int] | tuple[float | int, float | int] = (0.75, 1.5)
-    context_scale: list[float | int] | tuple[float | int, float | int] = (0.85, 1.0)
-    mask_trim: Literal["random", "raster"] = "random"
-    block_range: Literal["inclusive", "exclusive"] = "inclusive"
-    num_candidates: int = 4
+    num_targets: int = BlockMasks.num_targets
+    target_scale: list[float | int] | tuple[float | int, float | int] = BlockMasks.target_scale
+    target_aspect_ratio: list[float | int] | tuple[float | int, float | int] = BlockMasks.target_aspect_ratio
+    context_scale: list[float | int] | tuple[float | int, float | int] = BlockMasks.context_scale
+    mask_trim: Literal["random", "raster"] = BlockMasks.mask_trim
+    block_range: Literal["inclusive", "exclusive"] = BlockMasks.block_range
+    num_candidates: int = BlockMasks.num_candidates
     predictor_hidden_size: int | None = None
     predictor_num_hidden_layers: int | None = None
     predictor_num_attention_heads: int | None = None
@@ -84,13 +85,12 @@ class StopJepaConfig(MIMConfig):
         if self.use_cls_token:
             raise ValueError("use_cls_token must be False: I-JEPA and StoP have no CLS token")
         check_momentum(self)
-        check_blocks(self.grid_size, **self.masking)
+        self.masking.check(self.grid_size)
 
     @property
-    def masking(self) -> dict:
-        """Arguments of `sample_multi_block`."""
-        names = ("num_targets", "target_scale", "target_aspect_ratio", "context_scale")
-        return {name: getattr(self, name) for name in (*names, "mask_trim", "block_range", "num_candidates")}
+    def masking(self) -> BlockMasks:
+        """What `sample_multi_block` draws."""
+        return BlockMasks(**{field.name: getattr(self, field.name) for field in fields(BlockMasks)})
 
     @property
     def learned_positions(self) -> bool:

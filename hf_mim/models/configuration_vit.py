@@ -1,6 +1,7 @@
 """Configuration that the three methods share: what makes a ViT encoder."""
 
 import math
+from collections.abc import Callable
 from typing import ClassVar, Literal
 
 from huggingface_hub.dataclasses import strict
@@ -31,6 +32,38 @@ def check_width(width_name: str, width: int, heads_name: str, heads: int):
             f"{width_name} must be divisible by {heads_name} and by 4 (for the position table), "
             f"got {width_name}={width} with {heads_name}={heads}"
         )
+
+
+def fill_decoder_sizes(config):
+    """Where unset: the paper's 512 × 16 heads at ViT-Base and above, in proportion below."""
+    if config.decoder_hidden_size is None:
+        config.decoder_hidden_size = min(512, max(32, config.hidden_size * 2 // 3 // 32 * 32))
+    if config.decoder_num_attention_heads is None:
+        config.decoder_num_attention_heads = max(1, config.decoder_hidden_size // 32)
+
+
+def check_decoder(config):
+    """Raise ValueError for decoder sizes that do not fit."""
+    check_width(
+        "decoder_hidden_size",
+        config.decoder_hidden_size,
+        "decoder_num_attention_heads",
+        config.decoder_num_attention_heads,
+    )
+    if config.decoder_num_hidden_layers < 1:
+        raise ValueError(f"decoder_num_hidden_layers must be at least 1, got {config.decoder_num_hidden_layers}")
+
+
+def num_visible(mask_ratio: float, grid: tuple[int, int], rounding: Callable, least_masked: int = 1) -> int:
+    """How many patches of a grid stay visible. Raises ValueError for a ratio that keeps nothing or everything."""
+    num_patches = grid[0] * grid[1]
+    visible = rounding(num_patches * (1 - mask_ratio)) if 0 <= mask_ratio <= 1 else 0
+    if not 1 <= visible <= num_patches - least_masked:
+        raise ValueError(
+            f"mask_ratio must leave between 1 and {num_patches - least_masked} of the {num_patches} patches visible, "
+            f"got {mask_ratio}, which leaves {visible}"
+        )
+    return visible
 
 
 @strict

@@ -22,6 +22,7 @@ flip symmetry as it is. 256 images at 14x14 take 1.5 ms on one core.
 """
 
 import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -49,104 +50,103 @@ def gather(tokens: Tensor, ids: Tensor) -> Tensor:
     return tokens.flatten(0, 1).index_select(0, (first + ids).flatten()).unflatten(0, ids.shape)
 
 
+@dataclass(frozen=True)
+class BlockMasks:
+    """Which target blocks and context block `sample_multi_block` draws; the defaults are those of I-JEPA.
+
+    Args:
+        num_targets: target blocks for each image, M.
+        target_scale, context_scale: lowest and highest share of the grid's patches in one block.
+        target_aspect_ratio: lowest and highest height / width of a target. The context block has the grid's own ratio.
+        mask_trim: which patches are removed from a context that is too long: any (`random`), or the last in `raster`
+            order (as released).
+        block_range: `inclusive` puts blocks anywhere. `exclusive` never puts them on the last row and column (as
+            released); a block as large as the grid is first made smaller by one.
+        num_candidates: masks drawn for each image, of which the one with the largest context is kept.
+    """
+
+    num_targets: int = 4
+    target_scale: Range = (0.15, 0.2)
+    target_aspect_ratio: Range = (0.75, 1.5)
+    context_scale: Range = (0.85, 1.0)
+    mask_trim: str = "random"
+    block_range: str = "inclusive"
+    num_candidates: int = 4
+
+    def check(self, grid: tuple[int, int]) -> None:
+        """Raise a ValueError that names the argument if no blocks can be drawn on a grid of `(rows, columns)`."""
+        for name, known in (("mask_trim", ("random", "raster")), ("block_range", ("inclusive", "exclusive"))):
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name} must be {known[0]!r} or {known[1]!r}, not {getattr(self, name)!r}")
+        for name in ("num_targets", "num_candidates"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+        for name, most in (("target_scale", 1), ("context_scale", 1), ("target_aspect_ratio", math.inf)):
+            bounds = getattr(self, name)
+            if len(bounds) != 2 or not 0 < bounds[0] <= bounds[1] <= most:
+                raise ValueError(f"{name} must be (low, high) with 0 < low <= high <= {most}, not {tuple(bounds)}")
+        rows, columns = grid
+        if self.block_range == "exclusive" and min(grid) < 2:
+            raise ValueError(f"block_range='exclusive' needs two rows and columns of patches, not {rows}x{columns}")
+        height, _ = _block_size(grid, self.target_scale[1], self.target_aspect_ratio[1], "inclusive")
+        _, width = _block_size(grid, self.target_scale[1], self.target_aspect_ratio[0], "inclusive")
+        if height > rows or width > columns:
+            raise ValueError(
+                f"target_scale={self.target_scale} with target_aspect_ratio={self.target_aspect_ratio} gives target "
+                f"blocks up to {height} patches high and {width} wide, larger than the grid of {rows}x{columns} patches"
+            )
+
+
 @torch.compiler.disable  # the number of context patches is data, which no compiled graph can hold
 @torch.no_grad()
 def sample_multi_block(
     batch_size: int,
     grid: tuple[int, int],
-    *,
-    num_targets: int = 4,
-    target_scale: Range = (0.15, 0.2),
-    target_aspect_ratio: Range = (0.75, 1.5),
-    context_scale: Range = (0.85, 1.0),
-    mask_trim: str = "random",
-    block_range: str = "inclusive",
-    num_candidates: int = 4,
+    masking: BlockMasks = BlockMasks(),  # noqa: B008 (frozen)
     device: torch.device | str | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Draw for each image `num_targets` target blocks, and as context one large block less the targets (I-JEPA, A.1).
+    """Draw the target blocks of each image, and as its context one large block without the targets (I-JEPA, A.1).
 
     The sizes of the blocks are drawn once for the batch, which has to be rectangular; their places for each image.
-    Targets of one image may overlap each other; the context overlaps none of them and is never empty. All contexts are
-    cut to the smallest of the batch, so each image draws `num_candidates` times and keeps the largest context.
+    Targets of one image may overlap each other. The context overlaps none of them and is never empty. All contexts are
+    cut to the length of the smallest one in the batch. That costs less because each image draws `num_candidates` masks
+    and keeps the one with the largest context.
 
     Args:
         grid: rows and columns of patches.
-        num_targets: target blocks for each image, M.
-        target_scale, context_scale: lowest and highest share of the grid's patches in one block.
-        target_aspect_ratio: lowest and highest height / width of a target. The context block has the grid's own ratio.
-        mask_trim: which patches a context is cut by: any, `random`, or the last in `raster` order (as released).
-        block_range: `inclusive` puts blocks anywhere; `exclusive` never on the last row and column (as released), for
-            which a block as large as the grid is first made smaller by one.
-        device: where the ids go. They are always drawn on the CPU. Their number has to reach the host, and to fetch it
-            from an accelerator would drain its queue at every step; sent from pinned memory, they wait for nothing.
+        masking: sizes and numbers of the blocks.
+        device: where the ids go. They are always drawn on the CPU: their number must reach the host, and the host would
+            have to wait for an accelerator at every step. The copy from pinned memory makes nobody wait.
 
-    Returns the context ids `[B, Nc]`, ascending, and target ids `[B, M, Nt]`, each block in raster order: int64,
-    settled by `torch.manual_seed`. Raises ValueError as `check_blocks` does, and if the targets leave no context.
+    Returns the context ids `[B, Nc]`, ascending, and target ids `[B, M, Nt]`, each block in raster order. Both are
+    int64 and follow from `torch.manual_seed`. Raises ValueError as `BlockMasks.check` does, and if the targets leave no
+    context.
     """
-    settings = num_targets, target_scale, target_aspect_ratio, context_scale, mask_trim, block_range, num_candidates
-    check_blocks(grid, *settings)
+    masking.check(grid)
     at_scale, at_aspect, at_context = torch.rand(3).tolist()
-    size = _block_size(grid, _between(target_scale, at_scale), _between(target_aspect_ratio, at_aspect), block_range)
-    target_blocks = _blocks_everywhere(grid, size, block_range)
-    size = _block_size(grid, _between(context_scale, at_context), grid[0] / grid[1], block_range)
-    masks = [_as_masks(blocks, grid) for blocks in (target_blocks, _blocks_everywhere(grid, size, block_range))]
+    scale, aspect_ratio = _between(masking.target_scale, at_scale), _between(masking.target_aspect_ratio, at_aspect)
+    target_blocks = _blocks_everywhere(grid, scale, aspect_ratio, masking.block_range)
+    scale, aspect_ratio = _between(masking.context_scale, at_context), grid[0] / grid[1]
+    context_blocks = _blocks_everywhere(grid, scale, aspect_ratio, masking.block_range)
+    target_masks, context_masks = _as_masks(target_blocks, grid), _as_masks(context_blocks, grid)
 
-    places, context = _draw(batch_size, *masks, num_targets, num_candidates)
+    counts = masking.num_targets, masking.num_candidates
+    places, context = _draw(batch_size, target_masks, context_masks, *counts)
     for _ in range(MAX_REDRAWS):
         empty = (~context.any(dim=1)).nonzero()[:, 0]
         if len(empty) == 0:
             break
-        places[empty], context[empty] = _draw(len(empty), *masks, num_targets, num_candidates)
+        places[empty], context[empty] = _draw(len(empty), target_masks, context_masks, *counts)
     else:
         raise ValueError(
-            f"target_scale={target_scale} with num_targets={num_targets} leaves no context on a grid of "
-            f"{grid[0]}x{grid[1]} patches (tried {MAX_REDRAWS} times): lower one of the two"
+            f"target_scale={masking.target_scale} with num_targets={masking.num_targets} leaves no context on a grid "
+            f"of {grid[0]}x{grid[1]} patches (tried {MAX_REDRAWS} times): lower one of the two"
         )
 
-    ids = _trim(context, mask_trim), target_blocks[places]
+    ids = _trim(context, masking.mask_trim), target_blocks[places]
     if device is not None and torch.device(device).type == "cuda":
         ids = ids[0].pin_memory(), ids[1].pin_memory()
     return ids[0].to(device, non_blocking=True), ids[1].to(device, non_blocking=True)
-
-
-def check_blocks(
-    grid: tuple[int, int],
-    num_targets: int = 4,
-    target_scale: Range = (0.15, 0.2),
-    target_aspect_ratio: Range = (0.75, 1.5),
-    context_scale: Range = (0.85, 1.0),
-    mask_trim: str = "random",
-    block_range: str = "inclusive",
-    num_candidates: int = 4,
-) -> None:
-    """Raise a ValueError that names the argument if `sample_multi_block` cannot work with these on this grid."""
-    for name, value, known in (
-        ("mask_trim", mask_trim, ("random", "raster")),
-        ("block_range", block_range, ("inclusive", "exclusive")),
-    ):
-        if value not in known:
-            raise ValueError(f"{name} must be {known[0]!r} or {known[1]!r}, not {value!r}")
-    for name, count in (("num_targets", num_targets), ("num_candidates", num_candidates)):
-        if count < 1:
-            raise ValueError(f"{name} must be at least 1, not {count}")
-    for name, bounds, most in (
-        ("target_scale", target_scale, 1),
-        ("context_scale", context_scale, 1),
-        ("target_aspect_ratio", target_aspect_ratio, math.inf),
-    ):
-        if len(bounds) != 2 or not 0 < bounds[0] <= bounds[1] <= most:
-            raise ValueError(f"{name} must be (low, high) with 0 < low <= high <= {most}, not {tuple(bounds)}")
-    rows, columns = grid
-    if block_range == "exclusive" and min(grid) < 2:
-        raise ValueError(f"block_range='exclusive' needs two rows and columns of patches, not {rows}x{columns}")
-    height, _ = _block_size(grid, target_scale[1], target_aspect_ratio[1], "inclusive")
-    _, width = _block_size(grid, target_scale[1], target_aspect_ratio[0], "inclusive")
-    if height > rows or width > columns:
-        raise ValueError(
-            f"target_scale={target_scale} with target_aspect_ratio={target_aspect_ratio} gives target blocks up to "
-            f"{height} patches high and {width} wide, larger than the grid of {rows}x{columns} patches"
-        )
 
 
 def _between(bounds: Range, share: float) -> float:
@@ -161,8 +161,9 @@ def _block_size(grid: tuple[int, int], scale: float, aspect_ratio: float, block_
     return max(height, 1), max(width, 1)
 
 
-def _blocks_everywhere(grid: tuple[int, int], size: tuple[int, int], block_range: str) -> Tensor:
-    """The patch ids of a block of `size` in each place that it can have: `[places, height * width]`."""
+def _blocks_everywhere(grid: tuple[int, int], scale: float, aspect_ratio: float, block_range: str) -> Tensor:
+    """The patch ids of a block of this size in each place that it can have: `[places, height * width]`."""
+    size = _block_size(grid, scale, aspect_ratio, block_range)
     rows, columns = (whole - side + (block_range == "inclusive") for whole, side in zip(grid, size, strict=True))
     corners = torch.arange(rows)[:, None] * grid[1] + torch.arange(columns)
     block = torch.arange(size[0])[:, None] * grid[1] + torch.arange(size[1])
@@ -177,7 +178,7 @@ def _as_masks(blocks: Tensor, grid: tuple[int, int]) -> Tensor:
 def _draw(
     batch_size: int, target_masks: Tensor, context_masks: Tensor, num_targets: int, num_candidates: int
 ) -> tuple[Tensor, Tensor]:
-    """Each image's best of `num_candidates` draws: the places of its targets `[B, M]`, its context mask `[B, N]`."""
+    """The best of `num_candidates` draws for each image: its targets' places `[B, M]` and its context `[B, N]`."""
     places = torch.randint(len(target_masks), (batch_size * num_candidates, num_targets))
     context = context_masks[torch.randint(len(context_masks), (len(places),))]
     for place in places.unbind(dim=1):  # over the targets, not the images
@@ -188,7 +189,7 @@ def _draw(
 
 
 def _trim(context: Tensor, mask_trim: str) -> Tensor:
-    """Masks `[B, N]` of which each has at least Nc patches, the fewest in the batch, to ids `[B, Nc]`."""
+    """Context masks `[B, N]` → ids `[B, Nc]`: every context is cut to Nc patches, the length of the smallest."""
     count = int(context.sum(dim=1).min())
     if mask_trim == "raster":
         kept = context & (context.cumsum(dim=1) <= count)

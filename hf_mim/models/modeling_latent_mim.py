@@ -7,24 +7,17 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers import initialization as init
-from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils.generic import can_return_tuple
 
 from .configuration_latent_mim import LatentMIMConfig
+from .decoders import CrossAttentionLayer
 from .heads import BackboneHead, ClassificationHead
+from .losses import normalized_l2, patch_discrimination, standardize
 from .masking import gather, split_at_random
 from .positions import PositionEmbeddings
 from .signals import error_over_constant, spread, target_signals
 from .target_encoder import TargetNetworkMixin, cosine
-from .vit import (
-    MLP,
-    MIMPreTrainedModel,
-    MultiHeadAttention,
-    PretrainingOutput,
-    SelfAttention,
-    ViTEncoder,
-    are_ids_absent,
-)
+from .vit import MIMPreTrainedModel, PretrainingOutput, ViTEncoder, are_ids_absent
 
 
 @dataclass
@@ -65,30 +58,6 @@ def mean_pairwise_cosine(tokens: torch.Tensor) -> torch.Tensor:
     return F.normalize(tokens, dim=-1).mean(dim=1).square().sum(dim=-1).mean()
 
 
-def patch_discrimination(predictions: torch.Tensor, targets: torch.Tensor, temperature: float) -> torch.Tensor:
-    """InfoNCE among the patches of each image: predict the own target rather than another place's.
-
-    `[B, K, D]` each. Predictions are standardised over the tokens first. Scaled by 2·temperature; chance is
-    `2 · temperature · ln K`.
-    """
-    mean, std = predictions.mean(dim=1, keepdim=True), predictions.std(dim=1, keepdim=True)
-    predictions = F.normalize((predictions - mean) / (std + 1e-4), dim=-1)
-    logits = predictions @ F.normalize(targets, dim=-1).transpose(1, 2) / temperature
-    own_place = torch.arange(logits.shape[1], device=logits.device).expand(logits.shape[:2])
-    return 2 * temperature * F.cross_entropy(logits.flatten(0, 1), own_place.flatten())
-
-
-def normalize_targets(targets: torch.Tensor) -> torch.Tensor:
-    """Each target `[..., D]` standardised by its own mean and unbiased variance."""
-    mean, variance = targets.mean(dim=-1, keepdim=True), targets.var(dim=-1, keepdim=True)
-    return (targets - mean) * (variance + 1e-6).rsqrt()
-
-
-def normalized_l2(predictions: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """Mean squared error against the normalised targets."""
-    return F.mse_loss(predictions, normalize_targets(targets))
-
-
 class LatentMIMPreTrainedModel(MIMPreTrainedModel):
     config_class = LatentMIMConfig
     base_model_prefix = "encoder"
@@ -126,39 +95,6 @@ class SimilarityTarget(nn.Module):
     def __init__(self):
         super().__init__()
         self.register_buffer("value", torch.empty(()), persistent=False)
-
-
-class CrossAttention(MultiHeadAttention):
-    def __init__(self, config: LatentMIMConfig, width: int, heads: int):
-        super().__init__(config, width, heads)
-        self.q = nn.Linear(width, width)
-        self.kv = nn.Linear(width, 2 * width)
-
-    def forward(self, queries, memory):
-        return self.attend(self.q(queries), *self.kv(memory).chunk(2, dim=-1))
-
-
-class CrossAttentionLayer(GradientCheckpointingLayer):
-    """Self-attention among the queries → cross-attention to the visible tokens → MLP."""
-
-    def __init__(self, config: LatentMIMConfig, width: int, heads: int):
-        super().__init__()
-        self.norm1 = nn.LayerNorm(width, eps=config.layer_norm_eps)
-        self.self_attention = SelfAttention(config, width, heads)
-        self.norm2_queries = nn.LayerNorm(width, eps=config.layer_norm_eps)
-        self.norm2_memory = nn.LayerNorm(width, eps=config.layer_norm_eps)
-        self.cross_attention = CrossAttention(config, width, heads)
-        self.norm3 = nn.LayerNorm(width, eps=config.layer_norm_eps)
-        self.mlp = MLP(config, width, 4 * width)
-
-    def forward(self, queries, memory, num_queries=None):
-        """With `num_queries`, only the last of them are computed."""
-        attended, _ = self.self_attention(self.norm1(queries), num_queries)
-        if num_queries is not None:
-            queries = queries[:, -num_queries:]
-        queries = queries + attended
-        queries = queries + self.cross_attention(self.norm2_queries(queries), self.norm2_memory(memory))[0]
-        return queries + self.mlp(self.norm3(queries))
 
 
 class LatentMIMDecoder(nn.Module):
@@ -216,7 +152,6 @@ class LatentMIMForPreTraining(TargetNetworkMixin, LatentMIMPreTrainedModel):
         self.decoder = LatentMIMDecoder(config)
         self.similarity_target = SimilarityTarget()
         self.post_init()
-        self._keys_to_ignore_on_load_unexpected = set()  # post_init takes over the encoder's
 
     def target_pairs(self):
         return [(self.target_encoder, self.encoder), (self.target_projector, self.projector)]
@@ -267,7 +202,7 @@ class LatentMIMForPreTraining(TargetNetworkMixin, LatentMIMPreTrainedModel):
             error = loss.detach() / (2 * self.config.temperature * math.log(targets.shape[1]))
         else:
             loss = normalized_l2(predictions, targets)
-            error = error_over_constant(predictions, normalize_targets(targets))
+            error = error_over_constant(predictions, standardize(targets))
         similarities = {
             "similarity_predictions": mean_pairwise_cosine(predictions),
             "similarity_visible": mean_pairwise_cosine(visible),

@@ -4,33 +4,20 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch import nn
 from transformers.utils.generic import can_return_tuple
 
 from .configuration_mae import MAEConfig
+from .decoders import PixelDecoder
 from .heads import BackboneHead, ClassificationHead
+from .losses import standardize
 from .masking import gather, split_at_random
-from .positions import PositionEmbeddings
 from .signals import spread
-from .vit import (
-    MIMPreTrainedModel,
-    PretrainingOutput,
-    ViTEncoder,
-    are_ids_absent,
-    run_layers,
-    unpatchify,
-    vit_layers,
-)
+from .vit import MIMPreTrainedModel, PretrainingOutput, ViTEncoder, are_ids_absent, unpatchify
 
 
 @dataclass
 class MAEOutput(PretrainingOutput):
     """Predictions and targets `[B, Nm, P]` (by row, column, channel); context_ids `[B, Nv]`, target_ids `[B, Nm]`."""
-
-
-def standardize(patches: torch.Tensor) -> torch.Tensor:
-    """Each patch `[..., P]` by its own mean and unbiased variance."""
-    return (patches - patches.mean(-1, keepdim=True)) * (patches.var(-1, keepdim=True) + 1e-6).rsqrt()
 
 
 class MAEPreTrainedModel(MIMPreTrainedModel):
@@ -43,42 +30,14 @@ class MAEModel(MAEPreTrainedModel, ViTEncoder):
     """The encoder of MAE."""
 
 
-class MAEDecoder(nn.Module):
-    """Latents and mask tokens, each at its place → pixels of the masked patches."""
-
-    def __init__(self, config: MAEConfig):
-        super().__init__()
-        width = config.decoder_hidden_size
-        patch_height, patch_width = config.patch_height_width
-        self.embed = nn.Linear(config.hidden_size, width)
-        self.mask_token = nn.Parameter(torch.empty(1, 1, width))
-        self.position_embeddings = PositionEmbeddings(config.grid_size, width, config.num_prefix_tokens)
-        self.layers = vit_layers(config, width, config.decoder_num_hidden_layers, config.decoder_num_attention_heads)
-        self.norm = nn.LayerNorm(width, eps=config.layer_norm_eps)
-        self.head = nn.Linear(width, patch_height * patch_width * config.num_channels)
-
-    def forward(self, latents, grid, context_ids, target_ids):
-        """Latents `[B, prefix + Nv, D]` → predictions `[B, Nm, P]`.
-
-        Attention does not care for order, so tokens stay where they are: context first, masked after.
-        """
-        table = self.position_embeddings(grid).to(self.mask_token.dtype)
-        prefix = table[: self.position_embeddings.num_prefix_tokens]
-        places = table[len(prefix) :]
-        context = self.embed(latents) + torch.cat([prefix.expand(len(latents), -1, -1), places[context_ids]], dim=1)
-        tokens = torch.cat([context, self.mask_token + places[target_ids]], dim=1)
-        return self.head(self.norm(run_layers(self.layers, tokens, num_queries=target_ids.shape[1])))
-
-
 class MAEForPreTraining(MAEPreTrainedModel):
     """Encoder on the visible patches, decoder, reconstruction loss on the masked patches."""
 
     def __init__(self, config: MAEConfig):
         super().__init__(config)
         self.encoder = MAEModel(config)
-        self.decoder = MAEDecoder(config)
+        self.decoder = PixelDecoder(config)
         self.post_init()
-        self._keys_to_ignore_on_load_unexpected = set()  # post_init takes over the encoder's
 
     def draw_masks(self, batch_size, grid, device=None, *, context_ids=None, target_ids=None, noise=None) -> dict:
         """Draw the ids of one pass over a grid of `(rows, columns)` patches; ids that are given stay as they are.

@@ -13,6 +13,7 @@ from transformers.utils.generic import can_return_tuple
 
 from .configuration_stop_jepa import StopJepaConfig
 from .heads import BackboneHead, ClassificationHead
+from .linear_layers import bias_of, input_dtype, product_without_bias
 from .masking import gather, sample_multi_block
 from .positions import PositionEmbeddings
 from .signals import error_over_constant, spread, target_signals
@@ -62,8 +63,8 @@ class StopJepaPredictor(nn.Module):
 
     def project_noise(self, noise):
         """A·n: noise in the encoder's width through the context's own projection (tied), its bias left out."""
-        weight = self.embed.weight if self.noise_embed is None else self.noise_embed.weight
-        return F.linear(noise.to(weight.dtype), weight)
+        projection = self.embed if self.noise_embed is None else self.noise_embed
+        return product_without_bias(projection, noise.to(input_dtype(projection)))
 
     def masked_tokens(self, positions, noise):
         """m_j = A·n_j + ψ_j + m̃ for positions ψ `[B, M, Nt, Dp]`; noise `[B, M, Nt, D]` or None."""
@@ -73,7 +74,7 @@ class StopJepaPredictor(nn.Module):
         if self.mask_token is not None:
             return tokens + self.mask_token
         # StoP as released: the projection's bias takes the place of m̃, where there is noise to project.
-        return tokens if noise is None else tokens + self.embed.bias
+        return tokens if noise is None else tokens + bias_of(self.embed, noise)
 
     def context_tokens(self, features, positions, noise):
         """c_i = A·(s_i + n_i) + ψ_i: `[B, Nc, D]` → `[B, 1 or M, Nc, Dp]`; noise `[B, M, Nc, D]` or None."""
@@ -82,7 +83,7 @@ class StopJepaPredictor(nn.Module):
 
     def forward(self, features, grid, context_ids, target_ids, position_noise=None, context_noise=None):
         """Context features `[B, Nc, D]` → predictions `[B, M, Nt, D]`."""
-        table = self.position_embeddings(grid).to(self.embed.weight.dtype)
+        table = self.position_embeddings(grid).to(input_dtype(self.embed))
         blocks, length = target_ids.shape[1:]
         context = self.context_tokens(features, table[context_ids], context_noise).expand(-1, blocks, -1, -1)
         masked = self.masked_tokens(table[target_ids], position_noise)
@@ -102,7 +103,6 @@ class StopJepaForPreTraining(TargetNetworkMixin, StopJepaPreTrainedModel):
         self.target_encoder = StopJepaModel(config)
         self.predictor = StopJepaPredictor(config)
         self.post_init()
-        self._keys_to_ignore_on_load_unexpected = set()  # post_init takes over the encoder's
 
     def target_pairs(self):
         return [(self.target_encoder, self.encoder)]
@@ -134,7 +134,7 @@ class StopJepaForPreTraining(TargetNetworkMixin, StopJepaPreTrainedModel):
         target blocks.
         """
         if are_ids_absent(context_ids, target_ids):
-            context_ids, target_ids = sample_multi_block(batch_size, grid, device=device, **self.config.masking)
+            context_ids, target_ids = sample_multi_block(batch_size, grid, self.config.masking, device)
         like = {"device": device, "dtype": dtype}
         if position_noise is None:
             position_noise = self.draw_noise("target", *target_ids.shape, **like)

@@ -21,6 +21,7 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_vit import MIMConfig
+from .linear_layers import input_dtype, is_plain
 from .masking import gather
 from .positions import PositionEmbeddings
 
@@ -99,8 +100,10 @@ class SelfAttention(MultiHeadAttention):
 
     def forward(self, hidden_states, num_queries=None, **kwargs):
         """All tokens are read; only the last `num_queries` of them (default all) are computed."""
-        if num_queries is None:
-            return self.attend(*self.qkv(hidden_states).chunk(3, dim=-1), **kwargs)
+        if num_queries is None or not is_plain(self.qkv):
+            query, key, value = self.qkv(hidden_states).chunk(3, dim=-1)
+            query = query if num_queries is None else query[:, -num_queries:]
+            return self.attend(query, key, value, **kwargs)
         width = hidden_states.shape[-1]
         weight_q, weight_kv = self.qkv.weight.split([width, 2 * width])
         bias_q, bias_kv = self.qkv.bias.split([width, 2 * width])
@@ -184,10 +187,11 @@ class ViTEmbeddings(nn.Module):
         )
 
     def forward(self, patches, grid, patch_ids=None):
-        table = self.position_embeddings(grid).to(self.projection.weight.dtype)
+        dtype = input_dtype(self.projection)
+        table = self.position_embeddings(grid).to(dtype)
         prefix = 0 if self.cls_token is None else self.cls_token.shape[1]
         places = table[prefix:] if patch_ids is None else table[prefix:][patch_ids]
-        tokens = self.projection(patches.to(self.projection.weight.dtype)) + places
+        tokens = self.projection(patches.to(dtype)) + places
         if self.cls_token is None:
             return tokens
         return torch.cat([(self.cls_token + table[:prefix]).expand(tokens.shape[0], -1, -1), tokens], dim=1)
@@ -207,6 +211,13 @@ class MIMPreTrainedModel(PreTrainedModel):
     _supports_attention_backend = True
     _can_compile_fullgraph = True
     _can_record_outputs = {"hidden_states": ViTLayer, "attentions": SelfAttention}
+
+    def post_init(self):
+        super().post_init()
+        # This has added the encoder's ignore patterns to ours. The encoder ignores the keys of a decoder; a pretraining
+        # model must not, because the decoder is its own.
+        if hasattr(self, "draw_masks"):
+            self._keys_to_ignore_on_load_unexpected = set()
 
     @torch.no_grad()
     def _init_weights(self, module):

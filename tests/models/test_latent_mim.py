@@ -6,12 +6,8 @@ import pytest
 import torch
 
 import hf_mim
-from hf_mim.models.modeling_latent_mim import (
-    mean_pairwise_cosine,
-    normalized_l2,
-    patch_discrimination,
-    patchify_with_gap,
-)
+from hf_mim.models.losses import normalized_l2, patch_discrimination
+from hf_mim.models.modeling_latent_mim import mean_pairwise_cosine, patchify_with_gap
 
 
 def make(**changes):

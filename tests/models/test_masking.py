@@ -3,7 +3,7 @@ import time
 import pytest
 import torch
 
-from hf_mim.models.masking import check_blocks, gather, sample_multi_block, split_at_random
+from hf_mim.models.masking import BlockMasks, gather, sample_multi_block, split_at_random
 
 RELEASED = {"mask_trim": "raster", "block_range": "exclusive", "num_candidates": 1}
 GRIDS = [(14, 14), (8, 8), (6, 6), (7, 12), (16, 5)]
@@ -14,7 +14,7 @@ def frequency_maps(grid, batches, batch_size=256, **kwargs):
     size = grid[0] * grid[1]
     context, target, share = torch.zeros(size), torch.zeros(size), 0.0
     for _ in range(batches):
-        context_ids, target_ids = sample_multi_block(batch_size, grid, **kwargs)
+        context_ids, target_ids = sample_multi_block(batch_size, grid, BlockMasks(**kwargs))
         context += torch.bincount(context_ids.flatten(), minlength=size)
         target += torch.zeros(batch_size, size).scatter_(1, target_ids.flatten(1), 1.0).sum(0)
         share += context_ids.shape[1] / size
@@ -48,7 +48,7 @@ def test_gather_picks_each_image_its_own_tokens_and_sends_gradients_back(shape):
 def test_contexts_and_targets_never_overlap_and_ids_are_ascending_and_in_the_grid(grid, kwargs):
     for seed in range(20):
         torch.manual_seed(seed)
-        context_ids, target_ids = sample_multi_block(64, grid, **kwargs)
+        context_ids, target_ids = sample_multi_block(64, grid, BlockMasks(**kwargs))
         assert context_ids.shape[1] >= 1 and target_ids.shape[:2] == (64, 4)
         assert context_ids.dtype == target_ids.dtype == torch.int64
         for ids in (context_ids, target_ids):
@@ -58,9 +58,10 @@ def test_contexts_and_targets_never_overlap_and_ids_are_ascending_and_in_the_gri
 
 
 def test_every_target_is_one_full_block_of_the_scale_and_shape_asked_for():
+    masking = BlockMasks(target_scale=(0.15, 0.2), target_aspect_ratio=(0.75, 1.5))
     for seed in range(50):
         torch.manual_seed(seed)
-        _, target_ids = sample_multi_block(16, (14, 14), target_scale=(0.15, 0.2), target_aspect_ratio=(0.75, 1.5))
+        _, target_ids = sample_multi_block(16, (14, 14), masking)
         rows, columns = target_ids // 14, target_ids % 14
         heights = rows.amax(-1) - rows.amin(-1) + 1
         widths = columns.amax(-1) - columns.amin(-1) + 1
@@ -109,7 +110,7 @@ def test_four_candidates_keep_the_context_of_a_large_batch_large(grid, one, four
 def test_the_context_is_never_empty_where_targets_often_cover_everything():
     torch.manual_seed(0)
     for _ in range(50):
-        context_ids, target_ids = sample_multi_block(256, (4, 4), target_scale=(0.4, 0.6), num_candidates=1)
+        context_ids, target_ids = sample_multi_block(256, (4, 4), BlockMasks(target_scale=(0.4, 0.6), num_candidates=1))
         assert context_ids.shape[1] >= 1
         covered = torch.zeros(256, 16).scatter_(1, target_ids.flatten(1), 1.0)
         assert covered.gather(1, context_ids).sum() == 0
@@ -119,7 +120,7 @@ def test_targets_that_leave_no_context_are_an_error_that_names_them():
     with pytest.raises(
         ValueError, match=r"target_scale=\(1.0, 1.0\) with num_targets=4 leaves no context on a grid of 4x4"
     ):
-        sample_multi_block(2, (4, 4), target_scale=(1.0, 1.0), target_aspect_ratio=(1.0, 1.0))
+        sample_multi_block(2, (4, 4), BlockMasks(target_scale=(1.0, 1.0), target_aspect_ratio=(1.0, 1.0)))
 
 
 def test_the_seed_settles_the_masks():
@@ -160,10 +161,10 @@ def test_images_of_a_batch_have_different_masks():
 )
 def test_impossible_blocks_are_one_line_errors(grid, kwargs, message):
     with pytest.raises(ValueError, match=message) as error:
-        check_blocks(grid, **kwargs)
+        BlockMasks(**kwargs).check(grid)
     assert "\n" not in str(error.value)
     with pytest.raises(ValueError, match=message):
-        sample_multi_block(2, grid, **kwargs)
+        sample_multi_block(2, grid, BlockMasks(**kwargs))
 
 
 def test_masks_for_256_images_take_less_than_5_ms_on_one_core():

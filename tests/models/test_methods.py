@@ -6,7 +6,7 @@ from methods import METHODS, drawn, gradients, make_config, tables
 from transformers import AutoBackbone, AutoModel, AutoModelForImageClassification, AutoModelForPreTraining
 
 import hf_mim
-from hf_mim.models.modeling_latent_mim import patch_discrimination
+from hf_mim.models.losses import patch_discrimination
 from hf_mim.models.vit import patchify, unpatchify
 
 

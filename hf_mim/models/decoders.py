@@ -1,0 +1,77 @@
+"""Decoders that more than one method can use."""
+
+import math
+
+import torch
+from torch import nn
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from .configuration_vit import MIMConfig
+from .positions import PositionEmbeddings
+from .vit import MLP, MultiHeadAttention, SelfAttention, run_layers, vit_layers
+
+
+class PixelDecoder(nn.Module):
+    """Latents of the visible patches and mask tokens → pixels of the masked patches (MAE, arXiv 2111.06377).
+
+    The config has `decoder_hidden_size`, `decoder_num_hidden_layers` and `decoder_num_attention_heads`.
+    """
+
+    def __init__(self, config: MIMConfig):
+        super().__init__()
+        width = config.decoder_hidden_size
+        self.embed = nn.Linear(config.hidden_size, width)
+        self.mask_token = nn.Parameter(torch.empty(1, 1, width))
+        self.position_embeddings = PositionEmbeddings(config.grid_size, width, config.num_prefix_tokens)
+        self.layers = vit_layers(config, width, config.decoder_num_hidden_layers, config.decoder_num_attention_heads)
+        self.norm = nn.LayerNorm(width, eps=config.layer_norm_eps)
+        self.head = nn.Linear(width, math.prod(config.patch_height_width) * config.num_channels)
+
+    def forward(self, latents, grid, context_ids, target_ids):
+        """Latents `[B, prefix + Nv, D]` of the patches `context_ids [B, Nv]` → predictions `[B, Nm, P]` for
+        `target_ids [B, Nm]`.
+
+        Attention does not depend on the order of tokens, so they are not put back in raster order: visible patches come
+        first, masked ones after them.
+        """
+        table = self.position_embeddings(grid).to(self.mask_token.dtype)
+        prefix = table[: self.position_embeddings.num_prefix_tokens]
+        places = table[len(prefix) :]
+        context = self.embed(latents) + torch.cat([prefix.expand(len(latents), -1, -1), places[context_ids]], dim=1)
+        tokens = torch.cat([context, self.mask_token + places[target_ids]], dim=1)
+        return self.head(self.norm(run_layers(self.layers, tokens, num_queries=target_ids.shape[1])))
+
+
+class CrossAttention(MultiHeadAttention):
+    """Queries `[B, Q, D]` attend to a memory `[B, K, D]`."""
+
+    def __init__(self, config: MIMConfig, width: int, heads: int):
+        super().__init__(config, width, heads)
+        self.q = nn.Linear(width, width)
+        self.kv = nn.Linear(width, 2 * width)
+
+    def forward(self, queries, memory):
+        return self.attend(self.q(queries), *self.kv(memory).chunk(2, dim=-1))
+
+
+class CrossAttentionLayer(GradientCheckpointingLayer):
+    """Pre-norm block: self-attention among the queries, cross-attention from them to the memory, MLP."""
+
+    def __init__(self, config: MIMConfig, width: int, heads: int):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(width, eps=config.layer_norm_eps)
+        self.self_attention = SelfAttention(config, width, heads)
+        self.norm2_queries = nn.LayerNorm(width, eps=config.layer_norm_eps)
+        self.norm2_memory = nn.LayerNorm(width, eps=config.layer_norm_eps)
+        self.cross_attention = CrossAttention(config, width, heads)
+        self.norm3 = nn.LayerNorm(width, eps=config.layer_norm_eps)
+        self.mlp = MLP(config, width, 4 * width)
+
+    def forward(self, queries, memory, num_queries=None):
+        """Queries `[B, Q, D]`, memory `[B, K, D]` → `[B, Q, D]`, or only the last `num_queries` of them."""
+        attended, _ = self.self_attention(self.norm1(queries), num_queries)
+        if num_queries is not None:
+            queries = queries[:, -num_queries:]
+        queries = queries + attended
+        queries = queries + self.cross_attention(self.norm2_queries(queries), self.norm2_memory(memory))[0]
+        return queries + self.mlp(self.norm3(queries))
