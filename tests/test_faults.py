@@ -14,7 +14,8 @@ import numpy as np
 import psutil
 import pytest
 from PIL import Image
-from tiny_runs import AtEachStep, Images, arguments, image_column, make_model
+from tiny import make_model
+from tiny_runs import AtEachStep, Images, arguments, image_column
 
 from hf_mim.data import DeviceAugment, ImageDataset, load_images
 from hf_mim.pretraining.callbacks import MetricsFile

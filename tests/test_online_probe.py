@@ -4,7 +4,8 @@ import json
 
 import pytest
 import torch
-from tiny_runs import METHODS, image_column
+from tiny import METHODS
+from tiny_runs import image_column
 from transformers import AutoModelForPreTraining
 
 from hf_mim.evaluation.encoder import FrozenEncoder

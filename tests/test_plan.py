@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_runs import METHODS, make_model
+from tiny import METHODS, make_model
 from transformers import AutoModelForPreTraining
 
 from hf_mim.models.configuration_vit import SIZES

@@ -1,4 +1,4 @@
-"""Tiny models, data and arguments for the tests of the trainer."""
+"""Small data and arguments for the tests of the trainer, and what they compare."""
 
 import io
 import math
@@ -9,28 +9,7 @@ import PIL.ImageChops
 import torch
 from transformers import TrainerCallback
 
-from hf_mim import (
-    LatentMIMConfig,
-    LatentMIMForPreTraining,
-    MAEConfig,
-    MAEForPreTraining,
-    StopJepaConfig,
-    StopJepaForPreTraining,
-)
 from hf_mim.pretraining.trainer import MIMTrainingArguments
-
-TINY = dict(image_size=24, patch_size=4, hidden_size=32, num_hidden_layers=2, num_attention_heads=2)
-METHODS = ["mae", "latent_mim", "stop_jepa"]
-
-
-def make_model(method: str, seed: int = 0, **overrides):
-    torch.manual_seed(seed)
-    if method == "mae":
-        return MAEForPreTraining(MAEConfig(**TINY, decoder_num_hidden_layers=1, **overrides))
-    if method == "latent_mim":
-        config = dict(decoder_num_hidden_layers=1, mask_ratio=0.75, patch_gap=1) | overrides
-        return LatentMIMForPreTraining(LatentMIMConfig(**TINY, **config))
-    return StopJepaForPreTraining(StopJepaConfig(**TINY, predictor_num_hidden_layers=1, **overrides))
 
 
 class Images(torch.utils.data.Dataset):

@@ -1,0 +1,47 @@
+"""Tiny models of every method. A method that joins the package's table joins each test that loops over `METHODS`."""
+
+import dataclasses
+from collections import namedtuple
+
+import torch
+
+import hf_mim
+
+Row = namedtuple("Row", "config encoder pretraining classifier backbone")
+PREFIXES = {"mae": "MAE", "latent_mim": "LatentMIM", "stop_jepa": "StopJepa"}
+KINDS = ("Config", "Model", "ForPreTraining", "ForImageClassification", "Backbone")
+ROWS = {name: Row(*(getattr(hf_mim, prefix + kind) for kind in KINDS)) for name, prefix in PREFIXES.items()}
+
+METHODS = list(ROWS)
+# 36 patches, and whatever trains on them is done in milliseconds.
+SIZES = dict(image_size=24, patch_size=4, hidden_size=32, num_hidden_layers=2, num_attention_heads=2)
+
+
+def fields(method: str) -> set[str]:
+    return {field.name for field in dataclasses.fields(ROWS[method].config)}
+
+
+def only(method: str, **changes) -> dict:
+    """Those changes that the method's config has a field for."""
+    return {name: value for name, value in changes.items() if name in fields(method)}
+
+
+def head_layers(method: str, count: int) -> dict:
+    """The depth of what stands on the encoder, whatever its name: decoder, predictor."""
+    return {name: count for name in fields(method) if name.endswith("_num_hidden_layers")}
+
+
+def make_config(method: str, **changes):
+    some = only(method, mask_ratio=0.75, patch_gap=1)
+    return ROWS[method].config(**SIZES | head_layers(method, 1) | some | changes)
+
+
+def make_model(method: str, kind: str = "pretraining", seed: int = 0, **changes):
+    """A model with weights drawn from `seed`. kind: "pretraining", "encoder", "classifier" or "backbone"."""
+    torch.manual_seed(seed)
+    return getattr(ROWS[method], kind)(make_config(method, **changes))
+
+
+def make_mean_model(method: str, **changes):
+    """A model whose loss is the mean of its images' losses, so that batches may be cut into pieces."""
+    return make_model(method, **only(method, similarity_weight=0.0), **changes)
