@@ -1,63 +1,37 @@
-"""hf_mim: masked image modeling for Hugging Face. Importing it registers the models with transformers' Auto classes."""
+"""hf_mim: masked image modeling for Hugging Face. Importing it registers the models with transformers' Auto classes.
 
-from transformers import (
-    AutoBackbone,
-    AutoConfig,
-    AutoModel,
-    AutoModelForImageClassification,
-    AutoModelForPreTraining,
-)
+Neither torch nor transformers is imported before a name is used.
+"""
 
-from .models.configuration_latent_mim import LatentMIMConfig
-from .models.configuration_mae import MAEConfig
-from .models.configuration_stop_jepa import StopJepaConfig
-from .models.modeling_latent_mim import (
-    LatentMIMBackbone,
-    LatentMIMForImageClassification,
-    LatentMIMForPreTraining,
-    LatentMIMModel,
-)
-from .models.modeling_mae import MAEBackbone, MAEForImageClassification, MAEForPreTraining, MAEModel
-from .models.modeling_stop_jepa import (
-    StopJepaBackbone,
-    StopJepaForImageClassification,
-    StopJepaForPreTraining,
-    StopJepaModel,
-)
+import importlib
+
+from hf_mim import auto_classes, methods
 
 __version__ = "0.1.0"
 
-for _config, _model, _pretraining, _classifier, _backbone in (
-    (MAEConfig, MAEModel, MAEForPreTraining, MAEForImageClassification, MAEBackbone),
-    (
-        LatentMIMConfig,
-        LatentMIMModel,
-        LatentMIMForPreTraining,
-        LatentMIMForImageClassification,
-        LatentMIMBackbone,
-    ),
-    (StopJepaConfig, StopJepaModel, StopJepaForPreTraining, StopJepaForImageClassification, StopJepaBackbone),
-):
-    AutoConfig.register(_config.model_type, _config)
-    AutoModel.register(_config, _model)
-    AutoModelForPreTraining.register(_config, _pretraining)
-    AutoModelForImageClassification.register(_config, _classifier)
-    AutoBackbone.register(_config, _backbone)
+# Public name → its module.
+_MODULES = {
+    name: module
+    for method in methods.OURS
+    for module, name in (
+        text.split(":")
+        for text in (method.config, method.encoder, method.pretraining, method.classifier, method.backbone)
+    )
+}
+_MODULES |= dict.fromkeys(("MIMTrainer", "MIMTrainingArguments"), "hf_mim.pretraining.trainer")
 
-__all__ = [
-    "LatentMIMBackbone",
-    "LatentMIMConfig",
-    "LatentMIMForImageClassification",
-    "LatentMIMForPreTraining",
-    "LatentMIMModel",
-    "MAEBackbone",
-    "MAEConfig",
-    "MAEForImageClassification",
-    "MAEForPreTraining",
-    "MAEModel",
-    "StopJepaBackbone",
-    "StopJepaConfig",
-    "StopJepaForImageClassification",
-    "StopJepaForPreTraining",
-    "StopJepaModel",
-]
+__all__ = sorted(_MODULES)
+
+
+def __getattr__(name: str):
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = globals()[name] = getattr(importlib.import_module(_MODULES[name]), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+auto_classes.install()

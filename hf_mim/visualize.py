@@ -2,13 +2,10 @@
 
 from pathlib import Path
 
-import torch
 from matplotlib.figure import Figure
-from torch import Tensor
 
 from hf_mim.data import DeviceAugment
-from hf_mim.models.masking import gather
-from hf_mim.models.vit import patchify, unpatchify
+from hf_mim.trainer_utils import seeded
 
 INK, MUTED, GRID = "#1f2328", "#656d76", "#d8dee4"
 COLORS = ("#0969da", "#cf222e", "#1a7f37", "#8250df", "#9a6700")
@@ -43,37 +40,15 @@ def plot_training(log_history: list[dict], path: str | Path):
     figure.savefig(path, dpi=120)
 
 
-@torch.no_grad()
-def reconstruct(model, pixel_values: Tensor, noise: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """What an `MAEForPreTraining` makes of normalised images `[B, C, H, W]`.
-
-    Returns the reconstruction `[B, C, H, W]`, in the same normalisation: the true pixels in the visible patches, the
-    predicted ones in the masked; where the model predicts standardised patches, they get the true patch's mean and
-    variance back. And the mask `[B, 1, H, W]`: True where masked. `noise [B, N]` settles the masks, as in the model.
-    """
-    patch_size = model.config.patch_height_width
-    grid = tuple(side // patch for side, patch in zip(pixel_values.shape[2:], patch_size, strict=True))
-    output = model(pixel_values, noise=noise)
-    patches = patchify(pixel_values, patch_size).float()
-    predictions = output.predictions.float()
-    if model.config.norm_pix_loss:
-        masked = gather(patches, output.target_ids)
-        predictions = predictions * (masked.var(-1, keepdim=True) + 1e-6).sqrt() + masked.mean(-1, keepdim=True)
-    places = output.target_ids[..., None].expand_as(predictions)
-    images = unpatchify(patches.scatter(1, places, predictions), patch_size, grid)
-    mask = torch.zeros_like(patches).scatter(1, places, 1.0)
-    return images, unpatchify(mask, patch_size, grid)[:, :1].bool()
-
-
-def plot_reconstructions(model, images: Tensor, augment: DeviceAugment, path: str | Path, seed: int = 0):
+def plot_reconstructions(model, images, augment: DeviceAugment, path: str | Path, seed: int = 0):
     """Draw original, masked image and reconstruction, one column for each of the images, uint8 `[B, C, H, W]`.
 
-    Of images with more than 3 channels the first three are shown as RGB, of two the first as grey.
+    `model` has `reconstruct` (MAE). Images of 3 or more channels show the first three as RGB, others the first as grey.
     """
-    pixel_values = augment.normalize(images)
-    num_patches = model.config.grid_size[0] * model.config.grid_size[1]
-    noise = torch.rand(len(images), num_patches, generator=torch.Generator().manual_seed(seed)).to(images.device)
-    reconstruction, mask = reconstruct(model, pixel_values, noise)
+    with seeded(seed, images.device):  # drawn on the CPU, so that every device shows the same masks
+        masks = model.draw_masks(len(images), model.config.grid_size, "cpu")
+    masks = {name: value.to(images.device) for name, value in masks.items()}
+    reconstruction, mask = model.reconstruct(augment.normalize(images), **masks)
     rows = {
         "original": images,
         "masked": images.masked_fill(mask, 128),

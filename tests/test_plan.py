@@ -9,8 +9,8 @@ import torch
 from tiny import METHODS, make_model
 from transformers import AutoModelForPreTraining
 
+from hf_mim import methods
 from hf_mim.models.configuration_vit import SIZES
-from hf_mim.pretraining.recipe import CONFIGS
 
 TRAINING = Path(__file__).parents[1] / "training"
 SMALL = dict(image_size=32, patch_size=4, num_hidden_layers=3, hidden_size=48, num_attention_heads=3)
@@ -66,9 +66,10 @@ def test_parameters_are_those_of_the_real_model(plan_step, method):
 @pytest.mark.parametrize("sizes", [{}, dict(SMALL, intermediate_size=100)], ids=["narrow", "deeper"])
 @pytest.mark.parametrize("method", METHODS)
 def test_activations_are_those_that_autograd_holds(plan_step, monkeypatch, method, sizes, checkpointing):
-    config = CONFIGS[method](**make_model(method).config.to_diff_dict() | sizes)
-    lengths = None if method != "stop_jepa" else (20, 7)
-    monkeypatch.setattr(plan_step, "mask_lengths", lambda *_: (lengths, lengths))
+    config = methods.get(method).config_class(**make_model(method).config.to_diff_dict() | sizes)
+    if method == "stop_jepa":  # its masks differ in length from draw to draw
+        shapes = (20,), (4, 7)
+        monkeypatch.setattr(plan_step, "mask_shapes", lambda *_: (shapes, shapes))
     planned = plan_step.examine(config, batch_size=5, devices=1, checkpointing=checkpointing).ddp
     model = AutoModelForPreTraining.from_config(config).train()
     if checkpointing:
@@ -76,9 +77,8 @@ def test_activations_are_those_that_autograd_holds(plan_step, monkeypatch, metho
     held = {}
     for size in (3, 5):
         arguments = [torch.randn(size, 3, *config.training_size)]
-        if lengths is not None:
-            arguments.append(torch.zeros(size, 20, dtype=torch.int64))
-            arguments.append(torch.zeros(size, 4, 7, dtype=torch.int64))
+        if method == "stop_jepa":
+            arguments += [torch.zeros(size, *shape, dtype=torch.int64) for shape in shapes]
         held[size] = really_held(model, arguments, bf16=True)
     assert (held[5] - held[3]) / 2 == pytest.approx(planned.per_image, rel=0.01)
     if checkpointing:  # planned with all copies of weights, which autocast holds to the end of the forward pass
@@ -91,7 +91,7 @@ def test_activations_are_those_that_autograd_holds(plan_step, monkeypatch, metho
 def test_a_layer_keeps_the_bytes_of_the_formula(plan_step, bf16):
     """By hand, per token: in bfloat16 the float32 stream twice and its norms' statistics, then the inputs of four
     products, q, k and v, and GELU's input: 20 width + 4 MLP + 4 heads + 16 bytes."""
-    config = CONFIGS["mae"](**SMALL, intermediate_size=100)
+    config = methods.get("mae").config_class(**SMALL, intermediate_size=100)
     found = plan_step.examine(config, batch_size=2, devices=1, bf16=bf16).ddp.per_token_and_layer
     number = 4 if not bf16 else 2
     stream = 2 * 4 * 48 + 2 * 2 * 4
@@ -147,7 +147,7 @@ def test_a_batch_is_kept_on_any_number_of_devices(plan):
 @pytest.mark.parametrize("method", METHODS)
 def test_a_size_is_planned_with_its_own_parts(plan, method):
     recipe, _ = plan.parse(["huge", "--method", method])
-    assert recipe.config().to_dict() == CONFIGS[method](size="huge").to_dict()
+    assert recipe.config().to_dict() == methods.get(method).config_class(size="huge").to_dict()
     assert recipe.config().hidden_size == SIZES["huge"][0]
     assert recipe.training["per_device_train_batch_size"] == (256 if method == "stop_jepa" else 128)
 

@@ -42,7 +42,7 @@ def step_seconds(method: str, args) -> list[float]:
     import torch
     from transformers import TrainerCallback
 
-    from hf_mim.pretraining.recipe import CONFIGS
+    from hf_mim import methods
     from hf_mim.pretraining.trainer import MIMTrainer, MIMTrainingArguments
 
     class EveryOther(TrainerCallback):
@@ -61,8 +61,9 @@ def step_seconds(method: str, args) -> list[float]:
         def on_step_begin(self, args, state, control, **kwargs):
             torch.manual_seed(state.global_step // 2)
 
-    images = torch.randint(0, 256, (64, 3, *make_config(CONFIGS[method], args).training_size), dtype=torch.uint8)
-    model = make_model(method, make_config(CONFIGS[method], args))
+    config = make_config(methods.get(method).config_class, args)
+    images = torch.randint(0, 256, (64, 3, *config.training_size), dtype=torch.uint8)
+    model = make_model(method, config)
     with tempfile.TemporaryDirectory() as folder:
         arguments = MIMTrainingArguments(
             output_dir=folder,

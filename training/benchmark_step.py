@@ -5,16 +5,18 @@ transformers' ViTMAEForPreTraining runs beside MAE with the same sizes, masks an
 config, are filled with MAE's, so that both do the same work.
 """
 
-import contextlib
+import collections
 import statistics
 import time
 
-METHODS = ("mae", "latent_mim", "stop_jepa")
+from hf_mim import methods
+
+THEIRS = "transformers_mae"
 
 
 def add_step(subcommands):
     parser = subcommands.add_parser("step", help="images/s, FLOPs and share of the matrix ceiling of a training step")
-    parser.add_argument("--methods", nargs="+", default=[*METHODS, "transformers_mae"])
+    parser.add_argument("--methods", nargs="+", default=[*(method.name for method in methods.rows()), THEIRS])
     parser.add_argument("--size", default="base", help="tiny, small, base, large, huge or giant")
     parser.add_argument("--image_size", type=int, default=224)
     parser.add_argument("--patch_size", type=int, default=16)
@@ -69,20 +71,11 @@ def contestant(method: str, args):
     """A pretraining model on the CPU and a batch for it."""
     import torch
 
-    import hf_mim
-
+    row = methods.MAE if method == THEIRS else methods.get(method)
     sizes = dict(size=args.size, image_size=args.image_size, patch_size=args.patch_size)
-    if method == "transformers_mae":
-        return filled_transformers_mae(hf_mim.MAEConfig(**sizes)), torch.randn(
-            args.batch_size, 3, args.image_size, args.image_size
-        )
-    config_class, model_class = {
-        "mae": (hf_mim.MAEConfig, hf_mim.MAEForPreTraining),
-        "latent_mim": (hf_mim.LatentMIMConfig, hf_mim.LatentMIMForPreTraining),
-        "stop_jepa": (hf_mim.StopJepaConfig, hf_mim.StopJepaForPreTraining),
-    }[method]
-    config = config_class(**sizes)
-    return model_class(config), torch.randn(args.batch_size, 3, *config.training_size)
+    config = row.config_class(**sizes, **row.settings)
+    model = filled_transformers_mae(config) if method == THEIRS else row.pretraining_class(config)
+    return model, torch.randn(args.batch_size, 3, *config.training_size)
 
 
 def filled_transformers_mae(config):
@@ -108,7 +101,7 @@ def training_step(model, images, dtype, compiled: bool):
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=1e-5, weight_decay=0.05, fused=images.is_cuda)
     forward = torch.compile(model) if compiled else model
-    update_target = getattr(model, "update_target", lambda progress: None)
+    update_target = getattr(model, "update_target", lambda progress: None)  # transformers' has no such call
 
     def step():
         with torch.autocast(images.device.type, dtype, enabled=dtype != torch.float32):
@@ -122,23 +115,29 @@ def training_step(model, images, dtype, compiled: bool):
 
 
 def count_flops(method: str, args, draws: int = 20) -> float:
-    """FLOPs of a step, forward and backward, per image. Of StoP, whose masks differ in size, the mean of some draws.
+    """FLOPs of a step, forward and backward, per image: the mean over masks that are drawn `draws` times.
 
-    Nothing is computed: all is on the meta device. But Latent MIM switches autocast, which meta has not, and has fake
-    tensors instead; with those, StoP could draw no masks.
+    Nothing is computed: the tensors are fake. The masks are drawn before that, because their size can depend on what
+    is drawn (StoP-JEPA); masks of the same sizes are counted once.
     """
     import torch
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    fake = method == "latent_mim"
-    with FakeTensorMode() if fake else contextlib.nullcontext():
-        with contextlib.nullcontext() if fake else torch.device("meta"):
-            model, images = contestant(method, args)
-        draws = draws if method == "stop_jepa" else 1
-        return sum(sum(flops_per_image(model, images)) for _ in range(draws)) / draws
+    with FakeTensorMode():
+        model, images = contestant(method, args)
+    drawn = [{}]
+    if method != THEIRS:
+        drawn = [model.draw_masks(len(images), model.config.grid_size, "meta") for _ in range(draws)]
+    sizes = collections.Counter(tuple((name, x.shape, x.dtype) for name, x in masks.items()) for masks in drawn)
+    with FakeTensorMode():
+        flops = {
+            size: sum(flops_per_image(model, images, **{name: torch.zeros(*shape, dtype=t) for name, shape, t in size}))
+            for size in sizes
+        }
+    return sum(flops[size] * count for size, count in sizes.items()) / len(drawn)
 
 
-def flops_per_image(model, images, *ids) -> tuple[float, float]:
+def flops_per_image(model, images, *ids, **masks) -> tuple[float, float]:
     """FLOPs of the matrix products of forward and of backward, counted, a multiply-add as two."""
     from torch.utils.flop_counter import FlopCounterMode
 
@@ -147,7 +146,7 @@ def flops_per_image(model, images, *ids) -> tuple[float, float]:
         if hasattr(module, "config"):
             module.config._attn_implementation = "eager"
     with FlopCounterMode(display=False) as counter:
-        loss = model(images, *ids).loss
+        loss = model(images, *ids, **masks).loss
         forward = counter.get_total_flops()
         loss.backward()
     return forward / len(images), (counter.get_total_flops() - forward) / len(images)

@@ -32,9 +32,10 @@ from typing import get_type_hints
 from huggingface_hub.errors import StrictDataclassError
 from transformers.utils import logging
 
+from hf_mim import methods
 from hf_mim.cli import one_line
 from hf_mim.models.configuration_vit import SIZES
-from hf_mim.pretraining.recipe import Recipe, field_type, model_fields
+from hf_mim.pretraining.recipe import Recipe, RunArguments, field_type, model_fields
 from hf_mim.pretraining.settings import convert, read_yaml, split_options
 from hf_mim.pretraining.trainer import MIMTrainingArguments
 
@@ -89,9 +90,9 @@ def parse(argv: list[str]) -> tuple[Recipe, Cluster]:
         name: convert(name, options.pop(name), CLUSTER_FIELDS[name]) for name in list(options) if name in CLUSTER_FIELDS
     }
     if words[0] in SIZES:
-        method = convert("method", options.get("method", "mae"), field_type("method"))
-        settings = read_yaml(HERE / f"recipes/imagenet_{method}.yaml")
-        sizes = model_fields(method).keys() - {"image_size", "patch_size"}
+        method = methods.get(options.get("method", RunArguments.method))
+        settings = read_yaml(HERE / f"recipes/imagenet_{method.variant_of or method.name}.yaml")
+        sizes = model_fields(method.name).keys() - {"image_size", "patch_size"}
         settings = {name: value for name, value in settings.items() if name not in sizes} | {"size": words[0]}
     else:
         settings = read_yaml(words[0])

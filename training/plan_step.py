@@ -15,7 +15,6 @@ from transformers import AutoModelForPreTraining
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 import hf_mim  # noqa: F401 (registers the models)
-from hf_mim.models.masking import sample_multi_block
 
 MASK_DRAWS = 300
 
@@ -77,13 +76,13 @@ class Step:
 def examine(config, batch_size: int, devices: int, bf16: bool = True, checkpointing: bool = False) -> Step:
     """Run a forward and backward pass of the pretraining model of `config` on fake tensors.
 
-    `batch_size`, that of one device, decides how large StoP's contexts are: memory is that of the largest of 300 drawn
-    masks, FLOPs those of the mean. A recomputed forward counts with the backward.
+    `batch_size`, that of one device, decides how large StoP's contexts are. Memory is planned for the largest of 300
+    drawn masks, FLOPs for the mean. A recomputed forward counts with the backward.
     """
     config = copy.deepcopy(config)  # counting FLOPs changes it
-    mean_ids, largest_ids = mask_lengths(config, batch_size)
     with torch.device("meta"):
         model = AutoModelForPreTraining.from_config(config)
+    mean_shapes, largest_shapes = mask_shapes(model, batch_size)
     for target, _ in model.target_pairs() if hasattr(model, "target_pairs") else ():
         target.requires_grad_(False)  # as initialisation does, which the meta device skips
     model.train()
@@ -94,46 +93,42 @@ def examine(config, batch_size: int, devices: int, bf16: bool = True, checkpoint
     parameters = Parameters.count(model)
     with FakeTensorMode(allow_non_fake_inputs=True):
         model.to_empty(device="cpu")
-        ddp = activations(model, largest_ids, bf16, checkpointing)
+        ddp = activations(model, largest_shapes, bf16, checkpointing)
         if bf16:  # FSDP2 gathers weights in bfloat16, so the residual stream is bfloat16 too
             half = {p: torch.nn.Parameter(p.detach().bfloat16(), p.requires_grad) for p in model.parameters()}
             for module in model.modules():
                 for name, parameter in module.named_parameters(recurse=False):
                     setattr(module, name, half[parameter])
-        fsdp = activations(model, largest_ids, bf16, checkpointing)
-        forward, backward = flops_per_image(model, *batch(config, 2, mean_ids))
-    visible = mean_ids[0] if mean_ids else config.num_visible(config.grid_size)
+        fsdp = activations(model, largest_shapes, bf16, checkpointing)
+        forward, backward = flops_per_image(model, *batch(config, 2, mean_shapes))
     backward += backward / 2 if checkpointing else 0
-    tokens = visible + config.num_prefix_tokens
+    tokens = mean_shapes[0][0] + config.num_prefix_tokens
     return Step(parameters, shards, ddp, fsdp, forward, backward, tokens)
 
 
-def mask_lengths(config, batch_size: int) -> tuple[tuple[int, int], tuple[int, int]] | tuple[None, None]:
-    """StoP's patches in the context and in one target block: on average, and where they are most together."""
-    if config.model_type != "stop_jepa":
-        return None, None
+def mask_shapes(model, batch_size: int) -> tuple[tuple, tuple]:
+    """The shapes of one image's context_ids and target_ids: the mean over many draws, and the draw with most ids."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        draws = [sample_multi_block(batch_size, config.grid_size, **config.masking) for _ in range(MASK_DRAWS)]
-    lengths = [(context.shape[1], targets.shape[2]) for context, targets in draws]
-    mean = tuple(round(sum(column) / len(draws)) for column in zip(*lengths, strict=True))
-    return mean, max(lengths, key=lambda pair: pair[0] + pair[1] * config.num_targets)
+        draws = [model.draw_masks(batch_size, model.config.grid_size, "meta") for _ in range(MASK_DRAWS)]
+    shapes = [(draw["context_ids"].shape[1:], draw["target_ids"].shape[1:]) for draw in draws]
+    mean = tuple(
+        tuple(round(sum(lengths) / len(draws)) for lengths in zip(*shape, strict=True))
+        for shape in zip(*shapes, strict=True)
+    )
+    return mean, max(shapes, key=lambda pair: sum(shape.numel() for shape in pair))
 
 
-def batch(config, size: int, ids: tuple[int, int] | None) -> list[torch.Tensor]:
-    """The arguments of a forward pass."""
-    tensors = [torch.empty(size, config.num_channels, *config.training_size)]
-    if ids is not None:
-        context, target = ids
-        tensors.append(torch.zeros(size, context, dtype=torch.int64))
-        tensors.append(torch.zeros(size, config.num_targets, target, dtype=torch.int64))
-    return tensors
+def batch(config, size: int, shapes) -> list[torch.Tensor]:
+    """The arguments of a forward pass: images, context_ids, target_ids."""
+    images = torch.empty(size, config.num_channels, *config.training_size)
+    return [images, *(torch.zeros(size, *shape, dtype=torch.int64) for shape in shapes)]
 
 
-def activations(model, ids, bf16: bool, checkpointing: bool) -> Activations:
+def activations(model, shapes, bf16: bool, checkpointing: bool) -> Activations:
     """From two batch sizes to bytes per image and bytes whatever the batch."""
     (total, layers), (larger, larger_layers) = (
-        saved_bytes(model, batch(model.config, size, ids), bf16) for size in (2, 4)
+        saved_bytes(model, batch(model.config, size, shapes), bf16) for size in (2, 4)
     )
     per_image = (larger - total) / 2
     fixed = round(total - 2 * per_image)
@@ -141,10 +136,10 @@ def activations(model, ids, bf16: bool, checkpointing: bool) -> Activations:
     recomputed = 0.0
     if checkpointing:
         model.activation_checkpointing_enable()
-        (total, _), (larger, _) = (saved_bytes(model, batch(model.config, size, ids), bf16) for size in (2, 4))
+        (total, _), (larger, _) = (saved_bytes(model, batch(model.config, size, shapes), bf16) for size in (2, 4))
         model.activation_checkpointing_disable()
         per_image, recomputed = (larger - total) / 2, max(layers.values())
-    tokens = model.config.num_prefix_tokens + (ids[0] if ids else model.config.num_visible(model.config.grid_size))
+    tokens = model.config.num_prefix_tokens + shapes[0][0]
     second = [size for name, size in layers.items() if name.startswith("encoder.layers.")][:2][-1]
     return Activations(per_image, fixed, recomputed, second / tokens)
 

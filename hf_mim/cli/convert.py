@@ -7,9 +7,9 @@ from typing import Any
 from huggingface_hub.errors import StrictDataclassError
 from transformers.utils import logging
 
+from hf_mim import methods
 from hf_mim.hub.convert import Conversion, setting_types
 from hf_mim.hub.new_folder import check_destination
-from hf_mim.hub.recognise import METHODS
 from hf_mim.pretraining.settings import convert as to_type
 
 USAGE = """\
@@ -55,7 +55,7 @@ def parse(arguments: list[str]) -> tuple[str, str, str | None, dict[str, Any]]:
     while rest:
         word, has_value, value = rest.pop(0).partition("=")
         if word == "--method":
-            method = value if has_value else _next(rest, "--method needs one of " + ", ".join(METHODS))
+            method = value if has_value else _next(rest, "--method needs one of " + ", ".join(methods.names()))
         elif word == "--set":
             given = [value] if has_value else [_next(rest, "--set needs name=value")]
             while rest and re.match(r"\w+=", rest[0]):
@@ -80,7 +80,7 @@ def _setting(text: str) -> tuple[str, Any]:
     name, has_value, value = text.partition("=")
     if not has_value:
         raise ValueError(f"--set needs name=value, not {text!r}")
-    types = {name: kind for method in METHODS for name, kind in setting_types(method).items()}
+    types = {name: kind for method in methods.names() for name, kind in setting_types(method).items()}
     # Another name is refused when the method is known, with a hint at what was meant.
     return name, to_type(name, value, types[name]) if name in types else value
 

@@ -6,7 +6,8 @@ import re
 import textwrap
 from typing import Any
 
-from hf_mim.pretraining.recipe import CONFIGS, DEFAULTS, TRAINING_FIELDS, RunArguments, model_fields
+from hf_mim import methods
+from hf_mim.pretraining.recipe import DEFAULTS, TRAINING_FIELDS, RunArguments, model_fields
 from hf_mim.pretraining.trainer import MIMTrainingArguments
 
 USAGE = """\
@@ -58,12 +59,13 @@ def pretrain_help() -> str:
 
 
 def _model_sections() -> list[str]:
-    shared = set.intersection(*(set(model_fields(method)) for method in CONFIGS))
-    groups = [("the model", "mae", shared)]
-    groups += [(f"the model, method {method}", method, model_fields(method).keys() - shared) for method in CONFIGS]
+    own = {method.name: set(model_fields(method.name)) for method in methods.rows()}
+    shared = set.intersection(*own.values())
+    groups = [("the model", next(iter(own)), shared)]
+    groups += [(f"the model, method {method}", method, members - shared) for method, members in own.items()]
     sections = []
     for title, method, members in groups:
-        config_class = CONFIGS[method]
+        config_class = methods.get(method).config_class
         texts = {name: text for base in reversed(config_class.__mro__) for name, text in documented(base).items()}
         rows = [
             (f.name, _default(f), texts.get(f.name, "")) for f in dataclasses.fields(config_class) if f.name in members

@@ -3,7 +3,7 @@ from anywhere else; one that is in none of them is said to be missing.
 
     model_card("runs/digits_mae").save("runs/digits_mae/README.md")  # or: hf-mim card runs/digits_mae
 
-The prose is in `card_template.md`.
+The prose is in `card_template.md`, that of a method in the file or text that its row in `hf_mim.methods` names.
 """
 
 import json
@@ -13,12 +13,13 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+import jinja2
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, PreTrainedConfig
 
-import hf_mim  # noqa: F401 (registers the configs)
+from hf_mim import methods
 from hf_mim.evaluation import PROTOCOLS
 from hf_mim.evaluation.checkpoint import checkpoint_sha256
 from hf_mim.evaluation.result import Result, format_number
@@ -27,13 +28,6 @@ from hf_mim.models.configuration_vit import MIMConfig
 
 TEMPLATE = Path(__file__).with_name("card_template.md")
 
-# Method → what it is called, and its papers on arXiv. I-JEPA is StoP-JEPA without noise.
-METHODS = {
-    "mae": ("MAE", ["2111.06377"]),
-    "latent_mim": ("Latent MIM", ["2407.15837"]),
-    "stop_jepa": ("StoP-JEPA", ["2308.00566", "2301.08243"]),
-    "ijepa": ("I-JEPA", ["2301.08243"]),
-}
 # Protocols of classes and of masks; the Hub's word for anything else is image-feature-extraction.
 TASKS = dict.fromkeys(("knn", "leave_one_out", "linear", "attentive", "lowshot", "finetune"), "image-classification")
 TASKS |= dict.fromkeys(("segment", "propagate"), "image-segmentation")
@@ -65,7 +59,7 @@ def model_card(folder: str | Path, repo_id: str | None = None, license: str | No
     training = None if "training.json" in left_out else training
     health = None if "health.json" in left_out else health
     own = {name: result for name, result in results.items() if name not in notes}
-    method = method_of(config)
+    method = methods.of_config(config)
     license = check_license(license or recipe.get("license") or _license_of(folder / "README.md"))
     name = repo_id.rpartition("/")[2] if repo_id else folder.name
     dataset = _dataset(recipe, training)
@@ -75,8 +69,10 @@ def model_card(folder: str | Path, repo_id: str | None = None, license: str | No
         template_str=TEMPLATE.read_text(encoding="utf-8"),
         name=shown(name),
         address=repo_id or folder.name,
-        method=method,
-        title=METHODS[method][0],
+        title=method.title,
+        method_text=jinja2.Template(method.card_text).render(config=config),
+        bibtex=method.bibtex,
+        predicts_pixels=method.predicts_pixels,
         config=config,
         classifier=is_classifier(config),
         remote_code=hasattr(config, "auto_map"),
@@ -121,15 +117,9 @@ def read_config(folder: Path) -> PreTrainedConfig:
     except (ValueError, TypeError, OSError, KeyError, StrictDataclassError) as error:
         raise ValueError(f"{folder / 'config.json'} cannot be read: {' '.join(str(error).split())[:200]}") from error
     if not isinstance(config, MIMConfig):
-        raise ValueError(f"checkpoint must be MAE, Latent MIM or StoP-JEPA, and {folder} holds {config.model_type}")
+        *titles, last = (method.title for method in methods.rows())
+        raise ValueError(f"checkpoint must be {', '.join(titles)} or {last}, and {folder} holds {config.model_type}")
     return config
-
-
-def method_of(config: PreTrainedConfig) -> str:
-    """A key of `METHODS`."""
-    if config.model_type == "stop_jepa" and not config.position_noise_std:
-        return "ijepa"
-    return config.model_type.removeprefix("mim_")
 
 
 def is_classifier(config: PreTrainedConfig) -> bool:
@@ -168,15 +158,15 @@ def _license_of(path: Path) -> str | None:
 
 
 def _metadata(name: str, config, dataset: str, results: dict[str, Result], license: str | None) -> ModelCardData:
-    title, papers = METHODS[method_of(config)]
-    tags = ["hf_mim", "masked-image-modeling", "self-supervised-learning", title.lower().replace(" ", "-")]
+    method = methods.of_config(config)
+    tags = ["hf_mim", "masked-image-modeling", "self-supervised-learning", method.title.lower().replace(" ", "-")]
     return ModelCardData(
         model_name=name,
         library_name="transformers",
         pipeline_tag="image-classification" if is_classifier(config) else "image-feature-extraction",
         license=license,
         datasets=[dataset] if is_hub_name(dataset) else None,
-        tags=tags + [f"arxiv:{paper}" for paper in papers],
+        tags=tags + [f"arxiv:{paper}" for paper in method.papers],
         eval_results=[_eval_result(result) for result in results.values() if result.value is not None] or None,
     )
 

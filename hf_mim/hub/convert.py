@@ -16,12 +16,13 @@ import torch
 from huggingface_hub.dataclasses import validate_typed_dict
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from hf_mim import methods
 from hf_mim.data.processor import image_processor, read_processor
 from hf_mim.files import listed
 from hf_mim.hub.key_tables import to_ours, to_theirs
 from hf_mim.hub.new_folder import new_folder
 from hf_mim.hub.reading import Checkpoint, read_checkpoint
-from hf_mim.hub.recognise import ENCODERS, Layout, recognise
+from hf_mim.hub.recognise import Layout, recognise
 from hf_mim.hub.sizes import infer
 
 IMAGENET_MEAN, IMAGENET_STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]  # by which all the authors normalise
@@ -31,7 +32,7 @@ NORMALISATION = {"image_mean": list[float | int], "image_std": list[float | int]
 def setting_types(method: str) -> dict[str, Any]:
     """Name → type of what can be set for a method: its config's own fields, and the normalisation of the pixels."""
     inherited = {field.name for field in dataclasses.fields(PreTrainedConfig)} | {"size"}
-    fields = dataclasses.fields(ENCODERS[method].config_class)
+    fields = dataclasses.fields(methods.get(method).config_class)
     own = {field.name: field.type for field in fields if field.name not in inherited and field.name[0] != "_"}
     return own | NORMALISATION
 
@@ -42,7 +43,7 @@ def convert(source: str | Path, method: str | None = None, **settings) -> PreTra
     Args:
         source: a file (.pth, .pth.tar, .bin, .safetensors, …), a folder of one checkpoint, or a name on the Hub: of
             the authors of MAE, I-JEPA, StoP and Latent MIM, of transformers' ViTMAE and I-JEPA, of timm's ViT.
-        method: "mae", "latent_mim", "ijepa" or "stop"; by default what the keys say (`hf_mim.hub.recognise`).
+        method: "mae", "latent_mim", "ijepa" or "stop_jepa"; by default what the keys say (`hf_mim.hub.recognise`).
         settings: config fields over what the file tells and the papers say (`hf_mim.hub.sizes`).
 
     Returns:

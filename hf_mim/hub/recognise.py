@@ -11,30 +11,20 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, PreTrainedModel
 
+from hf_mim import methods
 from hf_mim.files import listed
 from hf_mim.hub import key_tables
 from hf_mim.hub.key_tables import Row, module_names, within
 from hf_mim.hub.reading import Checkpoint
 from hf_mim.hub.timm_vit import ACTIVATIONS
 from hf_mim.models.configuration_vit import MIMConfig
-from hf_mim.models.modeling_latent_mim import LatentMIMForImageClassification, LatentMIMForPreTraining, LatentMIMModel
-from hf_mim.models.modeling_mae import MAEForImageClassification, MAEForPreTraining, MAEModel
-from hf_mim.models.modeling_stop_jepa import StopJepaForImageClassification, StopJepaForPreTraining, StopJepaModel
 
-ENCODERS = {"mae": MAEModel, "latent_mim": LatentMIMModel, "ijepa": StopJepaModel, "stop": StopJepaModel}
-CLASSIFIERS = {
-    "mae": MAEForImageClassification,
-    "latent_mim": LatentMIMForImageClassification,
-    "ijepa": StopJepaForImageClassification,
-    "stop": StopJepaForImageClassification,
-}
-METHODS = tuple(ENCODERS)
 POOLER = ("pooler.dense.weight", "pooler.dense.bias")
 # transformers' model types: the methods that they can be, the table, the prefix of the encoder, the head's pooling.
 TRANSFORMERS = {
     "vit_mae": (("mae",), key_tables.VIT_MAE_ENCODER, "vit.", "cls"),
     "vit": (("mae", "latent_mim"), key_tables.VIT_HF, "vit.", "cls"),
-    "ijepa": (("ijepa", "stop", "mae", "latent_mim"), key_tables.IJEPA_HF, "ijepa.", "mean"),
+    "ijepa": (("ijepa", "stop_jepa", "mae", "latent_mim"), key_tables.IJEPA_HF, "ijepa.", "mean"),
 }
 # The fields of transformers' configs that have ours' names and meaning.
 SHARED = (
@@ -47,12 +37,13 @@ SHARED = (
 class Layout:
     """A recognised state dict.
 
-    state: its tensors as `table` names them. told: the config fields that its keys or its config.json settle. assumed:
-    the names of those that nothing settles. unread: keys left out because they change nothing.
+    role: which of the method's models it is, "encoder", "pretraining" or "classifier". state: its tensors as `table`
+    names them. told: the config fields that its keys or its config.json settle. assumed: the names of those that
+    nothing settles. unread: keys left out because they change nothing.
     """
 
     method: str
-    model_class: type[PreTrainedModel]
+    role: str
     table: list[Row]
     state: dict[str, torch.Tensor]
     told: dict[str, Any] = field(default_factory=dict)
@@ -60,20 +51,23 @@ class Layout:
     unread: tuple[str, ...] = ()
 
     @property
+    def model_class(self) -> type[PreTrainedModel]:
+        return getattr(methods.get(self.method), f"{self.role}_class")
+
+    @property
     def config_class(self) -> type[MIMConfig]:
-        return self.model_class.config_class
+        return methods.get(self.method).config_class
 
     @property
     def encoder(self) -> str:
         """The prefix of the encoder in our names: "" where it is the whole model."""
-        return "" if self.model_class in ENCODERS.values() else f"{self.model_class.base_model_prefix}."
+        return "" if self.role == "encoder" else f"{self.model_class.base_model_prefix}."
 
 
 def recognise(checkpoint: Checkpoint, method: str | None = None) -> Layout:
     """What a checkpoint is. Raises ValueError if it is nothing known, or cannot be of that method."""
-    if method not in (None, *METHODS):
-        raise ValueError(f"method must be one of {', '.join(METHODS)}, not {method!r}")
-    if checkpoint.config.get("model_type") in [encoder.config_class.model_type for encoder in ENCODERS.values()]:
+    method = None if method is None else methods.get(method).name
+    if checkpoint.config.get("model_type") in [row.config_class.model_type for row in methods.rows()]:
         raise ValueError(f"{checkpoint.name} is a checkpoint of hf_mim already: from_pretrained loads it as it is")
     state = checkpoint.state
     if any(key.endswith("patch_embeddings.projection.weight") for key in state):
@@ -81,7 +75,7 @@ def recognise(checkpoint: Checkpoint, method: str | None = None) -> Layout:
     if "encoder.embed.proj.weight" in state:
         assumed = ("patch_gap", "mask_ratio", "temperature", "similarity_weight", "loss_type")
         _choose(method, ("latent_mim",), checkpoint)
-        return Layout("latent_mim", LatentMIMForPreTraining, key_tables.LATENT_MIM, state, assumed=assumed)
+        return Layout("latent_mim", "pretraining", key_tables.LATENT_MIM, state, assumed=assumed)
     if "encoder.patch_embed.proj.weight" in state or "target_encoder.patch_embed.proj.weight" in state:
         return _jepa(checkpoint, method)
     if "patch_embed.proj.weight" in state:
@@ -99,23 +93,22 @@ def _choose(method: str | None, possible: tuple[str, ...], checkpoint: Checkpoin
 
 def _jepa(checkpoint: Checkpoint, method: str | None) -> Layout:
     """The authors' files, or one of their two encoders alone."""
-    method, state = _choose(method, ("ijepa", "stop"), checkpoint), checkpoint.state
+    method, state = _choose(method, ("ijepa", "stop_jepa"), checkpoint), checkpoint.state
     networks = {key.partition(".")[0] for key in state}
     if len(networks) == 1:
         table = within(key_tables.TIMM_VIT, "", f"{networks.pop()}.")
-        return Layout(method, StopJepaModel, table, state, _jepa_settings(method))
-    unread = key_tables.STOP_UNREAD if method == "stop" else ()
+        return Layout(method, "encoder", table, state, _jepa_settings(method))
+    is_stop = method == "stop_jepa"
+    unread = key_tables.STOP_UNREAD if is_stop else ()
     state = {key: tensor for key, tensor in state.items() if key not in unread}
-    table = key_tables.STOP if method == "stop" else key_tables.I_JEPA
-    assumed = ("noise_on",) if method == "stop" else ()
-    return Layout(method, StopJepaForPreTraining, table, state, _jepa_settings(method), assumed, unread)
+    table, assumed = (key_tables.STOP, ("noise_on",)) if is_stop else (key_tables.I_JEPA, ())
+    return Layout(method, "pretraining", table, state, _jepa_settings(method), assumed, unread)
 
 
 def _jepa_settings(method: str) -> dict[str, Any]:
     """What I-JEPA and StoP differ in; nothing for other methods."""
-    if method == "ijepa":
-        return {"position_noise_std": 0.0, "use_mask_token": True}
-    return {"use_mask_token": False} if method == "stop" else {}
+    use_mask_token = {"ijepa": {"use_mask_token": True}, "stop_jepa": {"use_mask_token": False}}
+    return dict(methods.get(method).settings) | use_mask_token.get(method, {})
 
 
 def _vit(checkpoint: Checkpoint, method: str | None) -> Layout:
@@ -125,7 +118,7 @@ def _vit(checkpoint: Checkpoint, method: str | None) -> Layout:
     if any(key.startswith("decoder_") for key in state):
         told = {name: arguments[name] for name in ("mask_ratio", "norm_pix_loss") if name in arguments}
         _choose(method, ("mae",), checkpoint)
-        return Layout("mae", MAEForPreTraining, key_tables.MAE, state, told, ("mask_ratio", "norm_pix_loss"))
+        return Layout("mae", "pretraining", key_tables.MAE, state, told, ("mask_ratio", "norm_pix_loss"))
     table, told = key_tables.MAE_ENCODER, {"use_cls_token": has_cls}
     if "head.1.weight" in state:
         table, told = key_tables.MAE_LINEAR_PROBE, told | {"pooling": "cls", "head_batch_norm": True}
@@ -133,16 +126,17 @@ def _vit(checkpoint: Checkpoint, method: str | None) -> Layout:
         table, told = key_tables.MAE_MEAN_CLASSIFIER, told | {"pooling": "mean", "pool_before_norm": True}
     elif "head.weight" in state:
         table, told = key_tables.MAE_CLS_CLASSIFIER, told | {"pooling": "cls" if has_cls else "mean"}
-    method = _choose(method, ("mae", "latent_mim") if has_cls else ("ijepa", "stop", "mae", "latent_mim"), checkpoint)
+    possible = ("mae", "latent_mim") if has_cls else ("ijepa", "stop_jepa", "mae", "latent_mim")
+    method = _choose(method, possible, checkpoint)
     has_head = any(key.startswith("head.") for key in state)
-    model_class = (CLASSIFIERS if has_head else ENCODERS)[method]
-    prefix = f"{model_class.base_model_prefix}." if has_head else ""
+    prefix = f"{methods.get(method).classifier_class.base_model_prefix}." if has_head else ""
     table = [
         (ours.replace("encoder.", prefix, 1), theirs, layout)
         for ours, theirs, layout in table
         if (has_cls or theirs != "cls_token") and (has_head or not ours.startswith("classifier."))
     ]
-    return Layout(method, model_class, table, state, told | _jepa_settings(method) | _timm_settings(checkpoint.config))
+    told |= _jepa_settings(method) | _timm_settings(checkpoint.config)
+    return Layout(method, "classifier" if has_head else "encoder", table, state, told)
 
 
 def _timm_settings(config: dict[str, Any]) -> dict[str, Any]:
@@ -176,16 +170,15 @@ def _transformers(checkpoint: Checkpoint, method: str | None) -> Layout:
     told = _transformers_settings(checkpoint) | _jepa_settings(method)
     told["use_cls_token"] = model_type != "ijepa"
     if any(key.startswith("decoder.") for key in state):
-        return Layout(method, MAEForPreTraining, key_tables.VIT_MAE, state, told)
+        return Layout(method, "pretraining", key_tables.VIT_MAE, state, told)
     table = within(table, "", prefix if any(key.startswith(prefix) for key in state) else "")
     if "classifier.weight" not in state:
         unread = POOLER if _pooler_hands_on(state, checkpoint.config) else ()
         state = {key: tensor for key, tensor in state.items() if key not in unread}
-        return Layout(method, ENCODERS[method], table, state, told, unread=unread)
-    model_class = CLASSIFIERS[method]
-    table = within(table, f"{model_class.base_model_prefix}.", "")
+        return Layout(method, "encoder", table, state, told, unread=unread)
+    table = within(table, f"{methods.get(method).classifier_class.base_model_prefix}.", "")
     table += [(f"classifier.linear.{name}", f"classifier.{name}", None) for name in ("weight", "bias")]
-    return Layout(method, model_class, table, state, told | {"pooling": pooling})
+    return Layout(method, "classifier", table, state, told | {"pooling": pooling})
 
 
 def _pooler_hands_on(state: dict[str, torch.Tensor], config: dict[str, Any]) -> bool:

@@ -47,7 +47,7 @@ def infer(layout: Layout, given: dict[str, Any]) -> tuple[dict[str, Any], dict[s
             (told if is_told else assumed)["image_size"] = size
     told = {name: value for name, value in told.items() if name not in given}
     assumed |= _heads(layout, told | given)
-    if layout.method == "stop":
+    if layout.method == "stop_jepa":
         assumed["position_noise_std"] = 0.2 if (told | given)["hidden_size"] == SIZES["huge"][0] else 0.25
     defaults = layout.config_class()
     assumed |= {name: getattr(defaults, name) for name in ("layer_norm_eps", *layout.assumed)}

@@ -225,8 +225,24 @@ class LatentMIMForPreTraining(TargetNetworkMixin, LatentMIMPreTrainedModel):
         """Move the similarity target along its cosine; call before each step."""
         self.similarity_target.value.fill_(cosine(self.config.similarity_start, self.config.similarity_end, progress))
 
-    def draw(self, pixel_values, patch_offsets=None):
-        """Cut images with gaps, at random offsets unless given → patches `[B, N, P]`, their grid, the offsets."""
+    def draw_masks(
+        self, batch_size, grid, device=None, *, patch_offsets=None, context_ids=None, target_ids=None, noise=None
+    ) -> dict:
+        """Draw offsets and ids of one pass over a `(gh, gw)` grid of patches; what is given stays as it is.
+
+        Returns the arguments of `forward`: `patch_offsets [B, gh, gw, 2]`, `context_ids [B, Nv]` and
+        `target_ids [B, Nm]`, int64 on `device`. With `noise [B, N]`, the patches with the smallest noise stay visible.
+        Raises ValueError if only one kind of ids is given, or if the grid has too few patches to mask.
+        """
+        if patch_offsets is None:
+            patch_offsets = torch.randint(max(self.config.patch_gap, 1), (batch_size, *grid, 2), device=device)
+        if are_ids_absent(context_ids, target_ids):
+            noise = torch.rand(batch_size, grid[0] * grid[1], device=device) if noise is None else noise
+            context_ids, target_ids = split_at_random(noise, self.config.num_visible(grid))
+        return {"patch_offsets": patch_offsets, "context_ids": context_ids, "target_ids": target_ids}
+
+    def draw(self, pixel_values, patch_offsets=None, **given):
+        """Draw what `forward` was not given, and cut the images → patches `[B, N, P]`, their grid, the masks."""
         gap, patch_size = self.config.patch_gap, self.config.patch_height_width
         height, width = pixel_values.shape[2:]
         if height % (patch_size[0] + gap) or width % (patch_size[1] + gap):
@@ -240,10 +256,8 @@ class LatentMIMForPreTraining(TargetNetworkMixin, LatentMIMPreTrainedModel):
                 f"pixel_values must have num_channels={self.config.num_channels} channels, got {pixel_values.shape[1]}"
             )
         grid = (height // (patch_size[0] + gap), width // (patch_size[1] + gap))
-        if patch_offsets is None:
-            shape = (len(pixel_values), *grid, 2)
-            patch_offsets = torch.randint(max(gap, 1), shape, device=pixel_values.device)
-        return patchify_with_gap(pixel_values, patch_size, patch_offsets, gap), grid, patch_offsets
+        masks = self.draw_masks(len(pixel_values), grid, pixel_values.device, patch_offsets=patch_offsets, **given)
+        return patchify_with_gap(pixel_values, patch_size, masks["patch_offsets"], gap), grid, masks
 
     def loss(self, predictions, targets, visible):
         """The loss and its parts, from float32 `[B, Nm, D]` twice and the projected visible tokens `[B, Nv, D]`."""
@@ -277,10 +291,9 @@ class LatentMIMForPreTraining(TargetNetworkMixin, LatentMIMPreTrainedModel):
             patch_offsets: `[B, gh, gw, 2]` row and column of each patch in its cell; drawn from {0..gap-1} if absent.
             noise: `[B, N]` to draw the ids by: the patches with the smallest noise stay visible.
         """
-        patches, grid, patch_offsets = self.draw(pixel_values, patch_offsets)
-        if are_ids_absent(context_ids, target_ids):
-            noise = torch.rand(patches.shape[:2], device=patches.device) if noise is None else noise
-            context_ids, target_ids = split_at_random(noise, self.config.num_visible(grid))
+        given = {"context_ids": context_ids, "target_ids": target_ids, "noise": noise}
+        patches, grid, masks = self.draw(pixel_values, patch_offsets, **given)
+        context_ids, target_ids = masks["context_ids"], masks["target_ids"]
         num_prefix = self.config.num_prefix_tokens
         with torch.no_grad():
             targets = self.target_encoder.encode(gather(patches, target_ids), grid, target_ids)[:, num_prefix:]
@@ -298,10 +311,8 @@ class LatentMIMForPreTraining(TargetNetworkMixin, LatentMIMPreTrainedModel):
             loss=loss,
             predictions=predictions,
             targets=targets,
-            context_ids=context_ids,
-            target_ids=target_ids,
-            patch_offsets=patch_offsets,
             metrics=metrics,
+            **masks,
         )
 
 

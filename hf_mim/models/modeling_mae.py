@@ -12,7 +12,15 @@ from .heads import BackboneHead, ClassificationHead
 from .masking import gather, split_at_random
 from .positions import PositionEmbeddings
 from .signals import spread
-from .vit import MIMPreTrainedModel, PretrainingOutput, ViTEncoder, are_ids_absent, run_layers, vit_layers
+from .vit import (
+    MIMPreTrainedModel,
+    PretrainingOutput,
+    ViTEncoder,
+    are_ids_absent,
+    run_layers,
+    unpatchify,
+    vit_layers,
+)
 
 
 @dataclass
@@ -72,6 +80,18 @@ class MAEForPreTraining(MAEPreTrainedModel):
         self.post_init()
         self._keys_to_ignore_on_load_unexpected = set()  # post_init takes over the encoder's
 
+    def draw_masks(self, batch_size, grid, device=None, *, context_ids=None, target_ids=None, noise=None) -> dict:
+        """Draw the ids of one pass over a grid of `(rows, columns)` patches; ids that are given stay as they are.
+
+        Returns the arguments of `forward`: `context_ids [B, Nv]` and `target_ids [B, Nm]`, int64 on `device`. With
+        `noise [B, N]`, the patches with the smallest noise stay visible. Raises ValueError if only one kind of ids is
+        given, or if the grid has too few patches to mask.
+        """
+        if are_ids_absent(context_ids, target_ids):
+            noise = torch.rand(batch_size, grid[0] * grid[1], device=device) if noise is None else noise
+            context_ids, target_ids = split_at_random(noise, self.config.num_visible(grid))
+        return {"context_ids": context_ids, "target_ids": target_ids}
+
     @can_return_tuple
     def forward(self, pixel_values, context_ids=None, target_ids=None, noise=None) -> MAEOutput:
         """Reconstruct masked patches.
@@ -82,9 +102,9 @@ class MAEForPreTraining(MAEPreTrainedModel):
             noise: `[B, N]` to draw them by: the patches with the smallest noise stay visible.
         """
         patches, grid = self.encoder.cut(pixel_values)
-        if are_ids_absent(context_ids, target_ids):
-            noise = torch.rand(patches.shape[:2], device=patches.device) if noise is None else noise
-            context_ids, target_ids = split_at_random(noise, self.config.num_visible(grid))
+        given = {"context_ids": context_ids, "target_ids": target_ids, "noise": noise}
+        masks = self.draw_masks(len(patches), grid, patches.device, **given)
+        context_ids, target_ids = masks["context_ids"], masks["target_ids"]
         latents = self.encoder.encode(gather(patches, context_ids), grid, context_ids)
         predictions = self.decoder(latents, grid, context_ids, target_ids)
         targets = gather(patches, target_ids).float()
@@ -94,10 +114,30 @@ class MAEForPreTraining(MAEPreTrainedModel):
             loss=F.mse_loss(predictions.float(), targets),
             predictions=predictions,
             targets=targets,
-            context_ids=context_ids,
-            target_ids=target_ids,
             metrics={"feature_std": spread(latents[:, self.config.num_prefix_tokens :])},
+            **masks,
         )
+
+    @torch.no_grad()
+    def reconstruct(self, pixel_values, **masks) -> tuple[torch.Tensor, torch.Tensor]:
+        """Mask normalised images `[B, C, H, W]` and fill the masked patches with the model's predictions.
+
+        `masks` are the ids or the noise of `forward`, drawn if absent. Returns the reconstruction `[B, C, H, W]`
+        (float32, normalised as the images) and the mask `[B, 1, H, W]`, True where masked. Visible patches show the
+        true pixels. With `norm_pix_loss` the model predicts standardised patches; each then gets the mean and variance
+        of the true patch.
+        """
+        output = self(pixel_values, **masks)
+        patches, grid = self.encoder.cut(pixel_values.float())
+        predictions = output.predictions.float()
+        if self.config.norm_pix_loss:
+            masked = gather(patches, output.target_ids)
+            predictions = predictions * (masked.var(-1, keepdim=True) + 1e-6).sqrt() + masked.mean(-1, keepdim=True)
+        places = output.target_ids[..., None].expand_as(predictions)
+        images = patches.scatter(1, places, predictions)
+        mask = torch.zeros_like(patches).scatter(1, places, 1.0)
+        images, mask = (unpatchify(x, self.config.patch_height_width, grid) for x in (images, mask))
+        return images, mask[:, :1].bool()
 
 
 class MAEForImageClassification(ClassificationHead, MAEPreTrainedModel):

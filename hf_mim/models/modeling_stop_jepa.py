@@ -107,12 +107,42 @@ class StopJepaForPreTraining(TargetNetworkMixin, StopJepaPreTrainedModel):
     def target_pairs(self):
         return [(self.target_encoder, self.encoder)]
 
-    def sample_noise(self, on: str, *shape, like):
-        """σ·n of `[*shape, D]` if tokens of that kind, "context" or "target", have noise; else None."""
-        if not self.config.position_noise_std or self.config.noise_on not in (on, "both"):
+    def draw_noise(self, tokens: str, *shape, device, dtype):
+        """σ·n of `[*shape, D]` if `tokens`, "context" or "target", have noise; else None."""
+        if not self.config.position_noise_std or self.config.noise_on not in (tokens, "both"):
             return None
-        noise = torch.randn(*shape, self.config.hidden_size, device=like.device, dtype=like.dtype)
+        noise = torch.randn(*shape, self.config.hidden_size, device=device, dtype=dtype)
         return noise * self.config.position_noise_std
+
+    def draw_masks(
+        self,
+        batch_size,
+        grid,
+        device=None,
+        *,
+        context_ids=None,
+        target_ids=None,
+        position_noise=None,
+        context_noise=None,
+        dtype=None,
+    ) -> dict:
+        """Draw ids and noise of one pass over a grid of `(rows, columns)` patches; what is given stays as it is.
+
+        Returns the arguments of `forward`: `context_ids [B, Nc]` and `target_ids [B, M, Nt]`, int64 on `device`; and if
+        the config asks for noise `position_noise [B, M, Nt, D]` and `context_noise [B, M, Nc, D]`, of `dtype` (torch's
+        default), σ applied. Raises ValueError if only one kind of ids is given, or if the grid is too small for the
+        target blocks.
+        """
+        if are_ids_absent(context_ids, target_ids):
+            context_ids, target_ids = sample_multi_block(batch_size, grid, device=device, **self.config.masking)
+        like = {"device": device, "dtype": dtype}
+        if position_noise is None:
+            position_noise = self.draw_noise("target", *target_ids.shape, **like)
+        if context_noise is None:
+            context_noise = self.draw_noise("context", *target_ids.shape[:2], context_ids.shape[1], **like)
+        masks = {"context_ids": context_ids, "target_ids": target_ids}
+        noise = {"position_noise": position_noise, "context_noise": context_noise}
+        return masks | {name: value for name, value in noise.items() if value is not None}
 
     @can_return_tuple
     def forward(
@@ -127,36 +157,28 @@ class StopJepaForPreTraining(TargetNetworkMixin, StopJepaPreTrainedModel):
             context_noise: `[B, M, Nc, D]` for the context tokens, likewise.
         """
         patches, grid = self.encoder.cut(pixel_values)
-        if are_ids_absent(context_ids, target_ids):
-            context_ids, target_ids = sample_multi_block(
-                len(patches), grid, device=patches.device, **self.config.masking
-            )
-        blocks = target_ids.shape[:2]
-        if position_noise is None:
-            position_noise = self.sample_noise("target", *target_ids.shape, like=pixel_values)
-        if context_noise is None:
-            context_noise = self.sample_noise("context", *blocks, context_ids.shape[1], like=pixel_values)
-
+        given = {"context_ids": context_ids, "target_ids": target_ids}
+        given |= {"position_noise": position_noise, "context_noise": context_noise}
+        masks = self.draw_masks(len(patches), grid, patches.device, dtype=pixel_values.dtype, **given)
+        context_ids, target_ids = masks["context_ids"], masks["target_ids"]
         with torch.no_grad():
             tokens = self.target_encoder.encode(patches, grid)
             tokens = F.layer_norm(tokens.float(), tokens.shape[-1:])
             targets = gather(tokens, target_ids.flatten(1)).unflatten(1, target_ids.shape[1:])
         features = self.encoder.encode(gather(patches, context_ids), grid, context_ids)
-        predictions = self.predictor(features, grid, context_ids, target_ids, position_noise, context_noise)
+        noise = masks.get("position_noise"), masks.get("context_noise")
+        predictions = self.predictor(features, grid, context_ids, target_ids, *noise)
         return StopJepaOutput(
             loss=F.smooth_l1_loss(predictions.float(), targets),
             predictions=predictions,
             targets=targets,
-            context_ids=context_ids,
-            target_ids=target_ids,
-            position_noise=position_noise,
-            context_noise=context_noise,
             metrics=target_signals(tokens)
             | {
                 "error_over_constant": error_over_constant(predictions, targets),
                 "feature_std": spread(features),
                 "context_share": targets.new_full((), context_ids.shape[1] / patches.shape[1]),
             },
+            **masks,
         )
 
 

@@ -34,7 +34,11 @@ class TargetNetworkMixin:
     loaded in half precision: in bfloat16 with momentum .999 it would never move.
     """
 
-    _keep_in_fp32_modules_strict = ["position_embeddings", "target_encoder", "target_projector"]
+    def post_init(self):
+        super().post_init()
+        targets = [target for target, _ in self.target_pairs()]
+        names = {name for name, module in self.named_modules() if any(module is target for target in targets)}
+        self._keep_in_fp32_modules_strict |= names
 
     @torch.no_grad()
     def initialize_weights(self):

@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from accelerate.utils import gather_object
 from transformers import TrainerCallback
 
+from hf_mim import methods
+
 logger = logging.getLogger(__name__)
 
 
@@ -48,24 +50,6 @@ WITNESSES = {
 }
 PATIENCE = 2  # logs in a row that begin a condition, and that end it: one noisy log does neither
 POSITION_ONLY = 0.9  # the share of variance from which on the place is said to be all that the targets tell
-
-# What users of a method change first: a setting, and where to move it, with the published value.
-ADVICE = {
-    "stop_jepa": {
-        "momentum_start": "nearer to 1 (published 0.996)",
-        "learning_rate": "lower, with more warmup_steps",
-        "target_scale": "not below (0.15, 0.2)",
-        "context_scale": "not below (0.85, 1)",
-    },
-    "latent_mim": {
-        "loss_type": "patch_discrimination",
-        "momentum_start": "nearer to 1 (published 0.99)",
-        "patch_gap": "a quarter of the patch",
-        "mask_ratio": "higher (published 0.9)",
-        "similarity_weight": "above 0 (published 0.1)",
-        "learning_rate": "lower",
-    },
-}
 
 
 def held_since(series: list[tuple[int, float]], condition: Condition) -> list[int | None]:
@@ -131,9 +115,12 @@ def describe(condition: Condition, start: dict, entry: dict, since: int, model_c
 
 
 def advice(config, args) -> str:
-    """What to change first, beside what it is in this run; nothing for a method without advice."""
-    settings = ADVICE.get(config.model_type)
-    if settings is None:
+    """What to change first, beside what it is in this run; nothing if the method's row has no advice."""
+    try:
+        settings = methods.of_config(config).advice
+    except ValueError as error:  # a model that is not in the table can be trained too
+        return f" There is no advice: {error}."
+    if not settings:
         return ""
     values = {name: getattr(config, name) if hasattr(config, name) else getattr(args, name) for name in settings}
     changes = "; ".join(f"{name} {better}, here {values[name]}" for name, better in settings.items())

@@ -1,8 +1,8 @@
 """A run's settings: a YAML file and a command line become checked, typed arguments of run, model and training.
 
 Settings are flat: one name, one meaning. They are those of the run (`RunArguments`), of the method's config class and
-of `MIMTrainingArguments`. The command line goes over the file, the file over the defaults; these are the classes' own,
-under `DEFAULTS` and `METHOD_DEFAULTS`, and for the embedded digits `DIGITS_DEFAULTS`.
+of `MIMTrainingArguments`. The command line goes over the file, the file over the defaults. Those are the classes' own,
+over them `DEFAULTS`, and over these what the method's row in `hf_mim.methods` says.
 """
 
 import dataclasses
@@ -16,14 +16,10 @@ from typing import Any, Literal, get_type_hints
 import yaml
 from transformers import PreTrainedConfig
 
+from hf_mim import methods
 from hf_mim.hub.card import check_license
-from hf_mim.models.configuration_latent_mim import LatentMIMConfig
-from hf_mim.models.configuration_mae import MAEConfig
-from hf_mim.models.configuration_stop_jepa import StopJepaConfig
-from hf_mim.pretraining.settings import convert
+from hf_mim.pretraining.settings import convert, read_yaml
 from hf_mim.pretraining.trainer import MIMTrainingArguments
-
-CONFIGS = {"mae": MAEConfig, "latent_mim": LatentMIMConfig, "stop_jepa": StopJepaConfig}
 
 DEFAULTS = {
     "num_train_epochs": 100,
@@ -32,54 +28,6 @@ DEFAULTS = {
     "per_device_eval_batch_size": 64,
     "dataloader_num_workers": min(4, os.cpu_count() or 1),
     "save_total_limit": 2,  # the one before, where a file of the last is damaged
-}
-# What the papers' optimisation differs in from MAE's, which is the default of `MIMTrainingArguments` (methods: README).
-METHOD_DEFAULTS = {
-    "mae": {},
-    "latent_mim": {"start_lr_ratio": 0.25, "final_lr_ratio": 0.25},
-    "stop_jepa": {
-        "crop_scale": (0.3, 1.0),
-        "base_lr": 1e-4,
-        "start_lr_ratio": 0.25,
-        "final_lr_ratio": 0.125,
-        "weight_decay": 0.04,
-        "weight_decay_end": 0.4,
-        "adam_beta2": 0.999,
-    },
-}
-# A run on the embedded digits of less than 3 minutes on 2 cores; the same as training/recipes/digits_*.yaml.
-DIGITS_DEFAULTS = {
-    "image_size": 32,
-    "patch_size": 8,
-    "num_channels": 1,
-    "hidden_size": 128,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "flip_probability": 0.0,
-    "num_train_epochs": 80,
-    "per_device_train_batch_size": 128,
-    "dataloader_num_workers": 0,
-}
-DIGITS_METHOD_DEFAULTS = {
-    "mae": {
-        "norm_pix_loss": False,
-        "decoder_hidden_size": 64,
-        "decoder_num_hidden_layers": 1,
-        "base_lr": 4e-3,
-    },
-    "latent_mim": {
-        "patch_gap": 2,
-        "mask_ratio": 0.75,
-        "projector_hidden_size": 256,
-        "decoder_hidden_size": 64,
-        "decoder_num_hidden_layers": 1,
-        "base_lr": 2e-3,
-    },
-    "stop_jepa": {
-        "predictor_hidden_size": 64,
-        "predictor_num_hidden_layers": 1,
-        "base_lr": 1e-3,
-    },
 }
 # An argument does nothing beside these; where a higher layer gives it, those of lower layers are dropped.
 OVERRULED_BY = {
@@ -111,7 +59,7 @@ RECORDED = (
 class RunArguments:
     """What a run is made of beside the model and the training. `help` texts are what `--help` prints."""
 
-    method: Literal["mae", "latent_mim", "stop_jepa"] = field(default="mae", metadata={"help": "the method"})
+    method: str = field(default="mae", metadata={"help": "the method"})
     dataset: str | None = field(
         default="digits",
         metadata={
@@ -164,6 +112,7 @@ class RunArguments:
     resume: bool = field(default=False, metadata={"help": "go on with the run in output_dir, by its own recipe.yaml"})
 
     def __post_init__(self):
+        methods.get(self.method)
         if not self.dataset:
             raise ValueError('dataset must be given: a folder, files, the name of a dataset on the Hub, or "digits"')
         if (self.image_mean is None) != (self.image_std is None):
@@ -178,7 +127,7 @@ class RunArguments:
 def model_fields(method: str) -> dict[str, Any]:
     """Name → type of the arguments of a method's config class that are its own, not transformers'."""
     inherited = {f.name for f in dataclasses.fields(PreTrainedConfig)}
-    own = [f for f in dataclasses.fields(CONFIGS[method]) if f.name not in inherited]
+    own = [f for f in dataclasses.fields(methods.get(method).config_class) if f.name not in inherited]
     return {f.name: f.type for f in own if not f.name.startswith("_")}
 
 
@@ -188,8 +137,19 @@ TRAINING_FIELDS = {
     for f in dataclasses.fields(MIMTrainingArguments)
     if f.name not in NOT_OFFERED
 }
-ALL_FIELDS = {name: hint for method in CONFIGS for name, hint in model_fields(method).items()}
-ALL_FIELDS |= TRAINING_FIELDS | RUN_FIELDS
+
+
+def all_fields() -> dict[str, Any]:
+    """Name → type of all arguments that there are, those of each method among them."""
+    fields = {name: hint for method in methods.rows() for name, hint in model_fields(method.name).items()}
+    return fields | TRAINING_FIELDS | RUN_FIELDS | {"method": Literal[tuple(methods.names())]}
+
+
+def digits_settings(method: methods.Method) -> dict[str, Any]:
+    """The settings of a method for the embedded digits, from its row or from the recipe that the row names."""
+    if isinstance(method.digits, Path):
+        return {name: value for name, value in read_yaml(method.digits).items() if name not in ("method", "dataset")}
+    return dict(method.digits)
 
 
 @dataclass
@@ -206,23 +166,31 @@ class Recipe:
 
         Raises ValueError for unknown arguments and for values that are of the wrong type.
         """
-        layers = [{name: convert(name, value, field_type(name)) for name, value in layer.items()} for layer in layers]
+        layers = [{name: _typed(name, value) for name, value in layer.items()} for layer in layers]
         given = {name: value for layer in layers for name, value in layer.items()}
-        method = given.get("method", RunArguments.method)
+        method = methods.get(given.get("method", RunArguments.method))
+        of_the_model = model_fields(method.name)
         for name in given:
-            if name not in RUN_FIELDS | TRAINING_FIELDS | model_fields(method):
-                owners = " and ".join(other for other in CONFIGS if name in model_fields(other))
-                raise ValueError(f"{name} is an argument of {owners}, not of method {method}")
-        defaults = DEFAULTS | METHOD_DEFAULTS[method]
+            if name not in RUN_FIELDS | TRAINING_FIELDS | of_the_model:
+                owners = " and ".join(other.name for other in methods.rows() if name in model_fields(other.name))
+                raise ValueError(f"{name} is an argument of {owners}, not of method {method.name}")
+        for name, value in method.settings.items():
+            if given.get(name, value) != value:
+                raise ValueError(
+                    f"{name} must be {value} for method {method.name}, not {given[name]}; "
+                    f"method {method.variant_of} takes other values"
+                )
+        defaults = DEFAULTS | method.training_defaults
         if given.get("dataset", RunArguments.dataset) == "digits":
-            defaults |= DIGITS_DEFAULTS | DIGITS_METHOD_DEFAULTS[method]
+            defaults |= digits_settings(method)
+        defaults |= {"method": method.name} | method.settings
         settings = {}
         for layer in (defaults, *layers):
             dropped = [other for name in layer for other in OVERRULED_BY.get(name, ())]
             settings = {name: value for name, value in settings.items() if name not in dropped} | layer
         run, model, training = (
             {name: convert(name, settings[name], field_type(name)) for name in names if name in settings}
-            for names in (RUN_FIELDS, model_fields(method), TRAINING_FIELDS)
+            for names in (RUN_FIELDS, of_the_model, TRAINING_FIELDS)
         )
         recipe = cls(RunArguments(**run), model, training)
         if not recipe.training.get("output_dir"):
@@ -242,7 +210,7 @@ class Recipe:
 
     def config(self):
         """The method's config, checked."""
-        return CONFIGS[self.run.method](**self.model)
+        return methods.get(self.run.method).config_class(**self.model)
 
     def settings(self) -> dict[str, dict[str, Any]]:
         """All that decides the run, by section: what `Recipe.resolve` makes the same recipe from."""
@@ -262,11 +230,17 @@ class Recipe:
         Path(path).write_text("\n".join(sections))
 
 
+def _typed(name: str, value: Any) -> Any:
+    """A setting as its argument's type; of a method, any of its names becomes the one in the table."""
+    return methods.get(value).name if name == "method" else convert(name, value, field_type(name))
+
+
 def field_type(name: str):
     """The type of an argument. Raises ValueError for a name that there is not, with the nearest."""
-    if name in ALL_FIELDS:
-        return ALL_FIELDS[name]
-    nearest = difflib.get_close_matches(name, ALL_FIELDS, n=1, cutoff=0.5)
+    fields = all_fields()
+    if name in fields:
+        return fields[name]
+    nearest = difflib.get_close_matches(name, fields, n=1, cutoff=0.5)
     raise ValueError(f"unknown argument {name}" + (f"; did you mean {nearest[0]}?" if nearest else ""))
 
 

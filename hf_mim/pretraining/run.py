@@ -19,7 +19,7 @@ from accelerate.utils import set_seed
 from datasets import Dataset
 from transformers import AutoModelForPreTraining, PreTrainedConfig
 
-import hf_mim  # noqa: F401 (registers the models)
+from hf_mim import methods
 from hf_mim.data import DeviceAugment, ImageDataset, ImageStream, RandomCrop, channel_statistics
 from hf_mim.data.processor import image_processor
 from hf_mim.pretraining import checkpoints
@@ -117,9 +117,9 @@ class Pretraining:
         )
 
     def draw(self, model):
-        """The training curve and, of MAE, reconstructions."""
+        """The training curve and, where the model predicts pixels, reconstructions."""
         plot_training(self.trainer.state.log_history, self.folder / "loss.png")
-        if self.recipe.run.method == "mae":
+        if hasattr(model, "reconstruct"):
             view = fixed_view(self.images, model.config, NUM_PICTURES)
             images = torch.stack([sample["pixel_values"] for sample in view]).to(model.device)
             plot_reconstructions(model, images, self.augment, self.folder / "reconstructions.png")
@@ -168,7 +168,8 @@ def check_run_folder(folder: Path, recipe: Recipe):
     if "recipe.yaml" not in held:
         raise ValueError(f"output_dir {folder} holds no run to resume (no recipe.yaml)")
     before = Recipe.resolve(read_yaml(folder / "recipe.yaml"))
-    if before.run.method != recipe.run.method:
+    own, held_by = methods.get(recipe.run.method), methods.get(before.run.method)
+    if own.config_class is not held_by.config_class:  # a variant is told apart by its settings, below
         raise ValueError(f"method is {recipe.run.method}, but the run in {folder} has {before.run.method}")
     old, new = before.config(), recipe.config()
     for name in model_fields(recipe.run.method):

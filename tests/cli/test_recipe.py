@@ -5,12 +5,14 @@ from pathlib import Path
 
 import pytest
 
+from hf_mim import methods
 from hf_mim.cli import parse, read_recipe
 from hf_mim.cli.help import documented, pretrain_help
-from hf_mim.pretraining.recipe import ALL_FIELDS, CONFIGS, RUN_FIELDS, TRAINING_FIELDS, Recipe, model_fields
+from hf_mim.pretraining.recipe import RUN_FIELDS, TRAINING_FIELDS, Recipe, all_fields, model_fields
 from hf_mim.pretraining.settings import convert, read_yaml
 from hf_mim.pretraining.trainer import MIMTrainingArguments
 
+METHODS = methods.names()
 RECIPES = sorted((Path(__file__).parents[2] / "training" / "recipes").glob("*.yaml"))
 
 
@@ -34,7 +36,7 @@ def test_the_command_line_goes_over_the_file_and_the_file_over_the_defaults(writ
 
 
 def test_no_argument_has_two_meanings():
-    for method in CONFIGS:
+    for method in METHODS:
         names = [*RUN_FIELDS, *TRAINING_FIELDS, *model_fields(method)]
         assert len(names) == len(set(names))
 
@@ -56,7 +58,7 @@ def test_no_argument_has_two_meanings():
     ],
 )
 def test_values_become_the_type_of_their_argument(name, value, expected):
-    converted = convert(name, value, ALL_FIELDS[name])
+    converted = convert(name, value, all_fields()[name])
     assert converted == expected and type(converted) is type(expected)
 
 
@@ -74,7 +76,7 @@ def test_values_become_the_type_of_their_argument(name, value, expected):
 )
 def test_values_of_the_wrong_type_are_named(name, value, message):
     with pytest.raises(ValueError) as error:
-        convert(name, value, ALL_FIELDS[name])
+        convert(name, value, all_fields()[name])
     assert str(error.value) == message
 
 
@@ -92,10 +94,27 @@ def test_flags_and_values_are_told_apart():
     assert given == {"streaming": True, "flip_probability": "0", "resume": "false", "base_lr": "1e-3", "knn": True}
 
 
-@pytest.mark.parametrize("method", CONFIGS)
+@pytest.mark.parametrize("method", methods.rows(), ids=lambda method: method.name)
 def test_without_a_recipe_the_run_is_that_of_the_digits_recipe(method):
-    path = next(path for path in RECIPES if path.name == f"digits_{method}.yaml")
-    assert Recipe.resolve({"method": method}).settings() == Recipe.resolve(read_yaml(path)).settings()
+    """The recipe is read where the package has it; `training/recipes` shows the same file."""
+    path = next(path for path in RECIPES if path.name == f"digits_{method.name}.yaml")
+    assert path.samefile(method.digits)
+    resolved = Recipe.resolve({"method": method.name}).settings()
+    assert (
+        read_yaml(path).items() <= {name: value for part in resolved.values() for name, value in part.items()}.items()
+    )
+
+
+def test_ijepa_is_stop_jepa_without_noise(tmp_path):
+    recipe, stop = Recipe.resolve({"method": "ijepa"}), Recipe.resolve({"method": "stop"})
+    assert (recipe.run.method, stop.run.method) == ("ijepa", "stop_jepa")
+    assert recipe.config().position_noise_std == 0 and stop.config().position_noise_std == 0.25
+    assert recipe.training["output_dir"] == "runs/digits_ijepa"
+    assert recipe.settings()["model"] == stop.settings()["model"] | {"position_noise_std": 0}
+    training = stop.settings()["training"]
+    assert recipe.settings()["training"] == training | {"output_dir": "runs/digits_ijepa"}
+    with pytest.raises(ValueError, match="position_noise_std must be 0.0 for method ijepa, not 0.1; method stop_jepa"):
+        Recipe.resolve({"method": "ijepa"}, {"position_noise_std": "0.1"})
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
@@ -107,7 +126,7 @@ def test_every_recipe_is_valid_and_says_how_to_run_it(path):
     assert f"training/recipes/{path.name}" in head and "NUMBERS" not in head
 
 
-@pytest.mark.parametrize("method", CONFIGS)
+@pytest.mark.parametrize("method", METHODS)
 def test_a_saved_recipe_resolves_to_itself_and_lacks_nothing(tmp_path, method):
     recipe = Recipe.resolve({"method": method, "image_size": [32, 64], "learning_rate": 1e-3, "hub_token": "secret"})
     recipe.save(tmp_path / "recipe.yaml")
@@ -136,14 +155,14 @@ def test_output_dir_defaults_to_a_folder_that_no_run_has(tmp_path, monkeypatch):
 
 def test_help_shows_every_argument():
     text = pretrain_help()
-    missing = [name for name in ALL_FIELDS if name not in text]
+    missing = [name for name in all_fields() if name not in text]
     assert not missing
     assert all(len(line) <= 120 for line in text.splitlines())
     assert "--mask_ratio 0.9 " in text and "--mask_ratio 0.75 " in text  # Latent MIM's default and MAE's
 
 
 def test_every_own_argument_is_explained():
-    for config_class in CONFIGS.values():
+    for config_class in (method.config_class for method in methods.rows()):
         texts = {name for base in config_class.__mro__ for name in documented(base)}
         sizes = {
             "num_channels",
@@ -154,7 +173,7 @@ def test_every_own_argument_is_explained():
             "hidden_act",
         }
         decoder = {"decoder_hidden_size", "decoder_num_attention_heads"}  # Latent MIM points to MAE's
-        fields = {f.name for f in dataclasses.fields(config_class)} & set(ALL_FIELDS)
+        fields = {f.name for f in dataclasses.fields(config_class)} & set(all_fields())
         assert fields - texts <= sizes | decoder
     own = MIMTrainingArguments.__annotations__
     assert all(f.metadata.get("help") for f in dataclasses.fields(MIMTrainingArguments) if f.name in own)

@@ -14,11 +14,12 @@ from huggingface_hub.repocard_data import model_index_to_eval_results
 from PIL import Image
 from transformers import AutoModelForImageClassification, AutoModelForPreTraining, ViTConfig
 
+from hf_mim import methods
 from hf_mim.cli.card import card_command
 from hf_mim.data.processor import image_processor
 from hf_mim.evaluation.checkpoint import checkpoint_sha256
 from hf_mim.evaluation.result import Result
-from hf_mim.hub.card import METHODS, TEMPLATE, model_card, read_config, write_card
+from hf_mim.hub.card import TEMPLATE, model_card, read_config, write_card
 from hf_mim.hub.card_text import is_hub_name, scrubbed, shown
 from hf_mim.pretraining.recipe import Recipe
 
@@ -30,8 +31,7 @@ PICTURE_LIMIT = 150_000
 
 def make_folder(folder: Path, method: str = "mae", dataset: str = "owner/photos", **settings) -> Path:
     """A run folder as `hf-mim pretrain` leaves it, without the run."""
-    settings = {"method": method.replace("ijepa", "stop_jepa"), "dataset": dataset} | SMALL | settings
-    settings |= {"position_noise_std": 0} if method == "ijepa" else {}
+    settings = {"method": method, "dataset": dataset} | SMALL | settings
     recipe = Recipe.resolve(settings | {"output_dir": str(folder)})
     AutoModelForPreTraining.from_config(recipe.config()).save_pretrained(folder)
     recipe.save(folder / "recipe.yaml")
@@ -80,11 +80,11 @@ def edit(path: Path, **values):
     path.write_text(json.dumps(json.loads(path.read_text()) | values))
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", methods.names())
 def test_a_card_of_each_method_parses_and_cites_its_papers(method, tmp_path):
     folder = make_folder(tmp_path / method, method)
     card = ModelCard.load(write_card(folder))
-    title, papers = METHODS[method]
+    title, papers = methods.get(method).title, list(methods.get(method).papers)
     data = card.data.to_dict()
     assert (data["library_name"], data["pipeline_tag"]) == ("transformers", "image-feature-extraction")
     assert card.data.datasets == ["owner/photos"] and card.data.license is None
@@ -145,7 +145,8 @@ def assert_numbers_have_a_source(card: ModelCard, folder: Path):
 
 
 def test_the_prose_of_the_template_has_no_number_of_its_own():
-    prose = re.sub(r"{%.*?%}|{{.*?}}|https?:\S+|in 0\.\.1", "", TEMPLATE.read_text().split("## How to load")[0])
+    texts = [TEMPLATE.read_text().split("## How to load")[0], *(method.card_text for method in methods.rows())]
+    prose = re.sub(r"{%.*?%}|{{.*?}}|https?:\S+|in 0\.\.1", "", "\n".join(texts))
     assert numbers(prose) == {2022, 2023, 2024}  # years of the papers
 
 

@@ -21,6 +21,28 @@ def test_given_ids_reproduce_a_drawn_pass(method):
 
 
 @pytest.mark.parametrize("method", METHODS)
+def test_forward_uses_drawn_masks_as_they_are(method):
+    """`draw_masks` draws what `forward` would, in the same order, and keeps what it is given."""
+    torch.manual_seed(0)
+    config = make_config(method, **dict(noise_on="both") if method == "stop_jepa" else {})
+    model = METHODS[method][1](config)
+    images = torch.randn(2, 3, *config.training_size)
+    expected = given_back(drawn(model, images))
+    torch.manual_seed(1)
+    masks = model.draw_masks(2, config.grid_size, images.device)
+    assert masks.keys() == expected.keys()
+    assert all(torch.equal(masks[name], expected[name]) for name in expected)
+    assert torch.equal(model(images, **masks).loss, drawn(model, images).loss)
+    ids = {name: masks[name] for name in ("context_ids", "target_ids")}
+    torch.manual_seed(2)
+    again = model.draw_masks(2, config.grid_size, images.device, **ids)
+    for name in masks:
+        assert torch.equal(again[name], masks[name]) == (name in ids)
+    with pytest.raises(ValueError, match="given together"):
+        model.draw_masks(2, config.grid_size, images.device, context_ids=ids["context_ids"])
+
+
+@pytest.mark.parametrize("method", METHODS)
 def test_contexts_and_targets_never_overlap(method):
     model = make(method)
     for _ in range(5):
