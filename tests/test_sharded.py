@@ -12,7 +12,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from accelerate import PartialState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
-from tiny import METHODS, make_mean_model, make_model, only
+from tiny import METHODS, has_target, make_mean_model, make_model, only
 from tiny_runs import Images, arguments, fixed_ids, image_column
 from torch.distributed.checkpoint.state_dict import (
     get_model_state_dict,
@@ -183,7 +183,7 @@ def test_sharded_ranks_equal_one_process_with_the_joint_batch(ranks, alone):
     before = make_equal_model(method).state_dict()
     moved = [name for name, tensor in before.items() if (alone["states"][name] - tensor).abs().max() > 1e-4]
     assert any(name.startswith("encoder.") for name in moved)
-    assert any(name.startswith("target_encoder.") for name in moved) == (method != "mae")
+    assert any(name.startswith("target_encoder.") for name in moved) == has_target(method)
     for rank in (0, 1):
         together = torch.load(folder / f"{method}_sharded_{rank}.pt")
         for name in ("loss", "grad_norm"):
@@ -204,7 +204,7 @@ def test_probe_of_sharded_ranks_measures_what_one_process_does(ranks, alone):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_nan_on_one_rank_changes_nothing_on_either(ranks, method):
-    everything = ["online", "optimizer"] if method == "mae" else ["online", "target", "optimizer"]
+    everything = ["online", *["target"] * has_target(method), "optimizer"]
     for rank, finite in enumerate(([True, True, True, True], [True, False, True, True])):
         found = ranks[1][rank][method]
         assert found["finite"] == finite

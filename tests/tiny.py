@@ -1,24 +1,18 @@
 """Tiny models of every method. A method that joins the package's table joins each test that loops over `METHODS`."""
 
 import dataclasses
-from collections import namedtuple
 
 import torch
 
-import hf_mim
+from hf_mim import methods
 
-Row = namedtuple("Row", "config encoder pretraining classifier backbone")
-PREFIXES = {"mae": "MAE", "latent_mim": "LatentMIM", "stop_jepa": "StopJepa"}
-KINDS = ("Config", "Model", "ForPreTraining", "ForImageClassification", "Backbone")
-ROWS = {name: Row(*(getattr(hf_mim, prefix + kind) for kind in KINDS)) for name, prefix in PREFIXES.items()}
-
-METHODS = list(ROWS)
+METHODS = [method.name for method in methods.rows()]
 # 36 patches, and whatever trains on them is done in milliseconds.
 SIZES = dict(image_size=24, patch_size=4, hidden_size=32, num_hidden_layers=2, num_attention_heads=2)
 
 
 def fields(method: str) -> set[str]:
-    return {field.name for field in dataclasses.fields(ROWS[method].config)}
+    return {field.name for field in dataclasses.fields(methods.get(method).config_class)}
 
 
 def only(method: str, **changes) -> dict:
@@ -32,14 +26,19 @@ def head_layers(method: str, count: int) -> dict:
 
 
 def make_config(method: str, **changes):
-    some = only(method, mask_ratio=0.75, patch_gap=1)
-    return ROWS[method].config(**SIZES | head_layers(method, 1) | some | changes)
+    some = only(method, mask_ratio=0.75, patch_gap=2)
+    return methods.get(method).config_class(**SIZES | head_layers(method, 1) | some | changes)
 
 
 def make_model(method: str, kind: str = "pretraining", seed: int = 0, **changes):
     """A model with weights drawn from `seed`. kind: "pretraining", "encoder", "classifier" or "backbone"."""
     torch.manual_seed(seed)
-    return getattr(ROWS[method], kind)(make_config(method, **changes))
+    return getattr(methods.get(method), f"{kind}_class")(make_config(method, **changes))
+
+
+def has_target(method: str) -> bool:
+    """Whether a moving average of its encoder is the target."""
+    return hasattr(methods.get(method).pretraining_class, "target_pairs")
 
 
 def make_mean_model(method: str, **changes):

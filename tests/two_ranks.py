@@ -35,4 +35,5 @@ def run(rank: int, folder: Path, modules):
 if __name__ == "__main__":
     folder, *names = sys.argv[1:]
     modules = [importlib.import_module(name) for name in names]
+    gc.freeze()  # as in conftest.py
     torch.multiprocessing.start_processes(run, (Path(folder), modules), nprocs=2, start_method="fork")

@@ -23,9 +23,8 @@ def test_given_ids_reproduce_a_drawn_pass(method):
 @pytest.mark.parametrize("method", METHODS)
 def test_forward_uses_drawn_masks_as_they_are(method):
     """`draw_masks` draws what `forward` would, in the same order, and keeps what it is given."""
-    torch.manual_seed(0)
-    config = make_config(method, **dict(noise_on="both") if method == "stop_jepa" else {})
-    model = METHODS[method][1](config)
+    model = make(method, **only(method, noise_on="both"))
+    config = model.config
     images = torch.randn(2, 3, *config.training_size)
     expected = given_back(drawn(model, images))
     torch.manual_seed(1)

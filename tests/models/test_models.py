@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from passes import drawn, gradients, make, tables
-from tiny import METHODS, ROWS
+from tiny import METHODS, make_config
 from transformers import AutoModel
 
 from hf_mim.models import vit
@@ -17,7 +17,7 @@ CASES = [
     for method in METHODS
     for image_size in (32, (24, 40))
     for channels in (1, 3, 10)
-    for cls_token in ((True, False) if ROWS[method].config.use_cls_token else (False,))
+    for cls_token in ((True, False) if make_config(method).use_cls_token else (False,))
 ]
 
 
