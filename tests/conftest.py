@@ -1,15 +1,28 @@
 """What all tests share."""
 
+import gc
 import os
+import signal
 from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock
+from two_ranks import launch
 
 if "OMP_NUM_THREADS" not in os.environ:
     torch.set_num_threads(min(2, os.cpu_count()))  # the tensors here are small: more threads only wait for each other
 
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as in a shell's background, where Ctrl+C is for others
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
 SHARED_DATA = Path(os.environ.get("HF_MIM_TEST_DATA", Path(__file__).parents[2] / "shared" / "data"))
+
+
+def pytest_collection_finish():
+    """Keep the garbage collector off the libraries. Each start of a Trainer runs it over everything: half a second."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")
@@ -18,3 +31,28 @@ def shared_data() -> Path:
     if not SHARED_DATA.is_dir():
         pytest.skip(f"needs the real images in {SHARED_DATA}; set HF_MIM_TEST_DATA")
     return SHARED_DATA
+
+
+@pytest.fixture(scope="session")
+def once(tmp_path_factory):
+    """once(name, fill) -> a folder that `fill(folder)` has filled, in whichever worker of pytest-xdist came first."""
+    base = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        base = base.parent
+
+    def make(name, fill) -> Path:
+        folder = base / name
+        with FileLock(base / f"{name}.lock"):
+            if not folder.is_dir():
+                begun = tmp_path_factory.mktemp(name)
+                fill(begun)
+                begun.rename(folder)
+        return folder
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def two_ranks(once) -> Path:
+    """The folder where two ranks have left what the tests compare."""
+    return once("two_ranks", lambda folder: launch(folder, "test_distributed", "test_sharded"))

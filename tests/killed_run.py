@@ -9,10 +9,9 @@ import sys
 from pathlib import Path
 
 import torch
+from tiny import make_model
+from tiny_runs import arguments, image_column
 from transformers import TrainerCallback
-
-sys.path.insert(0, str(Path(__file__).parent))
-from tiny_runs import arguments, image_column, make_model
 
 from hf_mim.data import DeviceAugment, ImageDataset, ImageStream
 from hf_mim.pretraining.checkpoints import checkpoints

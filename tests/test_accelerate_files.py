@@ -1,14 +1,12 @@
 """training/accelerate/*.yaml, read by accelerate's own loader and launcher; FSDP2 as they set it, on two CPU ranks.
 
-Run as a script by torchrun, this file trains the three methods by DDP and by FSDP2 and leaves behind what is compared.
-FSDP2 through Trainer is meant for accelerators: the ranks here tell accelerate that they are GPUs, and talk by gloo.
+`two_ranks.py` has two ranks train each method by DDP and by FSDP2, and they leave behind what the tests compare. FSDP2
+through Trainer is meant for accelerators: the ranks here tell accelerate that they are GPUs, and talk by gloo.
 """
 
 import importlib
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -17,7 +15,9 @@ from accelerate import PartialState
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import launch_command_parser, prepare_multi_gpu_env
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
-from tiny_runs import METHODS, Images, arguments, assert_same_weights, fixed_ids, make_model
+from tiny import METHODS, make_mean_model, make_model
+from tiny_runs import Images, arguments, assert_same_weights, fixed_ids
+from two_ranks import launch
 
 from hf_mim.pretraining.trainer import MIMTrainer
 
@@ -43,7 +43,7 @@ def environment(name: str) -> dict[str, str]:
 
 def train(folder: Path, method: str, bf16: bool = False, **kwargs):
     """A few steps on given masks; returns the trainer."""
-    model = make_model(method, **({"similarity_weight": 0.0} if method == "latent_mim" else {}))
+    model = make_mean_model(method)
     args = arguments(folder, ddp_backend="gloo", bf16=bf16, save_strategy="steps", save_steps=2, **SHARED)
     assert args.device.type == "cpu"  # also makes accelerate's state, which is corrected now
     if "ACCELERATE_USE_FSDP" in os.environ:
@@ -72,7 +72,7 @@ def held_bytes(model, inputs) -> int:
     return size
 
 
-def main(folder: Path):
+def train_ranks(folder: Path, rank: int):
     fsdp = environment("fsdp2.yaml") | {"ACCELERATE_MIXED_PRECISION": "no"}
     for method in METHODS:
         train(folder / f"{method}_ddp", method)
@@ -91,20 +91,15 @@ def main(folder: Path):
             found["dtypes"] = sorted({str(p.dtype) for p in half.model.parameters()})
             images = torch.utils.data.default_collate([half.train_dataset[index] for index in range(3)])
             found["held"] = held_bytes(half.model.train(), images)
-        (folder / f"{method}_{os.environ['RANK']}.json").write_text(json.dumps(found))
+        (folder / f"{method}_{rank}.json").write_text(json.dumps(found))
         for name in fsdp:
             os.environ.pop(name)
-    torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
 
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ranks")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", __file__]
-    told = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(FOLDER.parents[1])}
-    done = subprocess.run([*command, str(folder)], env=told, capture_output=True, text=True, timeout=110)
-    assert done.returncode == 0, done.stderr[-4000:]
+    launch(folder, "test_accelerate_files")
     return folder
 
 
@@ -148,7 +143,9 @@ def test_fsdp2_resumes_and_follows_float32_in_bfloat16(ranks):
 @pytest.mark.slow
 def test_fsdp2_holds_the_activations_that_are_planned(ranks, plan_step, monkeypatch):
     found, config = json.loads((ranks / "stop_jepa_0.json").read_text()), make_model("stop_jepa").config
-    monkeypatch.setattr(plan_step, "mask_lengths", lambda *_: [(12, 6)] * 2)  # those of `fixed_ids`
+    ids = fixed_ids(make_model("stop_jepa"))
+    shapes = tuple(ids[name](0).shape for name in ("context_ids", "target_ids"))
+    monkeypatch.setattr(plan_step, "mask_shapes", lambda *_: (shapes, shapes))
     held = plan_step.examine(config, batch_size=3, devices=2).fsdp
     assert found["held"] == pytest.approx(3 * held.per_image + held.fixed, rel=0.02)
 
@@ -169,7 +166,3 @@ def test_the_launcher_asks_for_fsdp2_as_the_file_says(monkeypatch):
     assert plugin.state_dict_type.name == "FULL_STATE_DICT" and not plugin.cpu_ram_efficient_loading
     assert plugin.auto_wrap_policy.__name__ == "transformer_auto_wrap_policy"
     assert plugin.transformer_cls_names_to_wrap is None  # so that it takes the model's _no_split_modules
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))

@@ -5,7 +5,8 @@ import os
 import shutil
 
 import pytest
-from tiny_runs import Images, arguments, make_model
+from tiny import make_model
+from tiny_runs import Images, arguments
 
 from hf_mim.pretraining import checkpoints
 from hf_mim.pretraining.trainer import MIMTrainer

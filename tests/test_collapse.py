@@ -8,7 +8,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny_runs import Images, arguments, make_model
+from tiny import make_model
+from tiny_runs import Images, arguments
 from transformers import TrainerControl, TrainerState
 
 from hf_mim.models.configuration_latent_mim import LatentMIMConfig

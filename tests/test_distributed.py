@@ -1,27 +1,13 @@
-"""Two gloo ranks on the CPU. Run as a script by torchrun, this file trains and leaves behind what the tests compare."""
+"""Two gloo ranks on the CPU: `two_ranks.py` has them train, and they leave behind what the tests compare."""
 
-import gc
 import json
 import os
 import signal
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
-from tiny_runs import (
-    METHODS,
-    AtEachStep,
-    Images,
-    Stream,
-    arguments,
-    assert_same_weights,
-    fixed_ids,
-    image_column,
-    make_model,
-    snapshot,
-)
+from tiny import METHODS, make_mean_model, make_model
+from tiny_runs import AtEachStep, Images, Stream, arguments, assert_same_weights, fixed_ids, image_column, snapshot
 
 from hf_mim.data import BrokenImagesError, DeviceAugment, ImageDataset, ImageStream, WholeImage
 from hf_mim.pretraining.checkpoints import is_whole
@@ -30,13 +16,9 @@ from hf_mim.pretraining.trainer import MIMTrainer
 SHARED = dict(max_steps=3, train_sampling_strategy="sequential", adam_epsilon=1e-3, learning_rate=0.01)
 
 
-def make_shared_model(method):
-    return make_model(method, **({"similarity_weight": 0.0} if method == "latent_mim" else {}))
-
-
 def train_on_given_masks(folder, method, batch_size):
     """A few steps in which nothing is random; on two ranks with half the batch each, or in one process."""
-    model = make_shared_model(method)
+    model = make_mean_model(method)
     args = arguments(folder, per_device_train_batch_size=batch_size, gradient_accumulation_steps=2, **SHARED)
     MIMTrainer(model, args, Images(model, **fixed_ids(model))).train()
     return model
@@ -123,16 +105,7 @@ def train_with_a_nan_on_rank_1(folder):
     return [trainer.guard.skipped, same]
 
 
-def main(folder):
-    find(folder)
-    # What holds the process group has to be gone before it, or its threads may outlive the interpreter.
-    gc.collect()
-    torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
-
-
-def find(folder):
-    rank = int(os.environ["RANK"])
+def train_ranks(folder, rank):
     for method in METHODS:
         model = train_on_given_masks(folder / "equal", method, batch_size=2)
         torch.save(model.state_dict(), folder / f"{method}_{rank}.pt")
@@ -163,26 +136,20 @@ def find(folder):
 
 
 @pytest.fixture(scope="module")
-def ranks(tmp_path_factory):
+def ranks(two_ranks):
     """The folder in which two ranks have left their weights and findings, and the findings of both."""
-    folder = tmp_path_factory.mktemp("ranks")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", __file__]
-    root = Path(__file__).parents[1]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)}
-    done = subprocess.run([*command, str(folder)], env=environment, capture_output=True, text=True, timeout=110)
-    assert done.returncode == 0, done.stderr[-4000:]
-    return folder, [json.loads((folder / f"found_{rank}.json").read_text()) for rank in (0, 1)]
+    return two_ranks, [json.loads((two_ranks / f"found_{rank}.json").read_text()) for rank in (0, 1)]
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_two_ranks_equal_one_process_with_the_joint_batch(ranks, tmp_path, method):
     folder, _ = ranks
     alone = train_on_given_masks(tmp_path, method, batch_size=4)
-    before = make_shared_model(method)
+    before = make_mean_model(method)
     with pytest.raises(AssertionError):
         assert_same_weights(alone, before, tolerance=1e-3)
     for rank in (0, 1):
-        together = make_shared_model(method)
+        together = make_mean_model(method)
         together.load_state_dict(torch.load(folder / f"{method}_{rank}.pt"))
         assert_same_weights(alone, together, tolerance=1e-6)
 
@@ -248,7 +215,3 @@ def test_a_signal_to_one_rank_ends_all_at_the_same_whole_checkpoint(ranks):
 def test_a_nan_on_one_rank_skips_the_step_on_all(ranks):
     _, found = ranks
     assert [rank["nan"] for rank in found] == [[1, True]] * 2
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))

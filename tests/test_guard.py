@@ -5,7 +5,8 @@ import signal
 
 import pytest
 import torch
-from tiny_runs import METHODS, AtEachStep, Images, arguments, image_column, make_model, snapshot
+from tiny import METHODS, make_model
+from tiny_runs import AtEachStep, Images, arguments, image_column, snapshot
 
 from hf_mim.data import DeviceAugment, ImageDataset
 from hf_mim.pretraining.checkpoints import is_whole

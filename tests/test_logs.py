@@ -6,7 +6,8 @@ import time
 
 import pytest
 import torch
-from tiny_runs import AtEachStep, Images, arguments, make_model
+from tiny import make_model
+from tiny_runs import AtEachStep, Images, arguments
 
 from hf_mim.pretraining.callbacks import MetricsFile
 from hf_mim.pretraining.trainer import MIMTrainer

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_runs import METHODS, make_model
+from tiny import METHODS, has_target, make_model
 from transformers import AutoModelForPreTraining
 
 from hf_mim import methods
@@ -56,7 +56,7 @@ def test_parameters_are_those_of_the_real_model(plan_step, method):
     frozen = [p.numel() for p in model.parameters() if not p.requires_grad]
     assert counted.parameters.trained == counted.shards["trained"] == sum(trained)
     assert counted.parameters.target == counted.shards["target"] == sum(frozen)
-    assert bool(frozen) == (method != "mae")
+    assert bool(frozen) == has_target(method)
     assert counted.parameters.buffers == sum(b.numel() for b in model.buffers())
     in_layers = [p.numel() for name, p in model.named_parameters() if ".layers." in name and p.requires_grad]
     assert counted.parameters.trained_layers == sum(in_layers)

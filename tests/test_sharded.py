@@ -1,23 +1,19 @@
-"""FSDP2 on two gloo ranks of the CPU. Run as a script by torchrun, this file leaves behind what the tests compare.
+"""FSDP2 on two gloo ranks of the CPU: `two_ranks.py` has them train, and they leave behind what the tests compare.
 
 Accelerate keeps FSDP for accelerators, though nothing in it needs one: here it is told of FSDP after it has looked at
 the device. From there on all is as on accelerators: it shards each layer, and the rest together, by `fully_shard`, the
 Trainer calls our callbacks, and the sharded states go into our checkpoints.
 """
 
-import gc
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from accelerate import PartialState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
-from tiny_runs import METHODS, Images, arguments, fixed_ids, image_column, make_model
+from tiny import METHODS, has_target, make_mean_model, make_model, only
+from tiny_runs import Images, arguments, fixed_ids, image_column
 from torch.distributed.checkpoint.state_dict import (
     get_model_state_dict,
     get_optimizer_state_dict,
@@ -99,8 +95,7 @@ def same(tree, other):
 
 def make_equal_model(method):
     """Its loss is the mean over the images of a batch, and its target follows within a few steps."""
-    quick = {} if method == "mae" else dict(momentum_start=0.5)
-    return make_model(method, **quick, **(dict(similarity_weight=0.0) if method == "latent_mim" else {}))
+    return make_mean_model(method, **only(method, momentum_start=0.5))
 
 
 def states(model, optimizer):
@@ -147,35 +142,23 @@ def train_through_a_nan(folder, method, **kwargs):
     return states(model, trainer.optimizer), found | sharding(model)
 
 
-def compare_and_leave(folder, rank):
+def train_ranks(folder, rank):
     findings = {}
     for method in METHODS:
-        together = train_on_given_masks(folder / "equal", method, batch_size=2, sharded=True)
-        torch.save(together, folder / f"{method}_{rank}.pt")
+        together = train_on_given_masks(folder / "equal_sharded", method, batch_size=2, sharded=True)
+        torch.save(together, folder / f"{method}_sharded_{rank}.pt")
         run = folder / f"{method}_run"
         straight, findings[method] = train_through_a_nan(run, method)
         resumed, later = train_through_a_nan(run, method, resume_from_checkpoint=str(run / "checkpoint-2"))
         findings[method]["resumed"] = dict(later, equal=same(straight, resumed))
         torch.save(straight, folder / f"{method}_straight_{rank}.pt")
-    (folder / f"found_{rank}.json").write_text(json.dumps(findings))
-
-
-def main(folder):
-    compare_and_leave(folder, int(os.environ["RANK"]))
-    gc.collect()  # nothing that holds the process group may outlive it
-    torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
+    (folder / f"found_sharded_{rank}.json").write_text(json.dumps(findings))
 
 
 @pytest.fixture(scope="module")
-def ranks(tmp_path_factory):
+def ranks(two_ranks):
     """The folder in which two ranks have left what they end with, and the findings of both."""
-    folder = tmp_path_factory.mktemp("ranks")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", __file__]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
-    done = subprocess.run([*command, str(folder)], env=environment, capture_output=True, text=True, timeout=110)
-    assert done.returncode == 0, done.stderr[-4000:]
-    return folder, [json.loads((folder / f"found_{rank}.json").read_text()) for rank in (0, 1)]
+    return two_ranks, [json.loads((two_ranks / f"found_sharded_{rank}.json").read_text()) for rank in (0, 1)]
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -200,9 +183,9 @@ def test_sharded_ranks_equal_one_process_with_the_joint_batch(ranks, alone):
     before = make_equal_model(method).state_dict()
     moved = [name for name, tensor in before.items() if (alone["states"][name] - tensor).abs().max() > 1e-4]
     assert any(name.startswith("encoder.") for name in moved)
-    assert any(name.startswith("target_encoder.") for name in moved) == (method != "mae")
+    assert any(name.startswith("target_encoder.") for name in moved) == has_target(method)
     for rank in (0, 1):
-        together = torch.load(folder / f"{method}_{rank}.pt")
+        together = torch.load(folder / f"{method}_sharded_{rank}.pt")
         for name in ("loss", "grad_norm"):
             assert len(alone["logged"][name]) == EQUAL["max_steps"]
             assert together["logged"][name] == pytest.approx(alone["logged"][name], abs=1e-5)
@@ -213,7 +196,7 @@ def test_sharded_ranks_equal_one_process_with_the_joint_batch(ranks, alone):
 def test_probe_of_sharded_ranks_measures_what_one_process_does(ranks, alone):
     (folder, _), (method, alone) = ranks, alone
     for rank in (0, 1):
-        together = torch.load(folder / f"{method}_{rank}.pt")
+        together = torch.load(folder / f"{method}_sharded_{rank}.pt")
         for name in ("probe_rank_me", "probe_std_mean"):
             assert len(alone["logged"][name]) == 2  # before the first step and after the last
             assert together["logged"][name] == pytest.approx(alone["logged"][name], rel=1e-4)
@@ -221,7 +204,7 @@ def test_probe_of_sharded_ranks_measures_what_one_process_does(ranks, alone):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_nan_on_one_rank_changes_nothing_on_either(ranks, method):
-    everything = ["online", "optimizer"] if method == "mae" else ["online", "target", "optimizer"]
+    everything = ["online", *["target"] * has_target(method), "optimizer"]
     for rank, finite in enumerate(([True, True, True, True], [True, False, True, True])):
         found = ranks[1][rank][method]
         assert found["finite"] == finite
@@ -276,7 +259,3 @@ def test_sharded_ranks_that_resume_go_on_as_if_never_stopped(ranks, method):
     for found in ranks[1]:  # the ranks have compared all that they end with, to the bit
         assert found[method]["resumed"]["equal"]
         assert found[method]["resumed"]["masks"] == found[method]["masks"][2:]
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))

@@ -6,17 +6,8 @@ from itertools import pairwise
 
 import pytest
 import torch
-from tiny_runs import (
-    METHODS,
-    AtEachStep,
-    Images,
-    arguments,
-    assert_same_weights,
-    fixed_ids,
-    flip_at_random,
-    make_model,
-    snapshot,
-)
+from tiny import METHODS, make_mean_model, make_model
+from tiny_runs import AtEachStep, Images, arguments, assert_same_weights, fixed_ids, flip_at_random, snapshot
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import TrainerCallback
@@ -152,7 +143,7 @@ def test_many_gpus_without_a_launcher_use_one(tmp_path):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_accumulated_small_batches_equal_one_large_batch(tmp_path, method):
-    model = make_model(method, **({"similarity_weight": 0.0} if method == "latent_mim" else {}))
+    model = make_mean_model(method)
     ids = fixed_ids(model)
     start = copy.deepcopy(model)
     common = dict(train_sampling_strategy="sequential", max_steps=3, adam_epsilon=1e-3, learning_rate=0.01)

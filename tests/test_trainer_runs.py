@@ -4,7 +4,8 @@ import json
 
 import pytest
 import torch
-from tiny_runs import METHODS, Images, Stream, arguments, assert_same_weights, flip_at_random, image_column, make_model
+from tiny import METHODS, make_model
+from tiny_runs import Images, Stream, arguments, assert_same_weights, flip_at_random, image_column
 from torch import nn
 from transformers import TrainingArguments
 

@@ -1,7 +1,6 @@
-"""Tiny models, data and arguments for the tests of the trainer."""
+"""Small data and arguments for the tests of the trainer, and what they compare."""
 
 import io
-import math
 
 import datasets
 import PIL.Image
@@ -9,28 +8,7 @@ import PIL.ImageChops
 import torch
 from transformers import TrainerCallback
 
-from hf_mim import (
-    LatentMIMConfig,
-    LatentMIMForPreTraining,
-    MAEConfig,
-    MAEForPreTraining,
-    StopJepaConfig,
-    StopJepaForPreTraining,
-)
 from hf_mim.pretraining.trainer import MIMTrainingArguments
-
-TINY = dict(image_size=24, patch_size=4, hidden_size=32, num_hidden_layers=2, num_attention_heads=2)
-METHODS = ["mae", "latent_mim", "stop_jepa"]
-
-
-def make_model(method: str, seed: int = 0, **overrides):
-    torch.manual_seed(seed)
-    if method == "mae":
-        return MAEForPreTraining(MAEConfig(**TINY, decoder_num_hidden_layers=1, **overrides))
-    if method == "latent_mim":
-        config = dict(decoder_num_hidden_layers=1, mask_ratio=0.75, patch_gap=1) | overrides
-        return LatentMIMForPreTraining(LatentMIMConfig(**TINY, **config))
-    return StopJepaForPreTraining(StopJepaConfig(**TINY, predictor_num_hidden_layers=1, **overrides))
 
 
 class Images(torch.utils.data.Dataset):
@@ -105,23 +83,9 @@ def assert_same_weights(model, other, tolerance=0.0):
         assert (ours.double() - theirs.double()).abs().max() <= tolerance, name
 
 
-def fixed_ids(model):
-    """What forward would draw, as functions of the image's index."""
-    patches, config = math.prod(model.config.grid_size), model.config
-
-    def permutation(index):
-        return torch.randperm(patches, generator=torch.Generator().manual_seed(100 + index))
-
-    if config.model_type != "stop_jepa":
-        visible = config.num_visible(config.grid_size)
-        ids = dict(context_ids=lambda i: permutation(i)[:visible], target_ids=lambda i: permutation(i)[visible:])
-        if config.model_type == "latent_mim":
-            offsets = (*config.grid_size, 2)
-            ids["patch_offsets"] = lambda i: torch.randint(0, 2, offsets, generator=torch.Generator().manual_seed(i))
-        return ids
-    noise = (4, 6, config.hidden_size)
-    return dict(
-        context_ids=lambda i: permutation(i)[:12],
-        target_ids=lambda i: permutation(i)[12:].reshape(4, 6),
-        position_noise=lambda i: torch.randn(noise, generator=torch.Generator().manual_seed(i)) / 4,
-    )
+def fixed_ids(model, length: int = 48):
+    """What forward would draw for so many images, as functions of the image's index."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(100)
+        masks = model.draw_masks(length, model.config.grid_size)
+    return {name: drawn.__getitem__ for name, drawn in masks.items()}

@@ -1,5 +1,6 @@
 """The embedded default: scikit-learn's handwritten digits, upscaled to 32x32, so that anything can be tried offline."""
 
+import functools
 import io
 
 import numpy as np
@@ -16,19 +17,25 @@ def digits() -> tuple[Dataset, Dataset]:
 
     The pictures are the 8x8 ones of the UCI set, 17 grey levels, resized bicubic. The split is always the same.
     """
+    rows = _rows()
+    return _dataset(rows[NUM_TEST:]), _dataset(rows[:NUM_TEST])
+
+
+@functools.cache  # a run reads them several times
+def _rows() -> list[tuple[bytes, int]]:
+    """(PNG, label) of each, in the order of the split: the test images first."""
     from sklearn.datasets import load_digits  # slow to import, so only when asked for
 
     source = load_digits()
     pictures = (source.images * (255 / 16)).round().astype(np.uint8)
     order = np.random.RandomState(0).permutation(len(pictures))  # RandomState's stream is frozen by numpy
-    test, train = order[:NUM_TEST], order[NUM_TEST:]
-    return _dataset(pictures[train], source.target[train]), _dataset(pictures[test], source.target[test])
+    return [(_upscaled_png(pictures[index]), int(source.target[index])) for index in order]
 
 
-def _dataset(pictures: np.ndarray, labels: np.ndarray) -> Dataset:
+def _dataset(rows: list[tuple[bytes, int]]) -> Dataset:
     features = Features(image=ImageFeature(decode=False), label=ClassLabel(names=[str(digit) for digit in range(10)]))
-    rows = [{"bytes": _upscaled_png(picture), "path": None} for picture in pictures]
-    return Dataset.from_dict({"image": rows, "label": labels.tolist()}, features=features)
+    images = [{"bytes": png, "path": None} for png, _ in rows]
+    return Dataset.from_dict({"image": images, "label": [label for _, label in rows]}, features=features)
 
 
 def _upscaled_png(picture: np.ndarray) -> bytes:

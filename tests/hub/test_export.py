@@ -5,12 +5,15 @@ import json
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+from minihub import MiniHub
 from safetensors.torch import load_file, save_file
+from tiny import head_layers, make_model
 from transformers import AutoImageProcessor, AutoModel, AutoModelForPreTraining, ViTConfig, ViTModel
 
 import hf_mim
@@ -19,27 +22,16 @@ from hf_mim.data.processor import image_processor
 from hf_mim.hub import export as export_module
 from hf_mim.hub import key_tables
 from hf_mim.hub.export import export
-from tests.hub.minihub import MiniHub
 
-SIZES = dict(hidden_size=48, num_hidden_layers=2, num_attention_heads=3, patch_size=8)
+SIZES = dict(image_size=32, patch_size=8, hidden_size=48, num_attention_heads=3)
 OBLONG = dict(image_size=(24, 40), num_channels=4, intermediate_size=100, hidden_act="gelu_pytorch_tanh")
-DECODER = dict(decoder_num_hidden_layers=2)
-PREDICTOR = dict(predictor_num_hidden_layers=2)
 
 
-def mae(kind="ForPreTraining", **options):
-    return getattr(hf_mim, f"MAE{kind}")(hf_mim.MAEConfig(**SIZES | DECODER | dict(image_size=32) | options))
+def make(method, kind="pretraining", **options):
+    return make_model(method, kind, **SIZES | head_layers(method, 2) | options)
 
 
-def latent_mim(kind="ForPreTraining", **options):
-    config = hf_mim.LatentMIMConfig(**SIZES | dict(image_size=32, mask_ratio=0.8) | options)
-    return getattr(hf_mim, f"LatentMIM{kind}")(config)
-
-
-def stop_jepa(kind="ForPreTraining", **options):
-    return getattr(hf_mim, f"StopJepa{kind}")(
-        hf_mim.StopJepaConfig(**SIZES | PREDICTOR | dict(image_size=32) | options)
-    )
+mae, latent_mim, stop_jepa = (partial(make, method) for method in ("mae", "latent_mim", "stop_jepa"))
 
 
 # name: (the model, what transformers has for it)
@@ -48,21 +40,21 @@ CASES = {
     "mae-oblong": (lambda: mae(**OBLONG), "ViTModel"),
     "mae-oblong-patches": (lambda: mae(patch_size=(8, 4), pooling="cls"), "ViTModel"),
     "mae-without-cls": (lambda: mae(use_cls_token=False), "IJepaModel"),
-    "mae-encoder": (lambda: mae("Model"), "ViTModel"),
+    "mae-encoder": (lambda: mae("encoder"), "ViTModel"),
     "latent_mim": (lambda: latent_mim(), "ViTModel"),
     "latent_mim-oblong": (lambda: latent_mim(**OBLONG), "ViTModel"),
     "stop_jepa": (lambda: stop_jepa(), "IJepaModel"),
     "stop_jepa-oblong": (lambda: stop_jepa(**OBLONG, position_embedding="learned"), "IJepaModel"),
     "cls-classifier": (
-        lambda: mae("ForImageClassification", pooling="cls", num_labels=5),
+        lambda: mae("classifier", pooling="cls", num_labels=5),
         "ViTForImageClassification",
     ),
     "linear-probe": (
-        lambda: mae("ForImageClassification", pooling="cls", head_batch_norm=True, num_labels=5),
+        lambda: mae("classifier", pooling="cls", head_batch_norm=True, num_labels=5),
         "ViTForImageClassification",
     ),
-    "mean-classifier": (lambda: stop_jepa("ForImageClassification", num_labels=5), "IJepaForImageClassification"),
-    "fine-tuned": (lambda: latent_mim("ForImageClassification", pool_before_norm=True, num_labels=5), None),
+    "mean-classifier": (lambda: stop_jepa("classifier", num_labels=5), "IJepaForImageClassification"),
+    "fine-tuned": (lambda: latent_mim("classifier", pool_before_norm=True, num_labels=5), None),
 }
 # Forms that take long to load, or to write, have one case or two of each method.
 ONLY = {
@@ -96,9 +88,12 @@ def models():
 
 
 @pytest.fixture(scope="module")
-def root(models, tmp_path_factory):
+def root(models, once):
     """Every case as a checkpoint `NAME/ours`, and its exports `NAME/FORM`."""
-    root = tmp_path_factory.mktemp("export")
+    return once("exports", lambda root: write_exports(models, root))
+
+
+def write_exports(models, root):
     for name, model in models.items():
         model.save_pretrained(root / name / "ours")
         channels = model.config.num_channels
@@ -107,7 +102,6 @@ def root(models, tmp_path_factory):
         for form in forms(name):
             if INSTALLED.get(form, True) and form != "real timm":
                 export(root / name / "ours", root / name / form, form)
-    return root
 
 
 @pytest.fixture(scope="module")
@@ -131,27 +125,30 @@ def hub(root):
 
 
 @pytest.fixture(scope="module")
-def seen(root, images, hub):
+def seen(root, images, hub, once):
     """What all exports give in one process without hf_mim: {"NAME/FORM/OUTPUT": tensor}."""
+    return load_file(once("seen", lambda folder: look(root, images, hub, folder)) / "seen.safetensors")
+
+
+def look(root, images, hub, folder):
     for name, tensor in images.items():
-        save_file({"images": tensor}, root / f"{name}.safetensors")
+        save_file({"images": tensor}, folder / f"{name}.safetensors")
     jobs = [
         (name, form, str(root / name / form.removeprefix("real ")))
         for name in CASES
         for form in forms(name)
         if INSTALLED.get(form, True)
     ]
-    (root / "jobs.json").write_text(json.dumps([*jobs, ("mae", "hub", "tester/remote-code")]))
+    (folder / "jobs.json").write_text(json.dumps([*jobs, ("mae", "hub", "tester/remote-code")]))
     without = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     done = subprocess.run(
-        [sys.executable, Path(__file__).with_name("blind.py"), root / "jobs.json", root / "seen.safetensors"],
-        cwd=root,
-        env=without | hub.environment(root / "cache"),
+        [sys.executable, Path(__file__).with_name("blind.py"), folder / "jobs.json", folder / "seen.safetensors"],
+        cwd=folder,
+        env=without | hub.environment(folder / "cache"),
         capture_output=True,
         text=True,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    return load_file(root / "seen.safetensors")
 
 
 def close(theirs, ours):
@@ -368,8 +365,8 @@ def test_a_destination_that_holds_something_is_left_alone(root, tmp_path, capsys
 @pytest.mark.parametrize(
     ("to", "model", "message"),
     [
-        ("transformers", lambda: mae("ForImageClassification", pooling="mean"), "reads the CLS token, and this"),
-        ("transformers", lambda: stop_jepa("ForImageClassification", pool_before_norm=True), "pools normalised tokens"),
+        ("transformers", lambda: mae("classifier", pooling="mean"), "reads the CLS token, and this"),
+        ("transformers", lambda: stop_jepa("classifier", pool_before_norm=True), "pools normalised tokens"),
         ("timm", lambda: mae(layer_norm_eps=1e-5), "timm's ViT has layer_norm_eps 1e-06, and this checkpoint 1e-05"),
         ("timm", lambda: mae(hidden_act="xielu"), "timm's ViT has no hidden_act xielu"),
     ],

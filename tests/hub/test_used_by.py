@@ -1,6 +1,7 @@
 """Checkpoints in the hands of users: plain transformers code, and our scripts on a name on the Hub."""
 
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -81,10 +82,11 @@ def test_a_plain_trainer_and_a_pipeline_need_nothing_of_hf_mim_but_the_import(ch
     run(tmp_path / "script.py", checkpoint, tmp_path / "digits", tmp_path / "out", HF_HUB_OFFLINE="1")
 
 
-def test_the_script_for_features_writes_what_the_extractor_gives(checkpoint, tmp_path):
+def test_the_script_for_features_writes_what_the_extractor_gives(checkpoint, tmp_path, monkeypatch):
     output = tmp_path / "features.parquet"
     options = ["--dataset", "digits", "--split", "test", "--features", "last/mean/norm", "1/cls/raw"]
-    run(REPOSITORY / "training" / "features.py", checkpoint, *options, "--output", output)
+    monkeypatch.setattr(sys, "argv", ["features.py", str(checkpoint), *options, "--output", str(output)])
+    runpy.run_path(str(REPOSITORY / "training" / "features.py"), run_name="__main__")
     table = datasets.Dataset.from_parquet(str(output), cache_dir=str(tmp_path)).with_format("torch")
     test = load_labelled("digits")[1]
     expected = FeatureExtractor(FrozenEncoder.load(checkpoint), progress=False)(test, ["last/mean/norm", "1/cls/raw"])

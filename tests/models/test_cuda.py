@@ -2,26 +2,19 @@
 
 import pytest
 import torch
-
-import hf_mim
+from passes import given_back
+from passes import make as make_small
+from tiny import METHODS
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
-SIZES = dict(image_size=64, patch_size=8, hidden_size=96, num_hidden_layers=2, num_attention_heads=3)
-MODELS = {
-    "mae": lambda: hf_mim.MAEForPreTraining(hf_mim.MAEConfig(**SIZES, decoder_num_hidden_layers=2)),
-    "latent_mim": lambda: hf_mim.LatentMIMForPreTraining(hf_mim.LatentMIMConfig(**SIZES)),
-    "stop_jepa": lambda: hf_mim.StopJepaForPreTraining(hf_mim.StopJepaConfig(**SIZES)),
-}
-
 
 def make(method):
-    torch.manual_seed(0)
-    model = MODELS[method]()
+    model = make_small(method, image_size=64, patch_size=8, hidden_size=96)
     return model, torch.randn(8, 3, *model.config.training_size)
 
 
-@pytest.mark.parametrize("method", MODELS)
+@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_step_with_drawn_masks_never_waits_for_the_device(method, dtype):
     model, images = make(method)
@@ -47,21 +40,18 @@ def test_a_step_with_drawn_masks_never_waits_for_the_device(method, dtype):
     assert loss.isfinite()
 
 
-@pytest.mark.parametrize("method", MODELS)
+@pytest.mark.parametrize("method", METHODS)
 def test_the_device_gives_the_losses_of_the_cpu(method):
     model, images = make(method)
     drawn = model.eval()(images)
-    names = ("context_ids", "target_ids", "patch_offsets", "position_noise")
-    given = {name: drawn[name].cuda() for name in names if name in drawn}
+    given = {name: tensor.cuda() for name, tensor in given_back(drawn).items()}
     loss = model.cuda()(images.cuda(), **given).loss
     torch.testing.assert_close(loss.cpu(), drawn.loss, rtol=1e-4, atol=0)
 
 
-@pytest.mark.parametrize("method", MODELS)
+@pytest.mark.parametrize("method", METHODS)
 def test_a_compiled_step_gives_the_loss_of_an_eager_one(method):
     model, images = make(method)
     model, images = model.cuda().eval(), images.cuda()
     drawn = model(images)
-    names = ("context_ids", "target_ids", "patch_offsets", "position_noise")
-    given = {name: drawn[name] for name in names if name in drawn}
-    torch.testing.assert_close(torch.compile(model)(images, **given).loss, drawn.loss, rtol=1e-4, atol=0)
+    torch.testing.assert_close(torch.compile(model)(images, **given_back(drawn)).loss, drawn.loss, rtol=1e-4, atol=0)

@@ -1,21 +1,21 @@
 """Claims of Latent MIM, on tiny models and hand-made tensors."""
 
 import math
+from functools import partial
 
+import passes
 import pytest
 import torch
 
-import hf_mim
 from hf_mim.models.losses import normalized_l2, patch_discrimination
 from hf_mim.models.modeling_latent_mim import mean_pairwise_cosine, patchify_with_gap
 
+make = partial(passes.make, "latent_mim", mask_ratio=0.8, patch_gap=4)
 
-def make(**changes):
-    torch.manual_seed(0)
-    sizes = dict(
-        image_size=32, patch_size=4, hidden_size=48, num_hidden_layers=2, num_attention_heads=3, mask_ratio=0.8
-    )
-    return hf_mim.LatentMIMForPreTraining(hf_mim.LatentMIMConfig(**sizes | changes))
+
+def test_the_encoder_that_is_used_is_the_online_one():
+    model = make()
+    assert model.base_model is model.encoder
 
 
 def test_each_patch_is_cut_at_its_offset_in_its_cell():

@@ -3,7 +3,8 @@
 import peft
 import pytest
 import torch
-from methods import METHODS, drawn, make_config
+from passes import drawn, make
+from tiny import METHODS, make_config
 from transformers import AutoModelForImageClassification
 
 from hf_mim.models.linear_layers import bias_of, input_dtype, is_plain, product_without_bias
@@ -72,7 +73,7 @@ WITH_NOISE = [{"use_mask_token": False}, {"tie_noise_projection": False}, {"nois
 )
 def test_pretraining_with_lora_reaches_every_layer_and_the_tied_noise(method, changes):
     torch.manual_seed(0)
-    model = METHODS[method][1](make_config(method, **changes)).eval()
+    model = make(method, **changes).eval()
     networks = [name for name in ("encoder", "decoder", "predictor") if hasattr(model, name)]
     lora = with_lora(model, rf"({'|'.join(networks)})\..*(qkv|embed|projection)")
     images = torch.randn(2, 3, *model.config.training_size)

@@ -173,9 +173,9 @@ def test_masks_for_256_images_take_less_than_5_ms_on_one_core():
     try:
         times = []
         for _ in range(30):
-            start = time.perf_counter()
+            start = time.process_time()  # which leaves out what other processes take
             sample_multi_block(256, (14, 14))
-            times.append(time.perf_counter() - start)
+            times.append(time.process_time() - start)
     finally:
         torch.set_num_threads(threads)
     assert sorted(times)[len(times) // 4] < 0.005  # the lower quartile: a busy machine slows some of them

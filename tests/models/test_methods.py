@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from methods import METHODS, drawn, gradients, make_config, tables
+from passes import drawn, given_back, gradients, head, make, tables
+from tiny import METHODS, head_layers, only
 from transformers import AutoBackbone, AutoModel, AutoModelForImageClassification, AutoModelForPreTraining
 
 import hf_mim
@@ -10,18 +11,10 @@ from hf_mim.models.losses import patch_discrimination
 from hf_mim.models.vit import patchify, unpatchify
 
 
-def given_back(output):
-    """What a pass has drawn, to be given to another."""
-    drawn_names = ("context_ids", "target_ids", "patch_offsets", "position_noise", "context_noise")
-    return {name: output[name] for name in drawn_names if name in output}
-
-
 @pytest.mark.parametrize("method", METHODS)
 def test_given_ids_reproduce_a_drawn_pass(method):
-    torch.manual_seed(0)
-    config = make_config(method, **dict(noise_on="both") if method == "stop_jepa" else {})
-    model = METHODS[method][1](config)
-    images = torch.randn(2, 3, *config.training_size)
+    model = make(method, **only(method, noise_on="both"))
+    images = torch.randn(2, 3, *model.config.training_size)
     first = drawn(model, images)
     assert not torch.equal(drawn(model, images, seed=2).loss, first.loss)
     assert torch.equal(model(images, **given_back(first)).loss, first.loss)
@@ -30,9 +23,8 @@ def test_given_ids_reproduce_a_drawn_pass(method):
 @pytest.mark.parametrize("method", METHODS)
 def test_forward_uses_drawn_masks_as_they_are(method):
     """`draw_masks` draws what `forward` would, in the same order, and keeps what it is given."""
-    torch.manual_seed(0)
-    config = make_config(method, **dict(noise_on="both") if method == "stop_jepa" else {})
-    model = METHODS[method][1](config)
+    model = make(method, **only(method, noise_on="both"))
+    config = model.config
     images = torch.randn(2, 3, *config.training_size)
     expected = given_back(drawn(model, images))
     torch.manual_seed(1)
@@ -51,19 +43,16 @@ def test_forward_uses_drawn_masks_as_they_are(method):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_contexts_and_targets_never_overlap(method):
-    torch.manual_seed(0)
-    config = make_config(method)
-    model = METHODS[method][1](config)
+    model = make(method)
     for _ in range(5):
-        output = model(torch.randn(8, 3, *config.training_size))
+        output = model(torch.randn(8, 3, *model.config.training_size))
         for context, target in zip(output.context_ids, output.target_ids.flatten(1), strict=True):
             assert not set(context.tolist()) & set(target.tolist())
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_the_encoder_sees_only_the_patches_it_is_given(method):
-    torch.manual_seed(0)
-    model = METHODS[method][1](make_config(method)).eval()
+    model = make(method).eval()
     images = torch.randn(2, 3, 32, 32)
     ids = torch.stack([torch.randperm(64)[:10] for _ in range(2)])
     features = model.encoder(images, patch_ids=ids).last_hidden_state
@@ -80,8 +69,7 @@ def test_the_encoder_sees_only_the_patches_it_is_given(method):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_an_unmasked_pass_is_deterministic_in_train_mode_and_knows_the_order_of_patches(method):
-    torch.manual_seed(0)
-    encoder = METHODS[method][1](make_config(method)).encoder.train()
+    encoder = make(method).encoder.train()
     images = torch.randn(2, 3, 32, 32)
     assert torch.equal(encoder(images).last_hidden_state, encoder(images).last_hidden_state)
     shuffled = unpatchify(patchify(images, (4, 4))[:, torch.randperm(64)], (4, 4), (8, 8))
@@ -91,7 +79,7 @@ def test_an_unmasked_pass_is_deterministic_in_train_mode_and_knows_the_order_of_
 
 @pytest.mark.parametrize("method", METHODS)
 def test_any_image_whose_sides_divide_is_encoded(method):
-    encoder = METHODS[method][1](make_config(method)).encoder.eval()
+    encoder = make(method).encoder.eval()
     prefix = encoder.config.num_prefix_tokens
     assert encoder(torch.randn(1, 3, 20, 48)).last_hidden_state.shape == (1, prefix + 60, 48)
     with pytest.raises(ValueError, match="divisible by patch_size"):
@@ -102,7 +90,7 @@ def test_any_image_whose_sides_divide_is_encoded(method):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_attentions_and_hidden_states_are_recorded_for_the_encoder_only(method):
-    model = METHODS[method][1](make_config(method)).eval()
+    model = make(method).eval()
     model.set_attn_implementation("eager")
     encoder = model.encoder
     output = encoder(torch.randn(2, 3, 32, 32), output_attentions=True, output_hidden_states=True)
@@ -116,11 +104,9 @@ def test_attentions_and_hidden_states_are_recorded_for_the_encoder_only(method):
 @pytest.mark.parametrize("method", METHODS)
 def test_the_last_layer_computes_only_what_the_loss_reads(method):
     """The same predictions come out when the last layer computes every token."""
-    torch.manual_seed(0)
-    model = METHODS[method][1](make_config(method, cls_token=None)).eval()
-    network = model.predictor if method == "stop_jepa" else model.decoder
+    model = make(method).eval()
     images = torch.randn(2, 3, *model.config.training_size)
-    seen, last = [], network.layers[-1]
+    seen, last = [], head(model).layers[-1]
     hook = last.mlp.register_forward_hook(lambda module, args, output: seen.append(output.shape[1]))
     short = drawn(model, images)
     hook.remove()
@@ -137,9 +123,8 @@ def test_the_last_layer_computes_only_what_the_loss_reads(method):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_classifier_starts_from_the_pretrained_encoder_with_only_the_head_new(method, tmp_path):
-    torch.manual_seed(0)
-    model = METHODS[method][1](make_config(method)).eval()
-    if method == "stop_jepa":
+    model = make(method).eval()
+    if hasattr(model, "target_encoder"):  # which may be the one that is to be loaded
         torch.nn.init.normal_(model.target_encoder.norm.bias)
     model.save_pretrained(tmp_path)
     classifier, info = AutoModelForImageClassification.from_pretrained(
@@ -161,7 +146,7 @@ def test_classifier_starts_from_the_pretrained_encoder_with_only_the_head_new(me
 
 @pytest.mark.parametrize("method", METHODS)
 def test_backbone_gives_normalised_feature_maps(method, tmp_path):
-    model = METHODS[method][1](make_config(method)).eval()
+    model = make(method).eval()
     model.save_pretrained(tmp_path)
     backbone = AutoBackbone.from_config(type(model.config).from_pretrained(tmp_path, out_features=["stage1", "stage2"]))
     backbone = type(backbone).from_pretrained(tmp_path, out_features=["stage1", "stage2"])
@@ -174,7 +159,7 @@ def test_backbone_gives_normalised_feature_maps(method, tmp_path):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_half_precision_models_load_with_their_target_in_float32(method, tmp_path):
-    model = METHODS[method][1](make_config(method))
+    model = make(method)
     model.save_pretrained(tmp_path)
     half = AutoModelForPreTraining.from_pretrained(tmp_path, dtype=torch.bfloat16)
     for name, p in half.named_parameters():
@@ -189,42 +174,44 @@ def test_half_precision_models_load_with_their_target_in_float32(method, tmp_pat
     half.update_target(0.5)
 
 
+LOSSES = {
+    "mae": torch.nn.functional.mse_loss,
+    "stop_jepa": torch.nn.functional.smooth_l1_loss,
+    "latent_mim": lambda predictions, targets: patch_discrimination(predictions, targets, temperature=0.2),
+}
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_under_autocast_the_loss_is_computed_in_float32(method):
-    torch.manual_seed(0)
-    model = METHODS[method][1](make_config(method))
+    model = make(method)
     images = torch.randn(3, 3, *model.config.training_size)
     loss, _ = gradients(model, images)
     with torch.autocast("cpu", torch.bfloat16):
         output = drawn(model, images)
     predictions, targets = output.predictions, output.targets
     assert predictions.dtype == torch.bfloat16 and targets.dtype == output.loss.dtype == torch.float32
-    if method == "latent_mim":
-        expected = patch_discrimination(predictions.float(), targets, model.config.temperature)
-        assert torch.equal(output.metrics["patch_discrimination"], expected.detach())
-    else:
-        function = torch.nn.functional.mse_loss if method == "mae" else torch.nn.functional.smooth_l1_loss
-        assert torch.equal(output.loss, function(predictions.float(), targets))
+    if method in LOSSES:
+        computed = output.metrics.get("patch_discrimination", output.loss)
+        assert torch.equal(computed, LOSSES[method](predictions.float(), targets))
     torch.testing.assert_close(output.loss, loss, rtol=0.03, atol=0)
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_a_checkpoint_with_more_layers_than_the_model_does_not_load_unnoticed(method, tmp_path):
-    model = METHODS[method][1](make_config(method))
+    model = make(method)
     model.save_pretrained(tmp_path)
-    depth = "predictor_num_hidden_layers" if method == "stop_jepa" else "decoder_num_hidden_layers"
-    shallow = {"num_hidden_layers": 1, depth: 1}
+    shallow = {"num_hidden_layers": 1} | head_layers(method, 1)
     _, info = AutoModelForPreTraining.from_pretrained(tmp_path, **shallow, output_loading_info=True)
-    network = depth.split("_")[0]
-    assert any(key.startswith(f"{network}.layers.1.") for key in info["unexpected_keys"])
+    for depth in shallow:
+        network = depth.removesuffix("num_hidden_layers").removesuffix("_") or "encoder"
+        assert any(key.startswith(f"{network}.layers.1.") for key in info["unexpected_keys"])
     _, info = AutoModel.from_pretrained(tmp_path, num_hidden_layers=1, output_loading_info=True)
     assert any("layers.1." in key for key in info["unexpected_keys"])
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_models_compile_without_graph_breaks_when_ids_are_given(method):
-    torch.manual_seed(0)
-    model = METHODS[method][1](make_config(method)).train()
+    model = make(method).train()
     images = torch.randn(2, 3, *model.config.training_size)
     given = given_back(drawn(model, images))
     compiled = torch.compile(model, fullgraph=True, backend="eager")
@@ -233,7 +220,7 @@ def test_models_compile_without_graph_breaks_when_ids_are_given(method):
 
 def test_drop_path_leaves_out_branches_in_train_mode_only_and_keeps_their_mean():
     torch.manual_seed(0)
-    model = hf_mim.MAEModel(make_config("mae", drop_path_rate=0.5))
+    model = make("mae", "encoder", drop_path_rate=0.5)
     layer = model.layers[-1].train()
     assert [layer.drop_path_rate for layer in model.layers] == [0, 0.5]
     branch = torch.ones(4000, 2, 3)

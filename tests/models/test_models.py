@@ -4,7 +4,8 @@ import copy
 
 import pytest
 import torch
-from methods import METHODS, drawn, gradients, make_config, tables
+from passes import drawn, gradients, make, tables
+from tiny import METHODS, make_config
 from transformers import AutoModel
 
 from hf_mim.models import vit
@@ -16,16 +17,15 @@ CASES = [
     for method in METHODS
     for image_size in (32, (24, 40))
     for channels in (1, 3, 10)
-    for cls_token in ((False,) if method == "stop_jepa" else (True, False))
+    for cls_token in ((True, False) if make_config(method).use_cls_token else (False,))
 ]
 
 
 @pytest.fixture(params=CASES, ids=lambda case: "-".join(map(str, case)).replace(" ", ""))
 def case(request):
-    torch.manual_seed(0)
-    config = make_config(*request.param)
-    model = METHODS[request.param[0]][1](config)
-    return model, torch.randn(3, config.num_channels, *config.training_size)
+    method, image_size, channels, cls_token = request.param
+    model = make(method, image_size=image_size, num_channels=channels, use_cls_token=cls_token)
+    return model, torch.randn(3, channels, *model.config.training_size)
 
 
 def assert_tables_right_and_target_frozen(model):
@@ -79,8 +79,7 @@ def test_auto_model_loads_the_encoder_alone(case, tmp_path):
     encoder, info = AutoModel.from_pretrained(tmp_path, output_loading_info=True)
     assert not any(info.values()), info
     images = images[..., : model.config.image_height_width[0], : model.config.image_height_width[1]]
-    the_encoder = model.target_encoder if model.config.model_type == "stop_jepa" else model.encoder
-    expected = the_encoder.eval()(images)
+    expected = model.base_model.eval()(images)
     output = encoder(images)
     assert torch.equal(output.last_hidden_state, expected.last_hidden_state)
     grid = model.config.grid_size

@@ -2,6 +2,7 @@ import math
 
 import pytest
 import torch
+from passes import make
 from transformers import ViTMAEConfig, ViTMAEModel
 
 import hf_mim
@@ -44,8 +45,7 @@ def test_the_trained_grid_gets_its_table_as_it_is(grid):
 
 
 def test_learned_positions_are_trained_saved_and_copied_to_the_target(tmp_path):
-    sizes = dict(image_size=32, patch_size=4, hidden_size=48, num_hidden_layers=2, num_attention_heads=3)
-    model = hf_mim.StopJepaForPreTraining(hf_mim.StopJepaConfig(**sizes, position_embedding="learned"))
+    model = make("stop_jepa", position_embedding="learned")
     model(torch.randn(2, 3, 32, 32)).loss.backward()
     name = "embeddings.position_embeddings.table"
     online, target = model.encoder.get_parameter(name), model.target_encoder.get_parameter(name)

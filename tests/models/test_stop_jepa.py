@@ -1,17 +1,17 @@
 """Claims of StoP and I-JEPA, on tiny models."""
 
+from functools import partial
+
+import passes
 import pytest
 import torch
 
-import hf_mim
-
-SIZES = dict(image_size=32, patch_size=4, hidden_size=48, num_hidden_layers=2, num_attention_heads=3)
-PREDICTOR = dict(predictor_hidden_size=24, predictor_num_hidden_layers=2)
+make = partial(passes.make, "stop_jepa")
 
 
-def make(**changes):
-    torch.manual_seed(0)
-    return hf_mim.StopJepaForPreTraining(hf_mim.StopJepaConfig(**SIZES | PREDICTOR | changes))
+def test_the_encoder_that_is_used_is_the_target():
+    model = make()
+    assert model.base_model is model.target_encoder
 
 
 def images(count=4, seed=0):
