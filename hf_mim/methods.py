@@ -264,7 +264,10 @@ def load_module(name: str):
             importlib.import_module(name)
             return
         path = Path(name).resolve()
-        if path.stem in sys.modules and getattr(sys.modules[path.stem], "__file__", None) != str(path):
+        known = getattr(sys.modules.get(path.stem), "__file__", None)
+        if known == str(path):
+            return
+        if path.stem in sys.modules:
             raise ImportError(f"there is a module {path.stem} already; give the file another name")
         spec = importlib.util.spec_from_file_location(path.stem, path)
         sys.modules[path.stem] = module = importlib.util.module_from_spec(spec)

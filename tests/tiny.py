@@ -26,7 +26,7 @@ def head_layers(method: str, count: int) -> dict:
 
 
 def make_config(method: str, **changes):
-    some = only(method, mask_ratio=0.75, patch_gap=2)
+    some = only(method, mask_ratio=0.75, patch_gap=1)
     return methods.get(method).config_class(**SIZES | head_layers(method, 1) | some | changes)
 
 

@@ -146,10 +146,14 @@ def all_fields() -> dict[str, Any]:
 
 
 def digits_settings(method: methods.Method) -> dict[str, Any]:
-    """The settings of a method for the embedded digits, from its row or from the recipe that the row names."""
-    if isinstance(method.digits, Path):
-        return {name: value for name, value in read_yaml(method.digits).items() if name not in ("method", "dataset")}
-    return dict(method.digits)
+    """The settings of a method for the embedded digits: those of its row, or of the recipe that the row names.
+
+    A row without any gets those of the first method that it has a field for, so that the model is small.
+    """
+    given, of_the_model = method.digits or methods.rows()[0].digits, model_fields(method.name)
+    settings = read_yaml(given) if isinstance(given, Path) else given
+    known = RUN_FIELDS | TRAINING_FIELDS | of_the_model
+    return {name: value for name, value in settings.items() if name in known and name not in ("method", "dataset")}
 
 
 @dataclass

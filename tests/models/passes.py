@@ -1,7 +1,7 @@
 """Small models, and what a pass of one draws and gives."""
 
 import torch
-from tiny import head_layers, make_model
+from tiny import head_layers, make_model, only
 
 from hf_mim.models.positions import PositionEmbeddings
 
@@ -10,7 +10,7 @@ SIZES = dict(image_size=32, hidden_size=48, num_attention_heads=3)
 
 
 def make(method, kind="pretraining", **changes):
-    return make_model(method, kind, **SIZES | head_layers(method, 2) | changes)
+    return make_model(method, kind, **SIZES | head_layers(method, 2) | only(method, patch_gap=2) | changes)
 
 
 def head(model):

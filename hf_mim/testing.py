@@ -1,0 +1,181 @@
+"""The kit that a method tests itself with: each promise of a method as a function that raises if it does not hold.
+
+    from hf_mim.testing import check_method
+
+    check_method("mae", image_size=32, patch_size=4, hidden_size=48, num_hidden_layers=2, num_attention_heads=3)
+
+`hf_mim/models/` and every room above it rely on these promises. `docs/new_method.md` shows a method that keeps them.
+"""
+
+import inspect
+import tempfile
+from collections.abc import Callable
+
+import torch
+from transformers import AutoConfig, AutoModel, AutoModelForPreTraining
+
+from hf_mim import methods
+from hf_mim.models.vit import MIMPreTrainedModel
+
+
+def check_method(name: str, **config) -> None:
+    """Check that a method of the table keeps what hf_mim promises of each.
+
+    Args:
+        name: the method's name in `hf_mim.methods`.
+        config: fields of its config; small sizes keep the check to seconds. Images have `config.training_size`.
+
+    Raises:
+        AssertionError: a promise does not hold; its message is the promise, and what was seen.
+        ValueError: there is no such method, or the config is wrong.
+    """
+    method = methods.get(name)
+
+    def make(seed: int = 0):
+        torch.manual_seed(seed)
+        return method.pretraining_class(method.config_class(**method.settings, **config))
+
+    for check in CHECKS:
+        check(method, make)
+
+
+def claim(holds: bool, text: str):
+    """Raise AssertionError unless a promise holds. Not `assert`, which `python -O` leaves out."""
+    if not holds:
+        raise AssertionError(text)
+
+
+def images_for(model, batch: int = 2) -> torch.Tensor:
+    """Normalised images `[batch, C, H, W]` of the size that the pretraining model takes."""
+    generator = torch.Generator().manual_seed(1)
+    return torch.randn(batch, model.config.num_channels, *model.config.training_size, generator=generator)
+
+
+def encoder_images(model) -> torch.Tensor:
+    """Images of the size that the encoder sees at evaluation."""
+    return torch.randn(2, model.config.num_channels, *model.config.image_height_width)
+
+
+def forward_names(model) -> set[str]:
+    return set(inspect.signature(model.forward).parameters) - {"pixel_values"}
+
+
+def seeded_pass(model, images: torch.Tensor, seed: int = 2):
+    torch.manual_seed(seed)
+    return model(images)
+
+
+def check_classes(method: methods.Method, make: Callable):
+    classes = method.config_class, method.encoder_class, method.pretraining_class
+    claim(all(cls.config_class is classes[0] for cls in classes[1:]), "every model class must name the config class")
+    claim(
+        issubclass(method.pretraining_class, MIMPreTrainedModel), "the pretraining model must be a MIMPreTrainedModel"
+    )
+    config = make().config
+    claim(methods.of_config(config).name == method.name, f"the config must be recognised as {method.name}")
+    text = method.card_text
+    claim(bool(text.strip()), "the card must say what the method does")
+
+
+def check_encoder_is_never_masked(method, make):
+    encoder = make().base_model.train()
+    images = encoder_images(encoder)
+    first, second = encoder(images), encoder(images)
+    tokens = encoder.config.num_prefix_tokens + encoder.config.grid_size[0] * encoder.config.grid_size[1]
+    claim(first.last_hidden_state.shape[1] == tokens, f"the encoder must give {tokens} tokens, one for each patch")
+    same = torch.equal(first.last_hidden_state, second.last_hidden_state)
+    claim(same, "the encoder must be deterministic and unmasked, in train mode too")
+    claim(first.pooler_output.shape == (2, encoder.config.hidden_size), "pooler_output must be [B, D]")
+    wide = torch.cat([images, images], dim=3)
+    claim(encoder(wide).last_hidden_state.shape[1] > tokens, "the encoder must take images of another size")
+
+
+def check_output(method, make):
+    model = make()
+    images = images_for(model)
+    output = seeded_pass(model, images)
+    claim(output.loss.ndim == 0 and bool(torch.isfinite(output.loss)), "loss must be one finite number")
+    claim(output.predictions.shape == output.targets.shape, "predictions and targets must be of one shape")
+    claim(len(output.predictions) == len(images), "the first axis of predictions must be the images")
+    for name, value in output.metrics.items():
+        scalar = isinstance(value, torch.Tensor) and value.ndim == 0
+        claim(scalar and not value.requires_grad, f"metrics must be detached 0-dim tensors, and {name} is none")
+    hidden = all(
+        not set(context.tolist()) & set(target.tolist())
+        for context, target in zip(output.context_ids, output.target_ids.flatten(1), strict=True)
+    )
+    claim(hidden, "no patch may be both context and target")
+
+
+def check_ids_reproduce_a_pass(method, make):
+    model = make()
+    images = images_for(model)
+    output = seeded_pass(model, images)
+    claim(not torch.equal(seeded_pass(model, images, seed=3).context_ids, output.context_ids), "masks must be random")
+    torch.manual_seed(2)
+    masks = model.draw_masks(len(images), model.config.grid_size, images.device)
+    claim(masks.keys() <= forward_names(model), "draw_masks must return arguments of forward, by name")
+    again = model(images, **masks)
+    claim(torch.equal(again.loss, output.loss), "forward with the ids of draw_masks must give the pass that drew them")
+
+
+def check_gradients(method, make):
+    model = make().train()
+    seeded_pass(model, images_for(model)).loss.backward()
+    targets = [target for target, _ in model.target_pairs()] if hasattr(model, "target_pairs") else []
+    frozen = {id(parameter) for target in targets for parameter in target.parameters()}
+    for name, parameter in model.named_parameters():
+        if id(parameter) in frozen:
+            claim(not parameter.requires_grad, f"the target must not be trained, and {name} is")
+        elif parameter.requires_grad:
+            claim(parameter.grad is not None, f"every trainable parameter must get a gradient, and {name} gets none")
+
+
+def check_training_calls(method, make):
+    model = make().train()
+    for progress in (0.0, 0.5, 1.0):
+        model.set_progress(progress)
+        model.update_target(progress)
+        model.update_target(progress, torch.ones(()))
+    claim(bool(torch.isfinite(seeded_pass(model, images_for(model)).loss)), "the loss must be finite after an update")
+
+
+def check_save_and_load(method, make):
+    model = make().eval()
+    images = images_for(model)
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        again = AutoModelForPreTraining.from_pretrained(folder).eval()
+        encoder = AutoModel.from_pretrained(folder).eval()
+        claim(type(AutoConfig.from_pretrained(folder)) is method.config_class, "AutoConfig must find the config class")
+    state, other = model.state_dict(), again.state_dict()
+    claim(state.keys() == other.keys(), "a saved model must load with the same names")
+    different = [name for name in state if not torch.equal(state[name], other[name])]
+    claim(not different, f"a saved model must load equal, and {', '.join(different)} differ")
+    claim(
+        torch.equal(seeded_pass(again, images).loss, seeded_pass(model, images).loss),
+        "a loaded model must give the same loss",
+    )
+    views = encoder_images(model)
+    same = torch.equal(encoder(views).pooler_output, model.base_model(views).pooler_output)
+    claim(same, "AutoModel must load the encoder that base_model_prefix names")
+
+
+def check_low_precision(method, make):
+    model = make().train()
+    with torch.autocast("cpu", torch.bfloat16):
+        output = seeded_pass(model, images_for(model))
+    output.loss.backward()
+    claim(bool(torch.isfinite(output.loss)), "the loss must be finite under bfloat16 autocast")
+
+
+CHECKS = (
+    check_classes,
+    check_encoder_is_never_masked,
+    check_output,
+    check_ids_reproduce_a_pass,
+    check_gradients,
+    check_training_calls,
+    check_save_and_load,
+    check_low_precision,
+)
