@@ -5,7 +5,7 @@ INSTALLED := .venv/installed
 # The models here are too small to gain from threads, which wait for each other as soon as the machine has other work.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: pretrain test test-slow lint format
+.PHONY: pretrain test test-slow test-oldest lint format
 pretrain: $(INSTALLED)
 	$(BIN)/hf-mim pretrain training/recipes/digits_mae.yaml
 
@@ -13,7 +13,11 @@ test: $(INSTALLED)
 	$(BIN)/python -m pytest -n auto
 
 test-slow: $(INSTALLED)
-	$(BIN)/python -m pytest -m slow --timeout 3600
+	$(BIN)/python -m pytest -m slow -n auto --timeout 3600
+
+# The same fast tests with the oldest releases that setup.cfg allows.
+test-oldest: .venv-oldest/installed
+	.venv-oldest/bin/python -m pytest -n auto
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
@@ -28,4 +32,10 @@ $(INSTALLED): setup.cfg pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install torch==2.13.0
 	$(BIN)/python -m pip install -c constraints.txt -e .[dev]
+	touch $@
+
+.venv-oldest/installed: setup.cfg pyproject.toml constraints-oldest.txt
+	test -x .venv-oldest/bin/python || $(PYTHON) -m venv .venv-oldest
+	.venv-oldest/bin/python -m pip install torch==2.13.0
+	.venv-oldest/bin/python -m pip install -c constraints-oldest.txt -e .[dev]
 	touch $@
