@@ -1,9 +1,10 @@
 """Images in: sources, crops in the workers, augmentation on the device, the embedded digits, drawn scenes."""
 
+from hf_mim.models.pixels import ImageFormatError, ValueRange
+
 from .augment import IMAGENET_MEAN, IMAGENET_STD, DeviceAugment, channel_statistics, gaussian_blur
 from .crop import CenterCrop, RandomCrop, WholeImage
 from .dataset import BrokenImagesError, ImageDataset, ImageStream, check_broken
-from .decode import ImageFormatError
 from .digits import digits
 from .scenes import scenes
 from .sources import load_images

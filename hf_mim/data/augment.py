@@ -6,15 +6,16 @@ import torch
 from torch import Tensor, nn
 
 from hf_mim.checks import share
-
-from .decode import LUMINANCE
+from hf_mim.models.pixels import LUMINANCE, ValueRange, scale
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
 class DeviceAugment(nn.Module):
-    """uint8 [B, C, h, w] on the device -> flipped, greyed, blurred, normalised float32 [B, C, h, w].
+    """Pixels [B, C, h, w] on the device -> flipped, greyed, blurred, normalised float32 [B, C, h, w].
+
+    Pixels are uint8, or float32 in 0..255. With a `value_range` they come in their own depth, and it scales them first.
 
     Flip alone is the recipe of MAE and Latent MIM; StoP (arXiv 2308.00566) adds grayscale and blur. What is done to an
     image follows from its key, int64 [B], where keys are given, whatever else is in the batch; else it is drawn from
@@ -25,6 +26,7 @@ class DeviceAugment(nn.Module):
         flip_probability: of a left-right flip.
         grayscale_probability: of replacing the three channels by their luminance (.299, .587, .114).
         blur_probability: of a Gaussian blur whose standard deviation, in pixels, is drawn uniformly from `blur_sigma`.
+        value_range: what the values of the images are scaled from; values beyond it are clipped.
     """
 
     def __init__(
@@ -35,6 +37,7 @@ class DeviceAugment(nn.Module):
         grayscale_probability: float = 0.0,
         blur_probability: float = 0.0,
         blur_sigma: tuple[float, float] = (0.1, 2.0),
+        value_range: ValueRange | None = None,
     ):
         super().__init__()
         if not mean or len(mean) != len(std):
@@ -55,6 +58,11 @@ class DeviceAugment(nn.Module):
         # (x / 255 - mean) / std = x * scale + shift
         self.register_buffer("scale", (1 / (255 * std)).float().view(1, -1, 1, 1), persistent=False)
         self.register_buffer("shift", (-mean / std).float().view(1, -1, 1, 1), persistent=False)
+        self.has_range = value_range is not None
+        if self.has_range:
+            offset, factor = value_range.offset_and_factor()
+            self.register_buffer("offset", offset, persistent=False)
+            self.register_buffer("factor", factor, persistent=False)
         self.register_buffer("luminance", torch.tensor(LUMINANCE).view(1, -1, 1, 1), persistent=False)
 
     def forward(self, pixel_values: Tensor, keys: Tensor | None = None) -> Tensor:
@@ -66,12 +74,17 @@ class DeviceAugment(nn.Module):
         def chosen_of(stream: int, probability: float) -> Tensor:
             return (uniform(stream) < probability).view(-1, 1, 1, 1)
 
+        pixel_values = self._scaled(pixel_values)
         if self.training and self.flip_probability:
-            chosen = chosen_of(0, self.flip_probability).to(pixel_values.dtype)
-            # x + chosen * (flipped - x): exact in uint8, modulo 256, and seven times as fast on a CPU as torch.where
-            pixel_values = pixel_values.flip(-1).sub_(pixel_values).mul_(chosen).add_(pixel_values)
+            chosen = chosen_of(0, self.flip_probability)
+            if pixel_values.dtype == torch.uint8:
+                # x + chosen * (flipped - x): exact in uint8, modulo 256, and seven times as fast on a CPU as torch.where
+                chosen = chosen.to(torch.uint8)
+                pixel_values = pixel_values.flip(-1).sub_(pixel_values).mul_(chosen).add_(pixel_values)
+            else:
+                pixel_values = torch.where(chosen, pixel_values.flip(-1), pixel_values)
         if not self.training or not (self.grayscale_probability or self.blur_probability):
-            return self.normalize(pixel_values)
+            return self._normalize(pixel_values)
         images = pixel_values.float()
         if self.grayscale_probability:
             grey = (images * self.luminance.to(images.device)).sum(1, keepdim=True)
@@ -80,10 +93,20 @@ class DeviceAugment(nn.Module):
             low, high = self.blur_sigma
             blurred = gaussian_blur(images, low + (high - low) * uniform(2))
             images = torch.where(chosen_of(3, self.blur_probability), blurred, images)
-        return self.normalize(images)
+        return self._normalize(images)
 
     def normalize(self, pixel_values: Tensor) -> Tensor:
-        """(x / 255 - mean) / std, for x in 0..255 (uint8 or float) [B, C, h, w], as float32."""
+        """(x / 255 - mean) / std, for x in 0..255 or scaled to it from `value_range`, [B, C, h, w], as float32."""
+        return self._normalize(self._scaled(pixel_values))
+
+    def _scaled(self, pixel_values: Tensor) -> Tensor:
+        if not self.has_range:
+            return pixel_values
+        if self.offset.device != pixel_values.device:
+            self.to(pixel_values.device)
+        return scale(pixel_values, self.offset, self.factor)
+
+    def _normalize(self, pixel_values: Tensor) -> Tensor:
         if pixel_values.shape[-3] != self.scale.shape[1]:
             channels = self.scale.shape[1]
             raise ValueError(f"mean and std are for {channels} channels, but pixel_values has {pixel_values.shape[-3]}")
@@ -152,7 +175,7 @@ def channel_statistics(
     The deviation is over all pixels of all sampled images. Of an `ImageStream`, the first `num_images` are taken.
     """
     total = square = count = 0
-    for sample in _sampled(images, num_images, seed):
+    for sample in sampled(images, num_images, seed):
         pixels = sample["pixel_values"].to(torch.float64).flatten(1) / 255
         total, square, count = total + pixels.sum(1), square + pixels.square().sum(1), count + pixels.shape[1]
     if not count:
@@ -163,7 +186,8 @@ def channel_statistics(
     return mean.tolist(), std.tolist()
 
 
-def _sampled(images, num_images: int, seed: int):
+def sampled(images, num_images: int, seed: int):
+    """So many samples of a dataset, drawn at random; of a stream, the first."""
     if not hasattr(images, "__len__"):
         for _, sample in zip(range(num_images), images, strict=False):
             yield sample

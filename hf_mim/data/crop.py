@@ -1,30 +1,16 @@
-"""Crops, in the worker: where to crop (a box) and the crop itself, decoded and resized once, to uint8 [C, h, w].
-
-The resize is bicubic with antialiasing, as PIL's. Two ways give it:
-- At full resolution the box is whole pixels: slice, then torch's uint8 kernel, which equals PIL's to rounding and is
-  three times as fast where the machine has AVX2.
-- A JPEG whose crop is at least three times the target is decoded at 1/2, 1/4 or 1/8 (`draft`), so that the box falls
-  between pixels: PIL's `resize(box=..., reducing_gap=2)`.
-"""
+"""Crops, in the worker: where to crop (a box) and the crop itself, decoded and resized once."""
 
 import math
 import random
 from dataclasses import dataclass
 
-import numpy as np
-import torch
-import torch.nn.functional as F
-from PIL import Image, JpegImagePlugin
+from torch import Tensor
 
-from hf_mim.checks import share
+from hf_mim.models.pixels import Box, CenterCrop, WholeImage, centred, crop_image
 
-from .decode import exif_orientation, open_image, to_channels
+from .decode import open_image
 
-# Shrinking in the decoder filters less well than the resize: with a margin of 1 some crops are 6 grey levels off on
-# average, with 1.5 the worst of 1000 is 3.6.
-DRAFT_MARGIN = 1.5
-
-Box = tuple[int, int, int, int]  # left, top, right, bottom in pixels, as in PIL
+__all__ = ["CenterCrop", "RandomCrop", "WholeImage", "crop_rng", "load_crop"]
 
 
 def crop_rng(seed: int, epoch: int, key: int) -> random.Random:
@@ -64,95 +50,13 @@ class RandomCrop:
                 left, top = int(rng.random() * (width - w + 1)), int(rng.random() * (height - h + 1))
                 return left, top, left + w, top + h
         nearest = min(max(width / height, aspect * self.ratio[0]), aspect * self.ratio[1])
-        return _centred(width, height, nearest)
+        return centred(width, height, nearest)
 
 
-@dataclass(frozen=True)
-class CenterCrop:
-    """The central part with the target's aspect, for evaluation. `fraction` .875 is "resize to 256, crop 224"."""
-
-    fraction: float = 1.0
-    exact = True
-
-    def __post_init__(self):
-        share("(0, 1]", fraction=self.fraction)
-
-    def box(self, width: int, height: int, size: tuple[int, int], rng: random.Random) -> Box:
-        return _centred(width, height, size[1] / size[0], self.fraction)
-
-
-@dataclass(frozen=True)
-class WholeImage:
-    """The whole image, stretched to the target: what the saved `ViTImageProcessor` does."""
-
-    exact = True
-    fraction = 1.0
-
-    def box(self, width: int, height: int, size: tuple[int, int], rng: random.Random) -> Box:
-        return 0, 0, width, height
-
-
-def _centred(width: int, height: int, aspect: float, fraction: float = 1.0) -> Box:
-    """The largest centred box of this aspect, its sides then times `fraction`."""
-    w = max(1, round(min(width, height * aspect) * fraction))
-    h = max(1, round(min(height, width / aspect) * fraction))
-    left, top = round((width - w) / 2), round((height - h) / 2)
-    return left, top, left + w, top + h
-
-
-def load_crop(value, crop, size: tuple[int, int], num_channels: int, rng: random.Random) -> torch.Tensor:
-    """Decode one value of an image column, upright, and crop it: uint8 [num_channels, h, w].
+def load_crop(value, crop, size: tuple[int, int], num_channels: int, rng: random.Random, **limits) -> Tensor:
+    """Decode one value of an image column, upright, and crop it: [num_channels, h, w], in its own depth.
 
     crop: `RandomCrop`, `CenterCrop` or `WholeImage`, or anything with their `box` and `exact`.
+    limits: `max_pixels` of `open_image`.
     """
-    image = open_image(value)
-    if isinstance(image, np.ndarray):
-        pixels = to_channels(image, num_channels)
-        return _resize_pixels(pixels, crop.box(pixels.shape[1], pixels.shape[0], size, rng), size)
-    flip_x, flip_y, swap = exif_orientation(image)
-    width, height = image.size
-    # The box is drawn on the upright picture and carried to the stored one: turning the small crop costs nothing.
-    left, top, right, bottom = crop.box(*((height, width) if swap else (width, height)), size, rng)
-    if swap:
-        left, top, right, bottom, size = top, left, bottom, right, size[::-1]
-    if flip_x:
-        left, right = width - right, width - left
-    if flip_y:
-        top, bottom = height - bottom, height - top
-    pixels = _crop_stored(image, (left, top, right, bottom), size, num_channels, exact=crop.exact)
-    pixels = pixels.flip([axis for axis, flip in ((2, flip_x), (1, flip_y)) if flip]) if flip_x or flip_y else pixels
-    return (pixels.transpose(1, 2) if swap else pixels).contiguous()
-
-
-def draft_reduction(box: Box, size: tuple[int, int]) -> int:
-    """By how much (8, 4, 2, 1) a JPEG may shrink in decoding: the crop keeps `DRAFT_MARGIN` times `size` (h, w)."""
-    room = min((box[2] - box[0]) / size[1], (box[3] - box[1]) / size[0]) / DRAFT_MARGIN
-    return next((reduction for reduction in (8, 4, 2) if room >= reduction), 1)
-
-
-def _crop_stored(image: Image.Image, box: Box, size: tuple[int, int], num_channels: int, exact: bool) -> torch.Tensor:
-    reduction = 1
-    if isinstance(image, JpegImagePlugin.JpegImageFile):
-        reduction = 1 if exact else draft_reduction(box, size)
-        # Mode L decodes the luminance alone; other modes are kept.
-        image.draft("L" if num_channels == 1 else None, (image.width // reduction, image.height // reduction))
-    if image.mode.startswith(("I", "F")):  # their range is read from the whole image
-        image = to_channels(image, num_channels)
-    if reduction == 1:
-        pixels = np.array(to_channels(image.crop(box), num_channels), copy=True)
-        return _resize_pixels(pixels, (0, 0, pixels.shape[1], pixels.shape[0]), size)
-    image = to_channels(image, num_channels)
-    scaled_box = tuple(min(side / reduction, limit) for side, limit in zip(box, image.size * 2, strict=True))
-    image = image.resize(size[::-1], Image.Resampling.BICUBIC, box=scaled_box, reducing_gap=2)
-    return _to_tensor(np.array(image))
-
-
-def _to_tensor(pixels: np.ndarray) -> torch.Tensor:
-    """[h, w] or [h, w, C] -> [C, h, w], a view."""
-    return torch.from_numpy(pixels if pixels.ndim == 3 else pixels[..., None]).permute(2, 0, 1)
-
-
-def _resize_pixels(pixels: np.ndarray, box: Box, size: tuple[int, int]) -> torch.Tensor:
-    left, top, right, bottom = box
-    part = _to_tensor(np.require(pixels[top:bottom, left:right], requirements="W"))  # torch warns of read-only memory
-    return F.interpolate(part[None], size, mode="bicubic", antialias=True)[0].contiguous()
+    return crop_image(open_image(value, num_channels, **limits), crop, size, num_channels, rng)

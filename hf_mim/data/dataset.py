@@ -1,4 +1,4 @@
-"""Torch datasets over image columns: one decode and one crop in the worker, to `uint8 [C, h, w]`.
+"""Torch datasets over image columns: one decode and one crop in the worker, to `[C, h, w]`.
 
 Crops are keyed on (seed, epoch, image), never on the draws so far: a resumed run, or one with other workers, sees the
 same ones. The augmentation on the device is keyed likewise, by the `augment_key` that comes with an image of training.
@@ -19,9 +19,10 @@ from torch.utils.data import get_worker_info
 from transformers import default_data_collator
 
 from hf_mim.checks import least
+from hf_mim.models.pixels import ValueRange, scale_pixels
 
 from .crop import RandomCrop, crop_rng, load_crop
-from .decode import BrokenImage, decoding, image_name
+from .decode import MAX_IMAGE_PIXELS, BrokenImage, decoding, image_name
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +40,18 @@ class BrokenImagesError(ValueError):
 class _Images:
     """What the map-style and the streamed dataset share."""
 
-    def __init__(self, images, size, num_channels=3, crop=None, labels=False, seed=0):
+    def __init__(
+        self,
+        images,
+        size,
+        num_channels=3,
+        crop=None,
+        labels=False,
+        seed=0,
+        value_range: ValueRange | None = None,
+        own_depth=False,
+        max_pixels: int | None = None,
+    ):
         self.size = (size, size) if isinstance(size, int) else tuple(size)
         if len(self.size) != 2 or min(self.size) < 1:
             raise ValueError(f"size must be a positive int or (height, width), not {size!r}")
@@ -52,6 +64,7 @@ class _Images:
                     raise ValueError(f"images has no column {column!r} but {known}; load_images finds and names it")
         self.images, self.num_channels, self.labels, self.seed = images, num_channels, labels, seed
         self.crop = RandomCrop() if crop is None else crop
+        self.value_range, self.max_pixels, self.own_depth = value_range, max_pixels or MAX_IMAGE_PIXELS, own_depth
         self.identified = False
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
 
@@ -68,7 +81,12 @@ class _Images:
     def _sample(self, value, label, epoch: int, key: int, name: str) -> dict:
         rng = crop_rng(self.seed, epoch, key)
         with decoding(name):
-            sample = {"pixel_values": load_crop(value, self.crop, self.size, self.num_channels, rng)}
+            pixels = load_crop(value, self.crop, self.size, self.num_channels, rng, max_pixels=self.max_pixels)
+            if not self.own_depth:
+                pixels = scale_pixels(pixels, self.value_range)
+            elif self.value_range is not None:
+                self.value_range.check(pixels)
+            sample = {"pixel_values": pixels}
         if self.identified:
             sample |= {"augment_key": rng.getrandbits(63), "name": name}
         if self.labels:
@@ -77,7 +95,7 @@ class _Images:
 
 
 class ImageDataset(_Images, torch.utils.data.Dataset):
-    """Map-style: `dataset[i]` is `{"pixel_values": uint8 [C, h, w]}`, with `labels: int` when asked for.
+    """Map-style: `dataset[i]` is `{"pixel_values": [C, h, w]}`, with `labels: int` when asked for.
 
     Args:
         images: a `datasets.Dataset` from `load_images`.
@@ -86,13 +104,17 @@ class ImageDataset(_Images, torch.utils.data.Dataset):
         crop: `RandomCrop` (default), `CenterCrop` or `WholeImage`.
         labels: whether to give the `label` column.
         seed: of the crops; see `set_epoch`.
+        value_range: what the values of the images are scaled from, to float32 in 0..255. Without, 8-bit pixels are
+            uint8, and others are scaled from the whole range of their type (see `TYPE_RANGES`).
+        own_depth: leave the scaling to `DeviceAugment`, on the device: pixels come in the images' own depth.
+        max_pixels: of an image; larger ones are an `ImageFormatError`. Default: 178,956,970.
 
     Raises:
         ValueError: at once, when the columns are missing or the first image cannot become `num_channels`.
     """
 
-    def __init__(self, images: Dataset, size, num_channels: int = 3, crop=None, labels: bool = False, seed: int = 0):
-        super().__init__(images, size, num_channels, crop, labels, seed)
+    def __init__(self, images: Dataset, size, num_channels: int = 3, *args, **kwargs):
+        super().__init__(images, size, num_channels, *args, **kwargs)
         if len(images) == 0:
             raise ValueError("images is empty")
         feature = images.features["image"]
@@ -161,8 +183,8 @@ class ImageStream(_Images, torch.utils.data.IterableDataset):
     Broken images are left out. Arguments as `ImageDataset`'s.
     """
 
-    def __init__(self, images: IterableDataset, size, num_channels=3, crop=None, labels=False, seed=0):
-        super().__init__(images, size, num_channels, crop, labels, seed)
+    def __init__(self, images: IterableDataset, size, num_channels: int = 3, *args, **kwargs):
+        super().__init__(images, size, num_channels, *args, **kwargs)
         # One row for each worker, so that no two write the same place.
         self._seen = torch.zeros(_MAX_WORKERS, dtype=torch.int64).share_memory_()
         self._broken = torch.zeros(_MAX_WORKERS, dtype=torch.int64).share_memory_()

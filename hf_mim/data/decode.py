@@ -1,14 +1,4 @@
-"""An encoded image, of any kind, becomes the channels that the config asks for.
-
-- Palette, CMYK, YCbCr, LAB, HSV and 1-bit images go through PIL's `convert`.
-- Alpha is dropped, as `convert("RGB")` and transformers' `load_image` do; kept where `num_channels` is 2 or 4.
-- Grey becomes 3 channels by replication; colour becomes 1 channel by luminance, .299 R + .587 G + .114 B.
-- 16-bit images (I;16, uint16) are divided by 257: 0..65535 to 0..255, the same for every image, so that brightness
-  stays comparable. Data that uses fewer bits comes out dark: rescale it to the full range first.
-- 32-bit integers and floats (I, F, numpy) carry no range, so the largest value tells: up to 1 (floats), 255, 65535.
-- Numpy arrays and TIFFs of other channel counts stay as they are: the count must be `num_channels`.
-- EXIF orientation is honoured.
-"""
+"""Encoded bytes, files and arrays become images; what is damaged is told from what is only of another kind."""
 
 import contextlib
 import io
@@ -19,29 +9,17 @@ import numpy as np
 from PIL import Image, JpegImagePlugin, UnidentifiedImageError
 
 from hf_mim.files import one_line
+from hf_mim.models.pixels import ImageFormatError
 
-from .tiff import is_multiband_tiff, read_multiband_tiff
+from .tiff import is_plain_tiff, is_tiff, read_tiff
 
-MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}  # what PIL itself can convert to
-LUMINANCE = (0.299, 0.587, 0.114)
-# EXIF orientation -> how the stored image becomes upright: flip x, flip y, then swap the axes.
-ORIENTATIONS = {
-    2: (True, False, False),
-    3: (True, True, False),
-    4: (False, True, False),
-    5: (False, False, True),
-    6: (False, True, True),
-    7: (True, True, True),
-    8: (True, False, True),
-}
-_EXIF_ORIENTATION = 0x0112
+# What PIL may open. EPS is not among them: PIL would run Ghostscript on it, whatever the file is called.
+PIL_FORMATS = "PNG JPEG MPO WEBP BMP GIF TIFF PPM JPEG2000 AVIF ICO TGA PCX DDS QOI SGI XBM".split()
+MAX_IMAGE_PIXELS = 178_956_970  # PIL's limit above which it refuses an image: about 13,377 × 13,377
 # What decoders raise on damaged bytes. PIL's plugins let ValueError, IndexError and the like escape.
 _DECODE_ERRORS = (OSError, EOFError, SyntaxError, ValueError, TypeError, LookupError, ArithmeticError)
-_DECODE_ERRORS += (struct.error, zlib.error, Image.DecompressionBombError)
-
-
-class ImageFormatError(ValueError):
-    """A sound image that cannot become what the config asks for: the user's to fix, so it is never skipped."""
+_DECODE_ERRORS += (struct.error, zlib.error, RuntimeError, MemoryError)
+_PNG = b"\x89PNG\r\n\x1a\n"
 
 
 class BrokenImage(Exception):
@@ -66,10 +44,15 @@ def image_name(value, otherwise: str) -> str:
     return (value.get("path") if isinstance(value, dict) else None) or otherwise
 
 
-def open_image(value) -> Image.Image | np.ndarray:
+def open_image(value, num_channels: int | None = None, max_pixels: int = MAX_IMAGE_PIXELS) -> Image.Image | np.ndarray:
     """Open one value of an image column: `{"bytes", "path"}`, a path, bytes, a PIL image, or an array.
 
     A JPEG comes back undecoded, so that the caller may still `draft` it; all else is decoded.
+
+    num_channels: as many as there will be; with it, files that can be read in two ways are read in the right one.
+
+    Raises:
+        ImageFormatError: more than `max_pixels` pixels, or a depth or compression that needs the extra hf-mim[tiff].
     """
     if isinstance(value, dict):
         value = value["bytes"] if value.get("bytes") is not None else value.get("path")
@@ -79,94 +62,70 @@ def open_image(value) -> Image.Image | np.ndarray:
         with open(value, "rb") as file:
             value = file.read()
     if isinstance(value, bytes):
-        return _open_bytes(value)
+        return _open_bytes(value, num_channels, max_pixels)
     if isinstance(value, Image.Image):
         value.load()
         return value
     return np.asarray(value)
 
 
-def _open_bytes(data: bytes) -> Image.Image | np.ndarray:
+def check_pixels(width: int, height: int, limit: int):
+    """Raise ImageFormatError for an image that is too large to be decoded at once."""
+    if width * height > limit:
+        raise ImageFormatError(
+            f"{width} x {height} pixels are more than max_image_pixels={limit}; set --max_image_pixels "
+            f"{width * height}, or cut the image into tiles"
+        )
+
+
+def _open_bytes(data: bytes, num_channels: int | None, max_pixels: int) -> Image.Image | np.ndarray:
     if data.startswith(b"\x93NUMPY"):
-        return np.load(io.BytesIO(data), allow_pickle=False)
-    if is_multiband_tiff(data):
-        return read_multiband_tiff(data)
-    image = Image.open(io.BytesIO(data))
+        return _read_npy(data)
+    if is_tiff(data) and not is_plain_tiff(data):
+        return read_tiff(data, num_channels, lambda width, height: check_pixels(width, height, max_pixels))
+    with _without_pils_limit():
+        image = Image.open(io.BytesIO(data), formats=PIL_FORMATS)
+    check_pixels(*image.size, max_pixels)
+    if data.startswith(_PNG) and data[24] == 16 and data[25] in (2, 4, 6):  # bits of a channel; colour, or with alpha
+        return _read_deep_png(data, num_channels)
+    if image.format == "JPEG2000" and image.mode != "I;16" and _jpeg2000_bits(data) > 8:
+        raise ImageFormatError("a JPEG 2000 image of more than 8 bits in several channels; save it as TIFF")
     if not isinstance(image, JpegImagePlugin.JpegImageFile):
         image.load()  # EXIF may follow the pixels (PNG), or be applied by load itself (TIFF)
     return image
 
 
-def exif_orientation(image: Image.Image) -> tuple[bool, bool, bool]:
-    """(flip x, flip y, swap axes) that make the stored image upright, in this order."""
-    if not image.info.keys() & {"exif", "xmp", "XML:com.adobe.xmp", "Raw profile type exif"}:
-        return False, False, False
+@contextlib.contextmanager
+def _without_pils_limit():
+    """PIL's own check counts the same, but its limit is one for the whole process."""
+    limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
     try:
-        orientation = image.getexif().get(_EXIF_ORIENTATION, 1)
-    except (SyntaxError, ValueError, struct.error):  # a damaged EXIF block does not make a damaged picture
-        orientation = 1
-    return ORIENTATIONS.get(orientation, (False, False, False))
+        yield
+    finally:
+        Image.MAX_IMAGE_PIXELS = limit
 
 
-def to_channels(image: Image.Image | np.ndarray, num_channels: int) -> Image.Image | np.ndarray:
-    """The 8-bit image with `num_channels` channels: a PIL image of mode L, LA, RGB or RGBA, or uint8 [h, w, C].
-
-    Raises:
-        ImageFormatError: the channels of the image cannot become `num_channels`.
-    """
-    if isinstance(image, np.ndarray):
-        return _array_to_channels(image, num_channels)
-    if num_channels not in MODES:
-        raise ImageFormatError(f"num_channels={num_channels}, but the image has {len(image.getbands())} ({image.mode})")
-    mode = MODES[num_channels]
-    if image.mode.startswith("I") or image.mode == "F":
-        image = Image.fromarray(to_uint8(np.asarray(image)))
-    if image.mode == "P" and "transparency" in image.info:
-        image = image.convert("RGBA")
-    return image if image.mode == mode else image.convert(mode)
+def _read_npy(data: bytes) -> np.ndarray:
+    file = io.BytesIO(data)
+    version = np.lib.format.read_magic(file)
+    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    shape, _, dtype = read(file)
+    if int(np.prod(shape, dtype=object)) * dtype.itemsize > len(data) - file.tell():
+        raise ValueError(f"its header says {list(shape)} of {dtype}, and the file ends before")
+    return np.load(io.BytesIO(data), allow_pickle=False)
 
 
-def _array_to_channels(array: np.ndarray, num_channels: int) -> np.ndarray:
-    """[h, w], [h, w, C] or [C, h, w] of any numeric type -> uint8 [h, w, num_channels]."""
-    if array.ndim == 2:
-        array = array[..., None]
-    if array.ndim != 3 or array.size == 0:
-        raise ImageFormatError(f"an array image must be [h, w], [h, w, C] or [C, h, w], not {list(array.shape)}")
-    # Which side are the channels? The one that has the count asked for, or else the one that looks like a count.
-    first, last = array.shape[0], array.shape[2]
-    if last != num_channels and (first == num_channels or (first < last and last not in MODES)):
-        array = array.transpose(1, 2, 0)
-    array = to_uint8(array)
-    found = array.shape[2]
-    if found == num_channels:
-        return array
-    if found == 1 and num_channels == 3:
-        return array.repeat(3, axis=2)
-    if found == 3 and num_channels == 1:
-        return (array @ np.asarray(LUMINANCE) + 0.5).astype(np.uint8)[..., None]
-    raise ImageFormatError(f"num_channels={num_channels}, but the image has {found}")
+def _read_deep_png(data: bytes, num_channels: int | None) -> np.ndarray:
+    """PIL would cut 16 bits of colour to 8. Alpha is left out as in other images."""
+    try:
+        import imagecodecs
+    except ImportError:
+        raise ImageFormatError("a PNG of 16-bit colour needs imagecodecs: pip install hf-mim[tiff]") from None
+    image = imagecodecs.png_decode(data)
+    return image[..., :-1] if image.shape[-1] in (2, 4) and image.shape[-1] != num_channels else image
 
 
-def to_uint8(array: np.ndarray) -> np.ndarray:
-    """Scale any numeric array to uint8 by the table at the top of this file.
-
-    Raises:
-        ImageFormatError: complex or non-numeric values, negative ones, or more than 65535.
-        ValueError: values that are not finite; damage, not a format.
-    """
-    if array.dtype == np.uint8:
-        return array
-    if array.dtype == np.bool_:
-        return array.astype(np.uint8) * 255
-    if array.dtype.kind not in "iuf":
-        raise ImageFormatError(f"an array image must be numeric, not {array.dtype}")
-    low, high = array.min(), array.max()
-    if not (np.isfinite(low) and np.isfinite(high)):
-        raise ValueError("has values that are not finite")
-    if low < 0 or high > 65535:
-        raise ImageFormatError(f"image values must lie in 0..1, 0..255 or 0..65535, not in {low:g}..{high:g}")
-    if (array.dtype.kind == "u" and array.dtype.itemsize == 2) or high > 255:  # of either byte order
-        scale = 1 / 257
-    else:
-        scale = 255.0 if array.dtype.kind == "f" and high <= 1 else 1.0
-    return (array * np.float32(scale) + np.float32(0.5)).astype(np.uint8)
+def _jpeg2000_bits(data: bytes) -> int:
+    """Bits of the first channel, from the SIZ marker (ISO 15444-1, A.5.1)."""
+    start = data.find(b"\xff\x4f\xff\x51")
+    return (data[start + 42] & 0x7F) + 1 if start >= 0 else 8

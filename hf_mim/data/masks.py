@@ -11,8 +11,10 @@ from datasets import Dataset, Features
 from datasets import Image as ImageFeature
 from PIL import Image, JpegImagePlugin, UnidentifiedImageError
 
+from hf_mim.models.pixels import ImageFormatError, exif_orientation
+
 from .columns import is_array, is_encoded
-from .decode import BrokenImage, ImageFormatError, decoding, exif_orientation, image_name, open_image
+from .decode import BrokenImage, decoding, image_name, open_image
 from .folders import IMAGE_EXTENSIONS, canonical_split, find_files
 from .images import Images
 from .sources import load_images, open_source, pick_split, source_name

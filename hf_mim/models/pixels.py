@@ -1,0 +1,323 @@
+"""An image of any kind becomes pixels of the channels and the size that a model takes, in the image's own depth.
+
+Training, evaluation and the image processor all call `crop_image`, so that they see the same pixels.
+
+- 8-bit images stay uint8. 16-bit ones stay uint16 or int16, floats float32; wider integers become int32.
+- Palette, CMYK, YCbCr, LAB, HSV and 1-bit images go through PIL's `convert`; boolean arrays become 0 and 255.
+- Alpha is dropped, as `convert("RGB")` and transformers' `load_image` do; kept where `num_channels` is 2 or 4.
+- Grey becomes 3 channels by replication; colour becomes 1 channel by luminance, .299 R + .587 G + .114 B.
+- Any other number of channels must be `num_channels`.
+- EXIF orientation is honoured.
+
+The resize is bicubic with antialiasing, as PIL's. Two ways give it:
+- At full resolution the box is whole pixels: slice, then torch's kernel, which for uint8 equals PIL's to rounding and
+  is three times as fast where the machine has AVX2.
+- A JPEG whose crop is at least three times the target is decoded at 1/2, 1/4 or 1/8 (`draft`), so that the box falls
+  between pixels: PIL's `resize(box=..., reducing_gap=2)`.
+"""
+
+import struct
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, JpegImagePlugin
+from torch import Tensor
+
+MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}  # what PIL itself can convert to
+LUMINANCE = (0.299, 0.587, 0.114)
+# EXIF orientation -> how the stored image becomes upright: flip x, flip y, then swap the axes.
+ORIENTATIONS = {
+    2: (True, False, False),
+    3: (True, True, False),
+    4: (False, True, False),
+    5: (False, False, True),
+    6: (False, True, True),
+    7: (True, True, True),
+    8: (True, False, True),
+}
+_EXIF_ORIENTATION = 0x0112
+# Shrinking in the decoder filters less well than the resize: with a margin of 1 some crops are 6 grey levels off on
+# average, with 1.5 the worst of 1000 is 3.6.
+DRAFT_MARGIN = 1.5
+# Depths that stay as they are, and the values that a type is taken to have where nobody says: int16 has none.
+TYPE_RANGES = {"uint8": (0, 255), "uint16": (0, 65535), "int16": None, "int32": (0, 255), "float32": (0, 1)}
+
+Box = tuple[int, int, int, int]  # left, top, right, bottom in pixels, as in PIL
+
+
+class ImageFormatError(ValueError):
+    """A sound image that cannot become what the config asks for: the user's to fix, so it is never skipped."""
+
+
+@dataclass(frozen=True)
+class CenterCrop:
+    """The central part with the target's aspect, for evaluation. `fraction` .875 is "resize to 256, crop 224"."""
+
+    fraction: float = 1.0
+    exact = True  # a JPEG is decoded at full size
+
+    def __post_init__(self):
+        if not 0 < self.fraction <= 1:
+            raise ValueError(f"fraction must lie in (0, 1], not {self.fraction}")
+
+    def box(self, width: int, height: int, size: tuple[int, int], rng=None) -> Box:
+        return centred(width, height, size[1] / size[0], self.fraction)
+
+
+@dataclass(frozen=True)
+class WholeImage:
+    """The whole image, stretched to the target: what transformers' `ViTImageProcessor` does."""
+
+    exact = True
+    fraction = 1.0
+
+    def box(self, width: int, height: int, size: tuple[int, int], rng=None) -> Box:
+        return 0, 0, width, height
+
+
+def centred(width: int, height: int, aspect: float, fraction: float = 1.0) -> Box:
+    """The largest centred box of this aspect, its sides then times `fraction`."""
+    w = max(1, round(min(width, height * aspect) * fraction))
+    h = max(1, round(min(height, width / aspect) * fraction))
+    left, top = round((width - w) / 2), round((height - h) / 2)
+    return left, top, left + w, top + h
+
+
+@dataclass(frozen=True)
+class ValueRange:
+    """Which values of the images are black and white, for all bands or for each.
+
+    low, high: one value, or one for each band.
+    pixel_type: what the images have it for ("uint16"), where it was measured; others are then refused.
+    """
+
+    low: tuple[float, ...]
+    high: tuple[float, ...]
+    pixel_type: str | None = None
+
+    def __post_init__(self):
+        pairs = list(zip(self.low, self.high, strict=True))
+        if not pairs or not all(low < high < float("inf") for low, high in pairs):
+            raise ValueError(f"value_range must be pairs of numbers, the smaller first, not {self.as_list()}")
+
+    @classmethod
+    def from_list(cls, values, num_channels: int, pixel_type: str | None = None) -> "ValueRange":
+        """From `low, high`, or so for each band: [l, h, l, h, ...]."""
+        if len(values) not in (2, 2 * num_channels):
+            raise ValueError(
+                f"value_range must be low,high, or such a pair for each of the {num_channels} channels "
+                f"({2 * num_channels} numbers), not {len(values)} numbers"
+            )
+        return cls(tuple(map(float, values[::2])), tuple(map(float, values[1::2])), pixel_type)
+
+    def as_list(self) -> list[float]:
+        """[low, high] or so for each band; whole numbers as such."""
+        values = [value for pair in zip(self.low, self.high, strict=False) for value in pair]
+        return [int(value) if value == int(value) else value for value in values]
+
+    def offset_and_factor(self) -> tuple[Tensor, Tensor]:
+        """float32 [1 or C, 1, 1] each: (value - offset) * factor lies in 0..255."""
+        low, high = (torch.tensor(values, dtype=torch.float64).view(-1, 1, 1) for values in (self.low, self.high))
+        return low.float(), (255 / (high - low)).float()
+
+    def check(self, pixels: Tensor):
+        """Raise ImageFormatError for an image of another depth than the range was measured on."""
+        found = type_name(pixels)
+        if self.pixel_type not in (None, found):
+            raise ImageFormatError(
+                f"the image is {found}, and the value range {self.as_list()} was measured on {self.pixel_type}; convert "
+                "the image, or give a value_range that holds for both"
+            )
+
+
+def type_name(pixels: Tensor) -> str:
+    """ "uint8" for torch.uint8."""
+    return str(pixels.dtype).removeprefix("torch.")
+
+
+def scale(pixels: Tensor, offset: Tensor, factor: Tensor) -> Tensor:
+    """[..., C, h, w] of any depth -> float32 in 0..255; values beyond the range are clipped."""
+    # In place: on a CPU, fresh memory costs more than the arithmetic.
+    return pixels.to(torch.float32, copy=True).sub_(offset).mul_(factor).clamp_(0, 255)
+
+
+def scale_pixels(pixels: Tensor, value_range: ValueRange | None) -> Tensor:
+    """[..., C, h, w] of any depth -> uint8, or float32 in 0..255: by the range, or else by that of the type.
+
+    Raises:
+        ImageFormatError: the image has another type than the range, or without one values that `TYPE_RANGES` has not.
+    """
+    name = type_name(pixels)
+    if value_range is not None:
+        value_range.check(pixels)
+        return scale(pixels, *value_range.offset_and_factor())
+    if name == "uint8":
+        return pixels
+    known = TYPE_RANGES[name]
+    low, high = (value.item() for value in pixels.to(torch.float32).aminmax())
+    if known is None or not known[0] <= low <= high <= known[1]:
+        where = "has no range of its own" if known is None else f"is taken to have values in {known[0]}..{known[1]}"
+        raise ImageFormatError(
+            f"the image has values in {low:g}..{high:g}, and {name} {where}; give value_range, such as "
+            f"{low:.4g},{high:.4g}"
+        )
+    return scale(pixels, *ValueRange(known[:1], known[1:]).offset_and_factor())
+
+
+def exif_orientation(image: Image.Image) -> tuple[bool, bool, bool]:
+    """(flip x, flip y, swap axes) that make the stored image upright, in this order."""
+    if not image.info.keys() & {"exif", "xmp", "XML:com.adobe.xmp", "Raw profile type exif"}:
+        return False, False, False
+    try:
+        orientation = image.getexif().get(_EXIF_ORIENTATION, 1)
+    except (SyntaxError, ValueError, struct.error):  # a damaged EXIF block does not make a damaged picture
+        orientation = 1
+    return ORIENTATIONS.get(orientation, (False, False, False))
+
+
+def to_channels(image: Image.Image | np.ndarray, num_channels: int) -> Image.Image | np.ndarray:
+    """The image with `num_channels` channels: PIL of mode L, LA, RGB or RGBA, or an array [h, w, C] in its own depth.
+
+    Raises:
+        ImageFormatError: the channels of the image cannot become `num_channels`.
+    """
+    if isinstance(image, Image.Image) and (image.mode.startswith("I") or image.mode == "F"):
+        image = np.asarray(image)
+    if isinstance(image, np.ndarray):
+        return _array_to_channels(image, num_channels)
+    if num_channels not in MODES:
+        raise ImageFormatError(f"num_channels={num_channels}, but the image has {len(image.getbands())} ({image.mode})")
+    mode = MODES[num_channels]
+    if image.mode == "P" and "transparency" in image.info:
+        image = image.convert("RGBA")
+    return image if image.mode == mode else image.convert(mode)
+
+
+def _array_to_channels(array: np.ndarray, num_channels: int) -> np.ndarray:
+    """[h, w], [h, w, C] or [C, h, w] of any numeric type -> [h, w, num_channels]."""
+    if array.ndim == 2:
+        array = array[..., None]
+    if array.ndim != 3 or array.size == 0:
+        raise ImageFormatError(f"an array image must be [h, w], [h, w, C] or [C, h, w], not {list(array.shape)}")
+    array = own_depth(_channels_last(array, num_channels))
+    found = array.shape[2]
+    if found == num_channels:
+        return array
+    if found == 1 and num_channels == 3:
+        return array.repeat(3, axis=2)
+    if found == 3 and num_channels == 1:
+        grey = (array @ np.asarray(LUMINANCE))[..., None]
+        return (grey if array.dtype.kind == "f" else np.rint(grey)).astype(array.dtype)
+    raise ImageFormatError(f"num_channels={num_channels}, but the image has {found}")
+
+
+def _channels_last(array: np.ndarray, num_channels: int) -> np.ndarray:
+    """[h, w, C] or [C, h, w] -> [h, w, C]. The channels are the side that has the count asked for.
+
+    Where neither has, they are the side of 1 or 3, which can become 3 or 1.
+    """
+    first, last = array.shape[0], array.shape[2]
+    counts = (num_channels,) if num_channels in (first, last) else {1: (3,), 3: (1,)}.get(num_channels, ())
+    sides = [side in counts for side in (first, last)]
+    if all(sides) and array.shape[1] != 1 and first != 1:
+        raise ImageFormatError(
+            f"the array {list(array.shape)} can be [h, w, C] or [C, h, w] with num_channels={num_channels}; save it with "
+            "sides that differ from the number of channels"
+        )
+    if not any(sides):
+        raise ImageFormatError(f"num_channels={num_channels}, but the image is an array {list(array.shape)}")
+    return array if sides[1] else array.transpose(1, 2, 0)
+
+
+def own_depth(array: np.ndarray) -> np.ndarray:
+    """A numeric array as uint8, uint16, int16, int32 or float32, whichever holds its type; in native byte order.
+
+    Raises:
+        ImageFormatError: complex or non-numeric values, or whole numbers beyond 32 bits.
+    """
+    kind, size = array.dtype.kind, array.dtype.itemsize
+    if kind == "b":
+        return array.astype(np.uint8) * 255
+    if kind == "f":
+        return array.astype(np.float32, copy=False)
+    if kind not in "iu":
+        raise ImageFormatError(f"an array image must be numeric, not {array.dtype}")
+    if size < 4:
+        name = f"{array.dtype.name}" if array.dtype.name != "int8" else "int16"
+        return array.astype(name, copy=False)
+    if size == 8 or kind == "u":
+        limits = np.iinfo(np.int32)
+        if array.min() < limits.min or array.max() > limits.max:
+            raise ImageFormatError(f"whole numbers of an image must fit 32 bits, not {array.min()}..{array.max()}")
+    return array.astype(np.int32, copy=False)
+
+
+def crop_image(
+    image: Image.Image | np.ndarray, crop, size: tuple[int, int], num_channels: int, rng=None
+) -> torch.Tensor:
+    """The image upright and cropped, in its own depth: [num_channels, h, w]. A JPEG may come undecoded.
+
+    crop: `RandomCrop`, `CenterCrop` or `WholeImage`, or anything with their `box` and `exact`.
+    """
+    if isinstance(image, np.ndarray):
+        pixels = to_channels(image, num_channels)
+        return _resize(pixels, crop.box(pixels.shape[1], pixels.shape[0], size, rng), size)
+    flip_x, flip_y, swap = exif_orientation(image)
+    width, height = image.size
+    # The box is drawn on the upright picture and carried to the stored one: turning the small crop costs nothing.
+    left, top, right, bottom = crop.box(*((height, width) if swap else (width, height)), size, rng)
+    if swap:
+        left, top, right, bottom, size = top, left, bottom, right, size[::-1]
+    if flip_x:
+        left, right = width - right, width - left
+    if flip_y:
+        top, bottom = height - bottom, height - top
+    pixels = _crop_stored(image, (left, top, right, bottom), size, num_channels, exact=crop.exact)
+    if flip_x or flip_y:
+        axes = [axis for axis, flip in ((2, flip_x), (1, flip_y)) if flip]
+        pixels = torch.from_numpy(np.flip(pixels.numpy(), axes).copy())  # torch flips no uint16
+    return (pixels.transpose(1, 2) if swap else pixels).contiguous()
+
+
+def draft_reduction(box: Box, size: tuple[int, int]) -> int:
+    """By how much (8, 4, 2, 1) a JPEG may shrink in decoding: the crop keeps `DRAFT_MARGIN` times `size` (h, w)."""
+    room = min((box[2] - box[0]) / size[1], (box[3] - box[1]) / size[0]) / DRAFT_MARGIN
+    return next((reduction for reduction in (8, 4, 2) if room >= reduction), 1)
+
+
+def _crop_stored(image: Image.Image, box: Box, size: tuple[int, int], num_channels: int, exact: bool) -> torch.Tensor:
+    reduction = 1
+    if isinstance(image, JpegImagePlugin.JpegImageFile):
+        reduction = 1 if exact else draft_reduction(box, size)
+        # Mode L decodes the luminance alone; other modes are kept.
+        image.draft("L" if num_channels == 1 else None, (image.width // reduction, image.height // reduction))
+    if reduction == 1:
+        pixels = np.array(to_channels(image.crop(box), num_channels), copy=True)
+        return _resize(pixels, (0, 0, pixels.shape[1], pixels.shape[0]), size)
+    image = to_channels(image, num_channels)
+    scaled_box = tuple(min(side / reduction, limit) for side, limit in zip(box, image.size * 2, strict=True))
+    image = image.resize(size[::-1], Image.Resampling.BICUBIC, box=scaled_box, reducing_gap=2)
+    return _to_tensor(np.array(image))
+
+
+def _to_tensor(pixels: np.ndarray) -> torch.Tensor:
+    """[h, w] or [h, w, C] -> [C, h, w], a view."""
+    return torch.from_numpy(pixels if pixels.ndim == 3 else pixels[..., None]).permute(2, 0, 1)
+
+
+def _resize(pixels: np.ndarray, box: Box, size: tuple[int, int]) -> torch.Tensor:
+    """A box of [h, w, C] in `size`, rounded and clipped to the type where that is of whole numbers."""
+    left, top, right, bottom = box
+    part = _to_tensor(np.require(pixels[top:bottom, left:right], requirements="W"))  # torch warns of read-only memory
+    if part.dtype == torch.uint8:
+        return F.interpolate(part[None], size, mode="bicubic", antialias=True)[0].contiguous()
+    if part.shape[1:] == tuple(size):
+        return part.contiguous()
+    precise = torch.float64 if part.dtype == torch.int32 else torch.float32
+    resized = F.interpolate(part[None].to(precise), size, mode="bicubic", antialias=True)[0]
+    if part.dtype.is_floating_point:
+        return resized.contiguous()
+    limits = torch.iinfo(part.dtype)
+    return resized.double().round().clamp(limits.min, limits.max).to(part.dtype).contiguous()
