@@ -81,7 +81,7 @@ def benchmark_data(args) -> dict:
 
 def crop_differences(samples, encoded, boxes, size) -> dict:
     """How far each crop is from the plain one of the same box: printed, and mean and worst of each way to decode."""
-    from hf_mim.data.crop import draft_reduction
+    from hf_mim.models.pixels import draft_reduction
 
     errors = {False: [], True: []}
     for sample, data, box in zip(samples, encoded, boxes, strict=True):

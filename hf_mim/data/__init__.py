@@ -19,6 +19,7 @@ __all__ = [
     "ImageFormatError",
     "ImageStream",
     "RandomCrop",
+    "ValueRange",
     "WholeImage",
     "channel_statistics",
     "check_broken",

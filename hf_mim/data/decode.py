@@ -1,6 +1,7 @@
 """Encoded bytes, files and arrays become images; what is damaged is told from what is only of another kind."""
 
 import contextlib
+import functools
 import io
 import struct
 import zlib
@@ -14,7 +15,7 @@ from hf_mim.models.pixels import ImageFormatError
 from .tiff import is_plain_tiff, is_tiff, read_tiff
 
 # What PIL may open. EPS is not among them: PIL would run Ghostscript on it, whatever the file is called.
-PIL_FORMATS = "PNG JPEG MPO WEBP BMP GIF TIFF PPM JPEG2000 AVIF ICO TGA PCX DDS QOI SGI XBM".split()
+_FORMATS = "PNG JPEG MPO WEBP BMP GIF TIFF PPM JPEG2000 AVIF ICO TGA PCX DDS QOI SGI XBM".split()
 MAX_IMAGE_PIXELS = 178_956_970  # PIL's limit above which it refuses an image: about 13,377 × 13,377
 # What decoders raise on damaged bytes. PIL's plugins let ValueError, IndexError and the like escape.
 _DECODE_ERRORS = (OSError, EOFError, SyntaxError, ValueError, TypeError, LookupError, ArithmeticError)
@@ -84,7 +85,7 @@ def _open_bytes(data: bytes, num_channels: int | None, max_pixels: int) -> Image
     if is_tiff(data) and not is_plain_tiff(data):
         return read_tiff(data, num_channels, lambda width, height: check_pixels(width, height, max_pixels))
     with _without_pils_limit():
-        image = Image.open(io.BytesIO(data), formats=PIL_FORMATS)
+        image = Image.open(io.BytesIO(data), formats=_pil_formats())
     check_pixels(*image.size, max_pixels)
     if data.startswith(_PNG) and data[24] == 16 and data[25] in (2, 4, 6):  # bits of a channel; colour, or with alpha
         return _read_deep_png(data, num_channels)
@@ -93,6 +94,13 @@ def _open_bytes(data: bytes, num_channels: int | None, max_pixels: int) -> Image
     if not isinstance(image, JpegImagePlugin.JpegImageFile):
         image.load()  # EXIF may follow the pixels (PNG), or be applied by load itself (TIFF)
     return image
+
+
+@functools.cache
+def _pil_formats() -> list[str]:
+    """Those that this PIL was built with."""
+    Image.init()
+    return [name for name in _FORMATS if name in Image.OPEN]
 
 
 @contextlib.contextmanager

@@ -127,8 +127,8 @@ class ValueRange:
         found = type_name(pixels)
         if self.pixel_type not in (None, found):
             raise ImageFormatError(
-                f"the image is {found}, and the value range {self.as_list()} was measured on {self.pixel_type}; convert "
-                "the image, or give a value_range that holds for both"
+                f"the image is {found}, and the value range {self.as_list()} was measured on {self.pixel_type}; "
+                "convert the image, or give a value_range that holds for both"
             )
 
 
@@ -223,11 +223,12 @@ def _channels_last(array: np.ndarray, num_channels: int) -> np.ndarray:
     sides = [side in counts for side in (first, last)]
     if all(sides) and array.shape[1] != 1 and first != 1:
         raise ImageFormatError(
-            f"the array {list(array.shape)} can be [h, w, C] or [C, h, w] with num_channels={num_channels}; save it with "
-            "sides that differ from the number of channels"
+            f"the array {list(array.shape)} can be [h, w, C] or [C, h, w] with num_channels={num_channels}; save it "
+            "with sides that differ from the number of channels"
         )
     if not any(sides):
-        raise ImageFormatError(f"num_channels={num_channels}, but the image is an array {list(array.shape)}")
+        found = first if first < last else last
+        raise ImageFormatError(f"num_channels={num_channels}, but the image has {found}: an array {list(array.shape)}")
     return array if sides[1] else array.transpose(1, 2, 0)
 
 
@@ -311,6 +312,8 @@ def _resize(pixels: np.ndarray, box: Box, size: tuple[int, int]) -> torch.Tensor
     """A box of [h, w, C] in `size`, rounded and clipped to the type where that is of whole numbers."""
     left, top, right, bottom = box
     part = _to_tensor(np.require(pixels[top:bottom, left:right], requirements="W"))  # torch warns of read-only memory
+    if part.dtype.is_floating_point and not part.isfinite().all():
+        raise ImageFormatError("has values that are not finite; if they stand for no data, set --nodata nan")
     if part.dtype == torch.uint8:
         return F.interpolate(part[None], size, mode="bicubic", antialias=True)[0].contiguous()
     if part.shape[1:] == tuple(size):

@@ -8,7 +8,8 @@ import torch
 from PIL import Image
 
 from hf_mim.data import CenterCrop, RandomCrop, WholeImage, load_images
-from hf_mim.data.crop import crop_rng, draft_reduction, load_crop
+from hf_mim.data.crop import crop_rng, load_crop
+from hf_mim.models.pixels import draft_reduction
 
 
 def boxes(crop, width, height, size, count=4000):

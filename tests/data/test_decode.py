@@ -8,15 +8,20 @@ import zlib
 import numpy as np
 import pytest
 import tifffile
+import torch
 from PIL import Image
 
 from hf_mim.data.crop import WholeImage, crop_rng, load_crop
-from hf_mim.data.decode import BrokenImage, ImageFormatError, decoding, to_uint8
+from hf_mim.data.decode import BrokenImage, decoding
+from hf_mim.models.pixels import ImageFormatError, ValueRange, own_depth, scale_pixels
 
 COLOUR = np.array([[[250, 10, 30], [0, 200, 100]], [[5, 6, 7], [90, 90, 240]]], dtype=np.uint8)
 GREY = np.array([[0, 100], [180, 255]], dtype=np.uint8)
 ALPHA = np.array([[255, 0], [128, 10]], dtype=np.uint8)
-LUMINANCE = np.rint(COLOUR @ [0.299, 0.587, 0.114]).astype(int)
+LUMINANCE = np.rint(COLOUR @ [0.299, 0.587, 0.114]).astype(np.uint8)
+DEEP = np.array([[0, 55], [2494, 65535]], dtype=np.uint16)
+DEEP_LUMINANCE = np.rint((COLOUR * 257.0) @ [0.299, 0.587, 0.114]).astype(np.uint16)
+FLOATS = np.array([[-30.5, 0], [1e-4, 5]], dtype=np.float32)
 
 
 def encoded(image, kind="PNG", **options) -> bytes:
@@ -64,22 +69,24 @@ CASES = {
     "P to 3": (palette(), 3, COLOUR),
     "P with transparency to 3": (palette(transparent=True), 3, COLOUR),
     "P to 1": (palette(), 1, LUMINANCE[..., None]),
-    "1 to 3": (encoded(Image.fromarray(GREY > 120)), 3, grey3((GREY > 120) * 255)),
-    "1 to 1": (encoded(Image.fromarray(GREY > 120)), 1, (GREY > 120)[..., None] * 255),
-    "I;16 to 3": (encoded(Image.fromarray(GREY.astype(np.uint16) * 257)), 3, grey3(GREY)),
-    "I;16 to 1": (encoded(Image.fromarray(np.uint16([[0, 128], [129, 65535]]))), 1, [[[0], [0]], [[1], [255]]]),
-    "I;16B to 1": (encoded(Image.fromarray(GREY.astype(">u2") * 257), "TIFF"), 1, GREY[..., None]),
-    "I of 8 bits to 1": (encoded(Image.fromarray(GREY.astype(np.int32)), "TIFF"), 1, GREY[..., None]),
-    "I of 16 bits to 3": (encoded(Image.fromarray(GREY.astype(np.int32) * 257), "TIFF"), 3, grey3(GREY)),
-    "F in 0..1 to 3": (encoded(Image.fromarray(GREY.astype(np.float32) / 255), "TIFF"), 3, grey3(GREY)),
-    "F in 0..255 to 1": (encoded(Image.fromarray(GREY.astype(np.float32)), "TIFF"), 1, GREY[..., None]),
+    "1 to 3": (encoded(Image.fromarray(GREY > 120)), 3, grey3((GREY > 120) * np.uint8(255))),
+    "1 to 1": (encoded(Image.fromarray(GREY > 120)), 1, (GREY > 120)[..., None] * np.uint8(255)),
+    "I;16 to 3": (encoded(Image.fromarray(DEEP)), 3, grey3(DEEP)),
+    "I;16 to 1": (encoded(Image.fromarray(DEEP)), 1, DEEP[..., None]),
+    "I;16B to 1": (encoded(Image.fromarray(DEEP.astype(">u2")), "TIFF"), 1, DEEP[..., None]),
+    "I to 1": (encoded(Image.fromarray(DEEP.astype(np.int32) - 9), "TIFF"), 1, DEEP[..., None].astype(np.int32) - 9),
+    "F to 3": (encoded(Image.fromarray(FLOATS), "TIFF"), 3, grey3(FLOATS)),
     "npy [h, w] to 3": (saved(GREY), 3, grey3(GREY)),
     "npy [h, w, 3] to 1": (saved(COLOUR), 1, LUMINANCE[..., None]),
-    "npy [h, w, 3] of floats": (saved(COLOUR / 255), 3, COLOUR),
+    "npy [h, w, 3] of float64": (saved(COLOUR / 255), 3, (COLOUR / 255).astype(np.float32)),
+    "npy [h, w, 3] of uint16 to 1": (saved(COLOUR * np.uint16(257)), 1, DEEP_LUMINANCE[..., None]),
     "npy [h, w, 1] to 3": (saved(GREY[..., None]), 3, grey3(GREY)),
-    "npy of bools": (saved(GREY > 120), 1, (GREY > 120)[..., None] * 255),
-    "npy of uint16": (saved(GREY.astype(">u2") * 257), 1, GREY[..., None]),
-    "a nested list": (COLOUR.tolist(), 3, COLOUR),
+    "npy of bools": (saved(GREY > 120), 1, (GREY > 120)[..., None] * np.uint8(255)),
+    "npy of big-endian uint16": (saved(DEEP.astype(">u2")), 1, DEEP[..., None]),
+    "npy of int16": (saved(DEEP.astype(np.int16) - 300), 1, DEEP[..., None].astype(np.int16) - np.int16(300)),
+    "npy of int8": (saved(GREY.astype(np.int8)), 1, GREY[..., None].astype(np.int8).astype(np.int16)),
+    "npy of float16": (saved(FLOATS.astype(np.float16)), 1, FLOATS.astype(np.float16)[..., None].astype(np.float32)),
+    "a nested list": (COLOUR.tolist(), 3, COLOUR.astype(np.int32)),
     "a PIL image": (Image.fromarray(COLOUR), 3, COLOUR),
 }
 
@@ -89,8 +96,8 @@ CASES = {
 def test_every_mode_becomes_the_channels_asked_for(case):
     value, num_channels, expected = CASES[case]
     found = pixels(value, num_channels)
-    assert found.dtype == np.uint8 and found.shape == (2, 2, num_channels)
-    assert np.abs(found.astype(int) - np.asarray(expected).astype(int)).max() <= 1
+    assert found.dtype == np.asarray(expected).dtype and found.shape == (2, 2, num_channels)
+    assert np.abs(found.astype(np.float64) - expected).max() <= (1 if "to 1" in case else 0)  # luminance is rounded
 
 
 def test_cmyk_becomes_rgb():
@@ -141,13 +148,14 @@ def tiff(bands, order="<", planar=1, compression=1, predictor=1, rows_per_strip=
 def test_tiffs_of_many_bands_are_read(order, planar, compression, predictor):
     bands = np.random.RandomState(0).randint(0, 256, (6, 5, 10)).astype(np.uint16) * 257
     value = tiff(bands, order, planar, compression, predictor)
-    np.testing.assert_array_equal(pixels(value, 10, size=(6, 5)), bands // 257)
+    np.testing.assert_array_equal(pixels(value, 10, size=(6, 5)), bands)
 
 
 def test_tiffs_of_many_bands_in_8_bits_and_floats_are_read():
     bands = np.random.RandomState(0).randint(0, 256, (6, 5, 7)).astype(np.uint8)
     np.testing.assert_array_equal(pixels(tiff(bands), 7, size=(6, 5)), bands)
-    np.testing.assert_array_equal(pixels(tiff(bands.astype(np.float32) / 255), 7, size=(6, 5)), bands)
+    floats = bands.astype(np.float32) / 255
+    np.testing.assert_array_equal(pixels(tiff(floats), 7, size=(6, 5)), floats)
 
 
 def test_tiled_tiffs_of_many_bands_are_read_and_without_tifffile_an_error_says_what_to_install(monkeypatch):
@@ -155,7 +163,7 @@ def test_tiled_tiffs_of_many_bands_are_read_and_without_tifffile_an_error_says_w
     tifffile.imwrite(file, bands, tile=(16, 16), photometric="minisblack", planarconfig="contig")
     np.testing.assert_array_equal(pixels(file.getvalue(), 6, size=(20, 24)), bands)
     monkeypatch.setitem(sys.modules, "tifffile", None)
-    with pytest.raises(ImportError, match=r"pip install hf-mim\[tiff\]"):
+    with pytest.raises(ImageFormatError, match=r"pip install hf-mim\[tiff\]"):
         pixels(file.getvalue(), 6)
 
 
@@ -168,28 +176,48 @@ def test_channels_that_cannot_match_are_refused_by_name(value, num_channels):
             pixels(value, num_channels)
 
 
-def test_16_bits_of_either_byte_order_are_scaled_alike():
-    for order in "<>":
-        assert to_uint8(np.array([0, 200, 200 * 257], dtype=order + "u2")).tolist() == [0, 1, 200]
-        assert to_uint8(np.array([200], dtype=order + "u2")).tolist() == [1]
+@pytest.mark.parametrize(
+    "values, expected",
+    [
+        (np.uint16([[0, 257], [25700, 65535]]), [[0, 1], [100, 255]]),
+        (np.float32([[0, 0.1], [0.5, 1]]), [[0, 25.5], [127.5, 255]]),
+        (np.int32([[0, 7], [200, 255]]), [[0, 7], [200, 255]]),
+    ],
+)
+def test_without_a_value_range_values_are_scaled_from_the_whole_range_of_their_type(values, expected):
+    found = scale_pixels(torch.from_numpy(values)[None], None)
+    assert found.dtype == torch.float32
+    np.testing.assert_allclose(found[0], expected, rtol=1e-6)
 
 
-def test_16_bits_are_scaled_by_their_full_range_and_rounded():
-    values = np.array([0, 128, 129, 200 * 257, 65535], dtype=np.uint16)
-    assert to_uint8(values).tolist() == to_uint8(values.astype(np.int64)).tolist() == [0, 0, 1, 200, 255]
-    assert to_uint8(values[:3]).tolist() == [0, 0, 1]  # a dark image stays dark
+@pytest.mark.parametrize("values", [[-1.0, 0.5], [0, 1.05], np.int16([0, 5]), [0, 256], [-1, 0]])
+def test_values_that_their_type_does_not_have_are_refused_and_a_range_is_proposed(values):
+    pixels = torch.as_tensor(own_depth(np.array(values)))[None, None]
+    with pytest.raises(ImageFormatError, match="; give value_range, such as"):
+        scale_pixels(pixels, None)
 
 
-@pytest.mark.parametrize("values", [[-1.0, 0.5], [0, 70000], [1j, 0]])
-def test_values_without_a_known_range_are_refused(values):
+@pytest.mark.parametrize("values", [[1j, 0], ["a", "b"], [0, 2**40]])
+def test_arrays_that_are_no_pixels_are_refused(values):
     with pytest.raises(ImageFormatError):
-        to_uint8(np.array(values))
+        own_depth(np.array(values))
+
+
+def test_a_value_range_scales_each_band_and_clips():
+    bands = torch.tensor([[-30.0, 5, 9], [0, 4095, 2047.5]]).view(2, 1, 3)
+    found = scale_pixels(bands, ValueRange.from_list([-30, 5, 0, 4095], 2))
+    np.testing.assert_allclose(found[:, 0], [[0, 255, 255], [0, 255, 127.5]], rtol=1e-6)
+    with pytest.raises(ImageFormatError, match="the image is float32, and the value range .* was measured on uint16"):
+        scale_pixels(bands, ValueRange.from_list([0, 4095], 2, "uint16"))
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
-def test_values_that_are_not_finite_make_an_image_a_broken_one(value):
-    with pytest.raises(BrokenImage, match="^a.npy: has values that are not finite$"), decoding("a.npy"):
-        to_uint8(np.array([0.5, value]))
+def test_values_that_are_not_finite_are_refused_and_the_option_is_named(value):
+    image = np.full((4, 4), 0.5, np.float32)
+    image[1, 2] = value
+    with pytest.raises(ImageFormatError, match="^a.npy: has values that are not finite; .*--nodata nan$"):
+        with decoding("a.npy"):
+            pixels(saved(image), 1)
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF"])
