@@ -58,8 +58,8 @@ class DeviceAugment(nn.Module):
         # (x / 255 - mean) / std = x * scale + shift
         self.register_buffer("scale", (1 / (255 * std)).float().view(1, -1, 1, 1), persistent=False)
         self.register_buffer("shift", (-mean / std).float().view(1, -1, 1, 1), persistent=False)
-        self.has_range = value_range is not None
-        if self.has_range:
+        self.value_range = value_range
+        if value_range is not None:
             offset, factor = value_range.offset_and_factor()
             self.register_buffer("offset", offset, persistent=False)
             self.register_buffer("factor", factor, persistent=False)
@@ -100,7 +100,7 @@ class DeviceAugment(nn.Module):
         return self._normalize(self._scaled(pixel_values))
 
     def _scaled(self, pixel_values: Tensor) -> Tensor:
-        if not self.has_range:
+        if self.value_range is None:
             return pixel_values
         if self.offset.device != pixel_values.device:
             self.to(pixel_values.device)

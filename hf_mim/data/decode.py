@@ -84,8 +84,12 @@ def _open_bytes(data: bytes, num_channels: int | None, max_pixels: int) -> Image
         return _read_npy(data)
     if is_tiff(data) and not is_plain_tiff(data):
         return read_tiff(data, num_channels, lambda width, height: check_pixels(width, height, max_pixels))
-    with _without_pils_limit():
+    if max_pixels > MAX_IMAGE_PIXELS:
+        Image.MAX_IMAGE_PIXELS = max_pixels  # PIL's own limit is one for the whole process
+    try:
         image = Image.open(io.BytesIO(data), formats=_pil_formats())
+    except Image.DecompressionBombError as error:
+        raise ImageFormatError(f"{one_line(error)}; raise it by --max_image_pixels, or cut the image into tiles") from None
     check_pixels(*image.size, max_pixels)
     if data.startswith(_PNG) and data[24] == 16 and data[25] in (2, 4, 6):  # bits of a channel; colour, or with alpha
         return _read_deep_png(data, num_channels)
@@ -101,16 +105,6 @@ def _pil_formats() -> list[str]:
     """Those that this PIL was built with."""
     Image.init()
     return [name for name in _FORMATS if name in Image.OPEN]
-
-
-@contextlib.contextmanager
-def _without_pils_limit():
-    """PIL's own check counts the same, but its limit is one for the whole process."""
-    limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
-    try:
-        yield
-    finally:
-        Image.MAX_IMAGE_PIXELS = limit
 
 
 def _read_npy(data: bytes) -> np.ndarray:

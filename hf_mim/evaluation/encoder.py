@@ -21,6 +21,7 @@ from hf_mim.data.processor import InputSpec, read_processor
 from hf_mim.evaluation.checkpoint import blocks_of, image_model, load_encoder
 from hf_mim.files import one_line
 from hf_mim.models.configuration_vit import pair
+from hf_mim.models.pixels import ValueRange
 from hf_mim.models.positions import sincos_table
 
 logger = logging.getLogger(__name__)
@@ -75,6 +76,7 @@ class FrozenEncoder:
         image_size: int or (height, width) that images are brought to; default: the model's.
         name: the checkpoint, for results.
         dtype: float32, or bfloat16 for autocast.
+        value_range: what the values of the images are scaled from; default: the whole range of their type.
 
     Attributes: `image_size`, `patch_size`, `grid` (rows, columns), `num_channels`, `width` (D), `num_layers`,
     `num_prefix_tokens` (CLS, registers), `norm` (the final norm), `device`, `is_untrained` (see `untrained`).
@@ -83,8 +85,18 @@ class FrozenEncoder:
         ValueError: not such a model, or positions that cannot be resized to image_size.
     """
 
-    def __init__(self, model: nn.Module, mean, std, image_size=None, name: str | None = None, dtype=torch.float32):
+    def __init__(
+        self,
+        model: nn.Module,
+        mean,
+        std,
+        image_size=None,
+        name: str | None = None,
+        dtype=torch.float32,
+        value_range: ValueRange | None = None,
+    ):
         model = image_model(model)
+        self.value_range = value_range
         self.model, self.name, self.dtype, self.is_untrained = model.eval(), name, dtype, False
         self.mean, self.std = list(mean), list(std)
         self.blocks = _blocks(model, name)
@@ -116,10 +128,10 @@ class FrozenEncoder:
             logger.warning("checkpoint %s has no image processor: ImageNet's mean and std are taken", checkpoint)
         known = known or InputSpec(list(IMAGENET_MEAN), list(IMAGENET_STD), None)
         if mean is not None:
-            known = InputSpec(list(mean), list(std), known.size)
+            known = InputSpec(list(mean), list(std), known.size, known.value_range)
         device = device or (torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu")
         size = known.size if image_size is None else image_size
-        return cls(model.to(device), known.mean, known.std, size, checkpoint, dtype)
+        return cls(model.to(device), known.mean, known.std, size, checkpoint, dtype, known.value_range)
 
     @property
     def device(self) -> torch.device:
@@ -147,7 +159,8 @@ class FrozenEncoder:
                 table = model.embeddings.position_embeddings.data  # from a config it comes out zero
                 side = model.config.image_size // model.config.patch_size
                 table.copy_(sincos_table((side, side), table.shape[-1], num_prefix_tokens=1))
-        encoder = FrozenEncoder(model.to(self.device), self.mean, self.std, self.image_size, self.name, self.dtype)
+        about = self.mean, self.std, self.image_size, self.name, self.dtype, self.value_range
+        encoder = FrozenEncoder(model.to(self.device), *about)
         encoder.is_untrained = True
         return encoder
 
@@ -159,12 +172,13 @@ class FrozenEncoder:
             "image_size": self.image_size,
             "mean": self.mean,
             "std": self.std,
+            "value_range": None if self.value_range is None else self.value_range.as_list(),
             "dtype": str(self.dtype),
             "device": self.device.type,
         }
 
     def preprocess(self, pixel_values: Tensor) -> Tensor:
-        """uint8 `[B, C, h, w]` → normalised float32 on the encoder's device."""
+        """`[B, C, h, w]`, uint8 or float32 in 0..255 → normalised float32 on the encoder's device."""
         return self.normalize(pixel_values.to(self.device, non_blocking=True))
 
     def check(self, spec: FeatureSpec):
@@ -279,7 +293,8 @@ class RawPixels:
 
     name, num_layers, num_prefix_tokens, grid, dtype = "raw pixels", 1, 0, (1, 1), torch.float32
 
-    def __init__(self, mean, std, image_size: tuple[int, int], device="cpu"):
+    def __init__(self, mean, std, image_size: tuple[int, int], device="cpu", value_range: ValueRange | None = None):
+        self.value_range = value_range
         self.mean, self.std, self.image_size, self.device = list(mean), list(std), image_size, torch.device(device)
         self.patch_size, self.num_channels = image_size, len(self.mean)
         self.side = min(32, image_size[0]), min(32, image_size[1])

@@ -18,6 +18,7 @@ from hf_mim.data.decode import BrokenImage, decoding, image_name
 from hf_mim.evaluation.cache import CHUNK, FORMAT, FeatureStore, check_room, fingerprint, images_sha256
 from hf_mim.evaluation.encoder import FeatureSpec, FrozenEncoder, RawPixels
 from hf_mim.evaluation.result import installed_versions
+from hf_mim.models.pixels import scale_pixels
 
 logger = logging.getLogger(__name__)
 
@@ -135,11 +136,11 @@ class FeatureExtractor:
 
 
 class _Decoded(Dataset):
-    """(uint8 [C, h, w], whether it could be decoded) of each image, for DataLoader."""
+    """(uint8 or float32 in 0..255 [C, h, w], whether it could be decoded) of each image, for DataLoader."""
 
     def __init__(self, images, encoder: FrozenEncoder, crop):
         self.images, self.crop = images.select_columns("image"), crop
-        self.size, self.num_channels = encoder.image_size, encoder.num_channels
+        self.size, self.num_channels, self.value_range = encoder.image_size, encoder.num_channels, encoder.value_range
 
     def __getitems__(self, rows: list[int]) -> list[tuple[Tensor, bool]]:
         return [self._decode(row, value) for row, value in zip(rows, self.images[rows]["image"], strict=True)]
@@ -147,6 +148,7 @@ class _Decoded(Dataset):
     def _decode(self, row: int, value) -> tuple[Tensor, bool]:
         try:
             with decoding(image_name(value, f"image {row}")):
-                return load_crop(value, self.crop, self.size, self.num_channels, crop_rng(0, 0, row)), True
+                pixels = load_crop(value, self.crop, self.size, self.num_channels, crop_rng(0, 0, row))
+                return scale_pixels(pixels, self.value_range), True
         except BrokenImage:
             return torch.zeros(self.num_channels, *self.size, dtype=torch.uint8), False

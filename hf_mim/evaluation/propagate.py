@@ -214,7 +214,8 @@ class Propagate:
 
         def load(value) -> Tensor:
             with decoding(image_name(value, "a frame")):
-                return load_crop(value, WholeImage(), size, encoder.num_channels, crop_rng(0, 0, 0))
+                pixels = load_crop(value, WholeImage(), size, encoder.num_channels, crop_rng(0, 0, 0))
+                return scale_pixels(pixels, encoder.value_range)
 
         with ThreadPoolExecutor(max(1, extract.num_workers)) as pool:
             for start in range(0, len(frames), batch):
