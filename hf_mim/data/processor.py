@@ -8,37 +8,33 @@ from pathlib import Path
 from transformers import BaseImageProcessor
 from transformers.utils import cached_file
 
-from hf_mim.files import one_line, quiet
+from hf_mim.files import one_line
+from hf_mim.models.image_processing_mim import MIMImageProcessor
+from hf_mim.models.pixels import ValueRange
 
 FILES = ("preprocessor_config.json", "processor_config.json")
 
 
-def image_processor(image_size: tuple[int, int], mean: Sequence[float], std: Sequence[float]):
-    """A `ViTImageProcessor` that makes an image the encoder's input: whole, resized to (height, width), normalised.
-
-    It takes pictures of any mode for 3 channels, grey ones for 1. PIL resizes images of up to 4 channels; for others
-    the arrays have to come in the right size, with `input_data_format` given.
-    """
-    with quiet():  # importing it warns that torchvision is missing; without, it works by PIL
-        from transformers import ViTImageProcessor
-
-        return ViTImageProcessor(
-            size={"height": image_size[0], "width": image_size[1]},
-            resample=3,  # bicubic
-            do_resize=len(mean) <= 4,
-            do_convert_rgb=len(mean) == 3,
-            image_mean=list(mean),
-            image_std=list(std),
-        )
+def image_processor(image_size: tuple[int, int], mean, std, value_range: ValueRange | None = None, crop_fraction=1.0):
+    """A `MIMImageProcessor` that does to an image what evaluation does: see there."""
+    return MIMImageProcessor(
+        size={"height": image_size[0], "width": image_size[1]},
+        image_mean=mean,
+        image_std=std,
+        crop_fraction=crop_fraction,
+        value_range=None if value_range is None else value_range.as_list(),
+        pixel_type=None if value_range is None else value_range.pixel_type,
+    )
 
 
 @dataclass
 class InputSpec:
-    """Mean and std of each channel for pixels in [0, 1], and the (height, width) where it is told."""
+    """Mean and std of each channel for pixels in [0, 1]; the (height, width) and the value range where they are told."""
 
     mean: list[float]
     std: list[float]
     size: tuple[int, int] | None
+    value_range: ValueRange | None = None
 
 
 def read_processor(checkpoint: str | Path, num_channels: int) -> InputSpec | None:
@@ -71,7 +67,11 @@ def read_processor(checkpoint: str | Path, num_channels: int) -> InputSpec | Non
             raise ValueError(f"the image processor of {checkpoint} must have {what} as {name}, not {values}")
     if len(mean) != num_channels or len(std) != num_channels:
         raise ValueError(f"the image processor of {checkpoint} has {len(mean)} channels, its encoder {num_channels}")
-    return InputSpec([x / (255 * factor) for x in mean], [x / (255 * factor) for x in std], _size(settings, checkpoint))
+    value_range = settings.get("value_range")
+    if value_range is not None:
+        value_range = ValueRange.from_list(value_range, num_channels, settings.get("pixel_type"))
+    mean, std = ([x / (255 * factor) for x in values] for values in (mean, std))
+    return InputSpec(mean, std, _size(settings, checkpoint), value_range)
 
 
 def _size(settings: dict, checkpoint: str) -> tuple[int, int] | None:

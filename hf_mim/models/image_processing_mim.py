@@ -1,0 +1,67 @@
+"""The image processor that is saved with each checkpoint: for inference, exactly what evaluation does to an image."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from PIL import Image
+from transformers import BatchFeature
+from transformers.image_processing_utils import BaseImageProcessor
+
+from .pixels import CenterCrop, ValueRange, WholeImage, crop_image, scale_pixels
+
+
+class MIMImageProcessor(BaseImageProcessor):
+    """Makes images a model's input: upright, cropped, resized, scaled from their value range, normalised.
+
+    `processor(images, return_tensors="pt")["pixel_values"]` is float32 `[B, C, height, width]`. An image is a PIL image
+    of any mode, or an array or tensor of any numeric type, `[h, w]`, `[h, w, C]` or `[C, h, w]`; see `pixels.py`.
+
+    Args:
+        size: {"height": ..., "width": ...} in pixels.
+        image_mean, image_std: of each channel, for pixels scaled to [0, 1].
+        crop_fraction: of the image's shorter side (by the size's aspect) in the central crop; None: the whole image,
+            stretched.
+        value_range: [low, high], or such a pair for each channel: the values that become 0 and 1; values beyond are
+            clipped. None: the whole range of the image's type, 0..255 or 0..65535, and 0..1 for floats.
+        pixel_type: the type that images must have, "uint16"; None: any.
+
+    Raises:
+        ImageFormatError: a ValueError: an image of other channels, another type, or values without a known range.
+    """
+
+    model_input_names = ["pixel_values"]
+
+    def __init__(
+        self,
+        size: dict[str, int],
+        image_mean: Sequence[float],
+        image_std: Sequence[float],
+        crop_fraction: float | None = 1.0,
+        value_range: Sequence[float] | None = None,
+        pixel_type: str | None = None,
+        **kwargs,
+    ):
+        super().__init__(**kwargs)
+        self.size, self.crop_fraction = dict(size), crop_fraction
+        self.image_mean, self.image_std = list(image_mean), list(image_std)
+        self.value_range, self.pixel_type = None if value_range is None else list(value_range), pixel_type
+
+    def preprocess(self, images, return_tensors: str | None = None, **kwargs) -> BatchFeature:
+        """One image or a list of them → `pixel_values`."""
+        images = images if isinstance(images, list | tuple) else [images]
+        pixels = torch.stack([self._pixels(image) for image in images])
+        return BatchFeature({"pixel_values": pixels}, tensor_type=return_tensors)
+
+    def _pixels(self, image) -> torch.Tensor:
+        num_channels = len(self.image_mean)
+        image = image if isinstance(image, Image.Image) else np.asarray(image)
+        crop = WholeImage() if self.crop_fraction is None else CenterCrop(self.crop_fraction)
+        pixels = crop_image(image, crop, (self.size["height"], self.size["width"]), num_channels)
+        value_range = self.value_range
+        if value_range is not None:
+            value_range = ValueRange.from_list(value_range, num_channels, self.pixel_type)
+        pixels = scale_pixels(pixels, value_range).to(torch.float32)
+        # As in training: (x / 255 - mean) / std, as one product and one sum in float32.
+        mean, std = (torch.tensor(v, dtype=torch.float64).view(-1, 1, 1) for v in (self.image_mean, self.image_std))
+        return pixels * (1 / (255 * std)).float() + (-mean / std).float()
