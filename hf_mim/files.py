@@ -57,9 +57,7 @@ def one_line(error: BaseException, limit: int | None = None) -> str:
 
     It leaves out what strict dataclasses and DataLoader workers wrap around the message.
     """
-    from huggingface_hub.errors import (
-        StrictDataclassError,
-    )  # not at the top: it is slow to import, and few commands end with an error
+    from huggingface_hub.errors import StrictDataclassError  # slow to import, and few commands end with an error
 
     while isinstance(error, StrictDataclassError) and error.__cause__ is not None:
         error = error.__cause__
