@@ -15,6 +15,7 @@ import hf_mim
 from hf_mim.cli import card, convert, evaluate, export, pretrain
 from hf_mim.cli.errors import Mistake, fail, say, told_in_one_line
 from hf_mim.cli.options import Menu
+from hf_mim.methods import load_module
 from hf_mim.pretraining.settings import suggestion
 
 COMMANDS = [module.command for module in (pretrain, evaluate, convert, export, card)]
@@ -41,19 +42,15 @@ def show_versions(ctx: click.Context, option: click.Option, asked: bool):
 
 
 VERSION = click.Option(["--version"], is_flag=True, is_eager=True, expose_value=False, callback=show_versions)
-program = Menu("hf-mim", refuse, TEXT, params=[VERSION], subcommand_metavar="COMMAND ...")
-for _command in COMMANDS:
-    program.add_command(_command)
+program = Menu("hf-mim", refuse, TEXT, params=[VERSION], commands=COMMANDS, subcommand_metavar="COMMAND ...")
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run a command and return the exit status."""
     try:
         arguments, modules = split_imports(sys.argv[1:] if argv is None else argv)
-        for module in modules:
-            with told_in_one_line("nothing was written"):
-                from hf_mim.methods import load_module
-
+        with told_in_one_line("nothing was written"):
+            for module in modules:
                 load_module(module)
         return program.main(arguments, "hf-mim", standalone_mode=False) or 0
     except click.exceptions.Exit as status:

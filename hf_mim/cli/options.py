@@ -115,8 +115,10 @@ class Command(click.Command):
             super().parse_args(ctx, list(self._spelled_out(args)))
         except click.NoSuchOption as error:
             raise Mistake(self.unknown(error.option_name, args)) from None
-        self.check_words(ctx.command_path.removeprefix("hf-mim "), ctx.params["words"])
-        return []
+        ctx.args = list(ctx.params.pop("words"))
+        self.check_words(ctx.command_path.removeprefix("hf-mim "), ctx.args)
+        ctx.params = {name: value for name, value in ctx.params.items() if value is not None}
+        return ctx.args
 
     def _spelled_out(self, args: list[str]) -> Iterator[str]:
         """A switch without a value gets `=true`, because click would take the next word for its value."""
@@ -125,7 +127,7 @@ class Command(click.Command):
             setting = settings.get(word[2:].replace("-", "_")) if word.startswith("--") else None
             yield f"{word}=true" if setting is not None and setting.is_alone(following) else word
 
-    def check_words(self, path: str, words: tuple[str, ...]):
+    def check_words(self, path: str, words: list[str]):
         """Raise Mistake if there are more or fewer words than the command needs."""
         if len(words) != len(self.words):
             needed = " and ".join(self.words) if len(self.words) > 1 else f"one {self.words[0]}"
@@ -143,15 +145,11 @@ class Command(click.Command):
 
     def read(self, arguments: list[str]) -> tuple[list[str], dict[str, Any]]:
         """The words and the values of a command line. Raises `Mistake`, which is a ValueError."""
-        return self._given(self.make_context(self.name, list(arguments)))
+        ctx = self.make_context(self.name, list(arguments))
+        return ctx.args, ctx.params
 
     def invoke(self, ctx: click.Context) -> Any:
-        words, values = self._given(ctx)
-        return self.callback(*words, **values)
-
-    def _given(self, ctx: click.Context) -> tuple[list[str], dict[str, Any]]:
-        values = {name: value for name, value in ctx.params.items() if value is not None and name != "words"}
-        return list(ctx.params["words"]), values
+        return self.callback(*ctx.args, **ctx.params)
 
 
 class Menu(click.Group):

@@ -99,7 +99,7 @@ class Pretrain(Command):
         with formatter.section(OTHERS):
             formatter.write_text(", ".join(setting.name for setting in others))
 
-    def check_words(self, path: str, words: tuple[str, ...]):
+    def check_words(self, path: str, words: list[str]):
         if len(words) > 1:
             raise Mistake(f"{words[1]!r} is one argument too many after the recipe {words[0]}")
 

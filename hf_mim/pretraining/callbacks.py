@@ -98,15 +98,11 @@ class Throughput(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         self._lap()
 
-    def restart_clock(self):
+    def restart_clock(self, *args, **kwargs):
         """Leave out the time since the last step: it was no training."""
         self.mark = time.perf_counter()
 
-    def on_evaluate(self, args, state, control, **kwargs):
-        self.restart_clock()
-
-    def on_save(self, args, state, control, **kwargs):
-        self.restart_clock()
+    on_evaluate = on_save = restart_clock
 
 
 class MIMProgress(ProgressCallback):

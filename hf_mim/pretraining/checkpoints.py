@@ -30,33 +30,27 @@ def write_manifest(folder: Path, **about):
         _flush_folder(directory)
 
 
-def read_manifest(folder: str | Path) -> dict:
-    """The content of `manifest.json`. Raises ValueError if it is missing or cannot be read."""
-    try:
-        manifest = json.loads((Path(folder) / MANIFEST).read_text())
-        if isinstance(manifest["files"], dict):
-            return manifest
-    except FileNotFoundError:
-        raise ValueError(f"has no {MANIFEST}") from None
-    except (OSError, ValueError, KeyError, TypeError):
-        pass
-    raise ValueError(f"has a damaged {MANIFEST}")
-
-
 def check(folder: str | Path, hashes: bool = True) -> dict:
     """The manifest of a checkpoint, after the sizes of its files and their hashes were compared with it.
 
     Raises:
         ValueError: the checkpoint is damaged; the text goes on after its name ("lacks optimizer.pt").
     """
-    folder, manifest = Path(folder), read_manifest(folder)
-    for name, expected in manifest["files"].items():
+    folder = Path(folder)
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text())
+        files = manifest["files"].items()
+    except FileNotFoundError:
+        raise ValueError(f"has no {MANIFEST}") from None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        raise ValueError(f"has a damaged {MANIFEST}") from None
+    for name, expected in files:
         path = folder / name
         if not path.is_file():
             raise ValueError(f"lacks {name}")
         if path.stat().st_size != expected["bytes"]:
             raise ValueError(f"has {path.stat().st_size} of {expected['bytes']} bytes of {name}")
-    for name, expected in manifest["files"].items() if hashes else ():
+    for name, expected in files if hashes else ():
         if sha256(folder / name) != expected["sha256"]:
             raise ValueError(f"has other bytes in {name} than were saved")
     return manifest

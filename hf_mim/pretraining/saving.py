@@ -11,15 +11,7 @@ from transformers.utils import logging
 
 from hf_mim.data.stream import EndlessStream
 from hf_mim.files import one_line
-from hf_mim.pretraining.checkpoints import (
-    check,
-    clear_staging,
-    commit,
-    newest_whole,
-    rotate,
-    write_manifest,
-    written_aside,
-)
+from hf_mim.pretraining import checkpoints
 from hf_mim.run_folder import CHECKPOINT, MANIFEST, STAGING, TRAINER_STATE
 
 logger = logging.get_logger(__name__)
@@ -45,7 +37,7 @@ class CheckpointTrainer:
         run_folder, name = Path(self._get_output_dir(trial)), f"{CHECKPOINT}{self.state.global_step}"
         staged = run_folder / STAGING / name
         if self.args.should_save:
-            clear_staging(run_folder)
+            checkpoints.clear_staging(run_folder)
         self.accelerator.wait_for_everyone()
         save = super()._save_checkpoint
         self._staging = True
@@ -58,9 +50,9 @@ class CheckpointTrainer:
             failures = _failures(lambda: self._finish(staged, run_folder / name))
         failures = gather_object(failures)
         if self.args.should_save:
-            clear_staging(run_folder)
+            checkpoints.clear_staging(run_folder)
         if failures:
-            last = newest_whole(run_folder) if self.is_world_process_zero() else None
+            last = checkpoints.newest_whole(run_folder) if self.is_world_process_zero() else None
             left = f"{last.name} is the newest to resume from" if last else "there is none to resume from yet"
             logger.warning(f"{name} could not be saved ({failures[0]}); the run goes on, and {left}")
             return
@@ -68,7 +60,7 @@ class CheckpointTrainer:
             self._push_from_checkpoint(str(run_folder / name))
         if self.args.should_save:  # after the push, which waits for the upload of an older checkpoint
             limit, best = self.args.save_total_limit, self.state.best_model_checkpoint
-            for failure in _failures(lambda: rotate(run_folder, limit, best)):
+            for failure in _failures(lambda: checkpoints.rotate(run_folder, limit, best)):
                 logger.warning(f"older checkpoints could not be deleted: {failure}")
 
     def _push_from_checkpoint(self, checkpoint_folder: str):
@@ -90,16 +82,16 @@ class CheckpointTrainer:
             state.best_model_checkpoint = str(final)
             state.save_to_json(str(staged / TRAINER_STATE))
         about = {"step": state.global_step, "processes": args.world_size}
-        write_manifest(staged, **about, images_per_step=args.images_per_step, seed=args.seed)
-        commit(staged, final)
+        checkpoints.write_manifest(staged, **about, images_per_step=args.images_per_step, seed=args.seed)
+        checkpoints.commit(staged, final)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False):
         """As Trainer's. In the run folder a file is the old or the new one, never half of it; a sharded model is saved
         whole."""
         if (output_dir or self.args.output_dir) != self.args.output_dir:
             return super().save_model(output_dir, _internal_call)
-        with self._gathered(), disk_errors(), contextlib.ExitStack() as stack:
-            folder = stack.enter_context(written_aside(self.args.output_dir)) if self.args.should_save else None
+        aside = checkpoints.written_aside(self.args.output_dir) if self.args.should_save else contextlib.nullcontext()
+        with self._gathered(), disk_errors(), aside as folder:
             super().save_model(folder and str(folder), _internal_call=True)
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
@@ -143,7 +135,7 @@ class CheckpointTrainer:
     def _find_checkpoint(self, asked: str | bool) -> str:
         args = self.args
         if asked is True:
-            asked = newest_whole(args.output_dir, tell=logger.warning)
+            asked = checkpoints.newest_whole(args.output_dir, tell=logger.warning)
             if asked is None:
                 raise ValueError(
                     f"resume_from_checkpoint: {args.output_dir} has no whole checkpoint; to begin again, move what is "
@@ -156,7 +148,7 @@ class CheckpointTrainer:
             logger.warning(f"{folder} has no {MANIFEST}, so nothing can tell whether it is whole")
             return str(folder)
         try:
-            manifest = check(folder)
+            manifest = checkpoints.check(folder)
         except ValueError as error:
             raise ValueError(f"resume_from_checkpoint: {folder} {error}") from None
         if manifest.get("images_per_step", args.images_per_step) != args.images_per_step:

@@ -56,15 +56,14 @@ class YamlLoader(yaml.SafeLoader):
     """Reads plain words as YAML 1.2 does: `no` is text, `1e-4` is a number."""
 
 
+BOOL, FLOAT = "tag:yaml.org,2002:bool", "tag:yaml.org,2002:float"
 YamlLoader.yaml_implicit_resolvers = {
-    first: [
-        (tag, pattern) for tag, pattern in resolvers if tag not in ("tag:yaml.org,2002:bool", "tag:yaml.org,2002:float")
-    ]
+    first: [(tag, pattern) for tag, pattern in resolvers if tag not in (BOOL, FLOAT)]
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
-YamlLoader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"^(true|True|false|False)$"), list("tTfF"))
+YamlLoader.add_implicit_resolver(BOOL, re.compile(r"^(true|True|false|False)$"), list("tTfF"))
 YamlLoader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
+    FLOAT,
     re.compile(r"^[-+]?(\d+\.\d*|\.\d+|\d+(?=[eE]))([eE][-+]?\d+)?$|^[-+]?\.(inf|Inf|INF)$|^\.(nan|NaN|NAN)$"),
     list("-+0123456789."),
 )
