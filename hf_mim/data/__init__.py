@@ -1,5 +1,6 @@
 """Images in: sources, crops in the workers, augmentation on the device, the embedded digits, drawn scenes."""
 
+# ruff: noqa: F401 (these names are what other rooms and users import from here)
 from .augment import IMAGENET_MEAN, IMAGENET_STD, DeviceAugment, channel_statistics, gaussian_blur
 from .crop import CenterCrop, RandomCrop, WholeImage
 from .dataset import BrokenImagesError, ImageDataset, ImageStream, check_broken
@@ -7,22 +8,3 @@ from .decode import ImageFormatError
 from .digits import digits
 from .scenes import scenes
 from .sources import load_images
-
-__all__ = [
-    "IMAGENET_MEAN",
-    "IMAGENET_STD",
-    "BrokenImagesError",
-    "CenterCrop",
-    "DeviceAugment",
-    "ImageDataset",
-    "ImageFormatError",
-    "ImageStream",
-    "RandomCrop",
-    "WholeImage",
-    "channel_statistics",
-    "check_broken",
-    "digits",
-    "gaussian_blur",
-    "load_images",
-    "scenes",
-]

@@ -1,10 +1,10 @@
-"""Crops, in the worker: where to crop (a box) and the crop itself, decoded and resized once, to uint8 [C, h, w].
+"""Crops, in the worker: choose a box, decode the image and resize the box, once, to uint8 [C, h, w].
 
-The resize is bicubic with antialiasing, as PIL's. Two ways give it:
-- At full resolution the box is whole pixels: slice, then torch's uint8 kernel, which equals PIL's to rounding and is
-  three times as fast where the machine has AVX2.
-- A JPEG whose crop is at least three times the target is decoded at 1/2, 1/4 or 1/8 (`draft`), so that the box falls
-  between pixels: PIL's `resize(box=..., reducing_gap=2)`.
+The resize is bicubic with antialiasing, as PIL's. There are two ways:
+- At full resolution the box has whole pixels. It is sliced, then resized by torch's uint8 kernel. This equals PIL's
+  result up to rounding, and is three times as fast on a machine with AVX2.
+- A JPEG whose crop is at least three times the target is decoded at 1/2, 1/4 or 1/8 (`draft`). Then the box may lie
+  between pixels, so PIL resizes it: `resize(box=..., reducing_gap=2)`.
 """
 
 import math
@@ -20,15 +20,15 @@ from hf_mim.checks import share
 
 from .decode import exif_orientation, open_image, to_channels
 
-# Shrinking in the decoder filters less well than the resize: with a margin of 1 some crops are 6 grey levels off on
-# average, with 1.5 the worst of 1000 is 3.6.
+# The decoder's shrinking filters less well than the resize. With a margin of 1, some crops differ by 6 grey levels on
+# average; with 1.5, the worst of 1000 differs by 3.6.
 DRAFT_MARGIN = 1.5
 
 Box = tuple[int, int, int, int]  # left, top, right, bottom in pixels, as in PIL
 
 
 def crop_rng(seed: int, epoch: int, key: int) -> random.Random:
-    """The randomness of one image in one epoch. A resumed run, or one with other workers, draws the same."""
+    """The randomness of one image in one epoch: the same in a resumed run, and with any number of workers."""
     return random.Random(f"{seed}/{epoch}/{key}")  # seeding by a string is the same in every process and version
 
 
@@ -37,7 +37,7 @@ class RandomCrop:
     """A random part of the image, for training: torchvision's `RandomResizedCrop`, to any target size.
 
     scale: range of the crop's share of the image's area.
-    ratio: range of the crop's width / height *relative to the target's*, drawn log-uniformly: how far a crop may be
+    ratio: range of the crop's width / height *divided by the target's*, drawn log-uniformly: how much a crop may be
         stretched. For square targets this is torchvision's `ratio`.
     """
 
@@ -54,7 +54,7 @@ class RandomCrop:
             raise ValueError(f"scale is a share of the image's area, at most 1, not {self.scale!r}")
 
     def box(self, width: int, height: int, size: tuple[int, int], rng: random.Random) -> Box:
-        """A box for a target of `size` (h, w): ten tries, then the largest centred one within `ratio`."""
+        """A box for a target of `size` (h, w). If ten draws do not fit: the largest centred one within `ratio`."""
         aspect = size[1] / size[0]
         for _ in range(10):
             area = width * height * rng.uniform(*self.scale)
@@ -83,7 +83,7 @@ class CenterCrop:
 
 @dataclass(frozen=True)
 class WholeImage:
-    """The whole image, stretched to the target: what the saved `ViTImageProcessor` does."""
+    """The whole image, stretched to the target, as the saved `ViTImageProcessor` does."""
 
     exact = True
     fraction = 1.0
@@ -93,7 +93,7 @@ class WholeImage:
 
 
 def _centred(width: int, height: int, aspect: float, fraction: float = 1.0) -> Box:
-    """The largest centred box of this aspect, its sides then times `fraction`."""
+    """The largest centred box of this aspect, with its sides multiplied by `fraction`."""
     w = max(1, round(min(width, height * aspect) * fraction))
     h = max(1, round(min(height, width / aspect) * fraction))
     left, top = round((width - w) / 2), round((height - h) / 2)
@@ -111,7 +111,7 @@ def load_crop(value, crop, size: tuple[int, int], num_channels: int, rng: random
         return _resize_pixels(pixels, crop.box(pixels.shape[1], pixels.shape[0], size, rng), size)
     flip_x, flip_y, swap = exif_orientation(image)
     width, height = image.size
-    # The box is drawn on the upright picture and carried to the stored one: turning the small crop costs nothing.
+    # The box is chosen on the upright picture and moved to the stored one, because turning the small crop is cheap.
     left, top, right, bottom = crop.box(*((height, width) if swap else (width, height)), size, rng)
     if swap:
         left, top, right, bottom, size = top, left, bottom, right, size[::-1]
@@ -125,7 +125,7 @@ def load_crop(value, crop, size: tuple[int, int], num_channels: int, rng: random
 
 
 def draft_reduction(box: Box, size: tuple[int, int]) -> int:
-    """By how much (8, 4, 2, 1) a JPEG may shrink in decoding: the crop keeps `DRAFT_MARGIN` times `size` (h, w)."""
+    """The factor (8, 4, 2, 1) by which the decoder may shrink a JPEG so that the crop keeps `DRAFT_MARGIN` × `size`."""
     room = min((box[2] - box[0]) / size[1], (box[3] - box[1]) / size[0]) / DRAFT_MARGIN
     return next((reduction for reduction in (8, 4, 2) if room >= reduction), 1)
 
@@ -134,9 +134,9 @@ def _crop_stored(image: Image.Image, box: Box, size: tuple[int, int], num_channe
     reduction = 1
     if isinstance(image, JpegImagePlugin.JpegImageFile):
         reduction = 1 if exact else draft_reduction(box, size)
-        # Mode L decodes the luminance alone; other modes are kept.
+        # Mode L decodes the luminance alone; None keeps the mode.
         image.draft("L" if num_channels == 1 else None, (image.width // reduction, image.height // reduction))
-    if image.mode.startswith(("I", "F")):  # their range is read from the whole image
+    if image.mode.startswith(("I", "F")):  # the range of such values is that of the whole image
         image = to_channels(image, num_channels)
     if reduction == 1:
         pixels = np.array(to_channels(image.crop(box), num_channels), copy=True)

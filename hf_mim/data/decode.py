@@ -1,13 +1,14 @@
-"""An encoded image, of any kind, becomes the channels that the config asks for.
+"""Decode an image of any kind, and convert it to the channels that the config asks for.
 
 - Palette, CMYK, YCbCr, LAB, HSV and 1-bit images go through PIL's `convert`.
-- Alpha is dropped, as `convert("RGB")` and transformers' `load_image` do; kept where `num_channels` is 2 or 4.
+- Alpha is dropped, as `convert("RGB")` and transformers' `load_image` do. It is kept if `num_channels` is 2 or 4.
 - Grey becomes 3 channels by replication; colour becomes 1 channel by luminance, .299 R + .587 G + .114 B.
-- 16-bit images (I;16, uint16) are divided by 257: 0..65535 to 0..255, the same for every image, so that brightness
-  stays comparable. Data that uses fewer bits comes out dark: rescale it to the full range first.
-- 32-bit integers and floats (I, F, numpy) carry no range, so the largest value tells: up to 1 (floats), 255, 65535.
-- Numpy arrays and TIFFs of other channel counts stay as they are: the count must be `num_channels`.
-- EXIF orientation is honoured.
+- 16-bit images (I;16, uint16) are divided by 257: 0..65535 becomes 0..255. This is the same for every image, so that
+  brightness stays comparable. Data that uses fewer bits comes out dark: rescale it to the full range first.
+- 32-bit integers and floats (I, F, numpy) have no fixed range. Their largest value tells it: up to 1 (floats), 255 or
+  65535.
+- Numpy arrays and TIFFs with other numbers of channels stay as they are: the number must be `num_channels`.
+- EXIF orientation is applied.
 """
 
 import contextlib
@@ -24,24 +25,14 @@ from .tiff import is_multiband_tiff, read_multiband_tiff
 
 MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}  # what PIL itself can convert to
 LUMINANCE = (0.299, 0.587, 0.114)
-# EXIF orientation -> how the stored image becomes upright: flip x, flip y, then swap the axes.
-ORIENTATIONS = {
-    2: (True, False, False),
-    3: (True, True, False),
-    4: (False, True, False),
-    5: (False, False, True),
-    6: (False, True, True),
-    7: (True, True, True),
-    8: (True, False, True),
-}
 _EXIF_ORIENTATION = 0x0112
-# What decoders raise on damaged bytes. PIL's plugins let ValueError, IndexError and the like escape.
+# What decoders raise on damaged bytes. PIL's plugins do not catch ValueError, IndexError and the like.
 _DECODE_ERRORS = (OSError, EOFError, SyntaxError, ValueError, TypeError, LookupError, ArithmeticError)
 _DECODE_ERRORS += (struct.error, zlib.error, Image.DecompressionBombError)
 
 
 class ImageFormatError(ValueError):
-    """A sound image that cannot become what the config asks for: the user's to fix, so it is never skipped."""
+    """An intact image that cannot become what the config asks for. The user has to fix this, so it is never skipped."""
 
 
 class BrokenImage(Exception):
@@ -50,7 +41,7 @@ class BrokenImage(Exception):
 
 @contextlib.contextmanager
 def decoding(name: str):
-    """Turn whatever a decoder raises into `BrokenImage`; name the image in an `ImageFormatError`."""
+    """Turn everything that a decoder raises into `BrokenImage`; add the image's name to an `ImageFormatError`."""
     try:
         yield
     except ImageFormatError as error:
@@ -62,17 +53,23 @@ def decoding(name: str):
 
 
 def image_name(value, otherwise: str) -> str:
-    """The path that a value of an image column carries, or else `otherwise`."""
+    """The path in a value of an image column, or `otherwise` if it has none."""
     return (value.get("path") if isinstance(value, dict) else None) or otherwise
+
+
+def stored(value):
+    """What a value of an image column holds: of `{"bytes", "path"}` the bytes or else the path; other values as are."""
+    if not isinstance(value, dict):
+        return value
+    return value["bytes"] if value.get("bytes") is not None else value.get("path")
 
 
 def open_image(value) -> Image.Image | np.ndarray:
     """Open one value of an image column: `{"bytes", "path"}`, a path, bytes, a PIL image, or an array.
 
-    A JPEG comes back undecoded, so that the caller may still `draft` it; all else is decoded.
+    A JPEG is returned undecoded, so that the caller may still `draft` it; every other image is decoded.
     """
-    if isinstance(value, dict):
-        value = value["bytes"] if value.get("bytes") is not None else value.get("path")
+    value = stored(value)
     if value is None:
         raise OSError("the row holds no image")
     if isinstance(value, str):
@@ -98,21 +95,21 @@ def _open_bytes(data: bytes) -> Image.Image | np.ndarray:
 
 
 def exif_orientation(image: Image.Image) -> tuple[bool, bool, bool]:
-    """(flip x, flip y, swap axes) that make the stored image upright, in this order."""
+    """(flip x, flip y, swap axes): whether to do each of these, in this order, to make the stored image upright."""
     if not image.info.keys() & {"exif", "xmp", "XML:com.adobe.xmp", "Raw profile type exif"}:
         return False, False, False
     try:
         orientation = image.getexif().get(_EXIF_ORIENTATION, 1)
-    except (SyntaxError, ValueError, struct.error):  # a damaged EXIF block does not make a damaged picture
+    except (SyntaxError, ValueError, struct.error):  # the picture may be intact though its EXIF block is damaged
         orientation = 1
-    return ORIENTATIONS.get(orientation, (False, False, False))
+    return orientation in (2, 3, 7, 8), orientation in (3, 4, 6, 7), orientation in (5, 6, 7, 8)
 
 
 def to_channels(image: Image.Image | np.ndarray, num_channels: int) -> Image.Image | np.ndarray:
-    """The 8-bit image with `num_channels` channels: a PIL image of mode L, LA, RGB or RGBA, or uint8 [h, w, C].
+    """The image with 8 bits and `num_channels` channels: a PIL image of mode L, LA, RGB or RGBA, or uint8 [h, w, C].
 
     Raises:
-        ImageFormatError: the channels of the image cannot become `num_channels`.
+        ImageFormatError: the image cannot be converted to `num_channels`.
     """
     if isinstance(image, np.ndarray):
         return _array_to_channels(image, num_channels)
@@ -132,7 +129,7 @@ def _array_to_channels(array: np.ndarray, num_channels: int) -> np.ndarray:
         array = array[..., None]
     if array.ndim != 3 or array.size == 0:
         raise ImageFormatError(f"an array image must be [h, w], [h, w, C] or [C, h, w], not {list(array.shape)}")
-    # Which side are the channels? The one that has the count asked for, or else the one that looks like a count.
+    # Which axis holds the channels? The one of length `num_channels`; otherwise the one short enough to be channels.
     first, last = array.shape[0], array.shape[2]
     if last != num_channels and (first == num_channels or (first < last and last not in MODES)):
         array = array.transpose(1, 2, 0)
@@ -148,11 +145,11 @@ def _array_to_channels(array: np.ndarray, num_channels: int) -> np.ndarray:
 
 
 def to_uint8(array: np.ndarray) -> np.ndarray:
-    """Scale any numeric array to uint8 by the table at the top of this file.
+    """Scale any numeric array to uint8 by the rules at the top of this file.
 
     Raises:
         ImageFormatError: complex or non-numeric values, negative ones, or more than 65535.
-        ValueError: values that are not finite; damage, not a format.
+        ValueError: values that are not finite; such an image is damaged.
     """
     if array.dtype == np.uint8:
         return array

@@ -1,4 +1,4 @@
-"""The image processor of a checkpoint: the one that is saved with it, and what any checkpoint's says of its input."""
+"""The image processor of a checkpoint: make ours, and read what another checkpoint's says about its input."""
 
 import math
 from collections.abc import Sequence
@@ -14,12 +14,12 @@ FILES = ("preprocessor_config.json", "processor_config.json")
 
 
 def image_processor(image_size: tuple[int, int], mean: Sequence[float], std: Sequence[float]):
-    """A `ViTImageProcessor` that makes an image the encoder's input: whole, resized to (height, width), normalised.
+    """A `ViTImageProcessor` that resizes the whole image to (height, width) and normalises it, for the encoder.
 
-    It takes pictures of any mode for 3 channels, grey ones for 1. PIL resizes images of up to 4 channels; for others
-    the arrays have to come in the right size, with `input_data_format` given.
+    For 3 channels it takes pictures of any mode, for 1 channel grey ones. PIL resizes images of up to 4 channels. With
+    more channels, arrays must already have the right size, and `input_data_format` must be given.
     """
-    with quiet():  # importing it warns that torchvision is missing; without, it works by PIL
+    with quiet():  # importing it warns that torchvision is missing; it then works with PIL
         from transformers import ViTImageProcessor
 
         return ViTImageProcessor(
@@ -34,7 +34,7 @@ def image_processor(image_size: tuple[int, int], mean: Sequence[float], std: Seq
 
 @dataclass
 class InputSpec:
-    """Mean and std of each channel for pixels in [0, 1], and the (height, width) where it is told."""
+    """Mean and std of each channel for pixels in [0, 1], and the (height, width) if the processor has one."""
 
     mean: list[float]
     std: list[float]
@@ -42,7 +42,7 @@ class InputSpec:
 
 
 def read_processor(checkpoint: str | Path, num_channels: int) -> InputSpec | None:
-    """As the image processor that came with a folder or Hub name has them; None where none did.
+    """The settings of the image processor in a folder or under a Hub name; None if there is none.
 
     Raises:
         ValueError: it is damaged, has something else than numbers, or another number of channels.
@@ -63,7 +63,7 @@ def read_processor(checkpoint: str | Path, num_channels: int) -> InputSpec | Non
         value if isinstance(value, list | tuple) else [value] * num_channels
         for value in (0.0 if mean is None else mean, 1.0 if std is None else std)
     )
-    # Pixels are multiplied by `rescale_factor` first; 1 / 255 is the usual one, and makes the scale 1.
+    # The processor first multiplies pixels by `rescale_factor`, usually 1 / 255; mean and std are for its result.
     factor = settings.get("rescale_factor", 1 / 255) if settings.get("do_rescale", True) else 1.0
     for name, values, low in (("image_mean", mean, -math.inf), ("image_std", std, 0), ("rescale_factor", [factor], 0)):
         if not all(isinstance(value, int | float) and low < value < math.inf for value in values):

@@ -10,7 +10,7 @@ _MAX_PIL_BANDS = 4
 
 
 def is_multiband_tiff(data: bytes) -> bool:
-    """Whether PIL would not open this file, or would silently drop bands of it."""
+    """Whether the file is a TIFF that PIL would not open, or of which it would silently drop bands."""
     if data[:4] not in (b"II*\0", b"MM\0*"):
         return False
     file = io.BytesIO(data)
@@ -21,7 +21,7 @@ def is_multiband_tiff(data: bytes) -> bool:
 
 
 def read_multiband_tiff(data: bytes) -> np.ndarray:
-    """The first page as [h, w, bands], in the file's own number type.
+    """The first page as [h, w, bands], in the number type of the file.
 
     Raises:
         ImportError: tifffile is not installed.
