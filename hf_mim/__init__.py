@@ -1,6 +1,6 @@
 """hf_mim: masked image modeling for Hugging Face. Importing it registers the models with transformers' Auto classes.
 
-Neither torch nor transformers is imported before a name is used.
+It does not import torch or transformers. They are imported when a name is first used.
 """
 
 import importlib
@@ -10,15 +10,11 @@ from hf_mim import auto_classes, methods
 __version__ = "0.1.0"
 
 # Public name → its module.
-_MODULES = {
-    name: module
-    for method in methods.OURS
-    for module, name in (
-        text.split(":")
-        for text in (method.config, method.encoder, method.pretraining, method.classifier, method.backbone)
-    )
-}
-_MODULES |= dict.fromkeys(("MIMTrainer", "MIMTrainingArguments"), "hf_mim.pretraining.trainer")
+_MODULES = dict.fromkeys(("MIMTrainer", "MIMTrainingArguments"), "hf_mim.pretraining.trainer")
+for _row in methods.OURS:
+    for _class in (_row.config, _row.encoder, _row.pretraining, _row.classifier, _row.backbone):
+        _module, _, _name = _class.partition(":")
+        _MODULES[_name] = _module
 
 __all__ = sorted(_MODULES)
 

@@ -1,25 +1,24 @@
 """Our models in transformers' Auto classes, without importing transformers.
 
-`AutoModel` is to know the methods, whether hf_mim or transformers is imported first, and `import hf_mim` is to take no
-time. It works in two steps:
+`AutoModel` has to know the methods, whether hf_mim or transformers is imported first, and `import hf_mim` has to be
+quick. It works in two steps:
 
-1. An Auto class keeps what is registered with it in the dict `_extra_content` of its mapping. `install` puts an
-   `_OnFirstUse` in its place: at once, if the file that makes the mappings has been imported, or else by `_AfterImport`
-   as soon as Python has run that file.
-2. `_OnFirstUse` registers the methods, by the public `register` of the Auto class, when somebody looks into it. This
-   cannot happen earlier: transformers.modeling_layers imports the Auto classes, and our models import it.
+1. An Auto class keeps the models that are registered with it in the dict `_extra_content` of its mapping. `install`
+   replaces this dict by an `_OnFirstUse`: at once if the file that makes the mappings is imported already, or else
+   through `_AfterImport` as soon as Python has run that file.
+2. When somebody looks into it, `_OnFirstUse` registers the methods by the public `register` of the Auto class. This
+   cannot happen earlier: transformers.modeling_layers imports the Auto classes, and our models import that module.
 """
 
 import importlib
 import importlib.abc
 import sys
 import threading
-from collections.abc import Callable
 
 from hf_mim import methods
 
 AUTO = "transformers.models.auto."
-# File of transformers → its Auto classes, each with the class of a `Method` that it loads.
+# File of transformers → its Auto classes, and which class of a `Method` each of them loads.
 FILES = {
     f"{AUTO}configuration_auto": {"AutoConfig": "config_class"},
     f"{AUTO}modeling_auto": {
@@ -32,16 +31,16 @@ FILES = {
 
 
 class _OnFirstUse(dict):
-    """Calls `register` for each method before it is looked into; methods that come later are registered then."""
+    """Registers all methods with an Auto class before each look into it. Methods may be added at any time."""
 
-    def __init__(self, content: dict, register: Callable[[methods.Method], None]):
+    def __init__(self, content: dict, auto_class: type, role: str):
         super().__init__(content)
-        self.register, self.registered = register, []
+        self.auto_class, self.role, self.registered = auto_class, role, []
         self.lock, self.busy = threading.RLock(), False
 
     def fill(self):
-        with self.lock:  # another thread waits until all are there
-            if self.busy:  # `register` itself looks into it
+        with self.lock:  # another thread waits until all methods are registered
+            if self.busy:  # the Auto class looks into this dict while it registers
                 return
             self.busy = True
             try:
@@ -51,6 +50,12 @@ class _OnFirstUse(dict):
                         self.registered.append(method)
             finally:
                 self.busy = False
+
+    def register(self, method: methods.Method):
+        model_class = getattr(method, self.role)
+        if model_class is not None:
+            key = model_class.model_type if self.role == "config_class" else method.config_class
+            self.auto_class.register(key, model_class)
 
 
 def _after_filling(name: str):
@@ -66,7 +71,7 @@ for _name in ("__contains__", "__getitem__", "__iter__", "__len__", "get", "item
 
 
 class _AfterImport(importlib.abc.MetaPathFinder):
-    """Finds the files as Python does, and calls `_prepare` after each of them has run."""
+    """Finds the files of `FILES` as Python does, and calls `_prepare` after Python has run one."""
 
     def find_spec(self, name, path=None, target=None):
         if name not in FILES:
@@ -87,27 +92,13 @@ class _AfterImport(importlib.abc.MetaPathFinder):
 def _prepare(module):
     for name, role in FILES.get(module.__name__, {}).items():
         auto_class = getattr(module, name)
-        if role == "config_class":
-            mapping = module.CONFIG_MAPPING
-        else:
-            mapping = auto_class._model_mapping
+        mapping = module.CONFIG_MAPPING if role == "config_class" else auto_class._model_mapping
         if not isinstance(mapping._extra_content, _OnFirstUse):
-            mapping._extra_content = _OnFirstUse(mapping._extra_content, _registration(auto_class, role))
-
-
-def _registration(auto_class, role: str) -> Callable[[methods.Method], None]:
-    def register(method: methods.Method):
-        model_class = getattr(method, role)
-        if model_class is None:
-            return
-        key = model_class.model_type if role == "config_class" else method.config_class
-        auto_class.register(key, model_class)
-
-    return register
+            mapping._extra_content = _OnFirstUse(mapping._extra_content, auto_class, role)
 
 
 def install():
-    """Let the Auto classes know the methods, now or when they are imported; a second call does nothing."""
+    """Make the methods known to the Auto classes, now or when these are imported. A second call does nothing."""
     if not any(isinstance(finder, _AfterImport) for finder in sys.meta_path):
         sys.meta_path.insert(0, _AfterImport())
     for name in FILES:

@@ -1,52 +1,58 @@
-"""The few checks that arguments share. Each takes arguments by name, and raises a ValueError of one line that says the
-name, what would be right and what was given. None stands for a default that is settled elsewhere, and passes."""
+"""The few checks that arguments share.
+
+Each check takes arguments by name and raises a ValueError of one line: the name, what would be right, what was given.
+None passes: it stands for a default that is chosen elsewhere.
+"""
 
 import math
+import operator
 import re
-from collections.abc import Collection
+from collections.abc import Callable, Collection
+from typing import Any
+
+
+def _each(arguments: dict[str, Any], fits: Callable[[Any], bool], wanted: str):
+    for name, value in arguments.items():
+        if value is not None and not fits(value):
+            raise ValueError(f"{name} must {wanted}, not {value!r}")
 
 
 def least(bound: float, **arguments):
     """Each must be `bound` or more."""
-    for name, value in arguments.items():
-        if value is not None and not value >= bound:
-            raise ValueError(f"{name} must be at least {bound}, not {value!r}")
+    _each(arguments, lambda value: value >= bound, f"be at least {bound}")
 
 
 def positive(**arguments):
     """Each must be above 0."""
-    for name, value in arguments.items():
-        if value is not None and not value > 0:
-            raise ValueError(f"{name} must be above 0, not {value!r}")
+    _each(arguments, lambda value: value > 0, "be above 0")
 
 
 def share(interval: str = "[0, 1]", **arguments):
-    """Each must lie in the interval, written as in mathematics: a round bracket leaves its end out."""
+    """Each must lie in the interval, written as in mathematics: a round bracket leaves out its end."""
     low, high = map(float, interval[1:-1].split(","))
-    for name, value in arguments.items():
-        ends = [bracket in "[]" for bracket in (interval[0], interval[-1])]
-        if value is not None and not (low < value < high or (value == low and ends[0]) or (value == high and ends[1])):
-            raise ValueError(f"{name} must lie in {interval}, not {value!r}")
+    above = operator.ge if interval[0] == "[" else operator.gt
+    below = operator.le if interval[-1] == "]" else operator.lt
+    _each(arguments, lambda value: above(value, low) and below(value, high), f"lie in {interval}")
 
 
 def one_of(allowed: Collection[str], **arguments):
     """Each must be one of the words."""
-    for name, value in arguments.items():
-        if value is not None and value not in list(allowed):  # a list: the value may be of any type
-            raise ValueError(f"{name} must be one of {', '.join(allowed)}, not {value!r}")
+    words = list(allowed)  # a list, because the value may be of a type that cannot be hashed
+    _each(arguments, lambda value: value in words, f"be one of {', '.join(words)}")
 
 
 def numbers(or_zero: bool = False, **arguments):
-    """Each must be a list of finite numbers above 0 (or of 0 too), and at least one of them."""
-    for name, values in arguments.items():
-        fits = all(math.isfinite(value) and (value > 0 or or_zero and value == 0) for value in values)
-        if not values or not fits:
-            wanted = "0 or more" if or_zero else "above 0"
-            raise ValueError(f"{name} must be numbers {wanted}, at least one, not {values}")
+    """Each must be a list of at least one finite number, all above 0 (or 0 too, with `or_zero`)."""
+    wanted = "0 or more" if or_zero else "above 0"
+
+    def fits(values) -> bool:
+        return bool(values) and all(math.isfinite(x) and (x > 0 or or_zero and x == 0) for x in values)
+
+    _each(arguments, fits, f"be numbers {wanted}, at least one")
 
 
 def check_license(license: str | None) -> str | None:
-    """The licence itself. Raises ValueError unless it is None or one of the Hub's short names, by its form."""
+    """The license itself. Raises ValueError unless it is None or has the form of the Hub's short names."""
     if license is not None and not (isinstance(license, str) and re.fullmatch(r"[a-z0-9][a-z0-9.-]*", license)):
         raise ValueError(f"license must be an identifier of the Hub such as apache-2.0 or cc-by-nc-4.0, not {license}")
     return license

@@ -1,11 +1,11 @@
-"""What a class says of its arguments in the `Args:` part of its docstring: for help texts and messages."""
+"""Reads the `Args:` part of docstrings, for help texts and messages."""
 
 import inspect
 import re
 
 
 def argument_texts(cls: type) -> dict[str, str]:
-    """Argument → text, of a class and its bases. Several arguments may share one text: `train_images, test_images:`."""
+    """Argument → text, for a class and its bases. Several arguments may share a text: `train_images, test_images:`."""
     texts = {}
     for base in reversed(cls.__mro__):
         _, _, part = inspect.cleandoc(base.__dict__.get("__doc__") or "").partition("Args:\n")
@@ -15,5 +15,5 @@ def argument_texts(cls: type) -> dict[str, str]:
 
 
 def description(cls: type) -> str:
-    """The docstring of a class without what it says of its arguments."""
+    """The docstring of a class up to `Args:`."""
     return inspect.getdoc(cls).partition("\n\nArgs:\n")[0]

@@ -1,4 +1,4 @@
-"""What every room needs of files, and of what goes wrong with them: hashes, writing aside, errors in one line."""
+"""Files, for all parts of the package: hashes, writing aside and renaming, errors in one line."""
 
 import contextlib
 import hashlib
@@ -9,7 +9,7 @@ from pathlib import Path
 
 
 def sha256(*paths: Path) -> str:
-    """The hash, in hex, of the bytes of files, one after the other."""
+    """The SHA-256, in hex, of the bytes of all files in their order."""
     digest = hashlib.sha256()
     for path in paths:
         with open(path, "rb") as file:
@@ -20,7 +20,7 @@ def sha256(*paths: Path) -> str:
 
 @contextlib.contextmanager
 def replacing(path: str | Path) -> Iterator[Path]:
-    """A file to write beside `path`. It takes the name `path` when the block ends well, and vanishes otherwise."""
+    """A file to write, beside `path`. It is renamed to `path` if the block raises nothing, and deleted otherwise."""
     path = Path(path)
     aside = path.with_name(f"_{path.name}.{os.getpid()}.part")
     try:
@@ -31,13 +31,13 @@ def replacing(path: str | Path) -> Iterator[Path]:
 
 
 def check_writable(path: str | Path, argument: str, kind: str = "folder"):
-    """Find out, before any work, whether a path can be written, though it may not exist yet.
+    """Find out, before any work, whether a path can be written. It may not exist yet.
 
     Args:
-        kind: "folder", to write into; "file" or "new folder", to put there in one move.
+        kind: "folder" to write files into; "file" or "new folder" to rename something to this path.
 
     Raises:
-        ValueError: it cannot; one line that names the argument.
+        ValueError: it cannot be written; one line that names the argument.
     """
     path = Path(path)
     places = path.absolute(), *path.absolute().parents
@@ -45,7 +45,7 @@ def check_writable(path: str | Path, argument: str, kind: str = "folder"):
     try:
         if kind == "file" and path.is_dir():
             raise IsADirectoryError(None, "it is a folder")
-        os.rmdir(tempfile.mkdtemp(prefix=".", dir=above))  # permissions alone do not tell: in /proc nothing can be made
+        os.rmdir(tempfile.mkdtemp(prefix=".", dir=above))  # try it: in /proc, permissions allow it and it fails
     except OSError as error:
         kind, made = kind.removeprefix("new "), "" if path.exists() else f" be made in {above}"
         found = f"{path} cannot{made}: {error.strerror}"
@@ -53,9 +53,11 @@ def check_writable(path: str | Path, argument: str, kind: str = "folder"):
 
 
 def one_line(error: BaseException, limit: int | None = None) -> str:
-    """What is wrong, in one line of at most `limit` characters, without what strict dataclasses and DataLoader workers
-    wrap around it."""
-    from huggingface_hub.errors import StrictDataclassError  # slow to import, and most commands end without an error
+    """The message of an error in one line of at most `limit` characters.
+
+    It leaves out what strict dataclasses and DataLoader workers wrap around the message.
+    """
+    from huggingface_hub.errors import StrictDataclassError  # slow to import, and few commands end with an error
 
     while isinstance(error, StrictDataclassError) and error.__cause__ is not None:
         error = error.__cause__
@@ -67,7 +69,7 @@ def one_line(error: BaseException, limit: int | None = None) -> str:
 
 @contextlib.contextmanager
 def quiet():
-    """Without the warnings of transformers inside, such as those about a load whose outcome is checked anyway."""
+    """Inside, transformers warns of nothing, for example about a load whose outcome we check ourselves."""
     from transformers.utils import logging
 
     verbosity = logging.get_verbosity()
@@ -79,7 +81,7 @@ def quiet():
 
 
 def listed(names: Iterable[str], limit: int = 6) -> str:
-    """The first of the names, on one line whatever they are, and how many more there are."""
+    """The first `limit` names on one line, whatever characters they have, and how many more there are."""
     names = [name if name.isprintable() else ascii(name) for name in names]
     more = f" and {len(names) - limit} more" if len(names) > limit else ""
     return ", ".join(names[:limit]) + more

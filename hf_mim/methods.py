@@ -1,10 +1,11 @@
-"""The methods, one row each. Everything that has to know which methods there are loops over this table.
+"""The table of methods, one row each. All code that depends on which methods exist loops over this table.
 
     get("mae").pretraining_class       # a row names its classes by text, so that the table itself imports nothing
     register(Method(name="toy", ...))  # a method of your own: docs/new_method.md
 
-A method of another package stands in the table when its package names it under the entry point `hf_mim.methods`, or
-when its module is imported: `load_module("my_methods")`, which is `--import my_methods` on the command line.
+A method of another package gets into the table in two ways. The package names it under the entry point
+`hf_mim.methods`, or its module is imported: by `load_module("my_methods")`, or by `--import my_methods` on the command
+line.
 """
 
 import dataclasses
@@ -26,12 +27,27 @@ ENTRY_POINTS = "hf_mim.methods"
 RECIPES, CARDS = Path(__file__).with_name("recipes"), Path(__file__).with_name("hub") / "cards"
 
 
+def _class_of(role: str) -> property:
+    """The class that a row gives for a role. If it is text, it is imported when it is first asked for."""
+
+    def load(method: "Method") -> type | None:
+        given = getattr(method, role)
+        if not isinstance(given, str):
+            return given
+        module, _, name = given.partition(":")
+        try:
+            return getattr(importlib.import_module(module), name)
+        except (ImportError, AttributeError, ValueError) as error:
+            raise ImportError(f"the {role} of method {method.name}, {given}, cannot be imported: {error}") from error
+
+    return property(load)
+
+
 @dataclass(frozen=True)
 class Method:
     """One row of the table.
 
-    A class may be given as text, "module:Class"; it is then imported when it is first asked for. A text may be given
-    as it is (`str`) or as the file that holds it (`Path`).
+    A class is given as such or as text, "module:Class". A text is given as it is (`str`) or by its file (`Path`).
 
     Args:
         name: what `--method` takes: small letters, digits and underscores.
@@ -41,15 +57,15 @@ class Method:
         classifier, backbone: those for `AutoModelForImageClassification` and `AutoBackbone`, if the method has them.
         papers: arXiv ids.
         citation: BibTeX entries, one text for each paper.
-        training_defaults: settings of a recipe whose default for this method is not hf_mim's own.
-        digits: the same for the embedded digits, on top of `training_defaults`: settings, or a recipe file.
-        advice: what to change first when the targets collapse: the setting, and where to move it.
-        variant_of: the name of the method whose classes this one has, if it is only a setting of that method.
-        settings: config fields that make the variant, with their values.
-        aliases: other names by which people know the method.
+        training_defaults: settings of a recipe whose default differs for this method.
+        digits: defaults for the embedded digits, on top of `training_defaults`: settings, or a recipe file.
+        advice: what to change first when the targets collapse: setting → in which direction.
+        variant_of: the name of another method that has the same classes, if this method is only a setting of it.
+        settings: the config fields that make the variant, with their values.
+        aliases: other names of the method.
 
     Raises:
-        ValueError: a name that is no name, or a field that is missing.
+        ValueError: a name has other characters, or a field is missing.
     """
 
     name: str
@@ -77,35 +93,11 @@ class Method:
             if not getattr(self, role):
                 raise ValueError(f"{role} must be given, and method {self.name} has none")
 
-    @property
-    def config_class(self) -> type:
-        return self._class("config")
-
-    @property
-    def encoder_class(self) -> type:
-        return self._class("encoder")
-
-    @property
-    def pretraining_class(self) -> type:
-        return self._class("pretraining")
-
-    @property
-    def classifier_class(self) -> type | None:
-        return self._class("classifier")
-
-    @property
-    def backbone_class(self) -> type | None:
-        return self._class("backbone")
-
-    def _class(self, role: str) -> type | None:
-        given = getattr(self, role)
-        if not isinstance(given, str):
-            return given
-        module, _, name = given.partition(":")
-        try:
-            return getattr(importlib.import_module(module), name)
-        except (ImportError, AttributeError, ValueError) as error:
-            raise ImportError(f"the {role} of method {self.name}, {given}, cannot be imported: {error}") from error
+    config_class = _class_of("config")
+    encoder_class = _class_of("encoder")
+    pretraining_class = _class_of("pretraining")
+    classifier_class = _class_of("classifier")
+    backbone_class = _class_of("backbone")
 
     @property
     def predicts_pixels(self) -> bool:
@@ -118,7 +110,7 @@ class Method:
 
     @property
     def bibtex(self) -> str:
-        """The entries of all papers, a blank line between them."""
+        """The BibTeX entries of all papers, with a blank line between them."""
         return "\n\n".join(_text(entry).strip() for entry in self.citation)
 
 
@@ -127,7 +119,7 @@ def _text(given: str | Path) -> str:
 
 
 def _ours(name: str, prefix: str, citation: tuple[str, ...], **about) -> Method:
-    """A method whose classes, recipe and texts stand in this package, in files that are named after it."""
+    """A method of this package. Its classes, recipe and texts are in files that are named after it."""
     modeling = f"hf_mim.models.modeling_{name}:{prefix}"
     return Method(
         name=name,
@@ -201,9 +193,9 @@ _entry_points_are_loaded = False
 
 
 def register(method: Method, replace: bool = False):
-    """Put a method into the table, and with the next use of an Auto class into transformers' Auto classes.
+    """Put a method into the table. transformers' Auto classes know it from their next use on.
 
-    Raises ValueError for a name that another method has, unless it is to `replace` that method.
+    Raises ValueError for a name that another method has. `replace` allows it for a method of the same name.
     """
     for name in (method.name, *method.aliases):
         other = _find(name)
@@ -217,18 +209,18 @@ def register(method: Method, replace: bool = False):
 
 
 def rows(variants: bool = False) -> list[Method]:
-    """All methods in the order of the table; `variants` are those that have another method's classes."""
+    """All methods in the order of the table. With `variants`, also those that have another method's classes."""
     _load_entry_points()
     return [method for method in _table.values() if variants or method.variant_of is None]
 
 
 def names() -> list[str]:
-    """What `--method` takes: the names of all methods, variants among them."""
+    """The names of all methods and variants, which `--method` takes."""
     return [method.name for method in rows(variants=True)]
 
 
 def get(name: str) -> Method:
-    """The method of a name or an alias. Raises ValueError for another name, with the nearest."""
+    """The method with this name or alias. Raises ValueError for an unknown name, with the nearest known one."""
     _load_entry_points()
     method = _find(name)
     if method is None:
@@ -239,7 +231,7 @@ def get(name: str) -> Method:
 
 
 def of_config(config) -> Method:
-    """The method of a model's config, and the variant if it has the settings of one. Raises ValueError if none has."""
+    """The method of a model's config, or the variant whose settings it has. Raises ValueError if there is none."""
     found = [
         method
         for method in rows(variants=True)
@@ -253,14 +245,18 @@ def of_config(config) -> Method:
 
 
 def load_module(name: str):
-    """Import a module that registers methods: its name, in the current folder or installed, or a .py file.
+    """Import a module that registers methods.
 
-    Raises ValueError, in one line, if that fails.
+    Args:
+        name: that of a module which is installed or in the current folder, or a .py file.
+
+    Raises:
+        ValueError: it cannot be imported; one line.
     """
     try:
         if not name.endswith(".py"):
             if os.getcwd() not in sys.path:
-                sys.path.append(os.getcwd())  # as `python` itself does for scripts, but after all that is installed
+                sys.path.append(os.getcwd())  # `python` does so for scripts, but we put it after all that is installed
             importlib.import_module(name)
             return
         path = Path(name).resolve()
@@ -282,12 +278,12 @@ def _find(name: str) -> Method | None:
 
 
 def _load_entry_points():
-    """Once, those of the packages that are installed. One that fails is named, and takes nothing else down."""
+    """Load the methods of installed packages, once. If one fails, a warning names it, and the others are loaded."""
     global _entry_points_are_loaded
     if _entry_points_are_loaded:
         return
     _entry_points_are_loaded = True
-    from importlib.metadata import entry_points  # here, because `hf-mim --help` has no time for it
+    from importlib.metadata import entry_points  # not at the top, so that `hf-mim --help` is quick
 
     for entry_point in entry_points(group=ENTRY_POINTS):
         try:

@@ -1,11 +1,11 @@
-"""What a run folder contains: the name of every file in it, and the facts that a card shows.
+"""What a run folder contains: the name of every file in it, and the facts in them that a card shows.
 
 config.json, model.safetensors, preprocessor_config.json    the checkpoint
 recipe.yaml             every setting of the run
 trainer_state.json      the state of transformers' Trainer, with the log
-metrics.jsonl           the same log, a line for each entry, written while the run goes on
+metrics.jsonl           the same log, a line for each entry, written during the run
 loss.png, reconstructions.png
-results/*.json          measurements: training.json, health.json and knn.json by the run itself, others by users
+results/*.json          measurements: the run writes training.json, health.json and knn.json, `hf-mim evaluate` others
 README.md               the model card
 checkpoint-STEP/        checkpoints to resume from, each with a manifest.json
 """
@@ -37,29 +37,30 @@ CURVE = "loss.png"
 RECONSTRUCTIONS = "reconstructions.png"
 CARD = "README.md"
 RESULTS = "results"
-# What a run writes there itself.
+# The results that the run itself writes.
 TRAINING_RESULT, HEALTH_RESULT, KNN_RESULT = "training", "health", "knn"
-CHECKPOINT = "checkpoint-"  # a step follows
+RECORDS = f"{TRAINING_RESULT}.json", f"{HEALTH_RESULT}.json"
+CHECKPOINT = "checkpoint-"  # before the step
 MANIFEST = "manifest.json"
-STAGING = "_saving"  # what is written here gets its name and its place when it is whole
+STAGING = "_saving"  # files are written here, and moved to their place when they are whole
 
 
 def result_path(folder: str | Path, *names: str) -> Path:
-    """Where a result of a checkpoint is kept: `results/` in its folder, named after protocol, dataset, options."""
+    """The file of a checkpoint's result, in `results/` in its folder. `names` are protocol, dataset and options."""
     name = "_".join(re.sub(r"[^\w.-]+", "_", part).strip("_") for part in names if part)
     if len(name) > 120:
         name = f"{name[:100]}_{hashlib.sha256(name.encode()).hexdigest()[:12]}"
     return Path(folder) / RESULTS / f"{name}.json"
 
 
-# Options of an evaluation that change no number, and those that name its result anyway.
+# Options of an evaluation that change no number, or that are in the file's name anyway.
 UNNAMED = {"dataset", "test", "device", "extract_batch_size", "num_workers", "cache", "output", "output_dir"}
 
 
 def evaluation_path(checkpoint: str, protocol: str, values: dict[str, Any]) -> Path:
-    """Where `hf-mim evaluate` keeps a result. The protocol, the data and every option given that may change it name it.
+    """Where `hf-mim evaluate` saves a result. Its name has the protocol, the data and each option that may change it.
 
-    A checkpoint on the Hub has no folder here: its results go to `results/` in the current one.
+    A checkpoint on the Hub has no local folder: its results go to `results/` in the current folder.
     """
     folder, names = Path(checkpoint), [protocol]
     if not folder.is_dir():
@@ -70,7 +71,7 @@ def evaluation_path(checkpoint: str, protocol: str, values: dict[str, Any]) -> P
 
 
 def checkpoints(run_folder: str | Path) -> list[Path]:
-    """The folders `checkpoint-STEP` of a run, the latest step first; whole or not."""
+    """The folders `checkpoint-STEP` of a run, whole or not, the latest step first."""
     pattern = re.compile(re.escape(CHECKPOINT) + r"\d+")
     found = [path for path in Path(run_folder).glob(f"{CHECKPOINT}*") if pattern.fullmatch(path.name)]
     return sorted(filter(Path.is_dir, found), key=step_of, reverse=True)
@@ -82,13 +83,13 @@ def step_of(checkpoint: str | Path) -> int:
 
 
 def contents(folder: Path) -> list[str]:
-    """The names that say that a folder holds a run: recipe, config, Trainer's state, checkpoints."""
+    """The files in a folder that show that it holds a run: recipe, config, Trainer's state, checkpoints."""
     names = [name for name in (RECIPE, CONFIG, TRAINER_STATE) if (folder / name).exists()]
     return names + [path.name for path in checkpoints(folder)]
 
 
 def read_config(folder: Path) -> PreTrainedConfig:
-    """The config in a folder. Raises ValueError if there is none of ours."""
+    """The config in a folder. Raises ValueError if there is none, or none of our methods."""
     if not (folder / CONFIG).is_file():
         raise ValueError(f"checkpoint must be a folder with {CONFIG}, and {folder} is none")
     try:
@@ -103,11 +104,11 @@ def read_config(folder: Path) -> PreTrainedConfig:
 
 @dataclass(frozen=True)
 class RunFacts:
-    """What the files of a run folder say. What a file would say that is not there is None or empty.
+    """What the files of a run folder say. A fact whose file is missing is None or empty.
 
-    results: file name → measurement, without those of `training` and `health`.
-    notes: file name → why its number is not one of these weights, for all measurements.
-    training, health: what the run has written of itself, where it is of these weights.
+    results: file name → measurement, without `training` and `health`.
+    notes: file name → why a measurement is not one of these weights.
+    training, health: the run's own records, if they were made with these weights.
     """
 
     folder: Path
@@ -121,28 +122,26 @@ class RunFacts:
 
     @classmethod
     def read(cls, folder: str | Path) -> "RunFacts":
-        """Raises ValueError, in one line, where there is no checkpoint of ours or a file is damaged."""
+        """Raises a ValueError of one line if there is no checkpoint of ours, or if a file is damaged."""
         folder = Path(folder).absolute()
         config = read_config(folder)
         recipe = _mapping(folder / RECIPE, yaml.safe_load)
         state = _mapping(folder / TRAINER_STATE, json.loads)
         results = {path.name: Result.load(path) for path in sorted((folder / RESULTS).glob("*.json"))}
         notes = _notes(results, checkpoint_sha256(folder))
-        training, health = (results.pop(f"{name}.json", None) for name in (TRAINING_RESULT, HEALTH_RESULT))
-        training = None if f"{TRAINING_RESULT}.json" in notes else training
-        health = None if f"{HEALTH_RESULT}.json" in notes else health
+        training, health = (None if name in notes else results.get(name) for name in RECORDS)
+        results = {name: result for name, result in results.items() if name not in RECORDS}
         return cls(folder, config, recipe, state, results, notes, training, health)
 
     @property
     def own_results(self) -> dict[str, Result]:
-        """Those of these weights."""
+        """The results that were measured on these weights."""
         return {name: result for name, result in self.results.items() if name not in self.notes}
 
     @property
     def left_out(self) -> dict[str, str]:
-        """Which of the run's own records are not of these weights, and why."""
-        records = f"{TRAINING_RESULT}.json", f"{HEALTH_RESULT}.json"
-        return {name: self.notes[name] for name in records if name in self.notes}
+        """Those of the run's own records that were not made with these weights → why."""
+        return {name: self.notes[name] for name in RECORDS if name in self.notes}
 
     @property
     def measured(self) -> set[str]:
@@ -163,49 +162,47 @@ class RunFacts:
 
     @property
     def license(self) -> str | None:
-        """The recipe's, or that of the card that is already there, so that a later card does not forget it."""
+        """The recipe's license, or that of the card in the folder, so that a later card does not lose it."""
         if self.recipe.get("license"):
             return self.recipe["license"]
         try:
             license = ModelCard.load(self.folder / CARD).data.license if (self.folder / CARD).is_file() else None
-        except (ValueError, yaml.YAMLError):  # not a card, or one that is damaged: it is about to be replaced
+        except (ValueError, yaml.YAMLError):  # no card, or a damaged one, which will be replaced
             return None
         return license if isinstance(license, str) else None
 
     @property
     def compute(self) -> dict[str, Any]:
-        """What the training took, by the run's own record or else by Trainer's state; None for what neither has."""
-        history = self.trainer_state.get("log_history")
-        history = [entry for entry in history if isinstance(entry, dict)] if isinstance(history, list) else []
-        losses = [entry["loss"] for entry in history if "loss" in entry]
-        end = next((entry for entry in reversed(history) if "train_runtime" in entry), {})
-        names = ("Device", "Processes", "Precision", "Hours", "Seconds", "Images per second", "Images seen")
-        facts = dict.fromkeys((*names, "Optimizer steps", "First loss logged", "Last loss logged"))
-        if self.training is None:
-            return facts | {
-                "Optimizer steps": self.trainer_state.get("global_step"),
-                "Images per second": end.get("train_samples_per_second"),
-                "Seconds": end.get("train_runtime"),
-                "First loss logged": losses[0] if losses else None,
-                "Last loss logged": losses[-1] if losses else None,
-            }
-        scores, settings = self.training.scores, self.training.settings
-        return facts | {
-            "Device": self.training.device,
+        """What the training took, from the run's own record or else Trainer's state; None for what neither has."""
+        record = self.training or _record_of(self.trainer_state)
+        scores, settings = record.scores, record.settings
+        return {
+            "Device": record.device,
             "Processes": settings.get("processes"),
             "Precision": settings.get("precision"),
-            "Optimizer steps": scores.get("steps"),
-            "Images seen": scores.get("images_seen"),
-            "Images per second": scores.get("images_per_second"),
             "Hours": scores.get("hours"),
-            "Seconds": self.training.seconds,
+            "Seconds": record.seconds,
+            "Images per second": scores.get("images_per_second"),
+            "Images seen": scores.get("images_seen"),
+            "Optimizer steps": scores.get("steps"),
             "First loss logged": scores.get("first_loss"),
-            "Last loss logged": self.training.value,
+            "Last loss logged": record.value,
         }
 
 
+def _record_of(trainer_state: dict[str, Any]) -> Result:
+    """The few facts of a training record that Trainer's state has too."""
+    history = trainer_state.get("log_history")
+    history = [entry for entry in history if isinstance(entry, dict)] if isinstance(history, list) else []
+    losses = [entry["loss"] for entry in history if "loss" in entry] or [None]
+    end = next((entry for entry in reversed(history) if "train_runtime" in entry), {})
+    scores = {"first_loss": losses[0], "steps": trainer_state.get("global_step")}
+    scores["images_per_second"] = end.get("train_samples_per_second")
+    return Result("pretrain", "loss", losses[-1], {}, {}, scores, seconds=end.get("train_runtime"))
+
+
 def _mapping(path: Path, parse: Callable[[str], Any]) -> dict[str, Any]:
-    """Names and values from a file; {} where there is no file. Raises ValueError for any other content."""
+    """Names and values from a file; {} if there is no file. Raises ValueError for any other content."""
     if not path.is_file():
         return {}
     try:
@@ -218,7 +215,7 @@ def _mapping(path: Path, parse: Callable[[str], Any]) -> dict[str, Any]:
 
 
 def _notes(results: dict[str, Result], sha256: str | None) -> dict[str, str]:
-    """File name → why its number is not one of the weights with this hash."""
+    """File name → why its measurement is not one of the weights with this hash."""
     notes = {}
     for name, result in results.items():
         if result.settings.get("untrained"):

@@ -1,10 +1,10 @@
-"""The kit that a method tests itself with: each promise of a method as a function that raises if it does not hold.
+"""A kit to test a method: a function for each promise that every method must keep. It raises if the promise is broken.
 
     from hf_mim.testing import check_method
 
     check_method("mae", image_size=32, patch_size=4, hidden_size=48, num_hidden_layers=2, num_attention_heads=3)
 
-`hf_mim/models/` and every room above it rely on these promises. `docs/new_method.md` shows a method that keeps them.
+All other parts of hf_mim rely on these promises. `docs/new_method.md` shows a method that keeps them.
 """
 
 import inspect
@@ -19,14 +19,14 @@ from hf_mim.models.vit import MIMPreTrainedModel
 
 
 def check_method(name: str, **config) -> None:
-    """Check that a method of the table keeps what hf_mim promises of each.
+    """Check that a method of the table keeps the promises of every method.
 
     Args:
         name: the method's name in `hf_mim.methods`.
-        config: fields of its config; small sizes keep the check to seconds. Images have `config.training_size`.
+        config: fields of its config. With a small model, the check takes seconds. Images have `config.training_size`.
 
     Raises:
-        AssertionError: a promise does not hold; its message is the promise, and what was seen.
+        AssertionError: a promise is broken; the message is the promise and what was seen.
         ValueError: there is no such method, or the config is wrong.
     """
     method = methods.get(name)
@@ -56,10 +56,6 @@ def encoder_images(model) -> torch.Tensor:
     return torch.randn(2, model.config.num_channels, *model.config.image_height_width)
 
 
-def forward_names(model) -> set[str]:
-    return set(inspect.signature(model.forward).parameters) - {"pixel_values"}
-
-
 def seeded_pass(model, images: torch.Tensor, seed: int = 2):
     torch.manual_seed(seed)
     return model(images)
@@ -73,8 +69,7 @@ def check_classes(method: methods.Method, make: Callable):
     )
     config = make().config
     claim(methods.of_config(config).name == method.name, f"the config must be recognised as {method.name}")
-    text = method.card_text
-    claim(bool(text.strip()), "the card must say what the method does")
+    claim(bool(method.card_text.strip()), "the card must say what the method does")
 
 
 def check_encoder_is_never_masked(method, make):
@@ -114,7 +109,8 @@ def check_ids_reproduce_a_pass(method, make):
     claim(not torch.equal(seeded_pass(model, images, seed=3).context_ids, output.context_ids), "masks must be random")
     torch.manual_seed(2)
     masks = model.draw_masks(len(images), model.config.grid_size, images.device)
-    claim(masks.keys() <= forward_names(model), "draw_masks must return arguments of forward, by name")
+    accepted = inspect.signature(model.forward).parameters.keys() - {"pixel_values"}
+    claim(masks.keys() <= accepted, "draw_masks must return arguments of forward, by name")
     again = model(images, **masks)
     claim(torch.equal(again.loss, output.loss), "forward with the ids of draw_masks must give the pass that drew them")
 

@@ -1,7 +1,7 @@
-"""What pretraining and fine-tuning share of a run by transformers' Trainer: schedules, arguments, seeds, callbacks.
+"""What pretraining and fine-tuning with transformers' Trainer share: schedules, arguments, seeds, callbacks.
 
-A schedule is a pure function of `progress`, the share of the run that is done, in [0, 1]. It has nothing to save: after
-a resume it goes on from the step number alone.
+A schedule is a pure function of `progress`, the share of the run that is done, in [0, 1]. A checkpoint has to hold
+nothing for it, because progress follows from the step number.
 """
 
 import contextlib
@@ -21,24 +21,19 @@ from hf_mim.models.target_encoder import cosine, linear
 def learning_rate(progress: float, peak: float, start: float = 0.0, final: float = 0.0, warmup: float = 0.0) -> float:
     """Linear from `start` to `peak` over the first `warmup` share of the run, then a half cosine down to `final`.
 
-    All rates in the same unit. MAE: 0 → peak → 0; Latent MIM: peak/4 → peak → peak/4; I-JEPA: 2e-4 → 1e-3 → 1e-6.
+    All rates have the same unit. MAE: 0 → peak → 0; Latent MIM: peak/4 → peak → peak/4; I-JEPA: 2e-4 → 1e-3 → 1e-6.
     """
     if progress < warmup:
         return linear(start, peak, progress / warmup)
     return cosine(peak, final, (progress - warmup) / (1 - warmup)) if warmup < 1 else peak
 
 
-def weight_decay(progress: float, start: float, end: float) -> float:
-    """Half a cosine from `start` to `end`, as I-JEPA (arXiv 2301.08243, appendix A: .04 → .4)."""
-    return cosine(start, end, progress)
-
-
 class ProcessArguments(TrainingArguments):
-    """What pretraining and fine-tuning take alike: one process for each GPU, and loaders that suit them."""
+    """What the arguments of pretraining and of fine-tuning share: one GPU per process, and options for loaders."""
 
     @property
     def visible_gpus(self) -> int:
-        """Those that this process could use."""
+        """GPUs that this process could use."""
         return super().n_gpu
 
     @property
@@ -52,19 +47,19 @@ class ProcessArguments(TrainingArguments):
         return self.per_device_train_batch_size * self.gradient_accumulation_steps * self.world_size
 
     def settle_loaders(self):
-        """After `__post_init__`: no option that torch refuses or warns of."""
+        """Switch off options of loaders that torch would refuse or warn of. Call it after `__post_init__`."""
         if self.dataloader_num_workers == 0:
             self.dataloader_persistent_workers = False  # torch refuses it
         if self.device.type == "cpu":
             self.dataloader_pin_memory = False  # torch warns that there is nothing to pin for
 
 
-# Learned tokens and position tables: a decay would pull them to zero, which says nothing about what they fit.
+# Learned tokens and position tables. Zero means nothing special for them, so a decay should not pull them there.
 UNDECAYED_NAMES = re.compile(r"(^|\.)(\w+_tokens?|position_embeddings?)(\.|$)")
 
 
 def decayed_parameters(model: nn.Module) -> list[str]:
-    """The names of all matrices but tokens, tables, embeddings; so of neither biases nor norms, which are vectors."""
+    """The names of all matrices but tokens, tables and embeddings. Biases and norms are vectors, so they are not in."""
     embeddings = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, nn.Embedding)}
     return [
         name
@@ -75,7 +70,7 @@ def decayed_parameters(model: nn.Module) -> list[str]:
 
 @contextlib.contextmanager
 def seeded(seed: int, device: torch.device):
-    """Random numbers from `seed` inside, on the CPU and `device`; outside they go on as if nothing had been drawn."""
+    """Inside, random numbers on the CPU and `device` follow `seed`. Outside, they go on as if none had been drawn."""
     generators = [torch.random] if device.type == "cpu" else [torch.random, torch.get_device_module(device)]
     states = [generator.get_rng_state() for generator in generators]
     torch.manual_seed(seed)
@@ -87,9 +82,9 @@ def seeded(seed: int, device: torch.device):
 
 
 class StepSeeds(TrainerCallback):
-    """Random numbers (masks, noise, drop path) from seed, step and rank alone, never from the draws so far.
+    """Seeds the random numbers of a step (masks, noise, drop path) by seed, step and rank, whatever was drawn before.
 
-    So a run that is resumed draws what it would have drawn, and no two ranks draw the same masks.
+    So a resumed run draws what it would have drawn, and no two ranks draw the same masks.
     """
 
     def on_step_begin(self, args, state, control, **kwargs):
@@ -98,9 +93,10 @@ class StepSeeds(TrainerCallback):
 
 
 class DatasetEpoch(TrainerCallback):
-    """Tells the training data which epoch begins, so that its crops can depend on (seed, epoch, index) alone.
+    """Tells the training data which epoch begins, so that its crops depend on (seed, epoch, index) alone.
 
-    Accelerate does this for streams, but for map-style data only in a single process and until a resume skips batches.
+    Accelerate does this for streams. For map-style data it does it only in a single process, and not once a resume has
+    skipped batches.
     """
 
     def __init__(self, train_dataset):
@@ -111,15 +107,15 @@ class DatasetEpoch(TrainerCallback):
             self.train_dataset.set_epoch(int(state.epoch))
 
     def on_step_end(self, args, state, control, **kwargs):
-        if isinstance(self.train_dataset, ImageStream):  # its passes end at other steps for each worker
+        if isinstance(self.train_dataset, ImageStream):  # each worker ends its pass at another step
             state.epoch = state.global_step / state.max_steps
 
 
 class BrokenImages(TrainerCallback):
     """Stops the run, at the next log, when more than 1 % of the images cannot be decoded.
 
-    The workers skip them and name each one. Of map-style data each process reads only its share, so they put their
-    lists together; of a stream each process judges its own part.
+    The workers skip them and name each one. With map-style data each process reads only a share, so the processes put
+    their lists together. With a stream each process judges its own part.
     """
 
     def __init__(self, train_dataset):

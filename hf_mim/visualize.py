@@ -1,4 +1,4 @@
-"""Pictures of a run: its curves, and what MAE reconstructs."""
+"""Pictures of a run: its curves, and the reconstructions of a model that predicts pixels."""
 
 from pathlib import Path
 
@@ -12,8 +12,8 @@ COLORS = ("#0969da", "#cf222e", "#1a7f37", "#8250df", "#9a6700")
 
 
 def plot_training(log_history: list[dict], path: str | Path):
-    """Draw the loss over optimizer steps, and below it what was logged of these: the standard deviations that a
-    collapse would send to zero, and the online probe's k-NN accuracy and RankMe.
+    """Draw the loss over optimizer steps and, below it, what was logged of these: the standard deviations that go to
+    zero in a collapse, and the online probe's k-NN accuracy and RankMe.
 
     `log_history` is that of Trainer's state.
     """
@@ -41,11 +41,12 @@ def plot_training(log_history: list[dict], path: str | Path):
 
 
 def plot_reconstructions(model, images, augment: DeviceAugment, path: str | Path, seed: int = 0):
-    """Draw original, masked image and reconstruction, one column for each of the images, uint8 `[B, C, H, W]`.
+    """Draw original, masked image and reconstruction, a column for each of the images, uint8 `[B, C, H, W]`.
 
-    `model` has `reconstruct` (MAE). Images of 3 or more channels show the first three as RGB, others the first as grey.
+    `model` needs `reconstruct` (MAE). The first three channels are shown as RGB, or the first as grey if there are
+    fewer than three.
     """
-    with seeded(seed, images.device):  # drawn on the CPU, so that every device shows the same masks
+    with seeded(seed, images.device):  # the masks are drawn on the CPU, so that they are the same for every device
         masks = model.draw_masks(len(images), model.config.grid_size, "cpu")
     masks = {name: value.to(images.device) for name, value in masks.items()}
     reconstruction, mask = model.reconstruct(augment.normalize(images), **masks)

@@ -154,7 +154,7 @@ def test_a_named_checkpoint_that_is_damaged_is_refused(tmp_path):
 
 
 def test_no_whole_checkpoint_is_refused_in_one_line(tmp_path):
-    with pytest.raises(ValueError, match="^resume_from_checkpoint: .* has no whole checkpoint; move"):
+    with pytest.raises(ValueError, match="^resume_from_checkpoint: .* has no whole checkpoint; to begin again, move"):
         train(tmp_path, resume=True)
     with pytest.raises(ValueError, match="^resume_from_checkpoint must be a checkpoint's folder"):
         train(tmp_path, resume=str(tmp_path / "none"))
@@ -173,4 +173,4 @@ def test_a_checkpoint_without_a_manifest_is_taken_at_the_users_word(tmp_path, ca
     train(tmp_path)
     (tmp_path / "checkpoint-4" / "manifest.json").unlink()
     assert train(tmp_path, resume=str(tmp_path / "checkpoint-4")).state.global_step == 6
-    assert "has no manifest.json, so whether it is whole cannot be told" in caplog.text
+    assert "has no manifest.json, so nothing can tell whether it is whole" in caplog.text

@@ -162,10 +162,10 @@ def test_the_warning_says_what_it_saw_and_what_to_change(warnings):
     assert "\n" not in text
     assert "Since step 20 the targets collapse: they are nearly constant. At step 30: target_std 0.09 " in text
     assert "(at step 10: 0.6), target_cosine 0.995 (at step 10: 0.7)" in text
-    assert "change first: momentum_start nearer to 1 (published 0.996), here 0; learning_rate lower" in text
+    assert "Try first: momentum_start nearer to 1 (published 0.996), now 0; learning_rate lower" in text
     other = Log(SimpleNamespace(config=LatentMIMConfig(loss_type="norm_l2")))
     other(0.6, 0.1, 0.1)
-    assert "loss_type patch_discrimination, here norm_l2" in warnings()[1]
+    assert "loss_type patch_discrimination, now norm_l2" in warnings()[1]
 
 
 def test_targets_of_the_place_alone_are_called_so(warnings):

@@ -45,6 +45,11 @@ def test_the_method_of_the_page_keeps_what_every_method_promises(module, changes
     check_method("mean_mim", **SIZES | changes)
 
 
+def test_the_short_help_names_a_method_that_import_loads(module, capsys):
+    assert main(["pretrain", "--import", str(module), "--help"]) == 0
+    assert "mean_mim" in capsys.readouterr().out
+
+
 def test_it_pretrains_and_auto_model_loads_it(run):
     losses = [entry["loss"] for entry in json.loads((run / "trainer_state.json").read_text())["log_history"][:3]]
     assert len(losses) == 3 and losses[2] < losses[0]

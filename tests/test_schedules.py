@@ -5,6 +5,7 @@ import math
 import pytest
 
 from hf_mim import trainer_utils
+from hf_mim.models.target_encoder import cosine
 
 
 def test_learning_rate_is_linear_to_the_peak_then_half_a_cosine():
@@ -33,11 +34,11 @@ def test_warmup_over_the_whole_run_ends_at_the_peak():
 
 
 def test_weight_decay_goes_up_on_half_a_cosine():
-    decay = [trainer_utils.weight_decay(p, 0.04, 0.4) for p in (0, 0.25, 0.5, 1)]
+    decay = [cosine(0.04, 0.4, p) for p in (0, 0.25, 0.5, 1)]
     assert decay == pytest.approx([0.04, 0.4 - 0.36 * (1 + math.sqrt(0.5)) / 2, 0.22, 0.4], rel=1e-12)
 
 
 def test_constant_schedules_are_constant_to_the_bit():
     for progress in (0.0, 0.1, 1 / 3, 0.999, 1.0):
-        assert trainer_utils.weight_decay(progress, 0.05, 0.05) == 0.05
+        assert cosine(0.05, 0.05, progress) == 0.05
         assert trainer_utils.linear(0.996, 0.996, progress) == 0.996

@@ -1,8 +1,8 @@
-"""Measure what this project claims to be fast, on the machine it runs on.
+"""Measure on this machine what the project claims to be fast.
 
-    python training/benchmark.py data --source FOLDER            # loading: one core, against a plain PIL pipeline
+    python training/benchmark.py data --source FOLDER            # loading: one core, compared with a plain PIL pipeline
     python training/benchmark.py step                            # full training steps of the three methods
-    python training/benchmark.py evaluate                        # k-NN and linear heads, against plain ways
+    python training/benchmark.py evaluate                        # k-NN and linear heads, compared with plain ways
 
 Each command prints a table and, with --json PATH, writes its numbers there.
 """
@@ -26,15 +26,16 @@ def add_data(subcommands):
     parser.add_argument("--size", type=int, default=224, help="side of the crops")
     parser.add_argument("--scale", type=float, nargs=2, default=(0.2, 1.0), help="share of the area that a crop takes")
     parser.add_argument("--num_images", type=int, default=256, help="how many images of the source to use at most")
-    parser.add_argument("--repeats", type=int, default=5, help="the fastest of so many rounds counts")
+    parser.add_argument("--repeats", type=int, default=5, help="rounds; the fastest counts")
     parser.set_defaults(run=benchmark_data)
 
 
 def benchmark_data(args) -> dict:
-    """Both pipelines on one core, on the same bytes in memory, the same boxes, in turns; then how their crops differ.
+    """Time both pipelines in turns, on one core, with the same bytes and crop boxes; then compare their crops.
 
-    The plain pipeline is decode, crop, bicubic resize, flip, float, normalise, image by image. Ours is the worker's
-    part, to uint8; "+ augment" adds flip and normalisation in batches of 64 on this same core, where a GPU does them.
+    The plain pipeline is decode, crop, bicubic resize, flip, float, normalise, image by image. "ours" is the part that
+    a data worker does, up to uint8. "ours + augment" adds flip and normalisation in batches of 64, here on the same
+    core; in training the GPU does them.
     """
     import torch
 
@@ -80,7 +81,7 @@ def benchmark_data(args) -> dict:
 
 
 def crop_differences(samples, encoded, boxes, size) -> dict:
-    """How far each crop is from the plain one of the same box: printed, and mean and worst of each way to decode."""
+    """Print how far our crops are from the plain ones of the same boxes; return mean and worst by way to decode."""
     from hf_mim.models.pixels import draft_reduction
 
     errors = {False: [], True: []}
@@ -107,7 +108,7 @@ def in_memory(images):
     from datasets import Dataset, Features
     from datasets import Image as ImageFeature
 
-    # Without a path: datasets drops the bytes of files that it finds on the disk.
+    # No path, because datasets drops the bytes of files that it finds on the disk.
     rows = [{"bytes": row["bytes"] or Path(row["path"]).read_bytes(), "path": None} for row in images["image"]]
     return Dataset.from_dict({"image": rows}, features=Features(image=ImageFeature(decode=False)))
 
@@ -141,7 +142,7 @@ def plain_pipeline(data: bytes, box, size):
 
 
 def fastest(functions: dict, repeats: int) -> dict[str, float]:
-    """Processor seconds of the fastest of `repeats` rounds; in each round all functions take their turn."""
+    """Processor seconds of each function in its fastest round. In each round every function runs once."""
     seconds = dict.fromkeys(functions, float("inf"))
     for _ in range(repeats):
         for name, function in functions.items():
@@ -152,7 +153,7 @@ def fastest(functions: dict, repeats: int) -> dict[str, float]:
 
 
 def machine() -> dict:
-    """What a number means nothing without."""
+    """The facts about this machine without which the numbers mean nothing."""
     import torch
 
     versions = {"python": platform.python_version(), "torch": torch.__version__}
@@ -161,7 +162,7 @@ def machine() -> dict:
 
 
 def cpu_name() -> str:
-    """As the Linux kernel tells it; elsewhere what Python knows."""
+    """The name that the Linux kernel gives; on other systems the one that Python knows."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]

@@ -1,6 +1,6 @@
-"""`benchmark.py evaluate`: k-NN against scikit-learn's brute force, linear heads in one pass against one by one.
+"""`benchmark.py evaluate`: k-NN compared with scikit-learn's brute force, linear heads in one pass with one by one.
 
-The features are drawn: clusters around a centre for each class. Speed does not depend on what they mean.
+The features are random: a cluster around a centre for each class. Speed does not depend on what they mean.
 """
 
 import multiprocessing
@@ -17,7 +17,7 @@ def add_evaluate(subcommands):
     parser.add_argument("--classes", type=int, default=10)
     parser.add_argument("--k", type=int, default=20)
     parser.add_argument("--heads", type=int, default=24, help="linear heads that are trained together and one by one")
-    parser.add_argument("--epochs", type=int, default=2, help="of the linear heads")
+    parser.add_argument("--epochs", type=int, default=2, help="epochs of the linear heads")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=3, help="rounds of k-NN; the fastest counts")
     parser.set_defaults(run=benchmark_evaluate)
@@ -39,7 +39,7 @@ def benchmark_evaluate(args) -> dict:
 
 
 def clusters(count: int, width: int, classes: int, seed: int):
-    """Features `[count, width]` and labels `[count]`; the centres are those of every seed."""
+    """Features `[count, width]` and labels `[count]`. The centres are the same for every seed."""
     import torch
 
     centers = torch.randn(classes, width, generator=torch.Generator().manual_seed(0))
@@ -53,9 +53,9 @@ def knn_data(args):
 
 
 def knn_memory(args) -> dict:
-    """MiB that our k-NN takes at its peak beyond the features themselves and beyond the libraries, in a process alone.
+    """Peak memory of our k-NN in MiB, without the features and the libraries, measured in a process of its own.
 
-    From a fork server: a process that is started directly inherits the peak of the one that started it.
+    The process comes from a fork server, because a process that is started directly inherits the peak of its parent.
     """
     context = multiprocessing.get_context("forkserver")
     receive, send = context.Pipe(duplex=False)
@@ -74,7 +74,7 @@ def measure_knn_memory(args, pipe):
 
     torch.set_num_threads(args.threads)
     data = knn_data(args)
-    knn_predict(data[0][:1000], data[1][:1000], data[2][:10], k=args.k)  # what libraries set aside at first use
+    knn_predict(data[0][:1000], data[1][:1000], data[2][:10], k=args.k)  # libraries take memory at their first use
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     knn_predict(*data, k=args.k)
     after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -83,8 +83,11 @@ def measure_knn_memory(args, pipe):
 
 
 def benchmark_knn(args) -> dict:
-    """Ours and scikit-learn's two exact ways, in turns: cosine distances, and Euclidean ones of unit vectors, which are
-    in the same order and which it computes faster. All with the same votes."""
+    """Time our k-NN and two exact ways of scikit-learn, in turns. All weigh the votes in the same way.
+
+    scikit-learn takes cosine distances, or Euclidean distances of unit vectors. Both give the same order, and the
+    second is faster.
+    """
     import numpy as np
     import torch
     import torch.nn.functional as F
@@ -121,7 +124,7 @@ def benchmark_knn(args) -> dict:
 
 
 def benchmark_heads(args) -> dict:
-    """All heads in one call, then each in a call of its own, on the same features in memory."""
+    """Train all heads in one call, then each in a call of its own, on the same features in memory."""
     import torch
 
     from hf_mim.evaluation.linear import train_heads
@@ -136,7 +139,7 @@ def benchmark_heads(args) -> dict:
         train_heads([x], labels, ids, [grid], args.classes, epochs=args.epochs)
         return time.perf_counter() - start
 
-    seconds(grid[:1])  # memory and threads are set up
+    seconds(grid[:1])  # sets up memory and threads
     together, alone = seconds(grid), sum(seconds([head]) for head in grid)
     print(f"\n{len(grid)} linear heads, {args.train} x {args.width}, {args.classes} classes, {args.epochs} epochs\n")
     print(

@@ -1,8 +1,8 @@
 """`benchmark.py step`: images/s, FLOPs and share of the matrix ceiling of full training steps.
 
-A step is forward with drawn masks, backward, AdamW, target update, on one batch that is on the device already.
-transformers' ViTMAEForPreTraining runs beside MAE with the same sizes, masks and loss; its position tables, zero from a
-config, are filled with MAE's, so that both do the same work.
+A step is forward with random masks, backward, AdamW and target update, on one batch that is on the device already.
+transformers' ViTMAEForPreTraining is measured beside MAE, with the same sizes, masks and loss. A new model of
+transformers has position tables of zeros; they are filled with MAE's, so that both do the same work.
 """
 
 import collections
@@ -22,10 +22,10 @@ def add_step(subcommands):
     parser.add_argument("--patch_size", type=int, default=16)
     parser.add_argument("--batch_size", type=int, default=8)
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
-    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"], help="of the autocast")
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"], help="precision of the autocast")
     parser.add_argument("--compile", action="store_true", help="torch.compile the model")
     parser.add_argument("--steps", type=int, default=10, help="timed steps; the methods take turns")
-    parser.add_argument("--warmup", type=int, default=2, help="steps before them")
+    parser.add_argument("--warmup", type=int, default=2, help="steps before the timed ones")
     parser.set_defaults(run=benchmark_step)
 
 
@@ -115,15 +115,15 @@ def training_step(model, images, dtype, compiled: bool):
 
 
 def count_flops(method: str, args, draws: int = 20) -> float:
-    """FLOPs of a step, forward and backward, per image: the mean over masks that are drawn `draws` times.
+    """FLOPs of a step per image, forward and backward: the mean over `draws` random masks.
 
-    Nothing is computed: the tensors are fake. The masks are drawn before that, because their size can depend on what
-    is drawn (StoP-JEPA); masks of the same sizes are counted once.
+    Nothing is computed, because the tensors are fake. The masks are drawn before that: their size can be random too
+    (StoP-JEPA). Masks of the same size are counted once.
     """
     import torch
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    with torch.device("meta"):  # initialisation looks at the weights that it draws, which fake tensors have not
+    with torch.device("meta"):  # initialisation reads the weights that it draws, and fake tensors have no values
         model, images = contestant(method, args)
     drawn = [{}]
     if method != THEIRS:
@@ -140,10 +140,10 @@ def count_flops(method: str, args, draws: int = 20) -> float:
 
 
 def flops_per_image(model, images, *ids, **masks) -> tuple[float, float]:
-    """FLOPs of the matrix products of forward and of backward, counted, a multiply-add as two."""
+    """FLOPs per image of the matrix products, in the forward and in the backward pass. A multiply-add counts as two."""
     from torch.utils.flop_counter import FlopCounterMode
 
-    # The counter knows no fused attention of the CPU. (transformers' decoder has a config of its own.)
+    # The counter does not know the CPU's fused attention. (transformers' decoder has a config of its own.)
     for module in model.modules():
         if hasattr(module, "config"):
             module.config._attn_implementation = "eager"
@@ -155,7 +155,7 @@ def flops_per_image(model, images, *ids, **masks) -> tuple[float, float]:
 
 
 def matrix_ceiling(device, dtype) -> float:
-    """FLOP/s of the best of a few square matrix products."""
+    """FLOP/s of the fastest of five square matrix products."""
     import torch
 
     side = 8192 if device.type == "cuda" else 2048
@@ -165,7 +165,7 @@ def matrix_ceiling(device, dtype) -> float:
 
 
 def timed(function, device) -> float:
-    """Seconds of one call, with all that it set off on the device."""
+    """Seconds of one call, including the work that it started on the device."""
     import torch
 
     synchronize = torch.cuda.synchronize if device.type == "cuda" else lambda: None

@@ -1,11 +1,11 @@
-"""Features of images by a frozen encoder, as a Parquet file: a script to copy.
+"""Write the features of images, by a frozen encoder, to a Parquet file: a script to copy.
 
     python training/features.py runs/digits_mae --dataset digits --split test --output digits.parquet
     python training/features.py facebook/dinov2-base --dataset my_photos --features last/cls/norm last4/mean/norm
 
-A checkpoint is a folder or a name on the Hub, of our models or of any vision transformer that `AutoModel` loads. The
-file has a row for each image: `label` and `path` where the images have them, and a column of numbers for each of
---features (layer/pooling/norm, see docs/evaluation.md).
+A checkpoint is a folder or a name on the Hub, of one of our models or of any vision transformer that `AutoModel` loads.
+The file has a row for each image. The columns are the --features (layer/pooling/norm, see docs/evaluation.md), and
+`label` and `path` if the images have them.
 """
 
 import argparse
@@ -27,7 +27,7 @@ def main():
     parser.add_argument("--dataset", required=True, help='a folder, a file, a name on the Hub, or "digits"')
     parser.add_argument("--split", default="train")
     parser.add_argument("--features", nargs="+", default=["last/mean/norm"], help="layer/pooling/norm")
-    parser.add_argument("--image_size", type=int, help="side; default: the checkpoint's")
+    parser.add_argument("--image_size", type=int, help="side in pixels; default: the checkpoint's")
     parser.add_argument("--batch_size", type=int, default=64)
     parser.add_argument("--num_workers", type=int, default=0)
     parser.add_argument("--bf16", action="store_true", help="compute in bfloat16 (autocast)")
@@ -40,7 +40,7 @@ def main():
     encoder = FrozenEncoder.load(args.checkpoint, args.image_size, dtype=dtype)
     extract = FeatureExtractor(encoder, args.batch_size, args.num_workers, crop=CenterCrop())
     images = Images(load_images(args.dataset, args.split), f"{args.dataset}, split {args.split}")
-    features = extract(images, args.features)  # images that cannot be decoded are left out of `images` here
+    features = extract(images, args.features)  # this removes images that cannot be decoded from `images`
 
     columns = {name: tensor.flatten(1).numpy() for name, tensor in zip(args.features, features, strict=True)}
     rows = images.images

@@ -5,9 +5,9 @@
     torchrun --nproc_per_node 8 training/finetune.py runs/imagenet_mae --dataset /path/to/imagenet --bf16 true
     accelerate launch training/finetune.py facebook/dinov2-base --dataset /path/to/images --epochs 50
 
-The first takes seconds on a CPU, after `hf-mim pretrain training/recipes/digits_mae.yaml`. A checkpoint is a folder or
-a name on the Hub, of our models or of any that `AutoModelForImageClassification` loads. Every argument of transformers'
-`TrainingArguments` works too (`--help`): the learning rate is `--base_lr` × images per step / 256.
+The first command takes seconds on a CPU, after `hf-mim pretrain training/recipes/digits_mae.yaml`. A checkpoint is a
+folder or a name on the Hub, of one of our models or of any that `AutoModelForImageClassification` loads. Every argument
+of transformers' `TrainingArguments` works too (`--help`). The learning rate is `--base_lr` × images per step / 256.
 """
 
 import sys
@@ -30,24 +30,26 @@ class Arguments:
     dataset: str = field(metadata={"help": 'A folder, a file, a name on the Hub, or "digits".'})
     test_dataset: str | None = field(default=None, metadata={"help": "Default: the test or validation split."})
     image_size: int | None = field(default=None, metadata={"help": "Side of the crops; default: the checkpoint's."})
-    blocks: int | None = field(default=None, metadata={"help": "Train only the last so many blocks; 0: linear probe."})
+    blocks: int | None = field(default=None, metadata={"help": "Train only this many last blocks; 0: linear probe."})
     drop_path: float = field(default=0.1, metadata={"help": "Stochastic depth of the last block."})
     mixup: float = field(default=0.8, metadata={"help": "α of mixup; 0: none."})
     cutmix: float = field(default=1.0, metadata={"help": "α of CutMix; 0: none."})
-    label_smoothing: float = field(default=0.1, metadata={"help": "Share of a label given to all classes alike."})
+    label_smoothing: float = field(default=0.1, metadata={"help": "Share of a label that is spread over all classes."})
     random_erase: float = field(default=0.25, metadata={"help": "Probability of erasing a part of an image."})
     flip: float = field(default=0.5, metadata={"help": "Probability of a left-right flip."})
-    randaugment_magnitude: float = field(default=9.0, metadata={"help": "Mean, 0 to 10; 0: no RandAugment."})
+    randaugment_magnitude: float = field(default=9.0, metadata={"help": "Mean magnitude, 0 to 10; 0: no RandAugment."})
 
 
 def main():
     parser = HfArgumentParser((Arguments, FinetuningArguments))
     parser.add_argument("checkpoint", help="a folder, or a name on the Hub")
-    parser.add_argument("--epochs", type=float, dest="num_train_epochs", default=100, help="as --num_train_epochs")
+    parser.add_argument(
+        "--epochs", type=float, dest="num_train_epochs", default=100, help="the same as --num_train_epochs"
+    )
     parser.set_defaults(output_dir="runs/finetuned", eval_strategy="epoch", save_strategy="epoch", save_total_limit=1)
     ours, args, rest = parser.parse_args_into_dataclasses()
 
-    # Size, mean and std as the checkpoint's image processor has them; the images, uint8, cropped in the workers.
+    # The checkpoint's image processor gives size, mean and std. The data workers crop the images and give uint8.
     encoder = FrozenEncoder.load(rest.checkpoint, ours.image_size, device="cpu")
     with args.main_process_first(desc="loading the images"):
         train, test = load_labelled(ours.dataset, ours.test_dataset)
@@ -57,16 +59,16 @@ def main():
 
     set_seed(args.seed)
     model = load_classifier(rest.checkpoint, classes, ours.drop_path, ours.blocks)
-    # Flip, normalisation, erasing, mixup and CutMix, on the device before the model's forward, and the loss to it.
+    # Flip, normalisation, erasing, mixup and CutMix run on the device before the model. The loss comes with them.
     augment = MixAugment(
         encoder.mean, encoder.std, ours.mixup, ours.cutmix, ours.label_smoothing, ours.random_erase, ours.flip
     )
-    # A plain Trainer: AdamW with learning rates by depth.
+    # A plain Trainer, with AdamW and layer-wise learning rates.
     trainer = make_trainer(
         model, args, augment, train_images, eval_dataset=test_images, compute_metrics=compute_metrics
     )
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
-    if trainer.is_world_process_zero():  # the last epoch counts, as in papers
+    if trainer.is_world_process_zero():  # the last epoch counts, as in the papers
         save_classifier(model, args.output_dir, encoder.image_size, encoder.mean, encoder.std)
         print(f"\nThe classifier is in {args.output_dir}: pipeline('image-classification', model='{args.output_dir}')")
 

@@ -1,24 +1,24 @@
-"""What a recipe takes on so many devices: memory, traffic, time, loading. Computed, not measured; needs no device.
+"""Plan a recipe on many devices: memory, traffic, time, loading. All is computed, not measured; no GPU is needed.
 
     python training/plan.py training/recipes/imagenet_mae.yaml --devices 64 --images_per_step 4096
     python training/plan.py huge --method stop_jepa --devices 512 --images_per_step 2048 --json plan.json
     python training/plan.py giant --patch_size 14 --devices 8 --activation_checkpointing true
 
-MODEL is a recipe, or a size (tiny ... giant): then the ImageNet recipe of --method with that size's own decoder,
-projector or predictor. All arguments of `hf-mim pretrain` go over the recipe. Beside them:
+MODEL is a recipe or a size (tiny ... giant). A size means the ImageNet recipe of --method, with the decoder, projector
+or predictor of that size. All arguments of `hf-mim pretrain` override the recipe. There are also:
 
-  --devices N                       processes, one for each device (1)
-  --images_per_step N               what is kept whatever the devices: batch per device and accumulation follow from it
-  --images N                        in the dataset (ImageNet-1k: 1281167)
+  --devices N                       number of devices, with one process each (1)
+  --images_per_step N               images of an optimizer step; batch per device and accumulation follow from it
+  --images N                        images in the dataset (ImageNet-1k: 1281167)
   --json FILE                       write the numbers here too
-assumptions, yours to set:
-  --tflops X                        peak of a device in the precision of the recipe (989: H100 SXM, bfloat16, dense)
-  --mfu X                           share of that peak which a step reaches (0.35; not measured by this project)
-  --memory_gib X                    of a device (80)
-  --devices_per_node N              (8)
-  --link_gbps X,Y                   Gbit/s, one direction: of a device inside its node, and between two nodes
+assumptions, for you to set:
+  --tflops X                        peak of a device in the recipe's precision (989: H100 SXM, bfloat16, dense)
+  --mfu X                           share of that peak that a step reaches (0.35; not measured by this project)
+  --memory_gib X                    memory of a device (80)
+  --devices_per_node N              devices of a node (8)
+  --link_gbps X,Y                   Gbit/s in one direction, of a device inside its node and between two nodes
                                     (3600,400: NVLink 4, and one 400 Gbit/s port)
-  --loader_images_per_second X      of one core (default: docs/benchmarks/data_cpu.json, measured there at 224 pixels)
+  --loader_images_per_second X      images that one core loads (docs/benchmarks/data_cpu.json, at 224 pixels)
 """
 
 import dataclasses
@@ -46,14 +46,14 @@ IMAGENET, IMAGENET_IMAGES = "ILSVRC/imagenet-1k", 1_281_167
 
 
 def measured_loading() -> float:
-    """Images per second of one core, from the benchmark that is kept in docs/."""
+    """Images per second that one core loads, from the benchmark in docs/."""
     measured = json.loads((HERE.parent / "docs/benchmarks/data_cpu.json").read_text())
     return measured["images_per_second"]["ours"]
 
 
 @dataclass
 class Cluster:
-    """What the plan is made for and what it assumes."""
+    """The devices that the plan is made for, and what it assumes about them."""
 
     devices: int = 1
     images_per_step: int | None = None
@@ -75,7 +75,7 @@ class Cluster:
             raise ValueError(f"mfu is a share of the peak and must be at most 1, not {self.mfu:g}")
 
     def seconds(self, sent: float) -> float:
-        """For bytes that each device sends around a ring, which is as slow as its slowest link."""
+        """How long it takes if each device sends these bytes around a ring. The slowest link sets the pace."""
         inside, between = (gbps * 1e9 / 8 for gbps in self.link_gbps)
         return sent / inside if self.devices <= self.devices_per_node else sent / min(inside, between)
 
@@ -93,7 +93,7 @@ COMMAND = Command(
 
 
 def parse(argv: list[str]) -> tuple[Recipe, Cluster]:
-    """Raises ValueError for arguments that there are not, or that do not fit."""
+    """Raises ValueError for an argument that does not exist, or whose value does not fit."""
     words, options = COMMAND.read(argv)
     own = {
         name: to_type(name, options.pop(name), CLUSTER_FIELDS[name]) for name in list(options) if name in CLUSTER_FIELDS
@@ -123,7 +123,7 @@ def batches(recipe: Recipe, cluster: Cluster) -> tuple[int, int]:
 
 
 def training(recipe: Recipe, name: str):
-    """A training argument: the recipe's or its default."""
+    """The value of a training argument: the recipe's, or else its default."""
     return recipe.training.get(name, getattr(MIMTrainingArguments, name))
 
 
@@ -134,14 +134,14 @@ def steps_of(recipe: Recipe, cluster: Cluster, batch: int, accumulation: int) ->
     images = cluster.images or (IMAGENET_IMAGES if recipe.run.dataset == IMAGENET else None)
     if images is None:
         raise ValueError(
-            f"images must be given: the recipe counts epochs, and how many {recipe.run.dataset} has is not known"
+            f"images must be given: the recipe counts epochs, and the size of {recipe.run.dataset} is not known"
         )
     per_epoch = math.ceil(images // (batch * cluster.devices) / accumulation)
     return math.ceil(training(recipe, "num_train_epochs") * max(1, per_epoch))
 
 
 def memory(step, batch: int, accumulation: int, devices: int, bf16: bool) -> dict[str, dict[str, float]]:
-    """Bytes on one device (of FSDP2 the first, which has the largest shards), by what they are, without temporaries."""
+    """Bytes on one device by kind, without temporaries. Under FSDP2: the first, whose shards are largest."""
     p, half = step.parameters, 2 if bf16 else 4
 
     def held(activations):
@@ -160,24 +160,25 @@ def memory(step, batch: int, accumulation: int, devices: int, bf16: bool) -> dic
         "weights": 4 * (step.shards["trained"] + p.buffers),
         "target": 4 * step.shards["target"],
         "gradients": 4 * step.shards["trained"],
-        # In use: two layers, of which one is fetched ahead, all outside of layers, and a layer's and their gradients.
+        # Gathered at one time: two layers (one ahead), all that is outside of layers, and the gradients of a layer and
+        # of the rest.
         "gathered": half * (3 * p.largest_layer + outside + p.trained - p.trained_layers),
         "AdamW": 8 * step.shards["trained"],
         "activations": held(step.fsdp),
     }
-    if accumulation > 1:  # not reduced before the last pass, so held in full
+    if accumulation > 1:  # gradients are reduced in the last pass, and held in full until then
         fsdp["gathered"] += half * p.trained_layers
     return {name: parts | {"total": sum(parts.values())} for name, parts in (("ddp", ddp), ("fsdp2", fsdp))}
 
 
 def traffic(step, accumulation: int, devices: int, bf16: bool) -> dict[str, dict[str, float]]:
-    """Bytes that each device sends in an optimizer step, during the forward passes and during the backward passes.
+    """Bytes that each device sends in an optimizer step, in the forward passes and in the backward passes.
 
-    A ring takes (N - 1)/N of the bytes to gather or to reduce-scatter, and twice that to all-reduce.
+    In a ring of N devices, gather and reduce-scatter send (N - 1)/N of the bytes, all-reduce sends twice that.
     """
     p, half, share = step.parameters, 2 if bf16 else 4, (devices - 1) / devices
     return {
-        "ddp": {"forward": 0.0, "backward": 2 * share * 4 * p.trained},  # float32, at the last of the passes
+        "ddp": {"forward": 0.0, "backward": 2 * share * 4 * p.trained},  # float32, in the last pass
         "fsdp2": {
             "forward": share * half * (p.trained + p.target) * accumulation,
             "backward": share * half * (p.trained_layers * accumulation + p.trained),
@@ -186,9 +187,9 @@ def traffic(step, accumulation: int, devices: int, bf16: bool) -> dict[str, dict
 
 
 def times(step, sent: dict, cluster: Cluster, batch: int, accumulation: int) -> dict[str, dict[str, float]]:
-    """Seconds of an optimizer step: computing, sending, and what of the sending computing cannot hide even at best.
+    """Seconds of an optimizer step: computing, sending, and the part of sending that computing cannot hide at best.
 
-    DDP sends while the last backward pass computes; FSDP2 in each pass.
+    DDP sends while the last backward pass computes, FSDP2 in every pass.
     """
     rate = cluster.tflops * 1e12 * cluster.mfu
     forward, backward = (flops * batch / rate for flops in (step.forward_flops, step.backward_flops))

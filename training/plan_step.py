@@ -1,7 +1,7 @@
-"""What a training step of a model holds and computes, found by running it on tensors without memory.
+"""Memory and FLOPs of a model's training step, found by running the step on tensors without memory.
 
-Nothing here is a formula that could fall behind the models: parameters are those of the model, activations are what
-autograd saves in its forward pass, FLOPs are counted. `plan.py` makes memory, traffic and time of them.
+There are no formulas that could become wrong when the models change. Parameters are those of the model, activations
+are what autograd saves in the forward pass, and FLOPs are counted. `plan.py` computes memory, traffic and time of them.
 """
 
 import copy
@@ -21,7 +21,7 @@ MASK_DRAWS = 300
 
 @dataclasses.dataclass
 class Parameters:
-    """Numbers of parameters; `...layers` are those in transformer layers, which FSDP2 gathers one layer at a time."""
+    """Numbers of parameters. `..._layers` count those in transformer layers, which FSDP2 gathers one at a time."""
 
     trained: int
     target: int
@@ -46,23 +46,23 @@ class Parameters:
 
 
 def shard_numel(parameters, devices: int) -> int:
-    """How many numbers the first of `devices` holds when FSDP2 has divided each tensor by its first dimension."""
+    """How many numbers the first of `devices` holds under FSDP2, which divides each tensor by its first dimension."""
     return sum(math.ceil(p.shape[0] / devices) * (p.numel() // p.shape[0]) for p in parameters)
 
 
 @dataclasses.dataclass
 class Activations:
-    """Bytes that autograd holds between forward and backward, beside the parameters."""
+    """Bytes that autograd holds between forward and backward, without the parameters."""
 
     per_image: float
-    fixed: int  # whatever the batch: above all the bfloat16 copies of the weights, which autocast keeps to its end
-    recomputed_per_image: float  # of the largest layer: with activation checkpointing, held while it is run again
-    per_token_and_layer: float  # of the second encoder layer
+    fixed: int  # for any batch: mostly the bfloat16 copies of the weights, which autocast keeps to its end
+    recomputed_per_image: float  # with activation checkpointing: the largest layer, held while it runs again
+    per_token_and_layer: float  # measured on the second encoder layer
 
 
 @dataclasses.dataclass
 class Step:
-    """All that `plan.py` has to know of a model."""
+    """All that `plan.py` needs to know about a model."""
 
     parameters: Parameters
     shards: dict[str, int]  # numbers on one device under FSDP2: trained, target
@@ -70,14 +70,14 @@ class Step:
     fsdp: Activations
     forward_flops: float
     backward_flops: float
-    encoder_tokens: int  # of one image in the trained encoder
+    encoder_tokens: int  # tokens of one image in the trained encoder
 
 
 def examine(config, batch_size: int, devices: int, bf16: bool = True, checkpointing: bool = False) -> Step:
     """Run a forward and backward pass of the pretraining model of `config` on fake tensors.
 
-    `batch_size`, that of one device, decides how large StoP's contexts are. Memory is planned for the largest of 300
-    drawn masks, FLOPs for the mean. A recomputed forward counts with the backward.
+    `batch_size` is that of one device; the size of StoP's contexts depends on it. Memory is planned for the largest of
+    300 random masks, FLOPs for the mean. A forward pass that is computed again counts with the backward pass.
     """
     config = copy.deepcopy(config)  # counting FLOPs changes it
     with torch.device("meta"):
@@ -107,7 +107,7 @@ def examine(config, batch_size: int, devices: int, bf16: bool = True, checkpoint
 
 
 def mask_shapes(model, batch_size: int) -> tuple[tuple, tuple]:
-    """The shapes of one image's context_ids and target_ids: the mean over many draws, and the draw with most ids."""
+    """The shapes of one image's context_ids and target_ids: the mean over many draws, and those with the most ids."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         draws = [model.draw_masks(batch_size, model.config.grid_size, "meta") for _ in range(MASK_DRAWS)]
@@ -126,7 +126,7 @@ def batch(config, size: int, shapes) -> list[torch.Tensor]:
 
 
 def activations(model, shapes, bf16: bool, checkpointing: bool) -> Activations:
-    """From two batch sizes to bytes per image and bytes whatever the batch."""
+    """Find the bytes per image, and those that do not depend on the batch, from two batch sizes."""
     (total, layers), (larger, larger_layers) = (
         saved_bytes(model, batch(model.config, size, shapes), bf16) for size in (2, 4)
     )
@@ -145,14 +145,14 @@ def activations(model, shapes, bf16: bool, checkpointing: bool) -> Activations:
 
 
 def saved_bytes(model, arguments, bf16: bool) -> tuple[int, dict[str, int]]:
-    """Bytes that the forward pass saves for backward, each storage once and parameters left out: in all, by layer."""
+    """Bytes that the forward pass saves for backward, in all and by layer. A storage counts once, parameters do not."""
     parameters = {p.untyped_storage()._cdata for p in model.parameters()}
     storages, by_layer, handles = {}, {}, []
 
     def keep(tensor):
         storage = tensor.untyped_storage()
         if storage._cdata not in parameters:
-            storages[storage._cdata] = storage  # held, so that no other takes its address
+            storages[storage._cdata] = storage  # kept alive, so that no other storage gets its address
         return tensor
 
     def total():

@@ -4,7 +4,7 @@ GIB, MIB = 2**30, 2**20
 
 
 def table(plan: dict) -> str:
-    """Each block of the plan, DDP beside FSDP2 where they differ."""
+    """The plan in blocks, with DDP and FSDP2 in two columns where they differ."""
     cluster, batch, step, run, loading = (plan[name] for name in ("cluster", "batch", "step", "run", "loading"))
     parameters, memory, time = step["parameters"], plan["memory"], plan["time"]
     flops = step["forward_flops"] + step["backward_flops"]
@@ -13,7 +13,7 @@ def table(plan: dict) -> str:
     lines = [
         f"{plan['method']}, width {plan['width']}, depth {plan['depth']}, {precision}, {cluster['devices']} devices",
         "Computed, not measured. Assumed: "
-        f"{cluster['tflops']:g} TFLOP/s peak, of it {cluster['mfu']:.0%} reached; {inside:g} Gbit/s in a node of "
+        f"{cluster['tflops']:g} TFLOP/s peak, {cluster['mfu']:.0%} of it reached; {inside:g} Gbit/s in a node of "
         f"{cluster['devices_per_node']}, {between:g} between nodes.",
         "",
         f"parameters     {parameters['trained'] / 1e6:,.1f} M trained, {parameters['target'] / 1e6:,.1f} M EMA target, "
@@ -23,7 +23,7 @@ def table(plan: dict) -> str:
         f"activations    {step['ddp']['per_image'] / MIB:,.1f} MiB per image (FSDP2 "
         f"{step['fsdp']['per_image'] / MIB:,.1f}); an encoder layer keeps {step['ddp']['per_token_and_layer']:,.0f} "
         f"bytes (FSDP2 {step['fsdp']['per_token_and_layer']:,.0f}) for each of {step['encoder_tokens']} tokens",
-        f"computing      {flops / 1e9:,.1f} GFLOP per image, of them backward {step['backward_flops'] / 1e9:,.1f}",
+        f"computing      {flops / 1e9:,.1f} GFLOP per image, in the backward pass {step['backward_flops'] / 1e9:,.1f}",
     ]
     rows = [
         (name, [memory[way].get(name, 0) / GIB for way in memory], ".2f")
@@ -53,6 +53,6 @@ def table(plan: dict) -> str:
 
 
 def block(title: str, rows: list[tuple[str, list[float], str]]) -> list[str]:
-    """Rows of a name and one value for each way to be parallel."""
+    """A title, and rows of a name with one value for DDP and one for FSDP2."""
     lines = ["", f"{title:<24}{'DDP':>12}{'FSDP2':>12}"]
     return lines + [f"  {name:<22}" + "".join(f"{value:>12{form}}" for value in values) for name, values, form in rows]

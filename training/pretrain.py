@@ -4,8 +4,8 @@
     torchrun --nproc_per_node 8 training/pretrain.py training/recipes/imagenet_mae.yaml --dataset /path/to/imagenet
     accelerate launch training/pretrain.py training/recipes/cifar10_mae.yaml --dataset /path/to/cifar10
 
-With data, model or masks of your own, take the pieces instead: everything that `Pretraining` does is in
-`hf_mim/pretraining/run.py`, and at its heart is
+For data, a model or masks of your own, use the parts instead. `hf_mim/pretraining/run.py` shows how `Pretraining` puts
+them together; the core is
 
     trainer = MIMTrainer(model, MIMTrainingArguments(output_dir=...), train_dataset=images, augment=DeviceAugment())
     trainer.train()

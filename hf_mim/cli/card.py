@@ -1,17 +1,17 @@
-"""`hf-mim card CHECKPOINT`: the model card of a checkpoint, into its README.md."""
+"""`hf-mim card CHECKPOINT`: writes the model card of a checkpoint to its README.md."""
 
 from hf_mim.cli.errors import told_in_one_line
 from hf_mim.cli.options import Command, Setting
 from hf_mim.files import check_writable
 
 TEXT = """\
-Write CHECKPOINT/README.md, over the one that is there, from the folder's config, recipe.yaml, trainer_state.json,
-results/*.json and pictures. What is in none of these is said to be missing."""
+Write CHECKPOINT/README.md from the folder's config, recipe.yaml, trainer_state.json, results/*.json and pictures. A
+README.md that is there is replaced. The card says which facts are in none of these files."""
 
 
 def settings() -> list[Setting]:
-    license = "such as apache-2.0 or cc-by-nc-4.0; default: the recipe's, or that of the card that is there"
-    repo_id = "the name on the Hub that the card's examples load; default: the folder's own name"
+    license = "such as apache-2.0 or cc-by-nc-4.0; default: that of the recipe, or of the card that is there"
+    repo_id = "the name on the Hub that the card's examples load; default: the name of the folder"
     return [Setting("license", str, text=license), Setting("repo_id", str, text=repo_id)]
 
 

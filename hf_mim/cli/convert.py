@@ -1,7 +1,7 @@
-"""`hf-mim convert SOURCE DEST`: a checkpoint of others becomes a folder that `from_pretrained` loads."""
+"""`hf-mim convert SOURCE DEST`: turns a checkpoint of another program into a folder that `from_pretrained` loads."""
 
 import re
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import click
 
@@ -10,23 +10,20 @@ from hf_mim.cli.errors import told_in_one_line
 from hf_mim.cli.options import Command, Setting
 from hf_mim.pretraining.settings import to_type
 
-if TYPE_CHECKING:
-    from hf_mim.hub.convert import Conversion
-
 TEXT = """\
-Bring SOURCE in: a file (.pth, .pth.tar, .bin, .safetensors), a folder of one checkpoint, or a name on the Hub: the
-authors' files of MAE (pretrained, fine-tuned, linear probe), I-JEPA, StoP, Latent MIM; transformers' vit_mae and ijepa;
-timm's ViT (vit_base_patch16_224.mae and alike). DEST is a new folder, for AutoModel, AutoModelForPreTraining or
-AutoModelForImageClassification.
+Bring SOURCE in: a file (.pth, .pth.tar, .bin, .safetensors), a folder with one checkpoint, or a name on the Hub. It
+holds the authors' weights of MAE (pretrained, fine-tuned, linear probe), I-JEPA, StoP or Latent MIM, transformers'
+vit_mae or ijepa, or a ViT of timm (such as vit_base_patch16_224.mae). DEST is a new folder, which AutoModel,
+AutoModelForPreTraining or AutoModelForImageClassification loads.
 
-Every tensor of the file has to find its place, and every place its tensor; nothing is written otherwise. What was
-told by the file, assumed after the paper and given is noted in DEST/conversion.json."""
+Every tensor of the file must have a place in the model, and every place a tensor; otherwise nothing is written.
+DEST/conversion.json says what came from the file, what was assumed after the paper, and what you gave."""
 
 
 def settings() -> list[Setting]:
-    method = "what to take the file for; needed for StoP, whose files look like I-JEPA's"
+    method = "the file's method; needed for StoP, whose files look like those of I-JEPA"
     fields = (
-        "config fields that the file does not tell, like num_attention_heads=12, image_size=64,96, or the "
+        "config fields that are not in the file, such as num_attention_heads=12 or image_size=64,96, or the "
         "normalisation of the pixels, image_mean=.485,.456,.406 image_std=.229,.224,.225"
     )
     return [
@@ -36,7 +33,7 @@ def settings() -> list[Setting]:
 
 
 class Convert(Command):
-    """`--set` may be followed by several settings."""
+    """Several settings may follow one `--set`."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         again, follows = [], False
@@ -60,37 +57,36 @@ def run(source: str, dest: str, method: str | None = None, set: tuple[str, ...] 
         check_destination(dest)  # before minutes of reading
         conversion = Conversion.read(source, method, **given)
         conversion.save(dest)
-    print(summary(conversion, dest, hint=method is None))
+    print(summary(conversion.record, dest, hint=method is None))
 
 
 def read_setting(text: str) -> tuple[str, Any]:
-    """`name=value` as the name and the value in its type. Raises ValueError."""
+    """The name and the typed value of `name=value`. Raises ValueError for other text."""
     from hf_mim.hub.convert import setting_types
 
     name, has_value, value = text.partition("=")
     if not has_value:
         raise ValueError(f"--set needs name=value, not {text!r}")
     types = {name: kind for method in methods.rows() for name, kind in setting_types(method.name).items()}
-    # Another name is refused when the method is known, with a hint at what was meant.
+    # An unknown name is refused later, when the method is known, with a hint at the name that was meant.
     return name, to_type(name, value, types[name]) if name in types else value
 
 
-def summary(conversion: "Conversion", dest: str, hint: bool) -> str:
-    """What was made, what of it no file told, and how to load it; with a hint at StoP where it could be that."""
-    record, loader = conversion.record, "AutoModel"
-    for part in ("ForPreTraining", "ForImageClassification"):
-        loader += part if record["model"].endswith(part) else ""
+def summary(record: dict[str, Any], dest: str, hint: bool) -> str:
+    """What was made, what of it was assumed, and how to load it. `hint`: say so if the file could be one of StoP."""
+    kinds = ("ForPreTraining", "ForImageClassification")
+    loader = "AutoModel" + next((kind for kind in kinds if record["model"].endswith(kind)), "")
     assumed = ", ".join(f"{name}={value}" for name, value in record["assumed"].items())
     lines = [f"{record['source']} is {record['method']}: {record['model']}, every tensor in its place."]
     if record["left_out"]:
         lines.append(f"Left out, because nothing reads it: {', '.join(record['left_out'])}.")
     if hint and record["method"] == "ijepa" and record["model"].endswith("ForPreTraining"):
-        lines.append("A file of StoP looks the same; for one, say --method stop.")
+        lines.append("A file of StoP looks the same; if it is one, give --method stop.")
     if assumed:
-        lines.append(f"Not told by the file, so assumed after the paper (other values by --set): {assumed}.")
+        lines.append(f"Not in the file, so assumed after the paper (change them by --set): {assumed}.")
     lines += [f"\nThe checkpoint is in {dest}:\n", "    import hf_mim", f"    from transformers import {loader}"]
     return "\n".join([*lines, f'    model = {loader}.from_pretrained("{dest}")'])
 
 
-SUMMARY = "bring a checkpoint of the authors, of transformers or of timm in"
+SUMMARY = "bring in a checkpoint of the authors, of transformers or of timm"
 command = Convert("convert", run, ("SOURCE", "DEST"), settings, TEXT, short_help=SUMMARY, no_args_is_help=True)

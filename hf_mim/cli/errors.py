@@ -1,4 +1,4 @@
-"""How mistakes are told: one line on stderr, once however many processes there are, and exit status 2."""
+"""How users learn of mistakes: one line on stderr, from the first process alone, and exit status 2."""
 
 import os
 import sys
@@ -16,7 +16,7 @@ class Mistake(click.UsageError, ValueError):
 
 @contextmanager
 def told_in_one_line(interrupted: str) -> Iterator[None]:
-    """What a user's input makes the library raise becomes a `Mistake`; ^C ends with status 130 and says `interrupted`.
+    """Inside, errors that a user's input can cause become a `Mistake`. ^C prints `interrupted` and gives status 130.
 
     Any other exception is a bug of ours and keeps its traceback.
     """
@@ -32,12 +32,12 @@ def told_in_one_line(interrupted: str) -> Iterator[None]:
 
 
 def fail(message: str) -> int:
-    """Print the error; returns the exit status of mistakes."""
+    """Print the error and return the exit status of a mistake."""
     say(f"error: {message}")
     return 2
 
 
 def say(message: str):
-    """Print to stderr, on the first process alone."""
+    """Print to stderr, on the first process only."""
     if os.environ.get("RANK", "0") == "0":
         print(message, file=sys.stderr)

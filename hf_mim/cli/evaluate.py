@@ -14,11 +14,11 @@ from hf_mim.pretraining.settings import suggestion, to_type
 
 TEXT = """\
 Measure the features of CHECKPOINT: a folder, or a name on the Hub, of any vision transformer that transformers'
-AutoModel loads. The result goes to CHECKPOINT/results/. hf-mim evaluate PROTOCOL --help lists its options."""
+AutoModel loads. The result is saved in CHECKPOINT/results/. hf-mim evaluate PROTOCOL --help lists the options."""
 
 
 class Protocols(Menu):
-    """Each protocol is a command, made of its dataclasses when it is asked for."""
+    """Each protocol is a command. Its options come from dataclasses, which are imported when it is asked for."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(PROTOCOLS)
@@ -34,7 +34,7 @@ class Protocols(Menu):
 
 
 def protocol_settings(protocol: type) -> list[Setting]:
-    """All that a protocol can be told."""
+    """All options of a protocol."""
     from hf_mim.evaluation.measure import argument_kinds, option_types
 
     encoder, source, own = argument_kinds(protocol)
@@ -59,7 +59,7 @@ def run(protocol: str, checkpoint: str, **given: str):
     try:
         result.save(path)
     except OSError as error:
-        print(result)  # what was measured is seen even if it cannot be saved
+        print(result)  # the user sees the result even if it cannot be saved
         raise Mistake(one_line(error)) from error
     print(f"{result}\n\nThe result is in {path}.")
 

@@ -1,4 +1,4 @@
-"""`hf-mim export`: a checkpoint in a form that loads where hf_mim is not installed."""
+"""`hf-mim export`: writes a checkpoint in a form that loads without hf_mim."""
 
 import logging
 import warnings
@@ -8,8 +8,8 @@ from hf_mim.cli.errors import Mistake, told_in_one_line
 from hf_mim.cli.options import Command, Setting
 
 TEXT = """\
-Write a checkpoint of hf_mim to the new folder DEST in a form that needs no hf_mim. CHECKPOINT is a folder, or a name on
-the Hub: a pretraining model, an encoder or a classifier.
+Write a checkpoint of hf_mim to the new folder DEST, in a form that loads without hf_mim. CHECKPOINT is a folder or a
+name on the Hub, with a pretraining model, an encoder or a classifier.
 
 \b
 --to  transformers   ViTMAEForPreTraining (MAE with its decoder), ViTModel, IJepaModel, or their classifiers
@@ -20,8 +20,8 @@ the Hub: a pretraining model, an encoder or a classifier.
 
 def settings() -> list[Setting]:
     encoder = (
-        "which of the two that Latent MIM and StoP-JEPA train; it is then all that is written. Default: the one that "
-        "the paper evaluates, Latent MIM's online and StoP-JEPA's target encoder"
+        "write only this one of the two encoders of Latent MIM and StoP-JEPA. Default: the one that the paper "
+        "evaluates, Latent MIM's online and StoP-JEPA's target encoder"
     )
     forms = Literal["transformers", "timm", "remote-code", "onnx"]
     return [Setting("to", forms, text="the form"), Setting("encoder", Literal["online", "target"], text=encoder)]
@@ -36,11 +36,11 @@ def run(checkpoint: str, dest: str, to: str | None = None, encoder: str | None =
         from hf_mim.hub.export import export
 
         disable_progress_bar()
-        logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it speaks of torchvision
-        warnings.simplefilter("ignore", FutureWarning)  # of torch to itself
+        logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it warns that torchvision is missing
+        warnings.simplefilter("ignore", FutureWarning)  # torch's warnings about its own code
         how_to_load = export(checkpoint, dest, to, encoder)
     print(how_to_load)
 
 
-SUMMARY = "take a checkpoint out: to transformers, timm, remote code or ONNX"
+SUMMARY = "write a checkpoint for transformers, timm, remote code or ONNX"
 command = Command("export", run, ("CHECKPOINT", "DEST"), settings, TEXT, short_help=SUMMARY, no_args_is_help=True)

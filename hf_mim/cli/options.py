@@ -1,12 +1,14 @@
-"""Fields of dataclasses as options of click commands, and the habits that all commands of hf-mim share.
+"""Fields of dataclasses as options of click commands, and what all commands of hf-mim have in common.
 
-An option may be written with dashes or underscores, `--name value` or `--name=value`, a switch also `--name` alone.
-Values stay text here: `pretraining.settings.to_type` gives them their types. `--help` wins over every mistake.
+An option may be written with dashes or underscores, and as `--name value` or `--name=value`. A switch may also be
+`--name` alone. Values stay text here: `pretraining.settings.to_type` gives them their types. `--help` prints the help
+even if the rest of the line has mistakes.
 """
 
 import dataclasses
 import inspect
 from collections.abc import Callable, Iterable, Iterator
+from functools import cached_property
 from itertools import groupby
 from typing import Any, get_args, get_type_hints
 
@@ -25,14 +27,14 @@ CONTEXT = {
 
 
 class Setting(click.Option):
-    """An option with the type and the default that its help and its messages speak of."""
+    """An option that knows its type and its default, for help and messages."""
 
     def __init__(self, name: str, hint: Any, default: Any = None, text: str = "", section: str = "options", **more):
         super().__init__([f"--{name}"], help=text, **more)
         self.hint, self.shown, self.section = hint, default, section
 
     def is_alone(self, following: str) -> bool:
-        """Whether it stands without a value before this word: true, then. Raises Mistake for what is no switch."""
+        """Whether the option has no value before this word, and so means true. Raises Mistake if it is no switch."""
         if self.hint is bool:
             return following.lower() not in ("true", "false")
         if following.startswith("--") and bool not in get_args(self.hint):
@@ -42,7 +44,7 @@ class Setting(click.Option):
         return following.startswith("--")
 
     def get_help_record(self, ctx: click.Context) -> tuple[str, str]:
-        """The name with its default as it would be typed; what it means, and the words that it may be."""
+        """(the name with its default as one would type it, the meaning with the words that are allowed)."""
         default, words = self.shown, choices(self.hint)
         default = ",".join(map(str, default)) if isinstance(default, list | tuple) else default
         default = str(default).lower() if isinstance(default, bool) else default
@@ -53,9 +55,13 @@ class Setting(click.Option):
 def settings_of(
     cls: type, section: str, names: Iterable[str] | None = None, defaults: dict[str, Any] | None = None
 ) -> list[Setting]:
-    """A `Setting` for each field of a dataclass, or for those of these names in their order, with other defaults.
+    """A `Setting` for each field of a dataclass.
 
-    The text is what the docstring says under `Args:`, or the field's own `metadata["help"]` in transformers' classes.
+    Args:
+        names: only these fields, in this order.
+        defaults: defaults that differ from those of the class.
+
+    The text comes from `Args:` in the docstring, or from `metadata["help"]` of the field in transformers' classes.
     """
     texts, fields = argument_texts(cls), {field.name: field for field in dataclasses.fields(cls)}
     chosen = list(fields.values()) if names is None else [fields[name] for name in names]
@@ -70,11 +76,11 @@ def settings_of(
 
 
 class Command(click.Command):
-    """`NAME WORD ... --option value ...`: calls `run(*words, **values)` with the values that were given, as text.
+    """`NAME WORD ... --option value ...`: calls `run(*words, **values)` with the given values, as text.
 
     Args:
-        words: what has to be given without an option, such as ("SOURCE", "DEST").
-        settings: makes the options. It is called when they are needed, so that what it imports costs no other command.
+        words: the arguments that are no options, such as ("SOURCE", "DEST").
+        settings: makes the options. It is called only when they are needed, because its imports are slow.
     """
 
     complaint = "{command} has no option {name}"
@@ -82,14 +88,12 @@ class Command(click.Command):
     def __init__(self, name: str, run: Callable, words: tuple[str, ...], settings: Callable, text: str, **more):
         given = click.Argument(["words"], nargs=-1, metavar=" ".join(words))
         super().__init__(name, CONTEXT, run, [given], help=text, options_metavar="[--option value ...]", **more)
-        self.words, self._make_settings, self._settings = words, settings, None
+        self.words, self._make_settings = words, settings
 
-    @property
+    @cached_property
     def settings(self) -> list[Setting]:
-        """All that the help shows. An argument of several methods is there once for each of their defaults."""
-        if self._settings is None:
-            self._settings = self._make_settings()
-        return self._settings
+        """All options, as the help shows them: an argument of several methods is there once for each default."""
+        return self._make_settings()
 
     def get_params(self, ctx: click.Context) -> list[click.Parameter]:
         return [*super().get_params(ctx), *{setting.name: setting for setting in self.settings}.values()]
@@ -103,7 +107,7 @@ class Command(click.Command):
                 formatter.write_dl([setting.get_help_record(ctx) for setting in settings], col_max=38)
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        self._settings = None  # a method may have been registered since the last call
+        vars(self).pop("settings", None)  # a method may have been registered since the last call
         if HELP & set(args) or (self.no_args_is_help and not args):
             click.echo(self.get_help(ctx))
             ctx.exit()
@@ -111,25 +115,27 @@ class Command(click.Command):
             super().parse_args(ctx, list(self._spelled_out(args)))
         except click.NoSuchOption as error:
             raise Mistake(self.unknown(error.option_name, args)) from None
-        self.check_words(ctx.command_path.removeprefix("hf-mim "), ctx.params["words"])
-        return []
+        ctx.args = list(ctx.params.pop("words"))
+        self.check_words(ctx.command_path.removeprefix("hf-mim "), ctx.args)
+        ctx.params = {name: value for name, value in ctx.params.items() if value is not None}
+        return ctx.args
 
     def _spelled_out(self, args: list[str]) -> Iterator[str]:
-        """A switch without a value gets `=true`: click would take whatever word comes next for its value."""
+        """A switch without a value gets `=true`, because click would take the next word for its value."""
         settings = {setting.name: setting for setting in self.settings}
         for word, following in zip(args, [*args[1:], "--"], strict=False):
             setting = settings.get(word[2:].replace("-", "_")) if word.startswith("--") else None
             yield f"{word}=true" if setting is not None and setting.is_alone(following) else word
 
-    def check_words(self, path: str, words: tuple[str, ...]):
-        """Raise Mistake unless there are as many as there have to be."""
+    def check_words(self, path: str, words: list[str]):
+        """Raise Mistake if there are more or fewer words than the command needs."""
         if len(words) != len(self.words):
             needed = " and ".join(self.words) if len(self.words) > 1 else f"one {self.words[0]}"
             raise Mistake(f"{path} needs {needed}, not {' and '.join(words) or 'none'}")
 
     def unknown(self, option: str, args: list[str]) -> str:
-        """The message for an option that there is not."""
-        if not option.startswith("--"):  # click names the first letter
+        """The message about an unknown option."""
+        if not option.startswith("--"):  # click gives only its first letter
             option = next((word for word in args if word.startswith(option)), option)
         name, known = option.lstrip("-") or option, [setting.name for setting in self.settings]
         hint = suggestion(name, known)
@@ -138,20 +144,16 @@ class Command(click.Command):
         return self.complaint.format(command=self.name, name=name) + hint
 
     def read(self, arguments: list[str]) -> tuple[list[str], dict[str, Any]]:
-        """The words and the values of a command line. Raises `Mistake`, a ValueError."""
-        return self._given(self.make_context(self.name, list(arguments)))
+        """The words and the values of a command line. Raises `Mistake`, which is a ValueError."""
+        ctx = self.make_context(self.name, list(arguments))
+        return ctx.args, ctx.params
 
     def invoke(self, ctx: click.Context) -> Any:
-        words, values = self._given(ctx)
-        return self.callback(*words, **values)
-
-    def _given(self, ctx: click.Context) -> tuple[list[str], dict[str, Any]]:
-        values = {name: value for name, value in ctx.params.items() if value is not None and name != "words"}
-        return list(ctx.params["words"]), values
+        return self.callback(*ctx.args, **ctx.params)
 
 
 class Menu(click.Group):
-    """A choice of commands. `refuse(word)` is the message for what is none."""
+    """A choice of commands. `refuse(word)` is the message about a word that is none of them."""
 
     def __init__(self, name: str, refuse: Callable[[str], str], text: str, **more):
         super().__init__(name, context_settings=CONTEXT, help=inspect.cleandoc(text), options_metavar="", **more)

@@ -6,36 +6,33 @@ import sys
 
 import click
 
+from hf_mim import methods
 from hf_mim.cli.errors import Mistake, fail, say, told_in_one_line
 from hf_mim.cli.options import Command, Setting, settings_of
 from hf_mim.files import one_line
 
 TEXT = """\
-The command line goes over the recipe, the recipe over the defaults. Without any argument, MAE is pretrained on the
-embedded digits, with a small model. Pairs are written 64,96; --streaming means --streaming true."""
+The command line overrides the recipe, and the recipe overrides the defaults. Without any argument, a small MAE is
+pretrained on the embedded digits. Pairs are written 64,96; --streaming means --streaming true."""
 
-# (name, default, text) of the options that most runs set. By hand, because the help is to be quick: to read them from
-# their classes takes seconds of imports. A test compares the two.
+# (name, default, text) of the options that most runs set. They are written by hand, because to read them from their
+# classes takes seconds of imports, and the help has to be quick. A test compares the two.
 MOST_USED = (
-    ("method", "mae", "mae, latent_mim or stop_jepa"),
-    (
-        "dataset",
-        "digits",
-        "a folder of images, Parquet, Arrow or tar files, owner/name on the Hub, or digits (embedded)",
-    ),
+    ("method", "mae", "one of {methods}"),
+    ("dataset", "digits", "a folder of images, Parquet, Arrow or tar files; owner/name on the Hub; digits (embedded)"),
     ("output_dir", "", "the run folder; default: runs/DATASET_METHOD"),
-    ("size", "base", "tiny, small, base, large, huge or giant; each of its parts can be set apart"),
+    ("size", "base", "tiny, small, base, large, huge or giant; width, depth and so on can be set one by one"),
     ("image_size", "224", "side in pixels, or height,width"),
     ("patch_size", "16", "side in pixels, or height,width; divides image_size"),
-    ("num_channels", "3", "of the images"),
+    ("num_channels", "3", "channels of the images"),
     ("num_train_epochs", "100", "passes over the images; or give max_steps"),
     ("per_device_train_batch_size", "64", "images per device and step"),
     ("base_lr", "0.00015", "peak learning rate for 256 images per step"),
-    ("bf16", "", "mixed precision; default: where the GPU has it"),
+    ("bf16", "", "mixed precision; default: if the GPU has it"),
     ("save_steps", "500", "steps from one checkpoint to the next"),
     ("probe_every", "0", "steps from one measurement of the features to the next; 0: none"),
-    ("resume", "false", "continue the run in output_dir, by its own recipe.yaml"),
-    ("seed", "42", "of weights, crops, masks and order"),
+    ("resume", "false", "continue the run in output_dir, with the settings in its recipe.yaml"),
+    ("seed", "42", "seed of weights, crops, masks and order"),
 )
 EXAMPLES = """\
 \b
@@ -44,9 +41,9 @@ Examples:
   hf-mim pretrain --dataset ~/photos --size small --num_train_epochs 200
   hf-mim pretrain --resume --output_dir runs/photos_mae
 
-These are the most used; hf-mim pretrain --help-all lists all."""
+These are the most used options; hf-mim pretrain --help-all lists all of them."""
 
-# Of transformers' own arguments, those that most runs set; of the others only the names are printed.
+# The arguments of transformers that most runs set. --help-all prints only the names of the others.
 COMMON = (
     "output_dir num_train_epochs max_steps per_device_train_batch_size gradient_accumulation_steps warmup_steps "
     "adam_beta1 bf16 torch_compile dataloader_num_workers save_steps save_total_limit seed"
@@ -55,8 +52,7 @@ OTHERS = "and of transformers.TrainingArguments"
 
 
 def settings() -> list[Setting]:
-    """All arguments of a run, of the methods and of the training, with their defaults."""
-    from hf_mim import methods
+    """All arguments of the run, of each method and of the training, with their defaults."""
     from hf_mim.pretraining.recipe import DEFAULTS, TRAINING_FIELDS, RunArguments, all_fields, model_fields
     from hf_mim.pretraining.trainer import MIMTrainingArguments
 
@@ -64,7 +60,7 @@ def settings() -> list[Setting]:
     shared = set.intersection(*map(set, fields.values()))
     first, *_ = methods.rows()
     found = settings_of(RunArguments, "the run")
-    found[0].hint = all_fields()["method"]  # which methods there are is known only now
+    found[0].hint = all_fields()["method"]  # the names of the methods are known only now
     found += settings_of(first.config_class, "the model", [name for name in fields[first.name] if name in shared])
     for method in methods.rows():
         own = [name for name in fields[method.name] if name not in shared]
@@ -75,7 +71,7 @@ def settings() -> list[Setting]:
 
 
 class Pretrain(Command):
-    """Its help is short; `--help-all` is as that of other commands."""
+    """Its `--help` is short; its `--help-all` looks like the help of other commands."""
 
     complaint = "unknown argument {name}"
 
@@ -90,7 +86,8 @@ class Pretrain(Command):
         formatter.write_usage(ctx.command_path, "[RECIPE.yaml] [--option value ...]")
         self.format_help_text(ctx, formatter)
         with formatter.section("options"):
-            rows = [(f"--{name} {default}".rstrip(), text) for name, default, text in MOST_USED]
+            known = ", ".join(methods.names())
+            rows = [(f"--{name} {default}".rstrip(), text.format(methods=known)) for name, default, text in MOST_USED]
             formatter.write_dl(rows, col_max=38)
         formatter.write_paragraph()
         formatter.write_text(EXAMPLES)
@@ -102,13 +99,13 @@ class Pretrain(Command):
         with formatter.section(OTHERS):
             formatter.write_text(", ".join(setting.name for setting in others))
 
-    def check_words(self, path: str, words: tuple[str, ...]):
+    def check_words(self, path: str, words: list[str]):
         if len(words) > 1:
             raise Mistake(f"{words[1]!r} is one argument too many after the recipe {words[0]}")
 
 
 def run(recipe: str | None = None, **given: str) -> int:
-    """Train; returns the exit status. 75, where the run has saved itself, says to start it again."""
+    """Train and return the exit status. 75 means: the run has saved itself, start it again."""
     from accelerate import PartialState
     from transformers.utils import logging
 
@@ -117,7 +114,7 @@ def run(recipe: str | None = None, **given: str) -> int:
     from hf_mim.pretraining.recipe import Recipe
     from hf_mim.pretraining.run import Pretraining, resume_command
 
-    logging.disable_progress_bar()  # those of loading and saving; the training has its own
+    logging.disable_progress_bar()  # those of loading and saving; the training shows its own
     with told_in_one_line("nothing was written"):
         pretraining = Pretraining(Recipe.read(recipe, given))
     resume = f"resume with: {resume_command(pretraining.folder)}"
@@ -126,16 +123,16 @@ def run(recipe: str | None = None, **given: str) -> int:
             say(f"{ended_by.name} has ended the run after a step; {resume}")
             return INTERRUPTED
     except (BrokenImagesError, ImageFormatError, NonFiniteError) as error:
-        print(file=sys.stderr)  # the end of the line that has the progress bar
+        print(file=sys.stderr)  # ends the line with the progress bar
         return fail(one_line(error))
     except OSError as error:
         print(file=sys.stderr)
         return fail(f"{one_line(error)}; {resume}")
     except RuntimeError as error:
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler raises anew for each worker that is found dead
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would raise again for each dead worker
         if "DataLoader worker" not in str(error):
             raise
-        # It may be any rank's.
+        # Not `say`, because the worker may be one of another rank than the first.
         print(
             f"\nerror: {one_line(error)}; a lower dataloader_num_workers takes less memory; {resume}", file=sys.stderr
         )
@@ -144,7 +141,7 @@ def run(recipe: str | None = None, **given: str) -> int:
         print(f"\ninterrupted; from the last checkpoint, {resume}", file=sys.stderr)
         return 130
     finally:
-        del pretraining  # what holds the process group has to be gone before it, or its threads may outlive Python
+        del pretraining  # it must be gone before the process group, or threads may outlive Python
         gc.collect()
         PartialState().destroy_process_group()
     return 0

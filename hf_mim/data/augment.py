@@ -1,6 +1,7 @@
 """Augmentation on the device, a whole batch at a time: no loop over images, no wait for the device."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
 
 import torch
 from torch import Tensor, nn
@@ -17,9 +18,9 @@ class DeviceAugment(nn.Module):
 
     Pixels are uint8, or float32 in 0..255. With a `value_range` they come in their own depth, and it scales them first.
 
-    Flip alone is the recipe of MAE and Latent MIM; StoP (arXiv 2308.00566) adds grayscale and blur. What is done to an
-    image follows from its key, int64 [B], where keys are given, whatever else is in the batch; else it is drawn from
-    torch's default generator of the device. In `eval()` mode it only normalises.
+    Flip alone is the recipe of MAE and Latent MIM; StoP (arXiv 2308.00566) adds grayscale and blur. If keys are given,
+    int64 [B], the key of an image decides what is done to it, whatever else is in the batch. Without keys, torch's
+    default generator of the device decides. In `eval()` mode images are only normalised.
 
     Args:
         mean, std: one value for each channel, for pixels scaled to [0, 1].
@@ -121,7 +122,7 @@ class DeviceAugment(nn.Module):
         return images.round().clamp(0, 255).to(torch.uint8)
 
     def statistics(self) -> tuple[list[float], list[float]]:
-        """The mean and std of each channel that `normalize` takes away."""
+        """The mean and std of each channel that `normalize` uses."""
         scale, shift = self.scale.double().flatten(), self.shift.double().flatten()
         std = 1 / (255 * scale)
         return (-shift * std).tolist(), std.tolist()
@@ -130,12 +131,12 @@ class DeviceAugment(nn.Module):
 def keyed_uniform(keys: Tensor, stream: int) -> Tensor:
     """A number in [0, 1) for each key, int64 [B] -> float32 [B]: the same on every device and in every batch.
 
-    Streams are independent. The mixing is SplitMix64's finaliser (Steele, Lea, Flood: "Fast splittable pseudorandom
+    Streams are independent. Keys are mixed by SplitMix64's finaliser (Steele, Lea, Flood: "Fast splittable pseudorandom
     number generators", OOPSLA 2014), on integers that wrap around.
     """
 
     def shifted(x: Tensor, bits: int) -> Tensor:
-        return (x >> bits) & ((1 << (64 - bits)) - 1)  # int64's own shift would draw the sign in
+        return (x >> bits) & ((1 << (64 - bits)) - 1)  # the shift of an int64 alone would copy the sign bit
 
     x = keys + _signed(0x9E3779B97F4A7C15 * (stream + 1))
     x = (x ^ shifted(x, 30)) * _signed(0xBF58476D1CE4E5B9)
@@ -151,8 +152,8 @@ def _signed(number: int) -> int:
 def gaussian_blur(images: Tensor, sigma: Tensor) -> Tensor:
     """Blur each image with its own sigma, in pixels: float [B, C, h, w], [B] -> float [B, C, h, w].
 
-    The kernel is not cut off, and is renormalised at the border. A blur along one axis is one square matrix for each
-    image, so that the batch is two batched matrix products.
+    The kernel is as wide as the image, and is renormalised at the border. A blur along one axis is a product with a
+    square matrix for each image, so that two batched matrix products blur the batch.
     """
     with torch.autocast(images.device.type, enabled=False):
         rows = _blur_matrix(images.shape[-2], sigma)[:, None]
@@ -170,9 +171,9 @@ def _blur_matrix(side: int, sigma: Tensor) -> Tensor:
 def channel_statistics(
     images: Iterable[dict], num_images: int = 1024, seed: int = 0
 ) -> tuple[list[float], list[float]]:
-    """(mean, std) of each channel for pixels scaled to [0, 1], from a random sample of an `ImageDataset`.
+    """(mean, std) of each channel for pixels scaled to [0, 1], over all pixels of a random sample of an `ImageDataset`.
 
-    The deviation is over all pixels of all sampled images. Of an `ImageStream`, the first `num_images` are taken.
+    The sample of an `ImageStream` is its first `num_images` images.
     """
     total = square = count = 0
     for sample in sampled(images, num_images, seed):
@@ -181,17 +182,14 @@ def channel_statistics(
     if not count:
         raise ValueError("images has no image to take the channels' mean and std from")
     mean = total / count
-    # A channel that never varies would be divided by zero.
+    # At least 1 / 255, because normalising divides by it and a channel may be constant.
     std = (square / count - mean.square()).clamp(min=0).sqrt().clamp(min=1 / 255)
     return mean.tolist(), std.tolist()
 
 
-def sampled(images, num_images: int, seed: int):
-    """So many samples of a dataset, drawn at random; of a stream, the first."""
+def sampled(images, num_images: int, seed: int) -> Iterator[dict]:
+    """So many samples of an `ImageDataset`, drawn at random; of an `ImageStream`, the first."""
     if not hasattr(images, "__len__"):
-        for _, sample in zip(range(num_images), images, strict=False):
-            yield sample
-        return
+        return islice(images, num_images)
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
-    for index in order[:num_images].tolist():
-        yield images[index]
+    return (images[index] for index in order[:num_images].tolist())

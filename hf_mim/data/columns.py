@@ -3,7 +3,7 @@
 from datasets import Array2D, Array3D, ClassLabel, Dataset, IterableDataset, Value
 from datasets import Image as ImageFeature
 
-# Names by which a column is preferred among several of its kind, or recognised where its type says too little.
+# A column of one of these names is preferred among several of its kind, or recognised if its type tells too little.
 IMAGE_NAMES = tuple("image img pixel_values picture photo jpg jpeg png webp tif tiff npy bytes".split())
 LABEL_NAMES = ("label", "labels", "fine_label", "class", "cls", "target", "category", "y")
 
@@ -12,22 +12,16 @@ def prepare_columns(dataset, image_column: str | None, label_column: str | None)
     """The dataset with only `image` (undecoded) and, where there are labels, `label` (class ids).
 
     Raises:
-        ValueError: a named column is not there, or no image column can be told; lists the columns.
+        ValueError: a named column is not there, or no image column is found; the message lists the columns.
     """
     features = dataset.features
     if features is None:
         raise ValueError("the columns of this source cannot be known before it is read; load it with streaming=False")
-    for argument, column in (("image_column", image_column), ("label_column", label_column)):
-        if column is not None and column not in features:
-            raise ValueError(f"{argument}={column!r} is not a column; there are {', '.join(features)}")
+    check_columns(features, image_column=image_column, label_column=label_column)
     image_column = image_column or _find_image(features)
-    if not (is_encoded(features[image_column]) or is_array(features[image_column])):
-        raise ValueError(f"image_column={image_column!r} must hold images, not {features[image_column]}")
-    if (
-        isinstance(dataset, IterableDataset)
-        and label_column
-        and "string" in getattr(features[label_column], "dtype", "")
-    ):
+    check_holds_images(features, "image_column", image_column)
+    label_type = getattr(features[label_column], "dtype", "") if label_column else ""
+    if "string" in label_type and isinstance(dataset, IterableDataset):
         raise ValueError(
             f"label_column={label_column!r} holds names, whose ids are known only when all are read: streaming=False"
         )
@@ -43,14 +37,14 @@ def prepare_columns(dataset, image_column: str | None, label_column: str | None)
 
 def _find_image(features) -> str:
     found = [name for name, feature in features.items() if isinstance(feature, ImageFeature)]
-    if not found:  # files not written by datasets say only what an image column is made of
+    if not found:  # files that datasets has not written show an image column by its structure only
         found = [name for name, feature in features.items() if is_encoded_struct(feature) or is_array(feature)]
     if not found:
         found = [name for name in features if name in IMAGE_NAMES and features[name] in _BINARY]
     if len(found) > 1:
         found = [name for name in IMAGE_NAMES if name in found][:1]
     if not found:
-        raise ValueError(f"no image column is to be found; set image_column to one of {', '.join(features)}")
+        raise ValueError(f"no image column is found; set image_column to one of {', '.join(features)}")
     return found[0]
 
 
@@ -65,27 +59,45 @@ def _find_label(features, image_column: str) -> str | None:
 
 
 def _with_class_ids(dataset, feature, label_column: str):
-    """Strings become ids, in the order of the sorted names."""
+    """The dataset with class ids instead of names. Ids follow the sorted order of the names."""
     if isinstance(feature, ClassLabel) or (_is_id_or_name(feature) and "int" in feature.dtype):
         return dataset
     if not _is_id_or_name(feature):
         raise ValueError(f"label_column={label_column!r} must hold class ids or names, not {feature}")
-    if isinstance(dataset, IterableDataset):  # the names are not known before all are read
+    if isinstance(dataset, IterableDataset):  # the names are known only when all rows are read
         return dataset.remove_columns("label")
     return dataset.class_encode_column("label")
+
+
+def check_columns(features, **arguments: str | None):
+    """Raise ValueError, which lists the columns, if an argument names one that is not there."""
+    for argument, column in arguments.items():
+        if column is not None and column not in features:
+            raise ValueError(f"{argument}={column!r} is not a column; there are {', '.join(features)}")
+
+
+def check_holds_images(features, argument: str, column: str):
+    """Raise ValueError, which names the argument, if the column holds something else than images."""
+    if not holds_images(features[column]):
+        raise ValueError(f"{argument}={column!r} must hold images, not {features[column]}")
+
+
+def holds_images(feature) -> bool:
+    """Whether the column holds images: encoded, or as arrays."""
+    return is_encoded(feature) or is_array(feature)
 
 
 _BINARY = (Value("binary"), Value("large_binary"))
 
 
 def is_encoded(feature) -> bool:
-    """Whether `Image(decode=False)` can hold the column: encoded bytes, or paths."""
+    """Whether the column can be cast to `Image(decode=False)`: it holds encoded bytes, or paths."""
     strings = (Value("string"), Value("large_string"))
     return isinstance(feature, ImageFeature) or is_encoded_struct(feature) or feature in _BINARY + strings
 
 
 def is_encoded_struct(feature) -> bool:
-    """`{"bytes", "path"}`, as an image column looks in files not written by datasets."""
+    """Whether the column holds `{"bytes", "path"}`, as image columns in files that datasets has not written."""
     return isinstance(feature, dict) and feature.get("bytes") in _BINARY
 
 

@@ -1,8 +1,8 @@
 """Torch datasets over image columns: one decode and one crop in the worker, to `[C, h, w]`.
 
-Crops are keyed on (seed, epoch, image), never on the draws so far: a resumed run, or one with other workers, sees the
-same ones. The augmentation on the device is keyed likewise, by the `augment_key` that comes with an image of training.
-An image that cannot be decoded is skipped, counted and remembered in shared memory, where the main process reads it.
+A crop depends on (seed, epoch, image) alone, not on what was drawn before: a resumed run, or one with another number of
+workers, sees the same crops. In the same way, augmentation on the device depends on the `augment_key` of an image. An
+image that cannot be decoded is skipped. Shared memory counts and remembers such images, for the main process to read.
 """
 
 import copy
@@ -22,15 +22,15 @@ from hf_mim.checks import least
 from hf_mim.models.pixels import ValueRange, scale_pixels
 
 from .crop import RandomCrop, crop_rng, load_crop
-from .decode import MAX_IMAGE_PIXELS, BrokenImage, decoding, image_name
+from .decode import MAX_IMAGE_PIXELS, BrokenImage, decoding, image_name, stored
 
 logger = logging.getLogger(__name__)
 
-MAX_BROKEN = 0.01  # above this share of broken images a run stops
+MAX_BROKEN = 0.01  # a run stops if a larger share of images is broken
 _MAX_REPLACEMENTS = 64
 _MAX_WORKERS = 256
 _NAMES_BYTES = 4096  # for each worker of a stream
-_MIN_STREAMED = 1000  # before this many, one broken image says nothing about the share
+_MIN_STREAMED = 1000  # after fewer images than this, one broken image would look like a large share
 
 
 class BrokenImagesError(ValueError):
@@ -69,11 +69,11 @@ class _Images:
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
 
     def set_epoch(self, epoch: int):
-        """Crops of another epoch. Seen by running workers too."""
+        """From now on, give the crops of this epoch. Running workers follow."""
         self._epoch.fill_(int(epoch))
 
     def identify(self):
-        """A view of the same images whose samples have a `name`, and an `augment_key` for `DeviceAugment`."""
+        """A view of the same images. Its samples also have a `name`, and an `augment_key` for `DeviceAugment`."""
         images = copy.copy(self)
         images.identified = True
         return images
@@ -102,7 +102,7 @@ class ImageDataset(_Images, torch.utils.data.Dataset):
         size: of the crops, an int or (height, width).
         num_channels: images of other modes are converted, see `decode.py`.
         crop: `RandomCrop` (default), `CenterCrop` or `WholeImage`.
-        labels: whether to give the `label` column.
+        labels: whether samples have the `label` of the column too.
         seed: of the crops; see `set_epoch`.
         value_range: what the values of the images are scaled from, to float32 in 0..255. Without, 8-bit pixels are
             uint8, and others are scaled from the whole range of their type (see `TYPE_RANGES`).
@@ -110,7 +110,7 @@ class ImageDataset(_Images, torch.utils.data.Dataset):
         max_pixels: of an image; larger ones are an `ImageFormatError`. Default: 178,956,970.
 
     Raises:
-        ValueError: at once, when the columns are missing or the first image cannot become `num_channels`.
+        ValueError: at once, if columns are missing or the first image cannot be converted to `num_channels`.
     """
 
     def __init__(self, images: Dataset, size, num_channels: int = 3, *args, **kwargs):
@@ -121,7 +121,7 @@ class ImageDataset(_Images, torch.utils.data.Dataset):
         if getattr(feature, "decode", False):
             self.images = images.cast_column("image", type(feature)(mode=feature.mode, decode=False))
         self._broken = torch.zeros(len(images), dtype=torch.uint8).share_memory_()
-        self[0]  # a wrong num_channels shows here, not in a worker an hour later
+        self[0]  # so that a wrong num_channels raises here, not in a worker an hour later
 
     def __len__(self) -> int:
         return len(self.images)
@@ -130,7 +130,7 @@ class ImageDataset(_Images, torch.utils.data.Dataset):
         return self.__getitems__([index])[0]
 
     def __getitems__(self, indices: list[int]) -> list[dict]:
-        """A batch: what DataLoader calls. One look-up in the Arrow table for all rows."""
+        """A batch, for DataLoader: all rows are read from the Arrow table at once."""
         rows = self.images[[int(index) for index in indices]]
         labels = rows["label"] if self.labels else [None] * len(indices)
         return [
@@ -139,7 +139,7 @@ class ImageDataset(_Images, torch.utils.data.Dataset):
         ]
 
     def _sample_or_other(self, index: int, value, label) -> dict:
-        """This image, or where it is broken, another one drawn by its key."""
+        """The sample of this image. A broken image is replaced by another, which its index and the epoch determine."""
         first, rng = index, None
         for _ in range(_MAX_REPLACEMENTS):
             if not self._broken[index]:
@@ -155,12 +155,12 @@ class ImageDataset(_Images, torch.utils.data.Dataset):
         raise BrokenImagesError(_broken_message(self.num_broken(), len(self), self.broken(limit=5)))
 
     def name(self, index: int, value=None) -> str:
-        """The file name of an image, or "image 12" where the source gives none."""
+        """The file name of an image, or "image 12" if the source gives no names."""
         value = self.images[index]["image"] if value is None else value
         return image_name(value, f"image {index}")
 
     def num_images(self) -> int:
-        """How many images the share of broken ones refers to."""
+        """Of how many images `num_broken` are broken."""
         return len(self)
 
     def num_broken(self) -> int:
@@ -168,7 +168,7 @@ class ImageDataset(_Images, torch.utils.data.Dataset):
         return int(self._broken.sum(dtype=torch.int64))
 
     def broken_indices(self) -> list[int]:
-        """Which images have been found broken so far; another one stood in for each."""
+        """Which images have been found broken so far. Each was replaced by another."""
         return self._broken.nonzero().flatten().tolist()
 
     def broken(self, limit: int | None = None) -> list[str]:
@@ -177,10 +177,10 @@ class ImageDataset(_Images, torch.utils.data.Dataset):
 
 
 class ImageStream(_Images, torch.utils.data.IterableDataset):
-    """Streamed: the samples of `ImageDataset`, in the order of a `datasets.IterableDataset`. Shuffle that one before.
+    """Streamed: the samples of `ImageDataset`, in the order of a `datasets.IterableDataset`, which may be shuffled.
 
-    Crops are keyed on (seed, epoch, checksum of the image), so they do not depend on how many workers share the stream.
-    Broken images are left out. Arguments as `ImageDataset`'s.
+    A crop depends on (seed, epoch, checksum of the image), not on the number of workers that share the stream. Broken
+    images are left out. The arguments are those of `ImageDataset`.
     """
 
     def __init__(self, images: IterableDataset, size, num_channels: int = 3, *args, **kwargs):
@@ -192,11 +192,11 @@ class ImageStream(_Images, torch.utils.data.IterableDataset):
 
     @property
     def num_shards(self) -> int:
-        """Into how many parts the stream can be divided among ranks and workers."""
+        """How many ranks and workers can share the stream."""
         return self.images.num_shards
 
     def split(self, rank: int, world_size: int) -> "ImageStream":
-        """The part of the stream that one rank reads, so that no rank decodes another's images."""
+        """The part of the stream that this rank reads. No rank decodes the images of another."""
         part = copy.copy(self)
         part.images = split_dataset_by_node(self.images, rank=rank, world_size=world_size)
         return part
@@ -205,15 +205,15 @@ class ImageStream(_Images, torch.utils.data.IterableDataset):
         return (sample for _, sample in self.read(int(self._epoch)))
 
     def read(self, epoch: int, skip: int = 0) -> Iterator[tuple[int, dict]]:
-        """One pass over this worker's part: (images read so far, broken ones among them; the sample).
+        """One pass over this worker's part, as pairs: (number of images read so far, broken ones included; sample).
 
         Args:
-            epoch: of the crops and, where the stream is shuffled, of its order.
-            skip: so many images at the start are read, but not decoded.
+            epoch: for the crops and, if the stream is shuffled, for its order.
+            skip: number of images at the start that are read, but not decoded.
         """
         info = get_worker_info()
         worker = info.id if info else 0
-        images = split_dataset_by_node(self.images, rank=0, world_size=1)  # all of them, with an epoch of its own
+        images = split_dataset_by_node(self.images, rank=0, world_size=1)  # a copy, whose epoch may be set
         images.set_epoch(epoch)
         for position, row in enumerate(images, start=1):
             if position <= skip:
@@ -226,7 +226,7 @@ class ImageStream(_Images, torch.utils.data.IterableDataset):
             except BrokenImage as error:
                 logger.warning("Skipped a broken image: %s", error)
                 self._remember(worker, name)
-                check_broken(self)  # here too: a stream of nothing but broken images never gives a batch
+                check_broken(self)  # a stream of broken images alone never gives a batch after which to check
                 continue
             yield position, sample
 
@@ -237,7 +237,7 @@ class ImageStream(_Images, torch.utils.data.IterableDataset):
             self._names[worker, : len(names)] = torch.frombuffer(bytearray(names), dtype=torch.uint8)
 
     def num_images(self) -> int:
-        """How many images have been seen, at least 1000: the share of broken ones means nothing before."""
+        """How many images have been seen, at least 1000: with fewer, the share of broken ones means nothing."""
         return max(int(self._seen.sum()), _MIN_STREAMED)
 
     def num_broken(self) -> int:
@@ -245,15 +245,15 @@ class ImageStream(_Images, torch.utils.data.IterableDataset):
         return int(self._broken.sum())
 
     def broken(self, limit: int | None = None) -> list[str]:
-        """The names of the first `limit` broken images; of many, not all are kept."""
+        """The names of the first `limit` broken images. If there are many, not all names are kept."""
         return b"".join(_text(names) for names in self._names).decode(errors="replace").splitlines()[:limit]
 
 
 def check_broken(images: ImageDataset | ImageStream, max_share: float = MAX_BROKEN):
-    """Cheap enough for every step.
+    """Check the share of broken images. This is cheap enough for every step.
 
     Raises:
-        BrokenImagesError: more than `max_share` of the images are broken. One line that names the first twenty.
+        BrokenImagesError: more than `max_share` of the images are broken; in one line that names the first twenty.
     """
     broken, total = images.num_broken(), images.num_images()
     if broken > max_share * total:
@@ -261,7 +261,7 @@ def check_broken(images: ImageDataset | ImageStream, max_share: float = MAX_BROK
 
 
 def collate(samples: list[dict]) -> dict:
-    """transformers' `default_data_collator`, which leaves texts out, with the images' names as a list."""
+    """transformers' `default_data_collator`, which drops texts, plus the images' names as a list."""
     batch = default_data_collator(samples)
     return batch | {"name": [sample["name"] for sample in samples]} if "name" in samples[0] else batch
 
@@ -272,10 +272,8 @@ def _broken_message(broken: int, total: int, names: list[str]) -> str:
 
 
 def _checksum(value) -> int:
-    if isinstance(value, dict):
-        value = value["bytes"] if value.get("bytes") is not None else value.get("path") or ""
-    if isinstance(value, str):
-        value = value.encode()
+    value = "" if stored(value) is None else stored(value)
+    value = value.encode() if isinstance(value, str) else value
     return zlib.crc32(value if isinstance(value, bytes) else np.ascontiguousarray(value))
 
 

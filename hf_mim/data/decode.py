@@ -17,7 +17,7 @@ from .tiff import is_plain_tiff, is_tiff, read_tiff
 # What PIL may open. EPS is not among them: PIL would run Ghostscript on it, whatever the file is called.
 _FORMATS = "PNG JPEG MPO WEBP BMP GIF TIFF PPM JPEG2000 AVIF ICO TGA PCX DDS QOI SGI XBM".split()
 MAX_IMAGE_PIXELS = 178_956_970  # PIL's limit above which it refuses an image: about 13,377 × 13,377
-# What decoders raise on damaged bytes. PIL's plugins let ValueError, IndexError and the like escape.
+# What decoders raise on damaged bytes. PIL's plugins do not catch ValueError, IndexError and the like.
 _DECODE_ERRORS = (OSError, EOFError, SyntaxError, ValueError, TypeError, LookupError, ArithmeticError)
 _DECODE_ERRORS += (struct.error, zlib.error, RuntimeError, MemoryError)
 _PNG = b"\x89PNG\r\n\x1a\n"
@@ -29,7 +29,7 @@ class BrokenImage(Exception):
 
 @contextlib.contextmanager
 def decoding(name: str):
-    """Turn whatever a decoder raises into `BrokenImage`; name the image in an `ImageFormatError`."""
+    """Turn everything that a decoder raises into `BrokenImage`; add the image's name to an `ImageFormatError`."""
     try:
         yield
     except ImageFormatError as error:
@@ -41,22 +41,28 @@ def decoding(name: str):
 
 
 def image_name(value, otherwise: str) -> str:
-    """The path that a value of an image column carries, or else `otherwise`."""
+    """The path in a value of an image column, or `otherwise` if it has none."""
     return (value.get("path") if isinstance(value, dict) else None) or otherwise
+
+
+def stored(value):
+    """What a value of an image column holds: of `{"bytes", "path"}` the bytes or else the path; other values as are."""
+    if not isinstance(value, dict):
+        return value
+    return value["bytes"] if value.get("bytes") is not None else value.get("path")
 
 
 def open_image(value, num_channels: int | None = None, max_pixels: int = MAX_IMAGE_PIXELS) -> Image.Image | np.ndarray:
     """Open one value of an image column: `{"bytes", "path"}`, a path, bytes, a PIL image, or an array.
 
-    A JPEG comes back undecoded, so that the caller may still `draft` it; all else is decoded.
+    A JPEG is returned undecoded, so that the caller may still `draft` it; every other image is decoded.
 
     num_channels: as many as there will be; with it, files that can be read in two ways are read in the right one.
 
     Raises:
         ImageFormatError: more than `max_pixels` pixels, or a depth or compression that needs the extra hf-mim[tiff].
     """
-    if isinstance(value, dict):
-        value = value["bytes"] if value.get("bytes") is not None else value.get("path")
+    value = stored(value)
     if value is None:
         raise OSError("the row holds no image")
     if isinstance(value, str):
@@ -89,7 +95,9 @@ def _open_bytes(data: bytes, num_channels: int | None, max_pixels: int) -> Image
     try:
         image = Image.open(io.BytesIO(data), formats=_pil_formats())
     except Image.DecompressionBombError as error:
-        raise ImageFormatError(f"{one_line(error)}; raise it by --max_image_pixels, or cut the image into tiles") from None
+        raise ImageFormatError(
+            f"{one_line(error)}; raise it by --max_image_pixels, or cut the image into tiles"
+        ) from None
     check_pixels(*image.size, max_pixels)
     if data.startswith(_PNG) and data[24] == 16 and data[25] in (2, 4, 6):  # bits of a channel; colour, or with alpha
         return _read_deep_png(data, num_channels)

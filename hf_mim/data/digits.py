@@ -1,4 +1,4 @@
-"""The embedded default: scikit-learn's handwritten digits, upscaled to 32x32, so that anything can be tried offline."""
+"""The embedded data: scikit-learn's handwritten digits, upscaled to 32x32, so that everything can be tried offline."""
 
 import functools
 import io
@@ -23,13 +23,14 @@ def digits() -> tuple[Dataset, Dataset]:
 
 @functools.cache  # a run reads them several times
 def _rows() -> list[tuple[bytes, int]]:
-    """(PNG, label) of each, in the order of the split: the test images first."""
+    """(PNG, label) of each digit in the order of the split, test images first."""
     from sklearn.datasets import load_digits  # slow to import, so only when asked for
 
     source = load_digits()
     pictures = (source.images * (255 / 16)).round().astype(np.uint8)
-    order = np.random.RandomState(0).permutation(len(pictures))  # RandomState's stream is frozen by numpy
-    return [(_upscaled_png(pictures[index]), int(source.target[index])) for index in order]
+    order = np.random.RandomState(0).permutation(len(pictures))  # numpy promises never to change RandomState's numbers
+    resized = (Image.fromarray(picture).resize((SIZE, SIZE), Image.Resampling.BICUBIC) for picture in pictures[order])
+    return [(png(image), int(label)) for image, label in zip(resized, source.target[order], strict=True)]
 
 
 def _dataset(rows: list[tuple[bytes, int]]) -> Dataset:
@@ -38,7 +39,8 @@ def _dataset(rows: list[tuple[bytes, int]]) -> Dataset:
     return Dataset.from_dict({"image": images, "label": [label for _, label in rows]}, features=features)
 
 
-def _upscaled_png(picture: np.ndarray) -> bytes:
+def png(image: Image.Image, **options) -> bytes:
+    """The image as a PNG file."""
     buffer = io.BytesIO()
-    Image.fromarray(picture).resize((SIZE, SIZE), Image.Resampling.BICUBIC).save(buffer, "PNG")
+    image.save(buffer, "PNG", **options)
     return buffer.getvalue()

@@ -1,7 +1,8 @@
-"""Which files of a folder are images or tables, to which split each belongs, and which class a folder stands for."""
+"""Which files of a folder are images or tables, and the split and class to which each belongs."""
 
 import os
 import re
+from itertools import takewhile
 from pathlib import Path, PurePath
 
 IMAGE_EXTENSIONS = frozenset(
@@ -10,24 +11,23 @@ IMAGE_EXTENSIONS = frozenset(
 TABLE_EXTENSIONS = {".parquet": "parquet", ".arrow": "arrow", ".tar": "webdataset"}  # extension -> builder in datasets
 TRAINER_STATE = "trainer_state.json"  # in every folder that transformers' Trainer has written
 
-_SPLIT_WORDS = {
-    "train": ("train", "training"),
-    "validation": ("validation", "valid", "val", "dev"),
-    "test": ("test", "testing", "eval", "evaluation"),
+_SPLIT_OF_WORD = {
+    **dict.fromkeys(("train", "training"), "train"),
+    **dict.fromkeys(("validation", "valid", "val", "dev"), "validation"),
+    **dict.fromkeys(("test", "testing", "eval", "evaluation"), "test"),
 }
-_SPLIT_OF_WORD = {word: split for split, words in _SPLIT_WORDS.items() for word in words}
 
 
 def canonical_split(name: str) -> str:
-    """ "val" -> "validation", "training" -> "train"; other names as they are."""
+    """ "val" -> "validation", "training" -> "train". Other names stay as they are."""
     return _SPLIT_OF_WORD.get(name.lower(), name)
 
 
 def find_files(folder: Path, extensions) -> list[str]:
-    """Paths relative to the folder, sorted, of all files below it with one of the extensions, in upper or lower case.
+    """Sorted paths, relative to the folder, of all files below it with one of the extensions, in upper or lower case.
 
-    Hidden files and folders are left out, and what a training has written, whose pictures are no data; links are
-    followed, each folder once.
+    Hidden files and folders are left out. So are folders that a training has written, because their pictures are no
+    data. Links are followed, but no folder is read twice.
     """
     found, visited = [], set()
     for parent, folders, names in os.walk(folder, followlinks=True):
@@ -45,9 +45,9 @@ def find_files(folder: Path, extensions) -> list[str]:
 
 
 def table_splits(paths: list[str]) -> dict[str, list[str]]:
-    """Split -> files, by the words in each file's name or else its folders' ("train-00000-of-2.parquet", "val/0.tar").
+    """Split -> files. Words in names of files or folders tell the split: "train-00000-of-2.parquet", "val/0.tar".
 
-    A file that names no split is training data.
+    A file's own name comes before its folders'. A file without such a word is training data.
     """
     splits: dict[str, list[str]] = {}
     for path in paths:
@@ -60,11 +60,11 @@ def table_splits(paths: list[str]) -> dict[str, list[str]]:
 
 
 def image_splits(paths: list[str]) -> dict[str, list[tuple[str, str | None]]]:
-    """Split -> (path, class or None) of images in a folder.
+    """Split -> (path, class or None) of the images in a folder.
 
-    Top folders that are all named after splits ("train", "val") are splits; otherwise all images are "train". The class
-    is the next folder below, as in torchvision's ImageFolder, so "cat/2023/1.jpg" is a cat. Folders that hold all
-    images (of an unpacked archive) are passed over. A split in which some image has no class folder has no classes.
+    If all top folders are named after splits ("train", "val"), they are splits; otherwise all images are "train". The
+    class is the next folder below, as in torchvision's ImageFolder: "cat/2023/1.jpg" is a cat. A folder that holds all
+    images (from an unpacked archive) is ignored. If one image of a split has no class folder, the split has no classes.
     """
     entries = [(PurePath(path).parts, path) for path in paths]
     splits: dict[str, list] = {}
@@ -79,13 +79,10 @@ def image_splits(paths: list[str]) -> dict[str, list[tuple[str, str | None]]]:
 
 
 def _shared_depth(parts: list[tuple[str, ...]]) -> int:
-    """How many leading folders all the paths share, up to a folder named after a split."""
-    first, depth = parts[0], 0
-    while all(len(other) > depth + 1 and other[depth] == first[depth] for other in parts):
-        if first[depth].lower() in _SPLIT_OF_WORD:
-            break
-        depth += 1
-    return depth
+    """How many leading folders all paths share, not counting those from a folder named after a split on."""
+    folders = zip(*(other[:-1] for other in parts), strict=False)  # of all paths at each depth
+    shared = takewhile(lambda names: len(set(names)) == 1 and names[0].lower() not in _SPLIT_OF_WORD, folders)
+    return len(list(shared))
 
 
 def _with_classes(entries: list[tuple[tuple[str, ...], str]]) -> list[tuple[str, str | None]]:

@@ -1,4 +1,4 @@
-"""What every set of images that is evaluated can do: be counted, divided, named, and lose what cannot be decoded."""
+"""What every set of images for evaluation can do: count, select, name its images, leave out those that are broken."""
 
 import copy
 from collections.abc import Sequence
@@ -9,11 +9,11 @@ from .decode import image_name
 
 
 class Images:
-    """Images, undecoded, and what they are called in results.
+    """Images, undecoded, and their name in results.
 
     Args:
         images: a `datasets.Dataset` with a column `image` (see `load_images`).
-        name: what they are, for results.
+        name: what results call them.
     """
 
     def __init__(self, images: Dataset, name: str = "images"):
@@ -26,7 +26,7 @@ class Images:
         return len(self.images)
 
     def select(self, indices: Sequence[int]):
-        """Those of these indices, in their order."""
+        """The images of these indices, in this order."""
         part = copy.copy(self)
         part.num_broken = 0
         part._keep([int(index) for index in indices])
@@ -39,14 +39,14 @@ class Images:
         self._keep([index for index in range(len(self)) if index not in dropped])
 
     def _keep(self, indices: list[int]):
-        """A subclass adds what it has for each image."""
+        """Keep only these images. A subclass does the same with what it has for each image."""
         self.images = self.images.select(indices)
 
     def describe(self) -> dict:
-        """For a result."""
+        """What a result says about the images."""
         about = {"source": self.name, "images": len(self)}
         return about | ({"broken_images_left_out": self.num_broken} if self.num_broken else {})
 
     def image_name(self, index: int) -> str:
-        """The file name of an image, or "image 12" where the source gives none."""
+        """The file name of an image, or "image 12" if the source gives no names."""
         return image_name(self.images[index]["image"], f"image {index}")

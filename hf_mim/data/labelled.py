@@ -1,4 +1,4 @@
-"""Labelled images for the protocols: loaded, checked, and their labels kept apart until they are asked for."""
+"""Labelled images for the protocols. Labels are checked on loading, then read only when a protocol asks for them."""
 
 import torch
 from datasets import ClassLabel, Dataset, Features, IterableDataset
@@ -14,13 +14,13 @@ HELD_OUT = 0.2  # of the training images, where a source has no test images
 class LabelledImages(Images):
     """Images with class labels: `images` has a column `label` too (ids; see `load_images`).
 
-    A protocol calls `read_labels` of its test images once, when every prediction is made and every choice taken; there
-    is no other way to them.
+    A protocol calls `read_labels` of its test images once, after all predictions and choices are made. There is no
+    other way to get the labels.
     """
 
     @property
     def class_names(self) -> list[str] | None:
-        """In the order of the ids, where the source tells them."""
+        """The names in the order of the ids, or None if the source has no names."""
         feature = self.images.features["label"]
         return list(feature.names) if isinstance(feature, ClassLabel) else None
 
@@ -37,14 +37,14 @@ def load_labelled(
     image_column: str | None = None,
     label_column: str | None = None,
 ) -> tuple[LabelledImages, LabelledImages]:
-    """(train, test) images with labels of one meaning; those without a label are left out.
+    """(train, test) images. A label means the same in both; images without a label are left out.
 
-    The test images are those of `test_source` or of the source's test or validation split; where there are none, a
-    fifth of each class of the training images, which then do not train. Classes of two sources are matched by name.
+    The test images come from `test_source`, or from the source's test or validation split. Without these, a fifth of
+    each class of the training images is held out for the test. Classes of two sources are matched by name.
 
     Raises:
-        ValueError: no labels, one class, a test class that is not among the training images, or test images that are
-            the training images; in one line.
+        ValueError: in one line: there are no labels, or only one class; a test class is not among the training images;
+            or the test images are the training images.
     """
 
     def load(dataset, source, split):
@@ -55,21 +55,17 @@ def load_labelled(
     test_from, name = source if test_source is None else test_source, f"{source_name(source)}, split {train_split}"
     test, split = _open_test(test_from, test_split, train_split if str(test_from) == str(source) else None)
     if test is not None:
-        test = match_names(load(test, test_from, split), train)
-        pair = LabelledImages(train, name), LabelledImages(test, f"{source_name(test_from)}, split {split}")
+        test, test_name = match_names(load(test, test_from, split), train), f"{source_name(test_from)}, split {split}"
     else:
-        labels = torch.tensor(train["label"][:])
-        kept, held = stratified_split(labels, HELD_OUT, seed=0)
-        pair = (
-            LabelledImages(train.select(kept), name),
-            LabelledImages(train.select(held), f"a held-out fifth of {name}"),
-        )
-    check_classes(*pair)
-    return pair
+        kept, held = stratified_split(torch.tensor(train["label"][:]), HELD_OUT, seed=0)
+        train, test, test_name = train.select(kept), train.select(held), f"a held-out fifth of {name}"
+    splits = LabelledImages(train, name), LabelledImages(test, test_name)
+    check_classes(*splits)
+    return splits
 
 
 def _open_test(source, split: str | None, taken: str | None):
-    """The test dataset and its split, (None, None) where the source has none but `taken`, the training images' own."""
+    """(test dataset, its split), or (None, None) if the source has no split but `taken`, which trains."""
     if split is not None and split == taken:
         raise ValueError(f"test_split must be another split than {taken}, which trains: of {source} or of another test")
     splits = [split] if split else [name for name in ("test", "validation", "train") if name != taken]
@@ -90,14 +86,14 @@ def labelled_only(images: Dataset | IterableDataset, source="source", split: str
         known = [index for index, label in enumerate(images["label"]) if label is not None and label >= 0]
     if not known:
         raise ValueError(
-            f"dataset {source} has no labels in split {split}; name their column by label_column, or put the images of "
+            f"dataset {source} has no labels in split {split}; set label_column to their column, or put the images of "
             "each class into a folder"
         )
     return images if len(known) == len(images) else images.select(known)
 
 
 def match_names(test: Dataset, train: Dataset) -> Dataset:
-    """The test images with the ids that their classes have in train, by name where both have names."""
+    """The test images with the ids that train gives to classes of the same name, if both have names."""
     features = test.features["label"], train.features["label"]
     if not all(isinstance(feature, ClassLabel) for feature in features) or features[0].names == features[1].names:
         return test
@@ -107,12 +103,11 @@ def match_names(test: Dataset, train: Dataset) -> Dataset:
         raise ValueError(_missing_classes(unknown))
     labels = [ours.index(theirs[label]) for label in test["label"]]
     features = Features({"image": test.features["image"], "label": features[1]})
-    table = test.remove_columns("label").add_column("label", labels)
-    return table.cast(features)
+    return test.remove_columns("label").add_column("label", labels).cast(features)
 
 
 def check_classes(train: LabelledImages, test: LabelledImages):
-    """Raise ValueError for one class, or for test classes that training lacks. Only the set of classes is looked at."""
+    """Raise ValueError for a single class, or for test classes that train lacks. Only the set of classes is read."""
     for split in (train, test):
         if len(split) == 0:
             raise ValueError(f"{split.name} holds no images")

@@ -1,4 +1,4 @@
-"""Masks: images whose pixels are ids (of classes, or of objects), and images that have a mask each."""
+"""Masks: pictures whose pixels are ids of classes or objects, and images that have a mask each."""
 
 import contextlib
 import io
@@ -13,11 +13,11 @@ from PIL import Image, JpegImagePlugin, UnidentifiedImageError
 
 from hf_mim.models.pixels import ImageFormatError, exif_orientation
 
-from .columns import is_array, is_encoded
-from .decode import BrokenImage, decoding, image_name, open_image
+from .columns import check_columns, check_holds_images, holds_images, is_encoded
+from .decode import BrokenImage, decoding, image_name, open_image, stored
 from .folders import IMAGE_EXTENSIONS, canonical_split, find_files
 from .images import Images
-from .sources import load_images, open_source, pick_split, source_name
+from .sources import load_images, local_folder, open_source, pick_split, source_name
 
 IMAGE_FOLDERS = ("images", "image", "imgs", "img")
 MASK_FOLDERS = ("masks", "mask", "annotations", "annotation", "segmentations", "segmentation", "labels", "label")
@@ -27,19 +27,19 @@ _ID_MODES = ("1", "L", "P", "I", "I;16", "I;16B", "I;16L", "I;16N")
 
 
 class MaskedImages(Images):
-    """Images with a mask each. What the ids mean, and which of them is to be ignored, a mask does not say.
+    """Images with a mask each. A mask does not say what its ids mean, nor which of them is ignored.
 
     Args:
         images: a dataset with a column `image`, undecoded.
         masks: a dataset of the same length with a column `mask`, undecoded.
         name: what they are, for results.
 
-    Attributes: `images`, a dataset with the one column `image`; `sizes`, the (height, width) of each image when
-    upright, which is its mask's too.
+    Attributes: `images`, a dataset with the one column `image`; `sizes`, the (height, width) of each upright image and
+    of its mask.
 
     Raises:
-        ValueError: one line that names the image: its mask is missing, has colours, or another size. Only headers are
-            read.
+        ValueError: in one line that names the image: its mask is missing, has colours, or has another size. Only
+            headers are read.
     """
 
     def __init__(self, images: Dataset, masks: Dataset, name: str = "images"):
@@ -54,16 +54,16 @@ class MaskedImages(Images):
         self._masks, self.sizes = self._masks.select(indices), [self.sizes[index] for index in indices]
 
     def read_mask(self, index: int) -> np.ndarray:
-        """The ids `[h, w]` of an image's pixels, uint8 or int64. Raises ValueError as `read_mask_ids`."""
+        """The ids `[h, w]` of the pixels of one image, uint8 or int64. Raises ValueError as `read_mask_ids`."""
         return read_mask_ids(self._masks[index]["mask"], f"the mask of {self.image_name(index)}")
 
     def read_masks(self) -> Iterator[np.ndarray]:
-        """All masks in order, each decoded when it is asked for."""
+        """All masks in order. Each is decoded when it is needed."""
         return (self.read_mask(index) for index in range(len(self)))
 
     def _checked_size(self, index: int) -> tuple[int, int]:
         name, mask = self.image_name(index), self._masks[index]["mask"]
-        if mask is None or (isinstance(mask, dict) and mask.get("bytes") is None and mask.get("path") is None):
+        if stored(mask) is None:
             raise ValueError(f"{name} of {self.name} has no mask; add it, or leave the image out")
         size = _upright_size(self.images[index]["image"], name)
         mask_size = _upright_size(mask, f"the mask of {name}", is_mask=True)
@@ -82,22 +82,22 @@ def load_masks(
     """Load images and their masks, not yet decoded.
 
     Args:
-        source: a local folder with the folders `images` and `masks` (or `annotations`, `segmentations`, `labels`),
-            whose files have the same names up to the extension; splits lie above or below (`train/images` or
-            `images/train`). Or what `load_images` takes, with a column of masks beside the images.
+        source: a local folder with the folders `images` and `masks` (or `annotations`, `segmentations`, `labels`). An
+            image and its mask have the same file name, except for the extension. Folders of splits may lie above or
+            below (`train/images` or `images/train`). Or a source of `load_images` that has a column of masks too.
         split: as in `load_images`.
-        image_column: found when left out, as in `load_images`.
-        mask_column: found when left out: one called mask, annotation, segmentation or label that holds images.
+        image_column: default: found as in `load_images`.
+        mask_column: default: a column called mask, annotation, segmentation or label that holds images.
 
     Raises:
-        ValueError: in one line: no masks there; a mask that is missing, has colours or another size than its image
-            (only headers are read); no such split or column.
+        ValueError: in one line: there are no masks; a mask is missing, has colours or another size than its image
+            (only headers are read); there is no such split or column.
     """
     name = f"{source_name(source)}, split {split}"
-    path = Path(source).expanduser() if isinstance(source, str | os.PathLike) and str(source).strip() else None
-    if path is not None and path.is_dir() and (splits := _image_and_mask_folders(path)):
+    folder = local_folder(source)
+    if folder is not None and (splits := _image_and_mask_folders(folder)):
         images, masks = pick_split(splits, split, source)
-        masks = [masks.get(key) for key in images]  # None: reported by MaskedImages, with the image's name
+        masks = [masks.get(key) for key in images]  # for a missing mask, MaskedImages raises with the image's name
         return MaskedImages(path_column("image", list(images.values())), path_column("mask", masks), name)
     data = open_source(source, split)
     mask_column = _find_mask(data.features, mask_column, name)
@@ -110,18 +110,18 @@ def load_masks(
 
 
 def read_mask_ids(value, name: str = "the mask") -> np.ndarray:
-    """One value of a mask column as ids `[h, w]`, uint8 where the file has 8 bits and int64 otherwise.
+    """One value of a mask column as ids `[h, w]`: uint8 if the file has 8 bits, int64 otherwise.
 
     A palette (PNG mode P) gives its indices, not its colours; grey of 1, 8, 16 or 32 bits gives its values as they are.
-    EXIF orientation is honoured, as for images.
+    EXIF orientation is applied, as for images.
 
     Args:
         value: `{"bytes", "path"}`, a path, encoded bytes, a PIL image, or an integer array.
-        name: the mask's name in errors, where the value carries no path.
+        name: the mask's name in errors, if the value has no path.
 
     Raises:
-        ValueError: one line that names the mask: it cannot be decoded, has colours or fractions where ids belong, or is
-            a JPEG, which does not keep ids.
+        ValueError: in one line that names the mask: it cannot be decoded, has colours or fractions instead of ids, or
+            is a JPEG, which does not keep ids.
     """
     with _naming_the_mask(value, name):
         mask = open_image(value)
@@ -141,28 +141,25 @@ def _check_holds_ids(mask: Image.Image):
     if isinstance(mask, JpegImagePlugin.JpegImageFile):
         raise ImageFormatError("a mask must not be a JPEG, which changes ids; save ids as PNG, mode L or P")
     if mask.mode not in _ID_MODES:
-        raise ImageFormatError(
-            f"a mask must hold one id for each pixel, not {mask.mode} colours; save ids as PNG, mode L or P"
-        )
+        raise ImageFormatError(f"a mask must hold ids, not colours ({mask.mode}); save ids as PNG, mode L or P")
 
 
 def _upright_size(value, name: str, is_mask: bool = False) -> tuple[int, int]:
-    """(height, width) of one value of an image column when upright, from the header where there is one."""
+    """(height, width) of one value of an image column when upright, from its header if it has one."""
     with _naming_the_mask(value, name):
-        if isinstance(value, dict):
-            value = value["bytes"] if value.get("bytes") is not None else value.get("path")
+        value = stored(value)
         if isinstance(value, str | bytes):
             try:
                 with Image.open(io.BytesIO(value) if isinstance(value, bytes) else value) as image:
                     return _size_of(image, is_mask)
             except UnidentifiedImageError:
-                pass  # an array (.npy), a TIFF of many bands, or broken: open_image tells
+                pass  # an array (.npy), a TIFF of many bands, or a broken image: open_image finds out
         return _size_of(open_image(value), is_mask)
 
 
 def _size_of(image: Image.Image | np.ndarray, is_mask: bool) -> tuple[int, int]:
     if isinstance(image, np.ndarray):
-        # [C, h, w] has its channels first; as in decode.py, they are the side that looks like a count.
+        # Are the channels first, [C, h, w]? As in decode.py, they are the shorter axis.
         shape = image.shape[1:] if image.ndim == 3 and image.shape[0] < image.shape[2] else image.shape[:2]
         return tuple(shape)
     if is_mask:
@@ -173,7 +170,7 @@ def _size_of(image: Image.Image | np.ndarray, is_mask: bool) -> tuple[int, int]:
 
 @contextlib.contextmanager
 def _naming_the_mask(value, name: str):
-    """Whatever opening an image raises, as one ValueError line that names it."""
+    """Turn what opening an image raises into a ValueError of one line that names the image."""
     try:
         with decoding(image_name(value, name)):
             yield
@@ -183,26 +180,24 @@ def _naming_the_mask(value, name: str):
 
 def _find_mask(features: Features, mask_column: str | None, name: str) -> str:
     if mask_column is not None:
-        if mask_column not in features:
-            raise ValueError(f"mask_column={mask_column!r} is not a column; there are {', '.join(features)}")
-        if not (is_encoded(features[mask_column]) or is_array(features[mask_column])):
-            raise ValueError(f"mask_column={mask_column!r} must hold images, not {features[mask_column]}")
+        check_columns(features, mask_column=mask_column)
+        check_holds_images(features, "mask_column", mask_column)
         return mask_column
     for column in MASK_COLUMNS:
-        if column in features and "string" not in getattr(features[column], "dtype", ""):  # a string names a class
-            if is_encoded(features[column]) or is_array(features[column]):
-                return column
+        feature = features.get(column)
+        if holds_images(feature) and "string" not in getattr(feature, "dtype", ""):  # a string names a class
+            return column
     known = ", ".join(features)
     raise ValueError(f"{name} has no masks: give a folder of images/ and masks/, or set mask_column to one of {known}")
 
 
 def path_column(column: str, paths: list[str | None]) -> Dataset:
-    """A dataset of one column of images, undecoded, from their paths."""
+    """A dataset with one column: the images of these paths, undecoded."""
     return Dataset.from_dict({column: paths}, Features({column: ImageFeature(decode=False)}))
 
 
 def _image_and_mask_folders(folder: Path) -> dict[str, tuple[dict[str, str], dict[str, str]]]:
-    """Split -> (images, masks), each a dict from a name without extension to a path; empty if there are no masks."""
+    """Split -> (images, masks), each a dict: name without extension -> path. Empty if there are no masks."""
     splits: dict[str, tuple[dict, dict]] = {}
     for path in find_files(folder, IMAGE_EXTENSIONS):
         parts = list(PurePath(path).with_suffix("").parts)

@@ -1,7 +1,7 @@
 """Mixup, CutMix and random erasing, on the device, a whole batch at a time.
 
-Images are mixed with their neighbour in the batch (a roll by one): a shuffled batch makes that a random partner, and
-never the image itself. As in MAE's fine-tuning (arXiv 2111.06377, table 9) all images of a batch share one λ.
+Each image is mixed with its neighbour in the batch (a roll by one). In a shuffled batch this is a random partner, and
+never the image itself. As in MAE's fine-tuning (arXiv 2111.06377, table 9), all images of a batch share one λ.
 """
 
 import math
@@ -30,7 +30,7 @@ def cutmix(images: Tensor, box: Box) -> Tensor:
 
 
 def cutmix_box(height: int, width: int, weight: float) -> Box:
-    """A box of 1 − weight of the area, in the image's proportions, centred anywhere and cut off at the border."""
+    """A box with 1 − weight of the area and the image's proportions, centred anywhere and cut off at the border."""
     half_height, half_width = (round(side * math.sqrt(1 - weight)) / 2 for side in (height, width))
     y, x = (torch.rand(2) * torch.tensor([height, width])).tolist()
     top, bottom = (min(max(round(y + half), 0), height) for half in (-half_height, half_height))
@@ -39,7 +39,7 @@ def cutmix_box(height: int, width: int, weight: float) -> Box:
 
 
 def weight_outside(box: Box, height: int, width: int) -> float:
-    """The share of the pixels that a box leaves: λ after CutMix."""
+    """The share of the pixels outside a box: λ after CutMix."""
     left, top, right, bottom = box
     return 1 - (bottom - top) * (right - left) / (height * width)
 
@@ -51,10 +51,10 @@ def random_erase(
     ratio: tuple[float, float] = (0.3, 1 / 0.3),
     attempts: int = 10,
 ) -> Tensor:
-    """Fill a random rectangle of a random `probability` of the images with normal(0, 1) noise, pixel by pixel.
+    """Fill a random rectangle of each image, with this probability, by normal(0, 1) noise, pixel by pixel.
 
     Zhong et al., arXiv 1708.04896, for normalised images [B, C, H, W]. The rectangle's share of the image's area is
-    uniform in `area`, its height / width log-uniform in `ratio`; of ten draws the first that fits is taken, if any.
+    uniform in `area`; its height / width is log-uniform in `ratio`. The first of ten draws that fits is taken, if any.
     """
     batch, _, height, width = images.shape
     draws = torch.rand(5, batch, attempts, device=images.device)
@@ -73,26 +73,26 @@ def random_erase(
 
 
 def soft_targets(labels: Tensor, num_classes: int, smoothing: float = 0.0, weight: float = 1.0) -> Tensor:
-    """Labels [B] → target distributions [B, K]: smoothed, 1 − s + s/K and s/K, then mixed with the neighbour's."""
+    """Labels [B] → target distributions [B, K]: smoothed to 1 − s + s/K and s/K, then mixed with the neighbour's."""
     targets = F.one_hot(labels, num_classes) * (1 - smoothing) + smoothing / num_classes
     return torch.lerp(targets.roll(1, 0), targets, weight)
 
 
 class MixAugment(nn.Module):
-    """What fine-tuning does to a batch on the device, and the loss that goes with it, for a plain `Trainer`:
+    """What fine-tuning does to a batch on the device, and its loss, for a plain `Trainer`:
 
         augment = MixAugment(mean, std)
         augment.attach(model)
         Trainer(model, ..., compute_loss_func=augment.loss)
 
-    In training uint8 [B, C, H, W] is flipped, normalised, erased and mixed, in this order; in `eval()` mode only
-    normalised. It happens in a hook before the model's forward rather than in the collator: the bytes that travel are
-    uint8, the workers only decode, a resumed run draws the same numbers, and the labels stay class ids, which is what
-    Trainer counts to average over an accumulated batch. Randomness comes from torch's default generators.
+    In training, uint8 [B, C, H, W] is flipped, normalised, erased and mixed, in this order; in `eval()` mode it is only
+    normalised. This happens in a hook before the model's forward, not in the collator. So uint8 travels to the device,
+    the workers only decode, a resumed run draws the same numbers, and the labels stay class ids, which Trainer counts
+    to average over an accumulated batch. The random numbers come from torch's default generators.
 
     Args:
         mean, std: one value for each channel, for pixels scaled to [0, 1].
-        mixup, cutmix: α of Beta(α, α), from which λ is drawn; 0: never. With both, each batch tosses a coin.
+        mixup, cutmix: α of Beta(α, α), from which λ is drawn; 0: never. With both, a coin toss decides for each batch.
         label_smoothing: s in [0, 1).
         random_erase: probability of erasing a part of an image.
         flip: probability of a left-right flip.
@@ -105,7 +105,7 @@ class MixAugment(nn.Module):
         share(random_erase=random_erase)
         self.normalize = DeviceAugment(mean, std, flip_probability=flip)
         self.mixup, self.cutmix, self.label_smoothing, self.erase = mixup, cutmix, label_smoothing, random_erase
-        self.weight = 1.0  # λ of the last batch, which `loss` has to know
+        self.weight = 1.0  # λ of the last batch, for `loss`
 
     @torch.no_grad()
     def forward(self, pixel_values: Tensor) -> Tensor:
@@ -116,7 +116,7 @@ class MixAugment(nn.Module):
             images = random_erase(images, self.erase)
         if not (self.mixup or self.cutmix):
             return images
-        # Drawn on the CPU, where reading a number waits for no device.
+        # Drawn on the CPU, so that reading the numbers does not wait for the device.
         use_cutmix = torch.rand(()).item() < 0.5 if self.mixup and self.cutmix else bool(self.cutmix)
         alpha = self.cutmix if use_cutmix else self.mixup
         self.weight = torch.distributions.Beta(alpha, alpha).sample().item()
@@ -128,9 +128,9 @@ class MixAugment(nn.Module):
         return cutmix(images, box)
 
     def attach(self, model: nn.Module, **options):
-        """Put this before the model's forward; returns the handle whose `remove()` takes it away again.
+        """Apply this before each forward of the model. Returns a handle; its `remove()` undoes this.
 
-        options: passed on to the forward.
+        options: further arguments of the model's forward.
         """
 
         def before_forward(module, args, kwargs):
@@ -142,7 +142,7 @@ class MixAugment(nn.Module):
     def loss(self, outputs, labels: Tensor, num_items_in_batch=None) -> Tensor:
         """Cross-entropy [] of the last batch against its soft targets; plain cross-entropy in `eval()` mode.
 
-        A mean, over the accumulated batch where Trainer says how many images that holds.
+        It is a mean: over the accumulated batch if Trainer tells its number of images, otherwise over this batch.
         """
         logits = outputs["logits"].float()
         smoothing = self.label_smoothing if self.training else 0.0

@@ -1,7 +1,6 @@
-"""The image processor of a checkpoint: the one that is saved with it, and what any checkpoint's says of its input."""
+"""The image processor of a checkpoint: make ours, and read what another checkpoint's says about its input."""
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,7 +28,7 @@ def image_processor(image_size: tuple[int, int], mean, std, value_range: ValueRa
 
 @dataclass
 class InputSpec:
-    """Mean and std of each channel for pixels in [0, 1]; the (height, width) and the value range where they are told."""
+    """Mean and std of each channel for pixels in [0, 1]; the (height, width) and value range where known."""
 
     mean: list[float]
     std: list[float]
@@ -38,7 +37,7 @@ class InputSpec:
 
 
 def read_processor(checkpoint: str | Path, num_channels: int) -> InputSpec | None:
-    """As the image processor that came with a folder or Hub name has them; None where none did.
+    """The settings of the image processor in a folder or under a Hub name; None if there is none.
 
     Raises:
         ValueError: it is damaged, has something else than numbers, or another number of channels.
@@ -59,7 +58,7 @@ def read_processor(checkpoint: str | Path, num_channels: int) -> InputSpec | Non
         value if isinstance(value, list | tuple) else [value] * num_channels
         for value in (0.0 if mean is None else mean, 1.0 if std is None else std)
     )
-    # Pixels are multiplied by `rescale_factor` first; 1 / 255 is the usual one, and makes the scale 1.
+    # The processor first multiplies pixels by `rescale_factor`, usually 1 / 255; mean and std are for its result.
     factor = settings.get("rescale_factor", 1 / 255) if settings.get("do_rescale", True) else 1.0
     for name, values, low in (("image_mean", mean, -math.inf), ("image_std", std, 0), ("rescale_factor", [factor], 0)):
         if not all(isinstance(value, int | float) and low < value < math.inf for value in values):

@@ -1,13 +1,13 @@
 """RandAugment (Cubuk et al., arXiv 1909.13719), in the worker, on PIL images of mode L or RGB.
 
-The paper draws a few operations from a list, each uniformly, and applies them one after the other with one magnitude.
-Fine-tuning recipes since DeiT, MAE's among them, use this variant of it (known as "rand-m9-mstd0.5-inc1"), built here:
-- 2 draws with replacement from the 15 operations below; each draw is carried out with probability .5.
-- The magnitude is drawn anew for each, normal(9, .5), clipped to 0..10, on a scale whose end is 10.
-- "Increasing": a larger magnitude always changes the image more, where the paper's Solarize and Posterize do the
-  opposite. Auto_contrast, equalize and invert know no magnitude, and posterize keeps 4 bits at 0 and 1 bit at 10; at 0
-  all others leave the image as it is.
-- What geometric operations uncover is filled with the mean colour; they resample bicubically.
+The paper draws a few operations uniformly from a list, and applies them one after the other with one magnitude.
+Fine-tuning recipes since DeiT, including MAE's, use the variant that is known as "rand-m9-mstd0.5-inc1". It is this:
+- 2 operations are drawn with replacement from the 15 below; each is applied with probability .5.
+- Each has its own magnitude: drawn from normal(9, .5) and clipped to 0..10.
+- "Increasing": a larger magnitude always changes the image more. (The paper's Solarize and Posterize do the opposite.)
+  Auto_contrast, equalize and invert have no magnitude. Posterize keeps 4 bits at 0 and 1 bit at 10. At 0, all others
+  leave the image as it is.
+- Geometric operations resample bicubically, and fill what they uncover with the mean colour.
 """
 
 import random
@@ -34,7 +34,7 @@ def _solarize_add(image: Image.Image, addend: int) -> Image.Image:
     return image.point([min(255, x + addend) if x < 128 else x for x in range(256)] * len(image.getbands()))
 
 
-# name -> operation(image, strength, fill). The strength is magnitude / 10, in 0..1; in -1..1 for those in SIGNED.
+# name -> operation(image, strength, fill). The strength is magnitude / 10, in 0..1; for those in SIGNED in -1..1.
 OPERATIONS: dict[str, Callable[[Image.Image, float, tuple | int], Image.Image]] = {
     "auto_contrast": lambda image, strength, fill: ImageOps.autocontrast(image),
     "equalize": lambda image, strength, fill: ImageOps.equalize(image),
@@ -52,19 +52,19 @@ OPERATIONS: dict[str, Callable[[Image.Image, float, tuple | int], Image.Image]] 
     "translate_x": lambda image, strength, fill: _affine(image, (1, 0, 0.45 * strength * image.width, 0, 1, 0), fill),
     "translate_y": lambda image, strength, fill: _affine(image, (1, 0, 0, 0, 1, 0.45 * strength * image.height), fill),
 }
-# Both directions are as likely.
+# The strength of these is positive or negative with equal probability.
 SIGNED = frozenset("color contrast brightness sharpness rotate shear_x shear_y translate_x translate_y".split())
 
 
 @dataclass(frozen=True)
 class RandAugment:
-    """`augment(image, rng)` → image: all its randomness comes from `rng`.
+    """`augment(image, rng)` → image. All its randomness comes from `rng`.
 
     magnitude: mean of the magnitudes, 0..10.
     std: their standard deviation.
-    num_operations: draws for each image.
-    probability: of carrying out a draw.
-    fill: the colour of uncovered ground, one value in 0..255 for each channel.
+    num_operations: how many are drawn for each image.
+    probability: of applying an operation that was drawn.
+    fill: the colour that fills uncovered parts, one value in 0..255 for each channel.
     """
 
     magnitude: float = 9.0
@@ -78,10 +78,7 @@ class RandAugment:
         least(0, std=self.std, num_operations=self.num_operations)
         share(probability=self.probability)
         if len(self.fill) not in (1, 3):
-            raise ValueError(
-                f"RandAugment is for images of 1 or 3 channels, not {len(self.fill)} (values in fill): go without it, "
-                "by randaugment_magnitude 0"
-            )
+            raise ValueError(f"RandAugment takes 1 or 3 channels, not {len(self.fill)}; set randaugment_magnitude to 0")
 
     def draw(self, rng: random.Random) -> list[tuple[str, float]]:
         """The operations for one image, in order, each with its strength."""
@@ -102,25 +99,24 @@ class RandAugment:
 
 
 class RandAugmentedImages(ImageDataset):
-    """An `ImageDataset` whose crops go through RandAugment; keyed on (seed, epoch, index) as the crops are.
+    """An `ImageDataset` whose crops go through RandAugment. Like the crop, it depends on (seed, epoch, index) alone.
 
-    The flip that recipes place before RandAugment may come after it, on the device: both signs of each geometric
-    operation are as likely, so the order makes no difference.
+    Recipes flip before RandAugment; here the device flips after it. The order makes no difference, because both signs
+    of each geometric operation are equally likely.
     """
 
     def __init__(self, images, size, num_channels=3, crop=None, labels=False, seed=0, randaugment=None):
         self.randaugment = RandAugment() if randaugment is None else randaugment
-        if len(self.randaugment.fill) != num_channels:
-            raise ValueError(
-                f"RandAugment's fill must have {num_channels} values (channels), not {self.randaugment.fill}"
-            )
+        fill = self.randaugment.fill
+        if len(fill) != num_channels:
+            raise ValueError(f"RandAugment's fill must have {num_channels} values (channels), not {fill}")
         super().__init__(images, size, num_channels, crop, labels, seed)
 
     def _sample(self, value, label, epoch: int, key: int, name: str) -> dict:
         sample = super()._sample(value, label, epoch, key, name)
         pixels = sample["pixel_values"].permute(1, 2, 0).numpy()
         image = Image.fromarray(pixels[..., 0] if self.num_channels == 1 else pixels)
-        # Draws of its own: the crop's would tie the operation to the crop's size.
+        # It has its own random numbers: with those of the crop, the operation would depend on the crop's size.
         image = self.randaugment(image, crop_rng(self.seed, epoch, f"{key}/randaugment"))
         pixels = np.array(image).reshape(*self.size, self.num_channels)
         sample["pixel_values"] = torch.from_numpy(pixels).permute(2, 0, 1).contiguous()

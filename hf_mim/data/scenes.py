@@ -1,11 +1,10 @@
-"""Scenes that the package draws itself, to ask features for what CLEVR asks: how many objects, and how far apart.
+"""Scenes that the package draws, to ask features what CLEVR asks: how many objects are there, and how far apart?
 
-Coloured shapes on textured ground, partly in front of each other. A shape is a star of n tips whose notches lie at a
-share of the tips' radius: at cos(π / n) the star is the regular polygon of n sides, so that one signed distance draws
-them all, antialiased. Everything is drawn in shares of the side, so a scene is the same scene at any size.
+Coloured shapes lie on textured ground, partly in front of each other. Every shape is a star with n tips, whose notches
+lie at a share of the tips' radius. If the share is cos(π / n), the star is the regular polygon with n sides. So one
+signed distance draws all shapes, antialiased. All lengths are shares of the side: a scene is the same at any size.
 """
 
-import io
 import math
 import random
 from colorsys import hsv_to_rgb
@@ -17,6 +16,8 @@ from datasets import Image as ImageFeature
 from PIL import Image
 
 from hf_mim.checks import least, one_of
+
+from .digits import png
 
 COUNTS = (3, 10)  # objects in a scene, as in CLEVR
 DISTANCES = (0.06, 0.24)  # of the nearest pair, centre to centre, in shares of the side
@@ -31,9 +32,9 @@ SHAPES = {  # (tips, radius of the notches as a share of the tips')
     "cross": (4, 0.42),
 }
 SPLITS = ("train", "test")
-_MASK_SIDE = 64  # of the raster on which visibility is judged, whatever the size of the picture
+_MASK_SIDE = 64  # of the raster on which visibility is measured, whatever the size of the picture
 _RIM = 0.012  # width of the dark rim, in shares of the side
-_MAX_TRIES = 100  # places tried for one object before the scene is begun anew
+_MAX_TRIES = 100  # places tried for one object before the scene starts again
 
 
 def scenes(count: int, size: int = 96, seed: int = 0, split: str = "train") -> Dataset:
@@ -41,17 +42,17 @@ def scenes(count: int, size: int = 96, seed: int = 0, split: str = "train") -> D
 
     Scene i depends on (seed, split, i) alone: a longer dataset begins with the shorter one, train and test share no
     scene, and another size shows the same scenes. Numbers of objects are uniform in 3..10. The distance of the nearest
-    pair is drawn uniformly and independently of the number, so that neither answers for the other; one pair is placed
-    at it and all others are further apart. Objects lie wholly inside the picture and may overlap: of each, at least
-    40 % of its area stays visible.
+    pair is drawn uniformly and independently of the number, so that one answer does not tell the other. One pair is
+    placed at this distance; all other pairs are further apart. Objects lie wholly inside the picture and may overlap:
+    at least 40 % of each object's area stays visible.
 
     Returns:
-        A dataset with the columns `image` (undecoded RGB PNG), `num_objects` (int), `distance` (float: of the two
-        nearest objects, centre to centre, as a share of the side) and `positions` (the objects' centres `[x, y]` from
-        the top left corner, as shares of the side, those in front last).
+        A dataset with the columns `image` (undecoded RGB PNG), `num_objects` (int), `distance` (float: between the
+        centres of the two nearest objects, as a share of the side) and `positions` (the objects' centres `[x, y]` from
+        the top left corner, as shares of the side; objects in front come last).
 
     Raises:
-        ValueError: no scene is asked for, a size outside 16..1024, a negative seed, or an unknown split.
+        ValueError: count is below 1, size is outside 16..1024, seed is negative, or the split is unknown.
     """
     least(1, count=count)
     check_size(size)
@@ -62,7 +63,8 @@ def scenes(count: int, size: int = 96, seed: int = 0, split: str = "train") -> D
         # Seeding by a string is the same in every process and version.
         rng = random.Random(f"scene/{seed}/{split}/{index}")
         objects = place_objects(rng)
-        columns["image"].append({"bytes": _png(draw(objects, size, rng)), "path": None})
+        picture = Image.fromarray(draw(objects, size, rng))
+        columns["image"].append({"bytes": png(picture, compress_level=1), "path": None})
         columns["num_objects"].append(len(objects))
         columns["distance"].append(min(math.dist(a.centre, b.centre) for a in objects for b in objects if a is not b))
         columns["positions"].append([list(item.centre) for item in objects])
@@ -83,7 +85,7 @@ def check_size(size: int):
 
 @dataclass(frozen=True)
 class SceneObject:
-    """One shape. Lengths in shares of the side, the angle in radians, the colour in 0..1."""
+    """One shape. Lengths are shares of the side, the angle is in radians, the colour in 0..1."""
 
     shape: str
     centre: tuple[float, float]
@@ -92,10 +94,10 @@ class SceneObject:
     color: tuple[float, float, float]
 
     def signed_distance(self, side: int) -> tuple[tuple[slice, slice], np.ndarray]:
-        """(rows and columns of the box that holds the object, distance of their pixels from its edge in pixels).
+        """((rows, columns) of the box that holds the object, distance of each pixel there from the edge, in pixels).
 
-        Negative inside. In one half of one tip's sector the edge is a straight line from tip to notch, and all other
-        sectors are turned and mirrored onto it.
+        The distance is negative inside. In one half of a tip's sector the edge is a straight line from tip to notch;
+        all other sectors are turned and mirrored onto this half.
         """
         tips, notch = SHAPES[self.shape]
         x, y = self.centre
@@ -117,19 +119,18 @@ class SceneObject:
 
 
 def place_objects(rng: random.Random) -> list[SceneObject]:
-    """The objects of one scene, by the rules of `scenes`; later ones lie in front."""
+    """The objects of one scene, by the rules of `scenes`. Later ones lie in front."""
     count, distance = rng.randint(*COUNTS), rng.uniform(*DISTANCES)
     while True:
-        objects = _try_to_place(rng, count, distance)
-        if objects is not None:
+        if objects := _try_to_place(rng, count, distance):
             return objects
 
 
 def _try_to_place(rng: random.Random, count: int, distance: float) -> list[SceneObject] | None:
-    """`count` objects, one after the other; None where no place is found for one."""
+    """Place `count` objects one after the other; None if there is no place for one of them."""
     objects, areas = [], []
     owner = np.full((_MASK_SIDE, _MASK_SIDE), -1)  # which object is in front
-    closest = rng.randrange(1, count)  # the object that is put at `distance` from an earlier one
+    closest = rng.randrange(1, count)  # this object is put at `distance` from an earlier one
     for index in range(count):
         for _ in range(_MAX_TRIES):
             item = _random_object(rng, rng.choice(objects) if index == closest else None, distance)
@@ -152,10 +153,10 @@ def _try_to_place(rng: random.Random, count: int, distance: float) -> list[Scene
 
 
 def _random_object(rng: random.Random, neighbour: SceneObject | None, distance: float) -> SceneObject:
-    """Anywhere, or at `distance` from its neighbour."""
+    """An object anywhere, or at `distance` from its neighbour."""
     shape = rng.choice(list(SHAPES))
     tips, notch = SHAPES[shape]
-    # A star whose tips lie at 1 has this area; so all shapes of one radius are equally large.
+    # The area of the star is divided out, so that all shapes of one radius in RADII are equally large.
     reach = rng.uniform(*RADII) * math.sqrt(math.pi / (tips * notch * math.sin(math.pi / tips)))
     if neighbour is None:
         centre = (rng.uniform(reach, 1 - reach), rng.uniform(reach, 1 - reach))
@@ -168,13 +169,13 @@ def _random_object(rng: random.Random, neighbour: SceneObject | None, distance: 
 
 
 def draw(objects: list[SceneObject], size: int, rng: random.Random) -> np.ndarray:
-    """The picture, uint8 [size, size, 3]: the ground, then one object after the other with rim and shading."""
+    """The picture, uint8 [size, size, 3]: the ground, then each object with its rim and shading."""
     picture = _ground(size, rng)
     for item in objects:
         box, edge = item.signed_distance(size)
         inside = np.clip(0.5 - edge, 0, 1)[..., None]
         filling = np.clip(0.5 - edge - _RIM * size, 0, 1)[..., None]
-        # Light from the top left: from 1.1 to .8 of the colour across the object.
+        # The light comes from the top left: across the object, the colour falls from 1.1 to .8 of itself.
         light = np.linspace(1.1, 0.8, edge.shape[0] + edge.shape[1] - 1, dtype=np.float32)
         light = light[np.add.outer(np.arange(edge.shape[0]), np.arange(edge.shape[1]))][..., None]
         color = np.asarray(item.color, dtype=np.float32) * light * (0.35 + 0.65 * filling)
@@ -183,7 +184,7 @@ def draw(objects: list[SceneObject], size: int, rng: random.Random) -> np.ndarra
 
 
 def _ground(size: int, rng: random.Random) -> np.ndarray:
-    """Two muted colours mixed by noise, coarse (and at times streaked), middle and fine: float [size, size, 3]."""
+    """Two muted colours, mixed by coarse (at times streaked), middle and fine noise: float [size, size, 3]."""
     hue, value = rng.random(), rng.uniform(0.3, 0.6)
     colors = [
         hsv_to_rgb((hue + shift) % 1, rng.uniform(0.05, 0.3), value + change)
@@ -196,9 +197,3 @@ def _ground(size: int, rng: random.Random) -> np.ndarray:
         mixture += weight * (noise / 255 - 0.5)
     dark, bright = np.asarray(colors, dtype=np.float32)
     return dark + mixture[..., None] * (bright - dark)
-
-
-def _png(picture: np.ndarray) -> bytes:
-    buffer = io.BytesIO()
-    Image.fromarray(picture).save(buffer, "PNG", compress_level=1)
-    return buffer.getvalue()

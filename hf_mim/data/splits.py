@@ -1,11 +1,11 @@
-"""Which labelled images fit and which choose: stratified, seeded."""
+"""Divide labelled images by class and by a seed: one part to fit on, the other to choose by."""
 
 import torch
 from torch import Tensor
 
 
 def check_labels(labels: Tensor):
-    """Raise ValueError, in one line, unless the labels [n] of training images are known and of two classes or more."""
+    """Raise ValueError, in one line, unless all labels [n] of training images are known and of two classes or more."""
     if len(labels) == 0:
         raise ValueError("train holds no images")
     unlabelled = int((labels < 0).sum())
@@ -16,9 +16,9 @@ def check_labels(labels: Tensor):
 
 
 def random_ranks(labels: Tensor, *seed: int) -> tuple[Tensor, Tensor]:
-    """Each image's place [n], from 0, in a random order of its class, and the number of images [n] of that class.
+    """(rank [n], size [n]): each image's place, from 0, in a random order of its class, and the size of that class.
 
-    The images with `rank < k` are k of each class; those for a smaller k are among those for a larger one.
+    The images with `rank < k` are k of each class. A larger k keeps the images of a smaller one.
     """
     order = torch.randperm(len(labels), generator=generator(*seed))
     order = order[labels[order].argsort(stable=True)]  # class by class, at random within
@@ -29,7 +29,7 @@ def random_ranks(labels: Tensor, *seed: int) -> tuple[Tensor, Tensor]:
 
 
 def stratified_split(labels: Tensor, share: float, seed: int) -> tuple[Tensor, Tensor]:
-    """Ids (kept, held out): about `share` of each class is held out, at least one image and never all.
+    """Ids (kept, held out). About `share` of each class is held out, at least one image and never all.
 
     A class with a single image keeps it. Raises ValueError if that leaves nothing to hold out.
     """
@@ -41,9 +41,9 @@ def stratified_split(labels: Tensor, share: float, seed: int) -> tuple[Tensor, T
 
 
 def generator(*seed: int) -> torch.Generator:
-    """Random numbers on the CPU, a stream of its own for each sequence of whole numbers from 0 below 2³²."""
+    """A random generator on the CPU. Each sequence of whole numbers in 0..2³²-1 gives its own random numbers."""
     from numpy.random import SeedSequence
 
-    # The length, because SeedSequence takes a sequence and the same with zeros behind it for one.
+    # SeedSequence([1]) equals SeedSequence([1, 0]); the length in front tells them apart.
     state = SeedSequence([len(seed), *seed]).generate_state(1, dtype="uint64")[0]
     return torch.Generator().manual_seed(int(state >> 1))

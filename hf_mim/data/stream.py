@@ -1,4 +1,4 @@
-"""A stream that training never reaches the end of, and that knows where it stands: what makes its resume exact."""
+"""A stream without an end for training. It knows how far each worker has read, so that a resume is exact."""
 
 from collections.abc import Iterator
 from itertools import count
@@ -8,30 +8,32 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from .dataset import ImageStream
 
-RING = 64  # batches of each worker whose places are remembered; more than a DataLoader has under way
+RING = 64  # batches of each worker whose places are remembered; more than a DataLoader prepares ahead
 
 
 class EndlessStream(IterableDataset):
     """The samples of an `ImageStream`, pass after pass, each worker through its own shards.
 
-    Batch b of a DataLoader over it is worker b mod W's, for ever, so the number of batches that were used says how many
-    each worker has given; where that worker then stood, it has noted in shared memory. Such a place is (epoch, images
-    read in it); a resume reads up to it without decoding, through a shuffle buffer too.
+    Batch b of a DataLoader always comes from worker b mod W. So the number of batches that were used tells how many
+    each worker has given: after 5 batches of 2 workers, worker 0 has given 3 and worker 1 has given 2. After each
+    batch, the worker notes its place in shared memory: (epoch, images read in this epoch). A resume reads up to this
+    place without decoding, through a shuffle buffer too.
 
     Args:
         stream: this rank's part.
         batch_size: of the DataLoader.
         num_workers: of the DataLoader; 0 for none.
-        start: a `state()` to go on from, made with as many workers.
+        start: a `state()` to continue from, made with as many workers.
 
     Raises:
-        ValueError: while reading, where a worker's part of the stream holds no image at all.
+        ValueError: while reading, if a worker's part of the stream has no image.
     """
 
     def __init__(self, stream: ImageStream, batch_size: int, num_workers: int, start: dict | None = None):
         self.stream, self.batch_size, self.lanes = stream, batch_size, max(1, num_workers)
         places = [[0, 0]] * self.lanes if start is None else start["places"]
-        # To begin with, batches of an earlier round are read again: a DataLoader's first batch is always worker 0's.
+        # The first batch of a DataLoader always comes from worker 0. So a resume reads the unfinished round of the
+        # workers again, and the trainer skips so many batches of it.
         self.skipped_batches = 0 if start is None else start["batches"]
         self._places = torch.zeros(self.lanes, RING, 2, dtype=torch.int64).share_memory_()
         self._places[:, 0] = torch.tensor(places)
@@ -53,6 +55,6 @@ class EndlessStream(IterableDataset):
             skip = 0
 
     def state(self, batches: int) -> dict:
-        """Where to go on after so many batches, counted from `skipped_batches` on: JSON-able."""
+        """Where to continue after so many batches since `start`, without `skipped_batches`. Can be saved as JSON."""
         batches += self.skipped_batches
         return {"batches": batches % self.lanes, "places": self._places[:, batches // self.lanes % RING].tolist()}

@@ -30,7 +30,8 @@ def find_value_range(images, given: list[float] | None, num_channels: int) -> tu
         given: low, high, or such a pair for each band.
 
     Raises:
-        ImageFormatError: a `value_range` of another length; images of several depths and no range; nothing but one value.
+        ImageFormatError: images of several depths and no range, or nothing but one value.
+        ValueError: `given` has a wrong length.
     """
     fixed = None if given is None else ValueRange.from_list(given, num_channels)
     images = copy.copy(images)
@@ -88,7 +89,9 @@ def _line(value_range: ValueRange, kind: str, values: Tensor, count: int, measur
     used = value_range.as_list()
     scaled = f"{used[0]:,}..{used[1]:,}" if len(used) == 2 else "a range of each band"
     listed = ",".join(f"{value:.6g}" for value in used)
-    line = f"pixels: {kind}, {values.min().item():,.6g}..{values.max().item():,.6g} over {count:,} images → scaled from "
+    line = (
+        f"pixels: {kind}, {values.min().item():,.6g}..{values.max().item():,.6g} over {count:,} images → scaled from "
+    )
     line += f"{scaled}; change it with --value_range {listed}" if measured else f"{scaled}, as given"
     if outside := ((values < low) | (values > high)).float().mean().item():
         line += f"; {outside:.2%} of the values lie outside and are clipped"

@@ -1,4 +1,4 @@
-"""Videos with object masks, from DAVIS's folders or from tables; masks stay unread until they are asked for."""
+"""Videos with object masks, from DAVIS's folders or from tables. A mask is read only when it is needed."""
 
 import os
 import re
@@ -10,22 +10,23 @@ from datasets import ClassLabel, Dataset
 
 from .folders import IMAGE_EXTENSIONS, find_files
 from .masks import IMAGE_FOLDERS, MASK_FOLDERS, MaskedImages, load_masks, path_column
-from .sources import first_split, open_source, source_name
+from .sources import first_split, local_folder, open_source, source_name
 
 VOID = 255  # the id of pixels that are not scored, in DAVIS
 SEQUENCE_COLUMNS = ("sequence", "video", "clip", "label")
 FRAME_COLUMNS = ("frame", "frame_id", "frame_index")
 _FRAME_FOLDERS = ("jpegimages", "frames", *IMAGE_FOLDERS)
-_LISTS = ("2017", "2016", "480p", "1080p")  # folders of DAVIS's lists, the one that is reported today first
+_LISTS = ("2017", "2016", "480p", "1080p")  # folders of DAVIS's lists; papers report the first
 _USUAL_RESOLUTION = "480p"
 
 
 class Videos:
-    """Sequences of frames, each frame with a mask of object ids: 0 background, 255 void.
+    """Sequences of frames. Each frame has a mask of object ids: 0 background, 255 void.
 
-    Masks whose only ids are 0 and 255, as DAVIS 2016's, hold one object: there 255 is read as 1. The first mask tells.
+    If the first mask of a sequence has only the ids 0 and 255, as in DAVIS 2016, then the sequence has one object, and
+    255 is read as 1.
 
-    A protocol reads only first masks before all its predictions are made.
+    A protocol reads only first masks until all its predictions are made.
 
     Args:
         frames: all frames with their masks; those of a sequence in the order of time.
@@ -34,8 +35,8 @@ class Videos:
     Attributes: `names` of the sequences, sorted; `name` of the source.
 
     Raises:
-        ValueError: one line that names the sequence: it has a single frame, frames of several sizes, or an empty first
-            mask.
+        ValueError: in one line that names the sequence: it has a single frame, frames of several sizes, or an empty
+            first mask.
     """
 
     def __init__(self, frames: MaskedImages, sequences: Sequence[str]):
@@ -51,9 +52,7 @@ class Videos:
                 found = ", ".join(f"{height}×{width}" for height, width in sorted(sizes))
                 raise ValueError(f"frames of sequence {sequence} of {self.name} must be of one size, not {found}")
             if not len(self.object_ids(sequence)):
-                raise ValueError(
-                    f"the first mask of sequence {sequence} of {self.name} is empty: it must hold an object"
-                )
+                raise ValueError(f"the first mask of sequence {sequence} of {self.name} must hold an object, not none")
 
     def __len__(self) -> int:
         return len(self.names)
@@ -72,7 +71,7 @@ class Videos:
         return ids[(ids != 0) & (ids != VOID)]
 
     def read_first_mask(self, sequence: str) -> np.ndarray:
-        """Object ids `[h, w]` of the first frame, which the task gives away."""
+        """Object ids `[h, w]` of the first frame. The task gives them to the protocol."""
         return self._read(sequence, self._rows[sequence][:1])[0]
 
     def read_masks(self, sequence: str) -> np.ndarray:
@@ -85,7 +84,7 @@ class Videos:
         return (masks == VOID).astype(np.uint8) if is_binary else masks
 
     def pick(self, wanted: int | str | Sequence[str] | None) -> list[str]:
-        """Names of sequences: all (None), the first so many, or those named. Raises ValueError for others."""
+        """Names of sequences: all (None), so many of the first, or those named. Raises ValueError for unknown ones."""
         if wanted is None:
             return self.names
         if isinstance(wanted, int):
@@ -118,22 +117,22 @@ def load_videos(
     """Load videos whose frames have masks, not yet decoded.
 
     Args:
-        source: a folder laid out as DAVIS (`JPEGImages/480p/SEQUENCE/00000.jpg` and the same in `Annotations`, `.png`),
-            or with `frames` (or `images`) and `masks`, and in each one folder for each sequence. Frames are in the
-            order of the numbers in their names. Or what `load_images` takes, as a table with a row for each frame.
-        split: of DAVIS, the name of a list in `ImageSets/2017` (or `2016`, `480p`), by default "val"; of a folder
-            without lists nothing; of tables as in `load_images`, by default the first that is there of test,
-            validation and train.
-        image_column, mask_column: found when left out, as in `load_masks`.
-        sequence_column: names or ids of sequences; by default "sequence", "video", "clip" or "label". Rows are in the
-            order of the column "frame", or as they come where there is none.
+        source: a folder laid out as DAVIS (`JPEGImages/480p/SEQUENCE/00000.jpg` and the same in `Annotations`, `.png`);
+            or a folder with `frames` (or `images`) and `masks`, each with one folder for each sequence; or a source of
+            `load_images`, as a table with a row for each frame. The numbers in the names of files order the frames.
+        split: for DAVIS, the name of a list in `ImageSets/2017` (or `2016`, `480p`), by default "val". For a folder
+            without lists it must be left out. For tables as in `load_images`, by default the first that is there of
+            test, validation and train.
+        image_column, mask_column: default: found as in `load_masks`.
+        sequence_column: holds names or ids of sequences; default: "sequence", "video", "clip" or "label". The column
+            "frame" orders the rows; without it they keep their order.
 
     Raises:
-        ValueError: in one line: no masks, frames without a mask, a mask of another size than its frame (only headers
-            are read), and what `Videos` refuses.
+        ValueError: in one line: there are no masks, a frame has no mask, a mask has another size than its frame (only
+            headers are read), or `Videos` raises.
     """
-    path = Path(source).expanduser() if isinstance(source, str | os.PathLike) and str(source).strip() else None
-    folder = _child(path, _FRAME_FOLDERS) if path is not None and path.is_dir() else None
+    path = local_folder(source)
+    folder = None if path is None else _child(path, _FRAME_FOLDERS)
     if folder is not None:
         return _load_folders(path, folder, split)
     splits = ["test", "validation", "train"] if split is None else [split]
@@ -141,28 +140,23 @@ def load_videos(
     name = f"{source_name(source)}, split {split}"
     sequence_column = sequence_column or next((c for c in SEQUENCE_COLUMNS if c in data.features), None)
     if sequence_column not in data.features:
-        raise ValueError(
-            f"{name} tells no sequences: sequence_column must be one of {', '.join(data.features)}, "
-            f"not {sequence_column}"
-        )
+        known = ", ".join(data.features)
+        raise ValueError(f"{name} tells no sequences: sequence_column must be one of {known}, not {sequence_column}")
     feature, values = data.features[sequence_column], data[sequence_column][:]
     sequences = feature.int2str(values) if isinstance(feature, ClassLabel) else [str(value) for value in values]
     frame_column = next((column for column in FRAME_COLUMNS if column in data.features), None)
     frames = load_masks(data, image_column=image_column, mask_column=mask_column)
     frames.name = name
-    if frame_column is None:
-        return Videos(frames, sequences)
-    numbers = data[frame_column][:]
-    order = sorted(range(len(numbers)), key=numbers.__getitem__)
+    order = range(len(frames))
+    if frame_column is not None:
+        order = sorted(order, key=data[frame_column][:].__getitem__)
     return Videos(frames.select(order), [sequences[row] for row in order])
 
 
 def _load_folders(source: Path, frame_folder: Path, split: str | None) -> Videos:
     mask_folder = _child(source, MASK_FOLDERS)
     if mask_folder is None:
-        raise ValueError(
-            f"source {str(source)!r} has {frame_folder.name}, but no masks: no folder Annotations or masks"
-        )
+        raise ValueError(f"source {str(source)!r} has {frame_folder.name}, but no folder Annotations or masks")
     frames = {_without_extension(path): path for path in find_files(frame_folder, IMAGE_EXTENSIONS)}
     masks = {_without_extension(path): path for path in find_files(mask_folder, IMAGE_EXTENSIONS)}
     frames = _one_resolution(frames, source)
@@ -181,13 +175,13 @@ def _load_folders(source: Path, frame_folder: Path, split: str | None) -> Videos
 
 
 def _child(folder: Path, names: Sequence[str]) -> Path | None:
-    """The folder below `folder` that has the first of these names, in upper or lower case."""
+    """The child of `folder` with the first of these names that is there, in upper or lower case."""
     found = {child.name.lower(): child for child in folder.iterdir() if child.is_dir()}
     return next((found[name] for name in names if name in found), None)
 
 
 def _one_resolution(frames: dict[PurePath, str], source: Path) -> dict[PurePath, str]:
-    """DAVIS has a folder for each resolution above the sequences."""
+    """The frames of one resolution, because DAVIS has a folder for each resolution above the sequences."""
     if not all(len(key.parts) > 2 for key in frames):
         return frames
     resolutions = sorted({key.parts[0] for key in frames})
@@ -198,7 +192,7 @@ def _one_resolution(frames: dict[PurePath, str], source: Path) -> dict[PurePath,
 
 
 def _listed(source: Path, split: str | None) -> set[str] | None:
-    """The sequences of a split, where the source has lists as DAVIS."""
+    """The sequences of a split, or None for a source without lists like DAVIS's."""
     lists = source / "ImageSets"
     if not lists.is_dir():
         if split is not None:
@@ -208,7 +202,7 @@ def _listed(source: Path, split: str | None) -> set[str] | None:
     if not files:
         known = sorted({path.stem for name in _LISTS for path in (lists / name).glob("*.txt")})
         raise ValueError(f"split {split or 'val'!r} is not in {str(lists)!r}; it has {', '.join(known) or 'none'}")
-    words = map(PurePath, files[0].read_text().split())  # names, or in a resolution's list paths of frames and masks
+    words = map(PurePath, files[0].read_text().split())  # names; or, in a resolution's lists, paths of files
     return {word.parent.name or word.name for word in words}
 
 
@@ -217,5 +211,5 @@ def _without_extension(path: str) -> PurePath:
 
 
 def _natural(text: str) -> list:
-    """Sorts frame10 after frame9."""
+    """A key that sorts frame10 after frame9."""
     return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", text)]

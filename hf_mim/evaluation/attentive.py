@@ -1,7 +1,7 @@
 """Attentive probing: one cross-attention with a learned query pools frozen patch tokens, a linear layer classifies.
 
-No loss of masked image modeling asks the mean of the tokens for anything, so later works of the field probe by
-attention: AIM (arXiv 2401.08541), V-JEPA (arXiv 2404.08471), CAPI (arXiv 2502.08769).
+No loss of masked image modeling trains the mean of the tokens. So later works pool by attention instead: AIM (arXiv
+2401.08541), V-JEPA (arXiv 2404.08471), CAPI (arXiv 2502.08769).
 """
 
 import math
@@ -15,15 +15,14 @@ from torch import Tensor
 from hf_mim.checks import least
 from hf_mim.data.labelled import LabelledImages
 from hf_mim.data.splits import generator
-from hf_mim.evaluation.encoder import FeatureSpec
 from hf_mim.evaluation.features import FeatureExtractor
 from hf_mim.evaluation.probe_training import (
+    Probes,
     SearchGrid,
     check_probe_options,
     choose_and_test,
-    fetch,
     mean_and_scale,
-    pieces,
+    parse_features,
     train_together,
 )
 from hf_mim.evaluation.result import Result
@@ -32,25 +31,23 @@ BETAS, EPS = (0.9, 0.999), 1e-8  # of AdamW
 WARMUP = 0.1  # share of the steps
 
 
-class AttentiveProbes:
-    """H attentive probes on one kind of tokens, each with its own learning rate and weight decay, trained by AdamW.
+class AttentiveProbes(Probes):
+    """H attentive probes on one kind of tokens (see `Probes`), trained by AdamW. All start from the same weights.
 
-    Of standardised tokens `x` (see `mean_and_scale`), for each attention head m of width d = D/M:
-    `softmax_n(q_m · K_m x_n / √d)` weighs `V_m x_n`; a linear layer follows. As in AIM, keys and values have no bias
-    and the pooled values go to the classifier directly. Since both maps are linear, they are moved to where they cost
-    least: `q_m · K_m x_n = (K_mᵀ q_m) · x_n`, and the mean of `V_m x_n` is `V_m` of the mean. The same probe then
-    takes M products a token instead of 2·D, and no keys or values are held.
+    Let x be the standardised tokens of an image. In each attention head m of width d = D/M, the weights
+    `softmax_n(q_m · K_m x_n / √d)` average the values `V_m x_n`; a linear layer follows. As in AIM, keys and values
+    have no bias, and the pooled values go to the classifier directly. Both maps are linear, so they are applied where
+    they cost least: `q_m · K_m x_n = (K_mᵀ q_m) · x_n`, and the mean of all `V_m x_n` is `V_m` times the mean of all
+    `x_n`. The same probe then takes M products a token instead of 2·D, and holds no keys or values in memory.
 
     Args:
-        mean, scale: `[D]`, what standardises the tokens.
-        grid: for each probe (learning rate, weight decay). All start from the same weights.
         attention_heads: M; divides D.
     """
 
     def __init__(
         self, mean: Tensor, scale: Tensor, grid: SearchGrid, num_classes: int, attention_heads: int, seed: int, device
     ):
-        self.device, self.mean, self.scale = device, mean.to(device), scale.to(device)
+        super().__init__(mean, scale, grid, device)
         random, width, heads = generator(seed, 2), len(mean), attention_heads
 
         def parameter(*shape, std: float) -> Tensor:
@@ -63,25 +60,23 @@ class AttentiveProbes:
         self.weight = parameter(num_classes, width, std=0.01)
         self.bias = parameter(num_classes, std=0.0)
         self.decayed, self.free = [self.key, self.value, self.weight], [self.query, self.bias]
-        rates = torch.tensor(grid, dtype=torch.float32, device=device)
-        self.learning_rates, self.weight_decays = rates[:, 0], rates[:, 1]  # [H]
         self.moments = [(torch.zeros_like(p), torch.zeros_like(p)) for p in self.decayed + self.free]
         self.steps = 0
+        self.row_size = len(grid) * max(num_classes, heads * width)
 
-    def logits(self, tokens: Tensor) -> Tensor:
+    def logits(self, standardised: Tensor) -> Tensor:
         """`[B, N, D]` → `[B, H, C]`."""
-        x = (tokens - self.mean) * self.scale
         probes, heads, narrow, width = self.key.shape
         scorers = torch.einsum("hmd,hmdw->hmw", self.query, self.key) / math.sqrt(narrow)
-        attention = (x @ scorers.view(-1, width).T).mT.softmax(dim=-1)  # [B, H·M, N]
-        pooled = (attention @ x).view(len(x), probes, heads, width)
+        attention = (standardised @ scorers.view(-1, width).T).mT.softmax(dim=-1)  # [B, H·M, N]
+        pooled = (attention @ standardised).view(-1, probes, heads, width)
         values = torch.einsum("bhmw,hmdw->bhmd", pooled, self.value).flatten(2)
         return torch.einsum("bhw,hcw->bhc", values, self.weight) + self.bias
 
     def step(self, features: Tensor, labels: Tensor, rate: float):
         """One step of AdamW on each probe's mean cross-entropy, at `rate` times its learning rate."""
-        logits = self.logits(features)
-        # The sum over probes: none has a part in another's loss, so each gets its own gradient.
+        logits = self.logits(self.standardise(features))
+        # The losses of all probes are summed: they share no weights, so each probe gets the gradient of its own loss.
         loss = F.cross_entropy(logits.flatten(0, 1), labels.repeat_interleave(logits.shape[1]), reduction="sum")
         parameters = self.decayed + self.free
         gradients = torch.autograd.grad(loss / len(labels), parameters)
@@ -101,24 +96,16 @@ class AttentiveProbes:
         denominator = (second / (1 - BETAS[1] ** self.steps)).sqrt_().add_(EPS)
         parameter.sub_(rates / (1 - BETAS[0] ** self.steps) * first / denominator)
 
-    @torch.no_grad()
-    def predict(self, features: Tensor, ids: Tensor, k: int = 1) -> Tensor:
-        """The k likeliest classes `[n, H, k]` of the rows `ids` of `features`, likeliest first, on the CPU."""
-        row = max(features[0].numel(), self.bias.numel(), self.query[:, :, 0].numel() * features.shape[2])
-        found = [self.logits(fetch(features, piece, self.device)).topk(k, dim=-1).indices for piece in pieces(ids, row)]
-        return torch.cat(found).cpu()
-
 
 @dataclass
 class Attentive:
     """Top-1 accuracy of an attentive probe on frozen patch tokens.
 
-    Where a linear probe on the mean asks what all tokens say together, this one also finds what single tokens say. A
-    small grid (learning rate × weight decay) is trained together on a part of the training images; the best on the
-    held-out part is trained again on all of them and tested.
+    A linear probe on the mean sees only what the tokens have in common; this one also finds what single tokens hold. A
+    small grid (learning rate × weight decay) is trained together on a part of the training images. The best on the
+    held-out part is trained again on all of them and then tested.
 
-    Source: AIM (arXiv 2401.08541), whose pooling it is; V-JEPA (arXiv 2404.08471) adds a block of its own
-    after the pooling.
+    Source: AIM (arXiv 2401.08541) for the pooling. V-JEPA (arXiv 2404.08471) adds a block after it, which is not here.
 
     Args:
         features: layer/tokens/norm
@@ -128,7 +115,7 @@ class Attentive:
         epochs: passes over the training images
         batch_size: images of a step
         held_out: share of the training images that chooses the probe
-        seed: of the held-out images, the first weights and the order
+        seed: for the choice of held-out images, the first weights and the order
     """
 
     name: ClassVar[str] = "attentive"
@@ -145,21 +132,19 @@ class Attentive:
 
     def __post_init__(self):
         check_probe_options(self)
-        if FeatureSpec.parse(self.features).pooling != "tokens":
-            raise ValueError(f"features of {self.name} must be tokens, such as last/tokens/norm, not {self.features}")
+        parse_features(self.features, self.name, tokens=True)
         least(1, attention_heads=self.attention_heads)
 
     def run(self, extract: FeatureExtractor, train: LabelledImages, test: LabelledImages) -> Result:
-        spec, encoder = FeatureSpec.parse(self.features), extract.encoder
+        spec, encoder = parse_features(self.features, self.name, tokens=True), extract.encoder
         width = encoder.feature_width(spec)
         if width % self.attention_heads:
             raise ValueError(f"attention_heads must divide the width {width} of {spec}, not {self.attention_heads}")
 
         def fit(features, labels, ids, grids, num_classes):
             statistics = mean_and_scale(features[0], ids, str(spec))
-            probes = AttentiveProbes(
-                *statistics, grids[0], num_classes, self.attention_heads, self.seed, encoder.device
-            )
+            sizes = num_classes, self.attention_heads
+            probes = AttentiveProbes(*statistics, grids[0], *sizes, self.seed, encoder.device)
             options = self.epochs, self.batch_size, self.seed, WARMUP, extract.progress
             train_together([probes], features, labels, ids, *options)
             return [probes]

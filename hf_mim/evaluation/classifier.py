@@ -1,6 +1,6 @@
 """Classifiers to fine-tune, from any checkpoint: load, freeze a part, learning rates by depth, save.
 
-For our models and for any other that transformers can classify with: what is needed of one is that its blocks are in a
+This works for our models and for every other model that transformers can classify with, if its blocks stand in a
 `ModuleList`.
 """
 
@@ -20,26 +20,27 @@ from hf_mim.models.configuration_vit import pair
 from hf_mim.trainer_utils import decayed_parameters
 
 UNUSABLE = "holds no encoder that can be fine-tuned"
-HEAD_STD = 2e-5  # MAE's: the first predictions are even, so the first gradients leave the encoder in peace
+HEAD_STD = 2e-5  # MAE's: the first predictions are nearly uniform, so the first gradients hardly move the encoder
 
 
 def load_classifier(
     checkpoint, classes: Sequence[str], drop_path: float = 0.0, blocks: int | None = None, untrained: bool = False
 ):
-    """The encoder of a checkpoint under a new linear classifier, of our models or of transformers.
+    """The encoder of a checkpoint with a new linear classifier on top, as one of our models or of transformers'.
 
-    Our models pool the mean of the patch tokens before the final norm, as MAE's fine-tuning; with `blocks=0` after it,
-    through a BatchNorm without affine, as linear probes. Weights are float32, whatever they were saved in.
+    Our models classify the mean of the patch tokens, taken before the final norm as in MAE's fine-tuning. With
+    `blocks=0` it is taken after the norm and goes through a BatchNorm without affine, as in linear probes. Weights are
+    float32, whatever type they were saved in.
 
     Args:
         checkpoint: a folder, or a name on the Hub.
         classes: their names, in the order of the class ids.
-        drop_path: stochastic depth of the last block, growing linearly from 0; for models that have it.
-        blocks: train only the last so many blocks (MAE, figure 9), see `freeze_below`; None: everything.
+        drop_path: stochastic depth of the last block; it grows linearly from 0. Only for models that have it.
+        blocks: train only so many of the last blocks (MAE, figure 9), see `freeze_below`; None: everything.
         untrained: take the architecture alone, with new random weights.
 
     Raises:
-        ValueError: no checkpoint that can be classified with, or one that lacks weights of the encoder.
+        ValueError: no classifier can be made of the checkpoint, or it lacks weights of the encoder.
     """
     share("[0, 1)", drop_path=drop_path)
     checkpoint = str(checkpoint)
@@ -55,7 +56,7 @@ def load_classifier(
     except LOADING_ERRORS as error:
         raise ValueError(f"checkpoint {checkpoint} {UNUSABLE}: {one_line(error, 300)}") from error
     if model is None:
-        options = {"unusable": UNUSABLE, "may_be_new": _is_no_encoder, "config": config}
+        options = {"unusable": UNUSABLE, "may_be_new": _is_outside_encoder, "config": config}
         model = load_whole(AutoModelForImageClassification, checkpoint, **options)
     encoder = _encoder_prefix(model)
     for name, module in model.named_modules():
@@ -67,15 +68,15 @@ def load_classifier(
     return model
 
 
-def _is_no_encoder(model: nn.Module, key: str) -> bool:
+def _is_outside_encoder(model: nn.Module, key: str) -> bool:
     return not key.startswith(_encoder_prefix(model)) or ".pooler." in key
 
 
 def parameter_depths(model: nn.Module) -> dict[str, int]:
-    """Parameter name → depth: 0 for all that comes before the blocks, i for block i (from 1), L + 1 after them."""
+    """Parameter name → depth: 0 before the blocks, i in block i (from 1), L + 1 after the blocks."""
     name, layers = blocks_of(model)
     depths, depth_outside = {}, 0
-    for parameter, _ in model.named_parameters():  # in the order in which the modules were made
+    for parameter, _ in model.named_parameters():  # in the order in which the modules were created
         if parameter.startswith(name + "."):
             depths[parameter] = int(parameter[len(name) + 1 :].split(".")[0]) + 1
             depth_outside = len(layers) + 1
@@ -85,9 +86,10 @@ def parameter_depths(model: nn.Module) -> dict[str, int]:
 
 
 def parameter_groups(model: nn.Module, learning_rate: float, weight_decay: float, layer_decay: float) -> list[dict]:
-    """Groups for an optimizer: all that trains, learning rate × layer_decay^(L + 1 − depth), see `parameter_depths`.
+    """Groups of the trainable parameters, for an optimizer.
 
-    Vectors (biases, norms, layer scales), tokens and position tables have no weight decay. BEiT's and MAE's rule.
+    The learning rate of a group is learning_rate × layer_decay^(L + 1 − depth), see `parameter_depths`. Vectors
+    (biases, norms, layer scales), tokens and position tables have no weight decay. This is BEiT's and MAE's rule.
 
     Raises:
         ValueError: layer_decay outside (0, 1], or a model without a list of layers.
@@ -97,21 +99,16 @@ def parameter_groups(model: nn.Module, learning_rate: float, weight_decay: float
     top = len(blocks_of(model)[1]) + 1
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            groups.setdefault((depths[name], name in decayed), []).append(parameter)
-    return [
-        {
-            "params": parameters,
-            "lr": learning_rate * layer_decay ** (top - depth),
-            "weight_decay": weight_decay if decays else 0.0,
-        }
-        for (depth, decays), parameters in groups.items()
-    ]
+            key = learning_rate * layer_decay ** (top - depths[name]), weight_decay if name in decayed else 0.0
+            groups.setdefault(key, []).append(parameter)
+    return [{"params": parameters, "lr": rate, "weight_decay": decay} for (rate, decay), parameters in groups.items()]
 
 
-def freeze_below(model: nn.Module, blocks: int) -> None:
+def freeze_below(model: nn.Module, blocks: int):
     """Train only the last `blocks` blocks and what follows them; 0: only the classifier; L: everything, embeddings too.
 
-    What is frozen gets no gradient and runs in eval mode, without dropout or drop path, whatever mode the model is in.
+    The frozen part gets no gradient. It always runs in eval mode, without dropout or drop path, even if the model is in
+    train mode.
 
     Raises:
         ValueError: fewer than 0 or more than the model's blocks.
@@ -131,30 +128,30 @@ def freeze_below(model: nn.Module, blocks: int) -> None:
         if parameters and not any(parameter.requires_grad for parameter in parameters):
             frozen.update(module.modules())
 
-    def before_forward(module, args):  # Trainer calls model.train() before each step
+    def before_forward(module, args):  # at each step, because Trainer calls model.train() before each
         for part in frozen:
             part.training = False
 
     model.register_forward_pre_hook(before_forward)
 
 
-def save_classifier(model, folder, image_size: tuple[int, int], mean, std) -> None:
-    """Model and image processor, so that `pipeline("image-classification", model=folder)` works and names the classes.
+def save_classifier(model, folder, image_size: tuple[int, int], mean, std):
+    """Save the model and its image processor. `pipeline("image-classification", model=folder)` then names the classes.
 
-    The processor brings the whole image to `image_size`, by PIL. The pipeline itself makes every image RGB, so it takes
-    only models of 3 channels.
+    The processor resizes the whole image to `image_size` with PIL. The pipeline makes every image RGB, so it works only
+    for models of 3 channels.
     """
-    vars(model.config).pop("use_cache", None)  # Trainer's word to text models
+    vars(model.config).pop("use_cache", None)  # Trainer adds it for language models; it means nothing here
     model.save_pretrained(folder)
     image_processor(image_size, mean, std).save_pretrained(folder)
 
 
 def size_options(model, image_size: tuple[int, int]) -> dict:
-    """What `forward` has to be told for images of another size than the config's: of transformers' ViTs."""
+    """The arguments that `forward` of transformers' ViTs needs for images of another size than the config's."""
     takes_it = "interpolate_pos_encoding" in inspect.signature(model.forward).parameters
     return {"interpolate_pos_encoding": True} if takes_it and pair(model.config.image_size) != image_size else {}
 
 
 def _encoder_prefix(model: nn.Module) -> str:
-    """What the names of the encoder's parameters begin with: where the blocks are, up to the first dot."""
+    """The first part of the names of the encoder's parameters. It is that of the blocks, up to the first dot."""
     return blocks_of(model)[0].split(".")[0] + "."

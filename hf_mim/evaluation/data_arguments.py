@@ -1,4 +1,4 @@
-"""What images `hf-mim evaluate` gives to a protocol: by `NEEDS`, a dataclass of options for each kind of protocol."""
+"""Which images `hf-mim evaluate` gives to a protocol. `NEEDS` has a dataclass of options for each kind of images."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -10,10 +10,10 @@ from hf_mim.data.sources import fixed_sample, source_name
 
 @dataclass
 class CropArguments:
-    """Images that need not be seen whole.
+    """Images of which the encoder sees the central crop.
 
     Args:
-        crop_fraction: of the image's shorter side in the central crop; .875 in papers at 224 pixels
+        crop_fraction: side of the central crop / shorter side of the image; .875 in papers at 224 pixels
     """
 
     crop_fraction: float = 1.0
@@ -22,7 +22,7 @@ class CropArguments:
         self.crop()
 
     def crop(self):
-        """How an image is brought to the encoder's size."""
+        """How an image is cropped to the encoder's size."""
         try:
             return CenterCrop(self.crop_fraction)
         except ValueError as error:
@@ -30,10 +30,10 @@ class CropArguments:
 
 
 class WholeArguments:
-    """Images that are seen whole."""
+    """Images that the encoder sees whole."""
 
     def crop(self):
-        """How an image is brought to the encoder's size."""
+        """How an image is resized to the encoder's size."""
         return WholeImage()
 
 
@@ -43,12 +43,12 @@ class LabelledArguments(CropArguments):
 
     Args:
         dataset: images with labels, as for hf-mim pretrain
-        test: test images; default: the test or validation split of dataset, or a fifth of it
-        train_split: of dataset
-        test_split: of test, or else of dataset; default: test or validation
+        test: where the test images are; default: the test or validation split of dataset, or a fifth of it
+        train_split: the split of dataset to train on
+        test_split: the split of test, or of dataset if test is not given; default: test or validation
         image_column: default: found by its type
         label_column: default: found by its type
-        train_images, test_images: at most so many, drawn at random by a fixed seed; default: all
+        train_images, test_images: at most so many, drawn at random with a fixed seed; default: all
     """
 
     dataset: str | None = None
@@ -64,13 +64,9 @@ class LabelledArguments(CropArguments):
         """(train, test)."""
         from hf_mim.data.labelled import check_classes, load_labelled
 
-        train, test = load_labelled(
-            self.dataset, self.test, self.train_split, self.test_split, self.image_column, self.label_column
-        )
-        train, test = (
-            fixed_part(train, self.train_images, "train_images"),
-            fixed_part(test, self.test_images, "test_images"),
-        )
+        splits = self.train_split, self.test_split
+        train, test = load_labelled(self.dataset, self.test, *splits, self.image_column, self.label_column)
+        train, test = fixed_parts(self, train, test)
         check_classes(train, test)
         return train, test
 
@@ -81,12 +77,12 @@ class MaskedArguments(WholeArguments):
 
     Args:
         dataset: images with a mask each: Parquet, a folder of images/ and masks/, the Hub
-        test: test images; default: dataset
-        train_split: of dataset
-        test_split: of test, or else of dataset
+        test: where the test images are; default: dataset
+        train_split: the split of dataset to train on
+        test_split: the split of test, or of dataset if test is not given
         image_column: default: found by its type
         mask_column: default: found by its name
-        train_images, test_images: at most so many, drawn at random by a fixed seed; default: all
+        train_images, test_images: at most so many, drawn at random with a fixed seed; default: all
     """
 
     dataset: str | None = None
@@ -107,7 +103,7 @@ class MaskedArguments(WholeArguments):
             raise ValueError(f"test_split must be another split than {self.train_split}, which trains, or give test")
         train = load_masks(self.dataset, self.train_split, *columns)
         test = load_masks(self.dataset if self.test is None else self.test, self.test_split, *columns)
-        return fixed_part(train, self.train_images, "train_images"), fixed_part(test, self.test_images, "test_images")
+        return fixed_parts(self, train, test)
 
 
 @dataclass
@@ -116,7 +112,7 @@ class VideoArguments(WholeArguments):
 
     Args:
         dataset: a folder in DAVIS' layout, or rows of image, mask, sequence (label), frame
-        split: of dataset; default: the list val of a DAVIS folder; test, validation or train
+        split: the split of dataset; default: the list val of a DAVIS folder; test, validation or train elsewhere
         image_column: default: found by its type
         mask_column: default: found by its name
         sequence_column: default: sequence, video, clip or label
@@ -141,7 +137,7 @@ class ImageArguments(CropArguments):
 
     Args:
         dataset: images, as for hf-mim pretrain
-        split: of dataset
+        split: the split of dataset
         image_column: default: found by its type
     """
 
@@ -178,9 +174,8 @@ NEEDS = {
 }
 
 
-def fixed_part(images, count: int | None, name: str):
-    """The same `count` of the images each time, or all."""
-    if count is None:
-        return images
-    least(1, **{name: count})
-    return fixed_sample(images, count, in_order=True)
+def fixed_parts(arguments: LabelledArguments | MaskedArguments, train, test) -> tuple:
+    """The same `train_images` and `test_images` each time, or all."""
+    least(1, train_images=arguments.train_images, test_images=arguments.test_images)
+    counts = (train, arguments.train_images), (test, arguments.test_images)
+    return tuple(x if count is None else fixed_sample(x, count, in_order=True) for x, count in counts)

@@ -1,15 +1,17 @@
 """One contract for every encoder that is evaluated: images in, tokens of any layer out.
 
-Ours, and any vision transformer that `AutoModel` loads (ViT, DINOv2, I-JEPA, CLIP's, …). Layers are read by hooks, so
-that a layer means the same in each: the residual stream after the block, before any final norm.
+It holds for our encoders and for any vision transformer that `AutoModel` loads (ViT, DINOv2, I-JEPA, CLIP's, …). Hooks
+read the layers, so that a layer means the same in each: the residual stream after the block, before any final norm.
 """
 
 import contextlib
 import hashlib
 import inspect
 import logging
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -26,18 +28,17 @@ from hf_mim.models.positions import sincos_table
 
 logger = logging.getLogger(__name__)
 
-POOLINGS = ("mean", "cls", "tokens")
-# What a final norm is called in transformers' vision models, CLIP's and SigLIP's last.
+# Names of the final norm in transformers' vision models; `post_layernorm` is CLIP's and SigLIP's.
 NORM_NAMES = ("norm", "layernorm", "post_layernorm", "rms_norm")
 
 
 @dataclass(frozen=True)
 class FeatureSpec:
-    """Which features of an encoder: written `last/mean/norm`.
+    """Which features of an encoder; `last/mean/norm` as text.
 
-    layer: "last", "last4" (the last four concatenated, as I-JEPA reports), or the number of a block from 1.
+    layer: "last", "last4" (the last four concatenated, as I-JEPA reports), or the number of a block, from 1.
     pooling: "mean" of the patch tokens, "cls", or "tokens" (every patch token, in raster order).
-    norm: through the encoder's final norm ("norm"), or as the residual stream is ("raw").
+    norm: whether the encoder's final norm is applied ("norm" in text) or not ("raw": the residual stream as it is).
     """
 
     layer: str = "last"
@@ -49,19 +50,18 @@ class FeatureSpec:
         """`layer/pooling/norm` or `layer/pooling/raw`. Raises ValueError for anything else."""
         if isinstance(text, FeatureSpec):
             return text
-        layer, pooling, norm = [*text.split("/"), "", "", ""][:3]
-        is_layer = layer in ("last", "last4") or (layer.isdigit() and int(layer) > 0)
-        if text.count("/") != 2 or not is_layer or pooling not in POOLINGS or norm not in ("norm", "raw"):
+        match = re.fullmatch("(last|last4|0*[1-9][0-9]*)/(mean|cls|tokens)/(norm|raw)", text)
+        if not match:
             raise ValueError(
                 f"features must be layer/pooling/norm, such as last/mean/norm, last4/cls/raw, 6/tokens/norm, not {text}"
             )
-        return cls(layer, pooling, norm == "norm")
+        return cls(match[1], match[2], match[3] == "norm")
 
     def __str__(self) -> str:
         return f"{self.layer}/{self.pooling}/{'norm' if self.norm else 'raw'}"
 
     def blocks(self, num_layers: int) -> list[int]:
-        """The numbers, from 1, of the blocks that are read."""
+        """The numbers of the blocks that are read; the first block is 1."""
         if self.layer == "last4":
             return list(range(num_layers - 3, num_layers + 1))
         return [num_layers if self.layer == "last" else int(self.layer)]
@@ -71,9 +71,9 @@ class FrozenEncoder:
     """A vision transformer in eval mode, without gradients.
 
     Args:
-        model: a transformers vision model whose blocks are in one ModuleList and give `[B, prefix + N, D]`.
-        mean, std: of each channel, for pixels in [0, 1].
-        image_size: int or (height, width) that images are brought to; default: the model's.
+        model: a transformers vision model whose blocks stand in one ModuleList and return `[B, prefix + N, D]`.
+        mean, std: one value for each channel, for pixels in [0, 1].
+        image_size: int or (height, width) to which images are resized; default: the model's.
         name: the checkpoint, for results.
         dtype: float32, or bfloat16 for autocast.
         value_range: what the values of the images are scaled from; default: the whole range of their type.
@@ -82,7 +82,7 @@ class FrozenEncoder:
     `num_prefix_tokens` (CLS, registers), `norm` (the final norm), `device`, `is_untrained` (see `untrained`).
 
     Raises:
-        ValueError: not such a model, or positions that cannot be resized to image_size.
+        ValueError: the model is of another kind, or its positions cannot be resized to image_size.
     """
 
     def __init__(
@@ -99,11 +99,14 @@ class FrozenEncoder:
         self.value_range = value_range
         self.model, self.name, self.dtype, self.is_untrained = model.eval(), name, dtype, False
         self.mean, self.std = list(mean), list(std)
-        self.blocks = _blocks(model, name)
-        norms = (getattr(model, name, None) for name in NORM_NAMES)
+        config = getattr(model, "config", None)
+        if not hasattr(config, "patch_size") or not hasattr(config, "image_size"):
+            raise ValueError(f"checkpoint {name} holds {type(model).__name__}, which is no vision transformer")
+        self.blocks = blocks_of(model)[1]
+        norms = (getattr(model, norm, None) for norm in NORM_NAMES)
         self.norm = next((norm for norm in norms if norm is not None and not isinstance(norm, nn.Identity)), None)
-        self.num_layers, self.num_channels = len(self.blocks), getattr(model.config, "num_channels", 3)
-        self.native_size, self.patch_size = pair(model.config.image_size), pair(model.config.patch_size)
+        self.num_layers, self.num_channels = len(self.blocks), getattr(config, "num_channels", 3)
+        self.native_size, self.patch_size = pair(config.image_size), pair(config.patch_size)
         self.image_size = self.native_size if image_size is None else pair(image_size)
         if len(self.mean) != self.num_channels or len(self.std) != self.num_channels:
             raise ValueError(
@@ -114,9 +117,9 @@ class FrozenEncoder:
 
     @classmethod
     def load(cls, checkpoint: str | Path, image_size=None, device=None, dtype=torch.float32, mean=None, std=None):
-        """From a checkpoint folder or a name on the Hub; mean, std and size as its image processor has them.
+        """From a checkpoint folder or a name on the Hub. Its image processor gives mean, std and size by default.
 
-        Raises ValueError, in one line, for a checkpoint without an encoder or without some of its weights.
+        Raises ValueError, in one line, for a checkpoint without an encoder, or with only a part of its weights.
         """
         checkpoint = str(checkpoint)
         model = load_encoder(checkpoint)
@@ -126,12 +129,11 @@ class FrozenEncoder:
             if channels != 3:
                 raise ValueError(f"checkpoint {checkpoint} has no image processor: give image_mean and image_std")
             logger.warning("checkpoint %s has no image processor: ImageNet's mean and std are taken", checkpoint)
-        known = known or InputSpec(list(IMAGENET_MEAN), list(IMAGENET_STD), None)
-        if mean is not None:
-            known = InputSpec(list(mean), list(std), known.size, known.value_range)
+        known = known or InputSpec(IMAGENET_MEAN, IMAGENET_STD, None)
+        mean, std = (known.mean, known.std) if mean is None else (mean, std)
         device = device or (torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu")
         size = known.size if image_size is None else image_size
-        return cls(model.to(device), known.mean, known.std, size, checkpoint, dtype, known.value_range)
+        return cls(model.to(device), mean, std, size, checkpoint, dtype, known.value_range)
 
     @property
     def device(self) -> torch.device:
@@ -143,7 +145,7 @@ class FrozenEncoder:
 
     @property
     def sha256(self) -> str:
-        """Of the weights as they are now: names, types, shapes and values."""
+        """The hash of the weights as they are now: names, types, shapes and values."""
         digest = hashlib.sha256()
         for name, tensor in sorted(self.model.state_dict().items()):
             digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
@@ -151,12 +153,12 @@ class FrozenEncoder:
         return digest.hexdigest()
 
     def untrained(self, seed: int = 0) -> "FrozenEncoder":
-        """The same architecture with new random weights: what the features have to be better than."""
+        """The same architecture with new random weights. Trained features have to be better than its features."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             model = type(self.model)(self.model.config)
             if model.config.model_type == "vit_mae":
-                table = model.embeddings.position_embeddings.data  # from a config it comes out zero
+                table = model.embeddings.position_embeddings.data  # transformers leaves it zero
                 side = model.config.image_size // model.config.patch_size
                 table.copy_(sincos_table((side, side), table.shape[-1], num_prefix_tokens=1))
         about = self.mean, self.std, self.image_size, self.name, self.dtype, self.value_range
@@ -165,7 +167,7 @@ class FrozenEncoder:
         return encoder
 
     def describe(self) -> dict:
-        """All of the encoder that decides a feature, but layer and pooling."""
+        """Everything about the encoder that decides a feature, except its layer and pooling."""
         return {
             "weights": self.sha256,
             "architecture": self.model.config.to_dict(),
@@ -198,16 +200,14 @@ class FrozenEncoder:
     def extract(self, pixel_values: Tensor, specs: Sequence[FeatureSpec]) -> list[Tensor]:
         """Normalised images `[B, C, H, W]` → for each spec float32 `[B, D]`, or `[B, N, D]` for tokens ("last4": 4·D).
 
-        One pass for all specs.
+        The images go through the model once for all specs.
         """
-        wanted = sorted({block for spec in specs for block in spec.blocks(self.num_layers)})
+        wanted = {block for spec in specs for block in spec.blocks(self.num_layers)}
         streams = self._streams(pixel_values, wanted)
-        normed = {}
-        for block in {block for spec in specs if spec.norm for block in spec.blocks(self.num_layers)}:
-            normed[block] = self.norm(streams[block])
         features = []
         for spec in specs:
-            layers = [(normed if spec.norm else streams)[block] for block in spec.blocks(self.num_layers)]
+            layers = [streams[block] for block in spec.blocks(self.num_layers)]
+            layers = [self.norm(tokens) for tokens in layers] if spec.norm else layers
             features.append(torch.cat([self._pool(tokens, spec.pooling) for tokens in layers], dim=-1))
         assert all(len(feature) == len(pixel_values) for feature in features)
         return features
@@ -218,28 +218,23 @@ class FrozenEncoder:
         patches = tokens[:, self.num_prefix_tokens :].float()
         return patches.mean(dim=1) if pooling == "mean" else patches
 
-    def _streams(self, pixel_values: Tensor, wanted: list[int]) -> dict[int, Tensor]:
+    def _streams(self, pixel_values: Tensor, wanted: set[int]) -> dict[int, Tensor]:
         """Block number → its output `[B, prefix + N, D]`."""
         streams = {}
 
-        def keep(number):
-            def hook(module, args, output):
-                streams[number] = output[0] if isinstance(output, tuple) else output
+        def keep(number, module, args, output):
+            streams[number] = output[0] if isinstance(output, tuple) else output
 
-            return hook
-
-        handles = [self.blocks[number - 1].register_forward_hook(keep(number)) for number in wanted]
-        try:
-            with self._unmasked(), torch.autocast(self.device.type, torch.bfloat16, self.dtype == torch.bfloat16):
-                self.model(pixel_values, **self._options(len(pixel_values), tuple(pixel_values.shape[2:])))
-        finally:
-            for handle in handles:
-                handle.remove()
+        autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16)
+        with contextlib.ExitStack() as hooks, self._unmasked(), autocast:
+            for number in wanted:
+                hooks.enter_context(self.blocks[number - 1].register_forward_hook(partial(keep, number)))
+            self.model(pixel_values, **self._options(len(pixel_values), tuple(pixel_values.shape[2:])))
         return streams
 
     @contextlib.contextmanager
     def _unmasked(self):
-        """transformers' ViTMAE masks at inference too, but for this."""
+        """transformers' ViTMAE masks patches at inference too, unless its mask ratio is 0."""
         config = self.model.config
         if config.model_type != "vit_mae":
             yield
@@ -254,13 +249,13 @@ class FrozenEncoder:
         options = {}
         if size != self.native_size and "interpolate_pos_encoding" in inspect.signature(self.model.forward).parameters:
             options["interpolate_pos_encoding"] = True
-        if self.model.config.model_type == "vit_mae":  # even unmasked, its patches come in the order of the noise
+        if self.model.config.model_type == "vit_mae":  # it sorts the patches by the noise, even if it masks none
             patches = (size[0] // self.patch_size[0]) * (size[1] // self.patch_size[1])
             options["noise"] = torch.arange(patches, device=self.device).float().expand(batch_size, -1)
         return options
 
     def _check_size(self):
-        """Two images through the model tell whether it takes the size, and how many tokens go before the patches."""
+        """Run two images through the model: does it take the size, and how many tokens precede the patches?"""
         height, width = self.image_size
         for side, patch in zip(self.image_size, self.patch_size, strict=True):
             if side < patch or side % patch:
@@ -271,12 +266,12 @@ class FrozenEncoder:
         blank = torch.zeros(2, self.num_channels, height, width, device=self.device)
         try:
             with torch.no_grad():
-                tokens = self._streams(blank, [self.num_layers])[self.num_layers]
+                tokens = self._streams(blank, {self.num_layers})[self.num_layers]
         except (ValueError, RuntimeError, TypeError, KeyError, AttributeError) as error:
             reason = one_line(error, 200)
             raise ValueError(f"image_size {height},{width} does not suit {self.name}: {reason}") from error
         patches = self.grid[0] * self.grid[1]
-        # CLS, a distillation token and registers come first; of more tokens nobody knows which are patches.
+        # CLS, a distillation token and registers may come first. With more tokens, nobody knows which are patches.
         most = 2 + getattr(self.model.config, "num_register_tokens", 0)
         if tokens.ndim != 3 or len(tokens) != 2 or not 0 <= tokens.shape[1] - patches <= most:
             raise ValueError(
@@ -286,9 +281,9 @@ class FrozenEncoder:
 
 
 class RawPixels:
-    """No encoder at all, for comparison: the normalised pixels, averaged down to 32×32 where there are more.
+    """No encoder, for comparison: the features are the normalised pixels, averaged down to 32×32 where there are more.
 
-    To an extractor it looks like a `FrozenEncoder` with one layer and one patch, the image; every spec is its pixels.
+    An extractor takes it as a `FrozenEncoder` with one layer and one patch (the image); every spec gives the pixels.
     """
 
     name, num_layers, num_prefix_tokens, grid, dtype = "raw pixels", 1, 0, (1, 1), torch.float32
@@ -304,11 +299,10 @@ class RawPixels:
     def describe(self) -> dict:
         return {"weights": self.name, "image_size": self.image_size, "mean": self.mean, "std": self.std}
 
-    def preprocess(self, pixel_values: Tensor) -> Tensor:
-        return self.normalize(pixel_values.to(self.device, non_blocking=True))
+    preprocess = FrozenEncoder.preprocess
 
     def check(self, spec: FeatureSpec):
-        """Every spec is the same here."""
+        """Nothing to check: every spec gives the pixels."""
 
     def feature_width(self, spec: FeatureSpec) -> int:
         return self.width
@@ -316,11 +310,3 @@ class RawPixels:
     def extract(self, pixel_values: Tensor, specs: Sequence[FeatureSpec]) -> list[Tensor]:
         pixels = F.adaptive_avg_pool2d(pixel_values, self.side).flatten(1)
         return [pixels[:, None] if spec.pooling == "tokens" else pixels for spec in specs]
-
-
-def _blocks(model: nn.Module, name: str | None) -> nn.ModuleList:
-    """The transformer blocks of a model that has patches."""
-    config = getattr(model, "config", None)
-    if not hasattr(config, "patch_size") or not hasattr(config, "image_size"):
-        raise ValueError(f"checkpoint {name} holds {type(model).__name__}, which is no vision transformer")
-    return blocks_of(model)[1]

@@ -1,6 +1,7 @@
-"""Fine-tuning, full or of the last blocks, by a plain `transformers.Trainer`: MAE's recipe on any vision classifier.
+"""Fine-tuning of the whole model or of its last blocks, by a plain `transformers.Trainer`: MAE's recipe on any vision
+classifier.
 
-`training/finetune.py`, the script to copy, is made of the same pieces as the protocol `Finetune`: the classifier
+`training/finetune.py`, the script to copy, uses the same parts as the protocol `Finetune`: the classifier
 (`classifier.py`), the arguments and training images (here), augmentation and loss (`hf_mim/data/mix.py`).
 """
 
@@ -16,7 +17,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from hf_mim.checks import least, positive, share
 from hf_mim.data import ImageDataset, RandomCrop, check_broken
 from hf_mim.data.mix import MixAugment
-from hf_mim.data.randaugment import RandAugment, RandAugmentedImages
+from hf_mim.data.randaugment import LARGEST_MAGNITUDE, RandAugment, RandAugmentedImages
 from hf_mim.data.splits import check_labels
 from hf_mim.evaluation.classifier import load_classifier, parameter_groups, save_classifier, size_options
 from hf_mim.evaluation.metrics import top_k_accuracy
@@ -29,23 +30,21 @@ from hf_mim.trainer_utils import BrokenImages, DatasetEpoch, ProcessArguments, S
 class FinetuningArguments(ProcessArguments):
     """TrainingArguments whose defaults are MAE's fine-tuning of ViT-B (arXiv 2111.06377, table 9, and released code).
 
-    The peak learning rate is `base_lr` × images per optimizer step / 256, or `learning_rate` as it is where given.
+    The peak learning rate is `learning_rate` if that is given, otherwise `base_lr` × images per optimizer step / 256.
 
     Raises:
         ValueError: a value outside its range, in one line that names the argument.
     """
 
     base_lr: float = field(default=5e-4, metadata={"help": "Peak learning rate of the head for 256 images per step."})
-    learning_rate: float | None = field(default=None, metadata={"help": "As it is; wins over base_lr × batch / 256."})
-    layer_decay: float = field(default=0.65, metadata={"help": "Learning rate of each block over the next one's."})
-    warmup_epochs: float | None = field(
-        default=None, metadata={"help": "Linear warm-up; default: 5 epochs, and at most a tenth of the run."}
-    )
+    learning_rate: float | None = field(default=None, metadata={"help": "Peak; default: base_lr × batch / 256."})
+    layer_decay: float = field(default=0.65, metadata={"help": "Each block's learning rate / that of the next block."})
+    warmup_epochs: float | None = field(default=None, metadata={"help": "Default: 5, but at most a tenth of all."})
     num_train_epochs: float = field(default=100, metadata={"help": "Passes over the training images."})
     per_device_train_batch_size: int = field(default=128, metadata={"help": "Images per device and step."})
     per_device_eval_batch_size: int = field(default=128, metadata={"help": "Images per device in evaluation."})
-    lr_scheduler_type: str = field(default="cosine", metadata={"help": "Of the learning rate, after the warm-up."})
-    weight_decay: float = field(default=0.05, metadata={"help": "Of matrices; none on biases, norms, tokens, tables."})
+    lr_scheduler_type: str = field(default="cosine", metadata={"help": "How the rate falls after the warm-up."})
+    weight_decay: float = field(default=0.05, metadata={"help": "For matrices; none on biases, norms, tokens, tables."})
     max_grad_norm: float = field(default=0.0, metadata={"help": "Gradient norm to clip to; 0: no clipping."})
     logging_strategy: str = field(default="epoch", metadata={"help": "When to log."})
     remove_unused_columns: bool = field(default=False, metadata={"help": "Drop columns that the model does not take."})
@@ -59,7 +58,7 @@ class FinetuningArguments(ProcessArguments):
         if self.learning_rate is None:
             self.learning_rate = self.base_lr * self.images_per_step / 256
         if not self.warmup_steps:
-            self.warmup_steps = self.warmup_epochs / self.num_train_epochs  # below 1, Trainer reads it as a share
+            self.warmup_steps = self.warmup_epochs / self.num_train_epochs  # Trainer takes a number below 1 as a share
         self.settle_loaders()
 
 
@@ -73,7 +72,7 @@ def check_schedule(epochs: float, warmup_epochs: float | None, base_lr: float, l
 
 
 def check_output(folder: Path, checkpoint: str | None):
-    """Raise ValueError, before hours of training, if a classifier cannot or must not be saved in a folder."""
+    """Raise ValueError, before hours of training, if the classifier cannot be saved in this folder, or must not be."""
     if checkpoint is not None and folder.resolve() == Path(checkpoint).resolve():
         raise ValueError(f"output_dir must not be the checkpoint, {folder}: the classifier would replace its weights")
     check_writable(folder, "output_dir")
@@ -83,8 +82,8 @@ def training_images(images, encoder, crop_scale=(0.08, 1.0), magnitude=9.0, magn
     """The dataset to fine-tune on: labelled random crops of a `datasets.Dataset`, through RandAugment.
 
     Args:
-        encoder: gives `image_size`, `num_channels` and `mean`, the colour of uncovered ground.
-        magnitude: of RandAugment; 0: without it.
+        encoder: its `image_size`, `num_channels` and `mean` are used; the mean fills what RandAugment uncovers.
+        magnitude: of RandAugment; 0 turns it off.
     """
     arguments = dict(crop=RandomCrop(tuple(crop_scale)), labels=True, seed=seed)
     if not magnitude:
@@ -94,10 +93,10 @@ def training_images(images, encoder, crop_scale=(0.08, 1.0), magnitude=9.0, magn
 
 
 def make_trainer(model, args: FinetuningArguments, augment: MixAugment, train_images: ImageDataset, **options):
-    """A plain Trainer of a classifier: AdamW with rates by depth, images augmented on the device, the loss to it.
+    """A plain Trainer for a classifier: AdamW with learning rates by depth, augmentation on the device and its loss.
 
     Args:
-        model: from `load_classifier`; gets `augment` before its forward.
+        model: from `load_classifier`; `augment` is put before its forward.
         train_images: from `training_images`.
         options: of `Trainer`, such as `eval_dataset`.
     """
@@ -115,7 +114,7 @@ def make_trainer(model, args: FinetuningArguments, augment: MixAugment, train_im
 
 
 class LossOnBar(ProgressCallback):
-    """Trainer's progress bar with the loss on it, instead of lines among the result."""
+    """Trainer's progress bar with the loss on it. Without this, Trainer prints a line for every epoch."""
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if self.training_bar is not None and "loss" in logs:
@@ -124,33 +123,34 @@ class LossOnBar(ProgressCallback):
 
 @dataclass
 class Finetune:
-    """Top-1 accuracy of the whole model, or of its last blocks, trained to classify; of the last epoch, as in papers.
+    """Top-1 accuracy of the whole model, or of its last blocks, trained to classify; at the last epoch, as in papers.
 
-    The defaults are MAE's recipe for ViT-B (arXiv 2111.06377, table 9, and the released code), but for the batch of
-    1024, which the learning rate follows. For ViT-L: base_lr 1e-3, layer_decay .75, epochs 50, drop_path .2. Small data
-    wants more epochs and less augmentation, and digits and the like flip 0. `blocks` is partial fine-tuning (figure 9):
-    0 is a linear probe, the number of blocks is all. Nothing is chosen by the test images, whose labels are read last.
+    The defaults are MAE's recipe for ViT-B (arXiv 2111.06377, table 9, and the released code), except for the paper's
+    batch of 1024; the learning rate follows the batch. For ViT-L: base_lr 1e-3, layer_decay .75, epochs 50, drop_path
+    .2. Small datasets need more epochs and less augmentation; digits and letters need flip 0. `blocks` is partial
+    fine-tuning (figure 9): 0 is a linear probe, the number of blocks is full fine-tuning. The test images choose
+    nothing, and their labels are read last.
 
     Args:
         epochs: passes over the training images
         batch_size: images of a step; 1024 in the paper
         base_lr: peak learning rate of the head for 256 images per step
-        layer_decay: learning rate of each block over the next one's
-        warmup_epochs: default: 5, at most a tenth of the run
-        weight_decay: of matrices
-        blocks: train only the last so many; default: everything
+        layer_decay: each block's learning rate divided by that of the next block
+        warmup_epochs: default: 5, but at most a tenth of all epochs
+        weight_decay: for matrices
+        blocks: train only so many of the last blocks; default: everything
         drop_path: stochastic depth of the last block
         mixup: α of mixup; 0: none
         cutmix: α of CutMix; 0: none
-        label_smoothing: share of a label given to all classes alike
+        label_smoothing: share of a label that is spread equally over all classes
         random_erase: probability of erasing a part of an image
         randaugment_magnitude: mean, 0 to 10; 0: no RandAugment
         randaugment_std: standard deviation of the magnitude
-        crop_scale: share of the image in a crop
+        crop_scale: smallest and largest share of the image in a crop
         flip: probability of a left-right flip
         bf16: autocast to bfloat16; default: on CUDA
         output_dir: keep the fine-tuned classifier in this folder
-        seed: of the new classifier, the order and all augmentation
+        seed: for the new classifier, the order and all augmentation
     """
 
     name: ClassVar[str] = "finetune"
@@ -182,15 +182,13 @@ class Finetune:
         least(0, blocks=self.blocks)
         share("[0, 1)", drop_path=self.drop_path)
         check_schedule(self.epochs, self.warmup_epochs, self.base_lr, self.layer_decay, self.weight_decay)
-        self._augment([0.5], [0.5])
-        for prefix, check in (
-            ("randaugment_", lambda: RandAugment(self.randaugment_magnitude, self.randaugment_std)),
-            ("crop_", lambda: RandomCrop(tuple(self.crop_scale))),
-        ):
-            try:
-                check()
-            except ValueError as error:
-                raise ValueError(f"{prefix}{error}") from None
+        self._augment([0.5], [0.5])  # checks its arguments
+        share(f"[0, {LARGEST_MAGNITUDE:g}]", randaugment_magnitude=self.randaugment_magnitude)
+        least(0, randaugment_std=self.randaugment_std)
+        try:
+            RandomCrop(tuple(self.crop_scale))
+        except ValueError as error:
+            raise ValueError(f"crop_{error}") from None
 
     def run(self, extract, train, test) -> Result:
         encoder = extract.encoder
@@ -208,9 +206,8 @@ class Finetune:
         classes = train.class_names or [str(number) for number in range(int(labels.max()) + 1)]
         crop = self.crop_scale, self.randaugment_magnitude, self.randaugment_std, self.seed
         train_images = training_images(train.images, encoder, *crop)
-        test_images = ImageDataset(
-            test.images.select_columns("image"), encoder.image_size, encoder.num_channels, extract.crop
-        )
+        unlabelled = test.images.select_columns("image")
+        test_images = ImageDataset(unlabelled, encoder.image_size, encoder.num_channels, extract.crop)
         with seeded(self.seed, encoder.device), tempfile.TemporaryDirectory() as folder:
             model = load_classifier(encoder.name, classes, self.drop_path, self.blocks, encoder.is_untrained)
             args = self._arguments(folder, encoder.device, extract.num_workers, not extract.progress)
@@ -222,14 +219,14 @@ class Finetune:
             args.dataloader_drop_last = False
             logits = torch.from_numpy(trainer.predict(test_images).predictions)
         check_broken(test_images)
-        if broken := test_images.broken_indices():  # another image stood in for each
+        if broken := test_images.broken_indices():  # another image was predicted in place of each
             logits = logits[[row for row in range(len(logits)) if row not in set(broken)]]
             test.leave_out(broken)
         if self.output_dir is not None:
             save_classifier(model, self.output_dir, encoder.image_size, encoder.mean, encoder.std)
         return self._result(trainer, logits, train, test)
 
-    def _arguments(self, folder, device, num_workers: int = 0, silent: bool = True) -> FinetuningArguments:
+    def _arguments(self, folder, device, num_workers: int, silent: bool) -> FinetuningArguments:
         return FinetuningArguments(
             output_dir=str(folder),
             num_train_epochs=self.epochs,
@@ -252,7 +249,7 @@ class Finetune:
         return MixAugment(mean, std, self.mixup, self.cutmix, self.label_smoothing, self.random_erase, self.flip)
 
     def _result(self, trainer: Trainer, logits: torch.Tensor, train, test) -> Result:
-        """Here, and nowhere before, test labels are read."""
+        """The result. Only here are the test labels read."""
         history = trainer.state.log_history
         ks = [1, 5] if logits.shape[1] > 5 else [1]
         scores = top_k_accuracy(logits, test.read_labels(), ks)
@@ -275,7 +272,7 @@ class Finetune:
         )
 
     def notes(self, model, device: torch.device) -> list[str]:
-        """What a reader of the result has to know of a run of this model on this device."""
+        """What a reader of the result must know about this model and device."""
         notes = []
         if self.drop_path and not hasattr(model.config, "drop_path_rate"):
             notes.append(f"{type(model).__name__} has no drop path: drop_path {self.drop_path:g} did nothing.")

@@ -1,8 +1,8 @@
 """Are the features alive? Measures that need no labels, each with what it means and when to worry.
 
 A pretraining loss can fall while the features collapse: onto one vector, onto a few directions, or onto the position of
-the patch. Each measure here sees one of these. Most have no threshold that the field agrees on: what counts is the
-comparison with the same encoder before training (the column `untrained`) and the trend in a run.
+the patch. Each measure here detects one of these. The field agrees on a threshold for hardly any of them. So compare
+with the same encoder before training (the column `untrained`), and watch the trend in a run.
 
 All numbers are computed in float64, in pieces of bounded memory, on the device of the features.
 """
@@ -17,10 +17,10 @@ from torch import Tensor
 from hf_mim.checks import least
 from hf_mim.data.sources import fixed_sample
 from hf_mim.data.splits import generator
-from hf_mim.evaluation.probe_training import parse_pooled
+from hf_mim.evaluation.probe_training import parse_features
 from hf_mim.evaluation.result import Result
 
-# Variation below this share of the size of the features is float32's rounding: the features are constant.
+# Variation below this share of the features' size is the rounding of float32; such features are constant.
 ROUNDING = 1e-6
 RANK_ME_EPSILON = 1e-7  # RankMe's ε, for float32 features
 NUM_FOLDS = 5  # of the position read-out
@@ -32,9 +32,10 @@ _PIECE = 2**22  # numbers that are converted to float64 at once: 32 MB
 def rank_me(features: Tensor) -> float:
     """How many directions features `[n, D]` fill, 1..min(n, D): RankMe (Garrido et al., ICML 2023, arXiv 2210.02885).
 
-    exp(-Σ p log p), with p the singular values of the features, *not centred*, as shares of their sum, plus 1e-7. A
-    mean that all images share counts as one direction. Published values take 25,600 images; with n below a few D the
-    number of images limits it. It compares encoders of one architecture on the same images.
+    It is exp(-Σ p log p), where p are the singular values of the features as shares of their sum, plus 1e-7. The
+    features are *not* centred: a mean that all images share counts as one direction. Published values take 25,600
+    images; below a few times D images, the number of images limits the value. Use it to compare encoders of one
+    architecture on the same images.
 
     Raises (as all measures here):
         ValueError: fewer than 2 images, another shape, or numbers that are not finite.
@@ -47,9 +48,9 @@ def rank_me(features: Tensor) -> float:
 def effective_rank(features: Tensor) -> float:
     """How many directions hold the variance of features `[n, D]`: exp(entropy of the eigenvalues of the covariance).
 
-    Roy & Vetterli's effective rank (EUSIPCO 2007) of the covariance matrix. RankMe is the same of the feature matrix
-    itself: it sees the common mean, and weighs directions by standard deviation where this weighs by variance; so
-    this is smaller, and falls first when a few directions take over. 1 where nothing varies.
+    This is Roy & Vetterli's effective rank (EUSIPCO 2007) of the covariance matrix. RankMe is the same for the feature
+    matrix: it includes the common mean, and weighs directions by standard deviation instead of variance. So this
+    number is smaller, and falls first when a few directions take over. 1 where nothing varies.
     """
     _check(features, "[n, D]")
     rows = _exact(features)
@@ -60,8 +61,8 @@ def effective_rank(features: Tensor) -> float:
 def mean_cosine(features: Tensor) -> float:
     """The mean cosine between features `[n, D]` of two different images: 1 for a collapse onto one direction.
 
-    From the sum of the unit vectors: |Σ u|² holds every pair, and n pairs of a vector with itself. Features that are
-    zero count as equal to each other and orthogonal to the rest.
+    It follows from the sum of the unit vectors u: |Σ u|² is the sum over all pairs, including n pairs of a vector with
+    itself. Features that are zero count as equal to each other and orthogonal to the rest.
     """
     _check(features, "[n, D]")
     units = _units(_exact(features))
@@ -70,11 +71,9 @@ def mean_cosine(features: Tensor) -> float:
 
 
 def token_cosine(tokens: Tensor) -> float:
-    """The mean cosine between two different tokens of one image, `[n, N, D]`: 1 where all tokens say the same."""
+    """The mean cosine between two different tokens of one image, `[n, N, D]`: 1 where all tokens are the same."""
     _check(tokens, "[n, N, D]")
     count = tokens.shape[1]
-    if count < 2:
-        raise ValueError("tokens must be at least 2 for each image, not 1")
     total = sum(_units(piece).sum(1).square().sum() - len(piece) * count for piece in _pieces(tokens))
     return (total / (len(tokens) * count * (count - 1))).item()
 
@@ -82,9 +81,9 @@ def token_cosine(tokens: Tensor) -> float:
 def dimension_std(features: Tensor) -> tuple[float, float, float]:
     """(mean, smallest, share of dead ones) of the dimensions' standard deviations over images, features `[n, D]`.
 
-    In units of the features' root mean square, so that their scale is left out: 1 where every dimension varies
-    around zero alike, 0 for a collapse onto one vector (Chen & He, CVPR 2021, figure 2, watch nearly this). A
-    dimension is dead below .01.
+    They are divided by the features' root mean square, so that the scale of the features has no effect. The mean is 1
+    where all dimensions vary equally around zero, and 0 for a collapse onto one vector (Chen & He, CVPR 2021, figure
+    2, plot nearly this). A dimension is dead below .01.
     """
     _check(features, "[n, D]")
     rows = _exact(features)
@@ -94,18 +93,19 @@ def dimension_std(features: Tensor) -> tuple[float, float, float]:
 
 
 def position_readout(tokens: Tensor, grid: tuple[int, int]) -> float:
-    """R² with which a linear map reads the place of a patch from its token, for tokens `[n, N, D]` in raster order.
+    """R² with which a linear map tells the place of a patch from its token, for tokens `[n, N, D]` in raster order.
 
-    A ridge regression from standardised tokens to (row, column), fitted on four fifths of the images and read on the
-    fifth, for each fifth in turn; the mean of the R² of rows and of columns. 1: the place can be read exactly; 0: no
-    better than the middle of the grid; below 0: too few tokens for the width, and the fit is noise.
+    A ridge regression from standardised tokens to (row, column) is fitted on four fifths of the images and tested on
+    the fifth, for each fifth in turn. The result is the mean of the R² of rows and that of columns. 1: the tokens tell
+    the place exactly; 0: no better than always saying the middle of the grid; below 0: there are too few tokens for
+    the width, and the fit is noise.
 
     Raises:
         ValueError: also for a grid of another number of patches than tokens, or of one patch.
     """
     _check(tokens, "[n, N, D]")
-    if grid[0] * grid[1] != tokens.shape[1] or tokens.shape[1] < 2:
-        raise ValueError(f"grid must have the {tokens.shape[1]} patches of the tokens, and at least 2, not {grid}")
+    if grid[0] * grid[1] != tokens.shape[1]:
+        raise ValueError(f"grid must have the {tokens.shape[1]} patches of the tokens, not {grid}")
     places = _places(grid).to(_exact(tokens[:1]).device)
     mean, scale = _standardization(tokens)
     folds = [tokens[number::NUM_FOLDS] for number in range(min(NUM_FOLDS, len(tokens)))]
@@ -123,7 +123,7 @@ def position_readout(tokens: Tensor, grid: tuple[int, int]) -> float:
         count = (len(tokens) - len(fold)) * tokens.shape[1]
         ridge = RIDGE * count * torch.eye(tokens.shape[2], dtype=gram.dtype, device=gram.device)
         weights = torch.linalg.solve(sum(grams) - gram + ridge, sum(products) - product)
-        # The squared error |y - Xw|² in the fold left out, less its |y|², from the fold's sums.
+        # |y - Xw|² - |y|² of the fold that is left out, from the sums of that fold.
         error = error + (weights * (gram @ weights)).sum(0) - 2 * (weights * product).sum(0)
     return (-error / (len(tokens) * places.square().sum(0))).mean().item()
 
@@ -131,15 +131,13 @@ def position_readout(tokens: Tensor, grid: tuple[int, int]) -> float:
 def position_share(tokens: Tensor) -> float:
     """The share of the variance of tokens `[n, N, D]` that the position alone explains, whatever the image.
 
-    Two-way analysis of variance, token = mean + position + image + rest, with unbiased estimates of the variances of
-    the three: 1 for pure position codes, 0 on average for tokens without any (so it may fall just below 0), and 0
+    Two-way analysis of variance, token = mean + position + image + rest, with unbiased estimates of the three
+    variances. 1 for pure position codes; 0 on average for tokens without any, so that a value may lie just below 0; 0
     where nothing varies.
     """
     _check(tokens, "[n, N, D]")
     images, count, _ = tokens.shape
-    if count < 2:
-        raise ValueError("tokens must be at least 2 for each image, not 1")
-    start = _exact(tokens[:1]).mean((0, 1))  # near the mean, so that little cancels in the sums of squares
+    start = _exact(tokens[:1]).mean((0, 1))  # sums of squares lose fewer digits when a value near the mean is taken off
     places, total, by_image, size = 0, 0, 0, 0
     for piece in _pieces(tokens):
         size = size + piece.square().sum()
@@ -159,7 +157,10 @@ def position_share(tokens: Tensor) -> float:
 
 
 def measure_health(pooled: Tensor, tokens: Tensor, grid: tuple[int, int]) -> dict[str, float]:
-    """All measures, by name, of pooled features `[n, D]` and patch tokens `[m, N, D]`; cheap enough for training."""
+    """Name → value of every measure, for pooled features `[n, D]` and patch tokens `[m, N, D]`.
+
+    Cheap enough to be called during training.
+    """
     rank, (mean, least, dead) = rank_me(pooled), dimension_std(pooled)
     return {
         "rank_me": rank,
@@ -177,7 +178,8 @@ def measure_health(pooled: Tensor, tokens: Tensor, grid: tuple[int, int]) -> dic
 
 @dataclass(frozen=True)
 class Measure:
-    """How a measure is read. `limit`: where worry begins, `below` it or above; None where only comparing helps."""
+    """How to read a measure. Beyond `limit` (`below` it, or above it) there is a reason to worry. A measure without a
+    limit is only good for comparing."""
 
     name: str
     meaning: str
@@ -190,7 +192,7 @@ class Measure:
         return "yes" if (value < self.limit if self.below else value > self.limit) else "no"
 
 
-# The limits are this project's, not the field's: past them little is left of what a measure looks for.
+# This project chose the limits, the field has none: past a limit, little is left of what the measure looks for.
 MEASURES = (
     Measure("rank_me", "directions that pooled features fill, up to min(images, width)"),
     Measure("rank_me_share", "the same as a share of that; below 0.1 few directions are left", 0.1, below=True),
@@ -215,16 +217,16 @@ ON_THE_LIMITS = (
 class Health:
     """RankMe and other measures of collapse, without labels.
 
-    The pooled features of `num_images` images, and the patch tokens of the same layer of the first `num_token_images`
-    of them. The headline is RankMe. `compare` measures the same encoder with fresh weights beside it: most measures
-    have no accepted limits, and a number that was worse before training is no reason to worry.
+    They are measured on the pooled features of `num_images` images, and on the patch tokens of the same layer for the
+    first `num_token_images` of these. The headline is RankMe. `compare` also measures the same encoder with fresh
+    weights: most measures have no accepted limits, and a number that was worse before training is no reason to worry.
 
     Args:
         features: layer/pooling/norm of the pooled features
         num_images: images, drawn at random; all if there are fewer
-        num_token_images: of these, images whose patch tokens are measured
-        compare: measure the encoder with fresh weights too
-        seed: of the choice of images and of the fresh weights
+        num_token_images: how many of these give their patch tokens too
+        compare: measure the same encoder with fresh weights too
+        seed: for the choice of images and for the fresh weights
     """
 
     name: ClassVar[str] = "health"
@@ -237,7 +239,7 @@ class Health:
     seed: int = 0
 
     def __post_init__(self):
-        parse_pooled(self.features, self.name)
+        parse_features(self.features, self.name)
         least(2, num_images=self.num_images, num_token_images=self.num_token_images)
         least(0, seed=self.seed)
 
@@ -270,22 +272,24 @@ class Health:
         )
 
     def _measure(self, extract, pooled_images, token_images) -> dict[str, float]:
-        spec = parse_pooled(self.features, self.name)
+        spec = parse_features(self.features, self.name)
         (pooled,), (tokens,) = extract(pooled_images, [spec]), extract(token_images, [replace(spec, pooling="tokens")])
         return measure_health(pooled, tokens, extract.encoder.grid)
 
 
-def _check(features: Tensor, shape: str) -> None:
+def _check(features: Tensor, shape: str):
     if features.ndim != shape.count(",") + 1 or not features.is_floating_point() or 0 in features.shape:
         raise ValueError(f"features must be floats {shape}, not {features.dtype} {list(features.shape)}")
     if len(features) < 2:
         raise ValueError("features must be of at least 2 images, not of 1")
-    if not torch.stack(features.aminmax()).isfinite().all():  # needs no second table of that size
+    if features.ndim == 3 and features.shape[1] < 2:
+        raise ValueError("tokens must be at least 2 for each image, not 1")
+    if not torch.stack(features.aminmax()).isfinite().all():  # isfinite of the features would take as much memory again
         raise ValueError("features hold numbers that are not finite: the checkpoint is broken, or it overflows")
 
 
 def _exact(features: Tensor) -> Tensor:
-    """In float64, on the CPU where the device has none."""
+    """In float64; on the CPU if the device has no float64."""
     return (features.cpu() if features.device.type == "mps" else features).detach().double()
 
 
@@ -295,7 +299,7 @@ def _pieces(tokens: Tensor) -> Iterator[Tensor]:
 
 
 def _units(rows: Tensor) -> Tensor:
-    """Unit vectors `[..., D + 1]`: what is zero points into a dimension of its own."""
+    """Unit vectors `[..., D + 1]`; a zero vector points along the extra dimension."""
     lengths = rows.norm(dim=-1, keepdim=True)
     zero = lengths == 0
     return torch.cat([rows / lengths.masked_fill(zero, 1), zero.to(rows)], dim=-1)
@@ -314,7 +318,7 @@ def _exp_entropy(values: Tensor, epsilon: float = 0.0) -> float:
 
 
 def _places(grid: tuple[int, int]) -> Tensor:
-    """The row and the column of each patch `[N, 2]`, centred; of a grid of one row or column only the other."""
+    """The row and the column of each patch `[N, 2]`, centred. A side of length 1 tells nothing and is left out."""
     rows, columns = (torch.arange(side, dtype=torch.float64) - (side - 1) / 2 for side in grid)
     places = torch.stack([rows.repeat_interleave(grid[1]), columns.repeat(grid[0])], dim=1)
     return places[:, [side > 1 for side in grid]]

@@ -17,7 +17,7 @@ from torch import Tensor
 from hf_mim.checks import least, positive
 from hf_mim.data.labelled import LabelledImages
 from hf_mim.evaluation.features import LARGEST_TABLE, FeatureExtractor
-from hf_mim.evaluation.probe_training import parse_pooled
+from hf_mim.evaluation.probe_training import parse_features
 from hf_mim.evaluation.result import Result
 
 # float32 similarities of unit vectors are within 1e-6 of the truth; what lies closer is compared in float64.
@@ -162,7 +162,7 @@ class KNN:
     temperatures: list[float] = field(default_factory=lambda: [0.04, 0.07, 0.2])
 
     def __post_init__(self):
-        parse_pooled(self.features, self.name)
+        parse_features(self.features, self.name)
         least(1, k=self.k, ks=min(self.ks, default=None))
         positive(temperature=self.temperature)
         for temperature in self.temperatures:
@@ -207,7 +207,7 @@ class LeaveOneOut:
     features: str = "last/mean/raw"
 
     def __post_init__(self):
-        parse_pooled(self.features, self.name)
+        parse_features(self.features, self.name)
 
     def run(self, extract: FeatureExtractor, train: LabelledImages, test: LabelledImages) -> Result:
         """Only the test images are used. Raises ValueError for fewer than two."""

@@ -1,4 +1,4 @@
-"""Linear probing: what a linear map reads of the classes in frozen features (MAE, arXiv 2111.06377, appendix A.1).
+"""Linear probing: how well a linear map tells the classes from frozen features (MAE, arXiv 2111.06377, appendix A.1).
 
 Papers report the best of many probes: layers, poolings, learning rates. Here all of them are trained together: each
 batch is read once, and the heads on one kind of features are a single matrix product, forward and backward.
@@ -16,13 +16,12 @@ from hf_mim.evaluation.encoder import FeatureSpec, FrozenEncoder
 from hf_mim.evaluation.features import FeatureExtractor
 from hf_mim.evaluation.probe_training import (
     LARGEST_PIECE,
+    Probes,
     SearchGrid,
     check_probe_options,
     choose_and_test,
-    fetch,
     mean_and_scale,
-    parse_pooled,
-    pieces,
+    parse_features,
     train_together,
 )
 from hf_mim.evaluation.result import Result
@@ -30,29 +29,19 @@ from hf_mim.evaluation.result import Result
 MOMENTUM = 0.9
 
 
-class LinearHeads:
-    """H linear classifiers on one kind of features, each with its own learning rate and weight decay.
+class LinearHeads(Probes):
+    """H linear classifiers on one kind of features, see `Probes`.
 
-    The features are standardised first (`mean_and_scale`): a probe without reads far too low, by 14 points for MAE's
-    ViT-B. The classifiers start at zero: their loss is convex, so there is no start to choose.
-
-    Args:
-        mean, scale: `[D]`, what standardises the features.
-        grid: for each head (learning rate, weight decay).
-        num_classes: C.
-        device: where it computes.
+    The features are standardised first: without this, accuracy is far too low, by 14 points for MAE's ViT-B. The
+    classifiers start at zero: their loss is convex, so any start leads to the same minimum.
     """
 
     def __init__(self, mean: Tensor, scale: Tensor, grid: SearchGrid, num_classes: int, device: torch.device):
-        self.device, self.mean, self.scale = device, mean.to(device), scale.to(device)
-        rates = torch.tensor(grid, dtype=torch.float32, device=device)
-        self.learning_rates, self.weight_decays = rates[:, :1], rates[:, 1:]  # [H, 1] against [D, H, C]
+        super().__init__(mean, scale, grid, device)
         self.weight = torch.zeros(len(mean), len(grid), num_classes, device=device)
         self.bias = torch.zeros(len(grid), num_classes, device=device)
         self.moments = torch.zeros_like(self.weight), torch.zeros_like(self.bias)
-
-    def standardise(self, features: Tensor) -> Tensor:
-        return (features - self.mean) * self.scale
+        self.row_size = self.bias.numel()
 
     def logits(self, standardised: Tensor) -> Tensor:
         """`[B, D]` → `[B, H, C]`."""
@@ -62,10 +51,10 @@ class LinearHeads:
     def step(self, features: Tensor, labels: Tensor, rate: float):
         """One step of SGD with momentum on each head's mean cross-entropy, at `rate` times its learning rate.
 
-        The gradient of the logits is `softmax - one hot`. A batch whose logits would not fit is taken in parts.
+        The gradient of the logits is `softmax - one hot`. A batch is split if its logits would take too much memory.
         """
-        weight_gradient, bias_gradient = self.weight * self.weight_decays, torch.zeros_like(self.bias)
-        rows = max(1, LARGEST_PIECE // self.bias.numel())
+        weight_gradient, bias_gradient = self.weight * self.weight_decays[:, None], torch.zeros_like(self.bias)
+        rows = max(1, LARGEST_PIECE // self.row_size)
         for x, y in zip(self.standardise(features).split(rows), labels.split(rows), strict=True):
             gradient = self.logits(x).softmax(dim=-1)
             gradient[torch.arange(len(y), device=y.device), :, y] -= 1
@@ -75,16 +64,7 @@ class LinearHeads:
             (self.weight, self.bias), (weight_gradient, bias_gradient), self.moments, strict=True
         ):
             moment.mul_(MOMENTUM).add_(gradient)
-            parameter.addcmul_(moment, self.learning_rates, value=-rate)
-
-    @torch.no_grad()
-    def predict(self, features: Tensor, ids: Tensor, k: int = 1) -> Tensor:
-        """The k likeliest classes `[n, H, k]` of the rows `ids` of `features`, likeliest first, on the CPU."""
-        found = []
-        for piece in pieces(ids, max(features.shape[1], self.bias.numel())):
-            x = self.standardise(fetch(features, piece, self.device))
-            found.append(self.logits(x).topk(k, dim=-1).indices)
-        return torch.cat(found).cpu()
+            parameter.addcmul_(moment, self.learning_rates[:, None], value=-rate)
 
 
 def train_heads(
@@ -100,12 +80,12 @@ def train_heads(
     names: Sequence[str] | None = None,
     progress: bool = False,
 ) -> list[LinearHeads]:
-    """The trained heads of each of `features`, `[n, D]` in the CPU's memory or on its disk.
+    """Train heads on each of `features`, `[n, D]` in the CPU's memory or on its disk.
 
     Args:
         labels: `[n]`, int64, on the CPU.
         ids: the rows to train on.
-        grids: for each of `features` its heads: (learning rate for a batch of 256, weight decay).
+        grids: the heads on each of `features`: (learning rate for a batch of 256, weight decay).
         names: of the features, for errors.
         progress: show a bar.
 
@@ -126,10 +106,10 @@ class Linear:
     """Top-1 accuracy of a linear classifier on standardised frozen features.
 
     Every head (features × learning rate × weight decay) is trained by SGD with momentum .9 on a part of the training
-    images; the best on the held-out part is trained again on all of them, as a paper's probe is, and tested. The
-    results by kind of features are those of the best head of each.
+    images. The best on the held-out part is trained again on all of them, as a paper's probe is, and then tested. For
+    each kind of features, the result of its best head is reported.
 
-    Source: MAE (arXiv 2111.06377, appendix A.1) for BatchNorm without affine before the classifier; I-JEPA (arXiv
+    Sources: MAE (arXiv 2111.06377, appendix A.1) for BatchNorm without affine before the classifier; I-JEPA (arXiv
     2301.08243) for the last layer and the last four; DINOv2 (arXiv 2304.07193) for a grid trained in one pass.
 
     Args:
@@ -139,7 +119,7 @@ class Linear:
         epochs: passes over the training images
         batch_size: images of a step
         held_out: share of the training images that chooses the head
-        seed: of the held-out images and of the order
+        seed: for the choice of held-out images and for the order
     """
 
     name: ClassVar[str] = "linear"
@@ -156,7 +136,7 @@ class Linear:
     def __post_init__(self):
         check_probe_options(self)
         for features in self.features or []:
-            parse_pooled(features, self.name)
+            parse_features(features, self.name)
 
     def run(self, extract: FeatureExtractor, train: LabelledImages, test: LabelledImages) -> Result:
         specs = [FeatureSpec.parse(text) for text in self.features or default_features(extract.encoder)]
@@ -171,7 +151,7 @@ class Linear:
 
 
 def default_features(encoder: FrozenEncoder) -> list[str]:
-    """The kinds of features that papers report, as far as the encoder has them."""
+    """The kinds of features that papers report, if the encoder has them."""
     features = ["last/mean/norm"]
     features += ["last/cls/norm"] if encoder.num_prefix_tokens else []
     return features + (["last4/mean/norm"] if encoder.num_layers >= 4 else [])

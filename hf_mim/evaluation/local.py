@@ -20,7 +20,7 @@ from hf_mim.data.scenes import check_size, scenes
 from hf_mim.data.splits import stratified_split
 from hf_mim.evaluation.encoder import RawPixels
 from hf_mim.evaluation.lowshot import fit_logistic
-from hf_mim.evaluation.probe_training import parse_pooled, standardiser
+from hf_mim.evaluation.probe_training import parse_features, standardiser
 from hf_mim.evaluation.result import Result
 
 NUM_BINS = 6  # of the distance, as VTAB's
@@ -81,7 +81,7 @@ class Local:
     seed: int = 0
 
     def __post_init__(self):
-        parse_pooled(self.features, self.name)
+        parse_features(self.features, self.name)
         least(100, num_train=self.num_train)
         least(10, num_test=self.num_test)
         least(0, seed=self.seed)
@@ -97,7 +97,7 @@ class Local:
             raise ValueError(f"image_size must be square for scenes, not {height},{width}; give image_size={height}")
         if encoder.num_channels > 4:
             raise ValueError(f"scenes are pictures in colour, and {encoder.name} takes {encoder.num_channels} channels")
-        encoder.check(parse_pooled(self.features, self.name))  # before the scenes are drawn
+        encoder.check(parse_features(self.features, self.name))  # before the scenes are drawn
         size = self.size or min(max(height, SIZES[0]), SIZES[1])
         train, test = (
             Scenes(count, size, self.seed, split)

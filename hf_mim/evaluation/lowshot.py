@@ -18,7 +18,7 @@ from hf_mim.checks import least, numbers
 from hf_mim.data.labelled import LabelledImages
 from hf_mim.data.splits import check_labels, random_ranks
 from hf_mim.evaluation.features import FeatureExtractor
-from hf_mim.evaluation.probe_training import parse_pooled, standardiser
+from hf_mim.evaluation.probe_training import parse_features, standardiser
 from hf_mim.evaluation.result import Result
 
 MAX_ITERATIONS = 2000
@@ -103,7 +103,7 @@ class LowShot:
     seed: int = 0
 
     def __post_init__(self):
-        parse_pooled(self.features, self.name)
+        parse_features(self.features, self.name)
         if not self.budgets:
             raise ValueError("budgets must name at least one, such as 1%")
         self.budgets = list(dict.fromkeys(budget.strip() for budget in self.budgets))
@@ -118,7 +118,7 @@ class LowShot:
         check_labels(labels)
         for budget in self.budgets:
             draw_images(labels, budget, self.seed)
-        spec = parse_pooled(self.features, self.name)
+        spec = parse_features(self.features, self.name)
         (features,), labels = extract(train, [spec]), train.read_labels()  # now without images that cannot be decoded
         standardise = standardiser(features, str(spec))
         (test_features,) = extract(test, [spec])

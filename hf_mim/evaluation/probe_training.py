@@ -1,8 +1,8 @@
 """What linear and attentive probes share: many are trained together, held-out images choose, the test comes last."""
 
-from collections.abc import Callable, Iterator, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -20,37 +20,61 @@ LARGEST_PIECE = 2**24  # numbers of one temporary table: 64 MB
 SearchGrid = Sequence[tuple[float, float]]  # (learning rate for a batch of 256, weight decay) of each probe
 
 
-class Probes(Protocol):
-    """H classifiers on one kind of features, each with its own learning rate and weight decay."""
+class Probes(ABC):
+    """H classifiers on one kind of features, each with its own learning rate and weight decay.
 
-    device: torch.device
+    Args:
+        mean, scale: `[D]`, standardise the features; from `mean_and_scale`.
+        grid: (learning rate, weight decay) of each classifier.
+        device: where the classifiers compute.
+    """
 
+    row_size: int  # a subclass says how many numbers the largest table of `logits` holds for one image
+
+    def __init__(self, mean: Tensor, scale: Tensor, grid: SearchGrid, device: torch.device):
+        self.device, self.mean, self.scale = device, mean.to(device), scale.to(device)
+        self.learning_rates, self.weight_decays = torch.tensor(grid, dtype=torch.float32, device=device).T  # [H] each
+
+    def standardise(self, features: Tensor) -> Tensor:
+        return (features - self.mean) * self.scale
+
+    @abstractmethod
+    def logits(self, standardised: Tensor) -> Tensor:
+        """Standardised features of B images → `[B, H, C]`."""
+
+    @abstractmethod
     def step(self, features: Tensor, labels: Tensor, rate: float):
-        """One optimizer step on a batch, at `rate` times each one's learning rate."""
+        """One optimizer step on a batch. Each classifier's own learning rate is multiplied by `rate`."""
 
+    @torch.no_grad()
     def predict(self, features: Tensor, ids: Tensor, k: int = 1) -> Tensor:
-        """The k likeliest classes `[n, H, k]` of the rows `ids` of `features`, likeliest first, on the CPU."""
+        """The k likeliest classes `[n, H, k]` for the rows `ids` of `features`, likeliest first, on the CPU."""
+        found = []
+        for piece in pieces(ids, max(features[0].numel(), self.row_size)):
+            standardised = self.standardise(fetch(features, piece, self.device))
+            found.append(self.logits(standardised).topk(k, dim=-1).indices)
+        return torch.cat(found).cpu()
 
 
 def fetch(features: Tensor, ids: Tensor, device: torch.device) -> Tensor:
-    """Rows of features in the CPU's memory or on its disk, on the device; does not wait for the device's other work."""
+    """Copy rows of features from the CPU's memory or disk to the device, without waiting for the device's work."""
     is_cuda = device.type == "cuda"
     rows = torch.empty(len(ids), *features.shape[1:], dtype=features.dtype, pin_memory=is_cuda)
     return torch.index_select(features, 0, ids, out=rows).to(device, non_blocking=is_cuda)
 
 
-def pieces(ids: Tensor, row_size: int) -> Iterator[Tensor]:
-    """`ids` in order, in pieces that make tables of bounded size, `row_size` numbers a row."""
-    return iter(ids.split(max(1, LARGEST_PIECE // row_size)))
+def pieces(ids: Tensor, row_size: int) -> Sequence[Tensor]:
+    """`ids` in order, in pieces: a table of `row_size` numbers for each id of a piece has a bounded size."""
+    return ids.split(max(1, LARGEST_PIECE // row_size))
 
 
 def mean_and_scale(features: Tensor, ids: Tensor, name: str, eps: float = 1e-6) -> tuple[Tensor, Tensor]:
-    """What standardises each dimension over the images `ids`: mean [D] and `1 / sqrt(variance + eps)` [D], on the CPU.
+    """Mean [D] and `1 / sqrt(variance + eps)` [D] of features over the images `ids`, on the CPU: to standardise them.
 
-    Features `[n, D]` or `[n, N, D]`; of tokens, over all tokens. It stands for the BatchNorm without affine that papers
-    put before a probe (MAE, arXiv 2111.06377, appendix A.1; eps 1e-6). BatchNorm standardises by the statistics of a
-    batch in training and by their running average at test; both estimate the mean and variance over the training
-    images. Of frozen features these never change, so they are computed once, exactly, and hold for training and test.
+    Features are `[n, D]`, or tokens `[n, N, D]`, whose statistics are over all tokens of all images. This replaces the
+    BatchNorm without affine that papers put before a probe (MAE, arXiv 2111.06377, appendix A.1; eps 1e-6). BatchNorm
+    estimates mean and variance over the training images, by the batch in training and by a running average at test.
+    Frozen features never change, so here both are computed once, exactly, and used in training and test.
 
     Raises:
         ValueError: a feature is not finite.
@@ -67,9 +91,9 @@ def mean_and_scale(features: Tensor, ids: Tensor, name: str, eps: float = 1e-6) 
 
 
 def standardiser(train: Tensor, name: str) -> Callable[[Tensor], Tensor]:
-    """What standardises features `[n, D]` by the statistics of `train` and divides by √D: for logistic regression.
+    """A function that standardises features `[n, D]` by the statistics of `train`, and divides them by √D.
 
-    So one C means the same for any width. Raises as `mean_and_scale`.
+    It is for logistic regression: thanks to √D, one C means the same for any width. Raises as `mean_and_scale`.
     """
     mean, scale = mean_and_scale(train, torch.arange(len(train)), name)
     scale = scale / len(scale) ** 0.5
@@ -89,11 +113,11 @@ def train_together(
 ):
     """Train the probes of all `features` on the same batches of the rows `ids`; one pass over the features an epoch.
 
-    Learning rates are multiplied by batch size / 256, as MAE's, and fall to zero by half a cosine after `warmup`, a
-    share of the steps. The batches of an epoch are of about one size, so that no step rests on a few images.
-    `progress` shows a bar.
+    Learning rates are multiplied by batch size / 256, as MAE's. They rise during the share `warmup` of the steps, then
+    fall to zero by half a cosine. The batches of an epoch have nearly the same size, so that no step depends on a few
+    images. `progress` shows a bar.
     """
-    order = generator(seed, 1)  # the split's own stream would put the held-out images first
+    order = generator(seed, 1)  # generator(seed) draws the split: its order would put the held-out images first
     batch_size = min(batch_size, len(ids))
     in_epoch = -(-len(ids) // batch_size)
     orders = (ids[torch.randperm(len(ids), generator=order)] for _ in range(epochs))
@@ -115,20 +139,20 @@ def choose_and_test(
     specs: Sequence[FeatureSpec],
     **settings,
 ) -> Result:
-    """The best probe on each kind of features, and its accuracy on the test images.
+    """Choose the best probe on each kind of features, and measure its accuracy on the test images.
 
-    Every probe of the grid is fitted on a part of the training images, and its accuracy on the held-out part chooses:
-    on each kind of features the best probe, and the best of these for the value. Those that are chosen are fitted again
-    on all training images, as a paper's probe is, and are the only ones that meet the test images. Of equal ones the
-    first in the order of the grid is taken. Test labels are read last.
+    Every probe of the grid is fitted on a part of the training images. The accuracy on the held-out part chooses the
+    best probe on each kind of features, and among these the one that gives the value; of equal ones, the first in the
+    grid. The chosen probes are fitted again on all training images, as a paper's probe is. Only they are tested. Test
+    labels are read last.
 
     Args:
-        protocol: `Linear` or `Attentive`: the grid, the share held out and the seed.
-        fit: (features, labels, ids, a grid for each of the features, number of classes) → probes for each of them.
-        settings: for the result, beside the protocol's fields.
+        protocol: `Linear` or `Attentive`; it has the grid, the share held out and the seed.
+        fit: (features, labels, ids, a grid for each kind of features, number of classes) → probes for each kind.
+        settings: go to the result, beside the protocol's fields.
     """
     check_labels(train.read_labels())
-    features, labels = extract(train, specs), train.read_labels()  # now without images that cannot be decoded
+    features, labels = extract(train, specs), train.read_labels()  # extract has left out images that it cannot decode
     num_classes, everything = int(labels.max()) + 1, torch.arange(len(labels))
     kept, held = stratified_split(labels, protocol.held_out, protocol.seed)
     grid = [(rate, decay) for rate in protocol.learning_rates for decay in protocol.weight_decays]
@@ -165,7 +189,7 @@ def choose_and_test(
 
 
 def describe_choice(features: str, grid: SearchGrid, best: int, held_out: int) -> list[str]:
-    """Which probe was chosen, and whether the grid was wide enough for it."""
+    """Notes: which probe was chosen, and whether the grid was wide enough."""
     (rate, decay), rates = grid[best], sorted({rate for rate, _ in grid})
     notes = [f"Chosen on {held_out} held-out images: {features}, learning rate {rate:g}, weight decay {decay:g}."]
     if len(rates) > 1 and rate in (rates[0], rates[-1]):
@@ -174,7 +198,7 @@ def describe_choice(features: str, grid: SearchGrid, best: int, held_out: int) -
 
 
 def check_probe_options(options):
-    """Raise ValueError, in one line, for a learning rate, weight decay, … that no probe can have."""
+    """Raise ValueError, in one line, for an option of a probe that is out of range."""
     numbers(learning_rates=options.learning_rates)
     numbers(or_zero=True, weight_decays=options.weight_decays)
     least(1, epochs=options.epochs, batch_size=options.batch_size)
@@ -182,9 +206,10 @@ def check_probe_options(options):
     share("(0, 1)", held_out=options.held_out)
 
 
-def parse_pooled(text: str, protocol: str) -> FeatureSpec:
-    """Features of one vector an image. Raises ValueError for tokens, and for what are no features."""
+def parse_features(text: str, protocol: str, tokens: bool = False) -> FeatureSpec:
+    """The features that a protocol needs: pooled to one vector an image, or tokens. Raises ValueError for others."""
     spec = FeatureSpec.parse(text)
-    if spec.pooling == "tokens":
-        raise ValueError(f"features of {protocol} must be pooled, mean or cls, not {text}")
+    if (spec.pooling == "tokens") != tokens:
+        wanted = "tokens, such as last/tokens/norm" if tokens else "pooled, mean or cls"
+        raise ValueError(f"features of {protocol} must be {wanted}, not {text}")
     return spec

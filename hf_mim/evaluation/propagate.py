@@ -25,6 +25,7 @@ from hf_mim.evaluation.encoder import FeatureSpec
 from hf_mim.evaluation.features import LARGEST_TABLE, FeatureExtractor
 from hf_mim.evaluation.metrics import object_scores
 from hf_mim.evaluation.result import Result
+from hf_mim.models.pixels import scale_pixels
 
 
 def propagate_labels(

@@ -1,8 +1,8 @@
-"""Semantic segmentation by frozen patch tokens: what lies where, read without training the encoder.
+"""Semantic segmentation from frozen patch tokens. The encoder is not trained.
 
-Two readers of the same tokens: a linear layer on each token (DINOv2, arXiv 2304.07193, section 7.4), and nearest
-neighbours among the tokens of the training images, whose classes are known (Balažević et al., arXiv 2306.01667, section
-3). Both score classes on the grid of patches; the scores are interpolated to the pixels of the mask.
+Two readers score the classes of each patch from its token: a linear layer (DINOv2, arXiv 2304.07193, section 7.4), and
+the nearest neighbours among the tokens of the training images (Balažević et al., arXiv 2306.01667, section 3). The
+scores are then interpolated to the pixels of the mask.
 """
 
 import math
@@ -21,24 +21,23 @@ from hf_mim.checks import least, positive, share
 from hf_mim.data import WholeImage
 from hf_mim.data.masks import MaskedImages
 from hf_mim.data.splits import generator
-from hf_mim.evaluation.encoder import FeatureSpec
 from hf_mim.evaluation.features import LARGEST_TABLE
 from hf_mim.evaluation.metrics import class_iou, confusion_matrix, mean_iou
-from hf_mim.evaluation.probe_training import check_probe_options, describe_choice, fetch, mean_and_scale
+from hf_mim.evaluation.probe_training import check_probe_options, describe_choice, fetch, mean_and_scale, parse_features
 from hf_mim.evaluation.result import Result
 from hf_mim.trainer_utils import learning_rate
 
 MAX_CLASSES = 2**15 - 1
-IGNORED = -1  # in what is read here, whatever ignore_index is in the files
+IGNORED = -1  # stands for ignore_index in every mask that is read here
 
 Grid = tuple[int, int]  # rows and columns of patches
 
 
 def upsample(scores: Tensor, grid: Grid, size: tuple[int, int]) -> Tensor:
-    """Scores of patches `[B, N, C]` → of pixels `[B, C, h, w]`, bilinear between the centres of the patches.
+    """Scores of patches `[B, N, C]` → scores of pixels `[B, C, h, w]`, bilinear between the centres of the patches.
 
-    The same as `F.interpolate(mode="bilinear")` to rounding, by two matrix products: their gradient is the same in two
-    runs on a GPU, where that of `F.interpolate` is not.
+    This equals `F.interpolate(mode="bilinear")` up to rounding. But the gradient of `F.interpolate` on a GPU differs
+    from run to run; that of the two matrix products here does not.
     """
     rows, columns = (
         F.interpolate(torch.eye(n, device=scores.device)[None], m, mode="linear")[0]
@@ -50,14 +49,14 @@ def upsample(scores: Tensor, grid: Grid, size: tuple[int, int]) -> Tensor:
 def read_targets(
     data: MaskedImages, size: tuple[int, int], ignore_index: int | None, num_classes: int | None
 ) -> tuple[Tensor, int]:
-    """All masks, brought to one size by their nearest pixels: int16 `[n, h, w]`, ignored pixels -1; number of classes.
+    """(all masks, number of classes). Masks are int16 `[n, h, w]`, resized by nearest pixels; ignored pixels are -1.
 
     Raises:
-        ValueError: one line that names the mask: an id that is not in 0..num_classes-1; or that none has two classes.
+        ValueError: in one line: a mask has an id outside 0..num_classes-1, or all masks together hold fewer than two
+            classes.
     """
     targets, largest = torch.empty(len(data), *size, dtype=torch.int16), -1
-    for index, mask in enumerate(data.read_masks()):
-        ids = class_ids(mask, ignore_index, f"the mask of {data.image_name(index)}")
+    for index, ids in enumerate(read_class_ids(data, ignore_index)):
         highest = int(ids.max())
         if highest >= (num_classes or MAX_CLASSES):
             allowed = f"num_classes={num_classes}" if num_classes else f"at most {MAX_CLASSES} classes"
@@ -74,12 +73,13 @@ def read_targets(
     return targets, num_classes or largest + 1
 
 
-def class_ids(mask: np.ndarray, ignore_index: int | None, name: str) -> np.ndarray:
-    """A mask as int64, -1 where it is `ignore_index`. Raises ValueError for other negative ids."""
-    counted = mask != ignore_index
-    if (lowest := int(mask.min(where=counted, initial=0))) < 0:
-        raise ValueError(f"{name} has the id {lowest}; ids of classes start at 0")
-    return np.where(counted, mask.astype(np.int64), IGNORED)
+def read_class_ids(data: MaskedImages, ignore_index: int | None) -> Iterator[np.ndarray]:
+    """Each mask as int64 `[h, w]`, -1 where it is `ignore_index`. Raises ValueError for other negative ids."""
+    for index, mask in enumerate(data.read_masks()):
+        counted = mask != ignore_index
+        if (lowest := int(mask.min(where=counted, initial=0))) < 0:
+            raise ValueError(f"the mask of {data.image_name(index)} has the id {lowest}; ids of classes start at 0")
+        yield np.where(counted, mask.astype(np.int64), IGNORED)
 
 
 def train_token_heads(
@@ -94,20 +94,21 @@ def train_token_heads(
     seed: int,
     device: torch.device,
 ) -> list[nn.Linear]:
-    """A linear layer from a token to scores of classes for each (learning rate, weight decay), trained together.
+    """Train one linear layer, from a token to scores of classes, for each (learning rate, weight decay) in `heads`.
 
-    AdamW on the mean cross-entropy of labelled pixels, the rates falling to zero by half a cosine. Tokens are
-    standardised by the mean and variance of all tokens of the images; the layers that are returned have that built in.
+    AdamW minimises the mean cross-entropy of the labelled pixels; the learning rates fall to zero by half a cosine.
+    Tokens are standardised by the mean and variance of all tokens of the images. The layers that are returned include
+    this step: they take tokens as they are.
 
     Args:
         tokens: `[n, N, D]`, in the CPU's memory or on its disk.
-        targets: `[n, h, w]`, -1 where a pixel does not count.
-        images: which of the n to train on.
+        targets: `[n, h, w]`, -1 for pixels that do not count.
+        images: ids of the images to train on.
     """
     mean, scale = (x.to(device) for x in mean_and_scale(tokens, images, "of patches"))
     layers = [nn.Linear(len(mean), num_classes, device=device) for _ in heads]
     for layer in layers:
-        nn.init.zeros_(layer.weight)  # the loss is convex: there is no start to choose
+        nn.init.zeros_(layer.weight)  # the loss is convex, so any start leads to the same minimum
         nn.init.zeros_(layer.bias)
     optimizer = torch.optim.AdamW(
         [{"params": layer.parameters(), "weight_decay": decay} for layer, (_, decay) in zip(layers, heads, strict=True)]
@@ -120,7 +121,7 @@ def train_token_heads(
             x, y = (fetch(tokens, batch, device) - mean) * scale, fetch(targets, batch, device)[:, None].long()
             counted = y != IGNORED
             optimizer.zero_grad()
-            for layer in layers:  # one at a time: only one head's scores of pixels are held
+            for layer in layers:  # one at a time, so that memory holds the scores of one head only
                 likelihood = upsample(layer(x), grid, targets.shape[1:]).log_softmax(dim=1).gather(1, y.clamp(min=0))
                 (-(likelihood * counted).sum() / counted.sum().clamp(min=1)).backward()
             optimizer.step()
@@ -136,7 +137,7 @@ def train_token_heads(
 def head_scores(
     layers: Sequence[nn.Linear], tokens: Tensor, targets: Tensor, images: Tensor, grid: Grid, batch_size: int
 ) -> list[float]:
-    """The mean IoU of each of the layers on these images, by pixels of the targets; see `train_token_heads`."""
+    """The mean IoU of each layer on these images, over the pixels of the targets; see `train_token_heads`."""
     device, num_classes = layers[0].weight.device, layers[0].out_features
     confusions = [torch.zeros(num_classes, num_classes, dtype=torch.int64, device=device) for _ in layers]
     for batch in images.split(batch_size):
@@ -150,9 +151,9 @@ def head_scores(
 def token_bank(
     tokens: Tensor, targets: Tensor, grid: Grid, num_classes: int, size: int, seed: int
 ) -> tuple[Tensor, Tensor]:
-    """Training tokens to look neighbours up in: unit vectors `[m, D]`, and the share `[m, C]` of each class there.
+    """The bank in which neighbours are searched: tokens as unit vectors `[m, D]`, and their shares of classes `[m, C]`.
 
-    At most `size` tokens, drawn from those that have a labelled pixel. Targets are `[n, rows·c, columns·c]`.
+    At most `size` training tokens, drawn from those that have a labelled pixel. Targets are `[n, rows·c, columns·c]`.
     """
     cells = targets.unflatten(2, (grid[1], -1)).unflatten(1, (grid[0], -1)).transpose(2, 3)  # [n, rows, columns, c, c]
     cells = cells.reshape(grid[0] * grid[1] * len(targets), -1)
@@ -166,8 +167,8 @@ def token_bank(
 
 
 def neighbour_scores(bank: Tensor, shares: Tensor, tokens: Tensor, k: int, temperature: float) -> Tensor:
-    """Scores of classes `[..., C]` of tokens `[..., D]`: the mean of the `shares [m, C]` of the k nearest of the bank
-    `[m, D]` by cosine similarity, weighted by exp(similarity / temperature)."""
+    """Tokens `[..., D]` → scores of classes `[..., C]`: the mean of the `shares [m, C]` of the k tokens of the bank
+    `[m, D]` with the highest cosine similarity, weighted by exp(similarity / temperature)."""
     queries, scores = F.normalize(tokens.flatten(0, -2), dim=1), []
     for chunk in queries.split(max(1, LARGEST_TABLE // max(len(bank), k * shares.shape[1]))):
         similarity, nearest = (chunk @ bank.T).topk(k, dim=1)
@@ -185,15 +186,16 @@ def predict_masks(
     num_classes: int,
     device: torch.device,
 ) -> dict[str, list[np.ndarray]]:
-    """The class of every pixel by each reader of tokens (`[B, N, D]` → scores `[B, N, C]`): maps `[h, w]` of `sizes`.
+    """Reader → maps `[h, w]` of the given sizes: the class of every pixel of each image.
 
-    The maps lie in a temporary file, the scores of few images in memory.
+    A reader turns tokens `[B, N, D]` into scores `[B, N, C]`. The maps lie in a temporary file; memory holds the scores
+    of a few images.
     """
-    areas = np.array([height * width for height, width in sizes])
+    areas = np.prod(sizes, axis=1)
     kind = np.uint8 if num_classes <= 256 else np.int16
     maps = {}
     for name in readers:
-        with tempfile.TemporaryFile() as file:  # the mapping holds it until its last reader is gone
+        with tempfile.TemporaryFile() as file:  # memmap keeps the file alive after it is closed
             flat = np.memmap(file, kind, "w+", shape=int(areas.sum()))
         parts = np.split(flat, areas.cumsum()[:-1])
         maps[name] = [part.reshape(size) for part, size in zip(parts, sizes, strict=True)]
@@ -215,12 +217,10 @@ def _batches_of_one_size(sizes: Sequence[tuple[int, int]], num_classes: int) -> 
 def score_masks(
     maps: dict[str, list[np.ndarray]], data: MaskedImages, num_classes: int, ignore_index: int | None
 ) -> tuple[dict[str, Tensor], list[int]]:
-    """Of each reader the confusion `[C+1, C+1]`, and which ids have no class: their pixels are the last row. Reads the
-    masks."""
+    """(reader → confusion matrix `[C+1, C+1]`, ids that have no class). The last row counts the pixels of such ids."""
     confusions = {name: torch.zeros(num_classes + 1, num_classes + 1, dtype=torch.int64) for name in maps}
     unknown: set[int] = set()
-    for index, mask in enumerate(data.read_masks()):
-        ids = class_ids(mask, ignore_index, f"the mask of {data.image_name(index)}")
+    for index, ids in enumerate(read_class_ids(data, ignore_index)):
         if (beyond := ids >= num_classes).any():
             unknown.update(np.unique(ids[beyond]).tolist())
             ids[beyond] = num_classes
@@ -231,14 +231,14 @@ def score_masks(
 
 @dataclass
 class Segment:
-    """Mean IoU of segmentation by frozen patch tokens: by a linear layer (the headline) and by nearest neighbours.
+    """Mean IoU of segmentation from frozen patch tokens: by a linear layer (the headline) and by nearest neighbours.
 
     The whole image is resized to the encoder's size. Test masks are scored at their own size; training masks are read
-    at `cells` × `cells` pixels for each patch. Heads are trained together on a part of the training images; the mean
-    IoU on the others chooses one, which is trained again on all. Test masks are read last. Ids that only test masks
-    have were never taught: together they are one more class, whose IoU is 0, and a note names them.
+    at `cells` × `cells` pixels for each patch. All heads are trained together on a part of the training images. The
+    mean IoU on the other part chooses one head, which is trained again on all images. Test masks are read last. Ids
+    that only test masks have count as one more class: its IoU is 0, and a note names the ids.
 
-    Source: the linear layer DINOv2 (arXiv 2304.07193, section 7.4), the neighbours arXiv 2306.01667, section 3.
+    Sources: DINOv2 (arXiv 2304.07193, section 7.4) for the linear layer, arXiv 2306.01667 (section 3) for neighbours.
 
     Args:
         features: layer/tokens/norm
@@ -250,8 +250,8 @@ class Segment:
         held_out: share of the training images that chooses the head
         cells: pixels of a training mask for each patch, along each side
         k: neighbours that vote
-        temperature: of the votes' weights
-        bank: training tokens that neighbours are looked up in, at most
+        temperature: a vote weighs exp(similarity / temperature)
+        bank: the most training tokens among which neighbours are searched
         seed: of the held-out images, the order and the bank
     """
 
@@ -274,8 +274,7 @@ class Segment:
 
     def __post_init__(self):
         check_probe_options(self)
-        if FeatureSpec.parse(self.features).pooling != "tokens":
-            raise ValueError(f"features of segment must be tokens, such as last/tokens/norm, not {self.features}")
+        parse_features(self.features, self.name, tokens=True)
         share(f"[2, {MAX_CLASSES}]", num_classes=self.num_classes)
         least(1, cells=self.cells)
         if not 1 <= self.k <= self.bank:
@@ -283,18 +282,17 @@ class Segment:
         positive(temperature=self.temperature)
 
     def run(self, extract, train: MaskedImages, test: MaskedImages) -> Result:
-        """Raises ValueError for fewer than two training images, or ids that are no class."""
+        """Raises ValueError for fewer than two training images, and for ids that are no class."""
         if len(test) == 0:
             raise ValueError("test must have at least 1 image, not 0")
         if len(train) < 2:
             raise ValueError(f"train must have at least 2 images, one of them to choose the head, not {len(train)}")
-        extract = extract.replace(crop=WholeImage())  # a mask is of all that the image shows
+        extract = extract.replace(crop=WholeImage())  # a mask covers the whole image
         grid, device = extract.encoder.grid, extract.encoder.device
         (tokens,) = extract(train, [self.features])
-        targets, num_classes = read_targets(
-            train, (grid[0] * self.cells, grid[1] * self.cells), self.ignore_index, self.num_classes
-        )
-        head, choice = self._linear(tokens, targets, grid, num_classes, device)
+        size = grid[0] * self.cells, grid[1] * self.cells
+        targets, num_classes = read_targets(train, size, self.ignore_index, self.num_classes)
+        head, heads, notes = self._linear(tokens, targets, grid, num_classes, device)
         bank, shares = token_bank(tokens, targets, grid, num_classes, self.bank, self.seed)
         if len(bank) < self.k:
             raise ValueError(f"k must be at most the {len(bank)} tokens of the training images, not {self.k}")
@@ -304,27 +302,22 @@ class Segment:
         maps = predict_masks(readers, tokens, grid, test.sizes, num_classes, device)
         confusions, unknown = score_masks(maps, test, num_classes, self.ignore_index)
         scores, table = _summary(confusions)
-        notes = [f"Ids of the test masks that no training mask has: {unknown}. Their IoU is 0."] if unknown else []
-        settings = asdict(self) | {
-            "num_classes": num_classes,
-            "image_size": extract.encoder.image_size,
-            "crop": "the whole image, resized",
-            "bank": len(bank),
-            "heads": choice.pop("heads"),
-        }
+        if unknown:
+            notes.append(f"Ids of the test masks that no training mask has: {unknown}. Their IoU is 0.")
+        about = {"image_size": extract.encoder.image_size, "crop": "the whole image, resized", "heads": heads}
         return Result(
             self.name,
             "linear mIoU",
             scores["linear mIoU"],
-            settings=settings,
+            settings=asdict(self) | {"num_classes": num_classes, "bank": len(bank)} | about,
             data={"train": train.describe(), "test": test.describe()},
             scores=scores,
             table=table,
-            notes=choice.pop("notes") + notes,
+            notes=notes,
         )
 
-    def _linear(self, tokens, targets, grid, num_classes, device) -> tuple[nn.Linear, dict]:
-        """The head that held-out images choose, trained on all training images; and how it was chosen."""
+    def _linear(self, tokens, targets, grid, num_classes, device) -> tuple[nn.Linear, list[dict], list[str]]:
+        """(the head that held-out images choose, trained on all training images; a row for each head; notes)."""
         options = [(rate, decay) for rate in self.learning_rates for decay in self.weight_decays]
         images = torch.randperm(len(tokens), generator=generator(self.seed, 1))
         count = min(max(round(self.held_out * len(tokens)), 1), len(tokens) - 1)
@@ -338,11 +331,11 @@ class Segment:
             {"learning_rate": rate, "weight_decay": decay, "held_out_miou": iou}
             for (rate, decay), iou in zip(options, ious, strict=True)
         ]
-        return head, {"heads": rows, "notes": describe_choice(self.features, options, best, count)}
+        return head, rows, describe_choice(self.features, options, best, count)
 
 
 def _summary(confusions: dict[str, Tensor]) -> tuple[dict[str, float], list[dict]]:
-    """Scores of each reader, and a row with their IoUs for each class that is predicted or there."""
+    """(the scores of each reader, a table: for each class that is predicted or there, its IoU by each reader)."""
     scores = {f"{name} mIoU": mean_iou(confusion) for name, confusion in confusions.items()}
     scores |= {f"{name} pixel accuracy": (c.trace() / c.sum()).item() for name, c in confusions.items()}
     ious = {name: class_iou(confusion).tolist() for name, confusion in confusions.items()}

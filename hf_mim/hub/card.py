@@ -1,9 +1,9 @@
-"""Model cards from what a checkpoint's folder holds: config, recipe, trainer state, results, pictures. No number comes
-from anywhere else; one that is in none of them is said to be missing.
+"""Model cards, made of the files in a checkpoint's folder: config, recipe, trainer state, results, pictures. No number
+comes from anywhere else, and the card says which numbers are missing.
 
     model_card("runs/digits_mae").save("runs/digits_mae/README.md")  # or: hf-mim card runs/digits_mae
 
-The prose is in `card_template.md`, that of a method in the file or text that its row in `hf_mim.methods` names.
+The text is in `card_template.md`. The text about a method is named by the method's row in `hf_mim.methods`.
 """
 
 import re
@@ -24,11 +24,11 @@ from hf_mim.run_folder import CARD, RESULTS, RunFacts
 
 TEMPLATE = Path(__file__).with_name("card_template.md")
 
-# Protocols of classes and of masks; the Hub's word for anything else is image-feature-extraction.
+# Protocol → the Hub's name of its task. All other protocols are image-feature-extraction.
 TASKS = dict.fromkeys(("knn", "leave_one_out", "linear", "attentive", "lowshot", "finetune"), "image-classification")
 TASKS |= dict.fromkeys(("segment", "propagate"), "image-segmentation")
 NOT_RECORDED = "not recorded"
-# Settings of a recipe that say where and how it ran, not what it computes.
+# The beginnings of settings that say where and how a recipe ran, not what it computes.
 OF_THE_MACHINE = ("output_dir", "dataloader_", "logging_", "save_", "hub_", "push_to_hub", "report_to")
 OF_THE_MACHINE += ("use_cpu", "disable_tqdm")
 
@@ -37,47 +37,40 @@ def model_card(folder: str | Path, repo_id: str | None = None, license: str | No
     """The card of a checkpoint.
 
     Args:
-        folder: of one of hf_mim's models; what is beside the weights is told, what is not is said to be missing.
+        folder: the folder of one of hf_mim's models. The card says which of the usual files it lacks.
         repo_id: the name on the Hub that the examples load; default: the folder's own name.
         license: identifier such as apache-2.0; default: the recipe's, or that of the card that is there.
 
     Raises:
-        ValueError: no checkpoint of ours, a file that is damaged, or a licence that is no identifier; in one line.
+        ValueError: in one line, for a folder without a checkpoint of ours, a damaged file, or a license that is no
+            identifier.
     """
     facts = RunFacts.read(folder)
-    folder, config, recipe = facts.folder, facts.config, facts.recipe
-    training, health = facts.training, facts.health
+    config, recipe, training, health = facts.config, facts.recipe, facts.training, facts.health
     method = methods.of_config(config)
     license = check_license(license or facts.license)
-    name = repo_id.rpartition("/")[2] if repo_id else folder.name
+    name = repo_id.rpartition("/")[2] if repo_id else facts.folder.name
     dataset = _dataset(recipe, training)
     return ModelCard.from_template(
         _metadata(name, facts, dataset, license),
         template_str=TEMPLATE.read_text(encoding="utf-8"),
-        name=shown(name),
-        address=repo_id or folder.name,
-        title=method.title,
-        method_text=jinja2.Template(method.card_text).render(config=config),
-        bibtex=method.bibtex,
-        predicts_pixels=method.predicts_pixels,
+        facts=facts,
         config=config,
-        classifier=facts.is_classifier,
-        remote_code=hasattr(config, "auto_map"),
+        method=method,
+        name=shown(name),
+        address=repo_id or facts.folder.name,
+        method_text=jinja2.Template(method.card_text).render(config=config),
         auto_class="AutoModelForImageClassification" if facts.is_classifier else "AutoModel",
-        channels=config.num_channels,
         image_size=_size(config.image_size),
         training_size=_size(config.training_size),
         overview=_overview(config, dataset, license),
         results=_results_table(facts),
         result_notes=[f"`{name}`: {shown(text)}" for name, result in facts.results.items() for text in result.notes],
-        left_out=facts.left_out,
         not_measured=[name for name in PROTOCOLS if name not in facts.measured],
         health=_health_table(health),
         health_data=_data(health.data) if health else None,
         health_notes=[shown(text) for text in health.notes] if health else [],
         worries=[shown(row.get("measure")) for row in health.table if row.get("worry") == "yes"] if health else [],
-        curve=facts.has_curve,
-        reconstructions=facts.has_reconstructions,
         compute=[(name, NOT_RECORDED if x is None else shown_number(x)) for name, x in facts.compute.items()],
         compute_notes=[shown(text) for text in training.notes] if training else [],
         augmentation=_augmentation(recipe),
@@ -87,7 +80,7 @@ def model_card(folder: str | Path, repo_id: str | None = None, license: str | No
 
 
 def write_card(folder: str | Path, repo_id: str | None = None, license: str | None = None) -> Path:
-    """Write `model_card(...)` to the folder's README.md, whole or not at all."""
+    """Write the `model_card` to the folder's README.md. The file is whole, or stays as it was."""
     card, path = model_card(folder, repo_id, license), Path(folder) / CARD
     with replacing(path) as aside:
         card.save(aside)
@@ -155,8 +148,8 @@ def _overview(config, dataset: str, license: str | None) -> list[tuple[str, str]
 
 
 def _dataset(recipe: dict, training: Result | None) -> str:
-    """What the run was trained on, as readers may see it. `owner/name` is one of the Hub only if the run has noted so:
-    a folder beside it may have been meant, and is not where this card is written."""
+    """What the run was trained on, as readers may see it. `owner/name` can be a folder, so it is taken for a name on
+    the Hub only if the run has noted that."""
     dataset = str(recipe.get("dataset") or NOT_RECORDED)
     if "://" in dataset or (is_hub_name(dataset) and training is not None and training.data.get("local") is False):
         return scrubbed(dataset)
@@ -165,12 +158,12 @@ def _dataset(recipe: dict, training: Result | None) -> str:
 
 def _training_data(recipe: dict, dataset: str, training: Result | None) -> str:
     count = training.data.get("images") if training else None
-    number = "their number is not recorded" if count is None else f"{shown(count)} images"
+    number = "the number of images is not recorded" if count is None else f"{shown(count)} images"
     return f"{shown(dataset)}, split {shown(recipe.get('train_split', NOT_RECORDED))} ({number})"
 
 
 def _augmentation(recipe: dict) -> dict[str, str]:
-    """Settings of the recipe as they are told; a probability of 0 is not."""
+    """The recipe's settings as text; "" for a probability of 0, which the card leaves out."""
     told = {}
     for name in ("crop_scale", "crop_ratio", "blur_sigma", "image_mean", "image_std"):
         values = recipe.get(name)
@@ -192,7 +185,7 @@ def _recipe_text(recipe: dict, dataset: str) -> str:
 
 
 def _data(data: dict) -> str:
-    """A result's `data` in words: where the images come from, how many, and what else is told."""
+    """A result's `data` in words: where the images come from, how many there are, and the rest."""
     if "test" in data:
         return " → ".join(_data(data[name]) for name in ("train", "test") if name in data)
     known = {name: value for name, value in data.items() if name not in ("source", "images", "local")}

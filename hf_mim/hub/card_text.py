@@ -1,10 +1,11 @@
-"""How values of files are shown in a model card: with nothing of the machine and nothing that breaks its Markdown."""
+"""How a model card shows values from files: without paths of the machine, and without breaking the Markdown."""
 
 import re
 
 from hf_mim.evaluation.result import format_number
 
-# Addresses, and the folders of paths that begin at a root, a home or the working directory; spaces are in names only.
+# Matches addresses, and the folders of paths that begin at a root, a home or the working directory. A folder's name may
+# have spaces.
 LOCATION = re.compile(
     r"""(?P<address>\w+://\S*[^\s,.;:)'"])"""
     r"""|(?<![\w.~/\\)\]])(?:~\w*/|\.{1,2}/|/|[A-Za-z]:[/\\]|\\\\)"""
@@ -13,7 +14,7 @@ LOCATION = re.compile(
 
 
 def shown(value) -> str:
-    """A value as text of the card that can stand anywhere in it: scrubbed, on one line, without marks of its own."""
+    """A value as text that can stand anywhere in the card: scrubbed, on one line, its Markdown escaped."""
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, list | tuple):
@@ -25,14 +26,14 @@ def shown(value) -> str:
 
 
 def shown_number(value) -> str:
-    """As `format_number`, and as `shown`."""
+    """`shown`, after `format_number`."""
     return shown(format_number(value))
 
 
 def scrubbed(value) -> str:
-    """A text as its readers may see it: of paths on this machine the last part, of addresses no query and no user.
+    """A text as readers may see it: paths on this machine without their folders, addresses without query and user.
 
-    A name like `owner/name` stays: results name what is local by the last part of its path.
+    A name like `owner/name` stays, because results have only the last part of local paths.
     """
 
     def clean(match: re.Match) -> str:
@@ -47,7 +48,7 @@ def scrubbed(value) -> str:
 
 
 def scrubbed_all(value):
-    """`scrubbed`, of all texts in lists and mappings."""
+    """The value with all texts `scrubbed`, also those in lists and mappings."""
     if isinstance(value, dict):
         return {name: scrubbed_all(x) for name, x in value.items()}
     if isinstance(value, list):
@@ -56,17 +57,17 @@ def scrubbed_all(value):
 
 
 def last_name(path) -> str:
-    """Of a path, with either slash."""
+    """The last part of a path, with slashes or backslashes."""
     return re.split(r"[/\\]", str(path).rstrip("/\\"))[-1]
 
 
 def is_hub_name(source: str) -> bool:
-    """Whether it has the form `owner/name`, perhaps with `:config`; a path may have it too."""
+    """Whether it has the form `owner/name` or `owner/name:config`. A path may have this form too."""
     return bool(re.fullmatch(r"\w[\w.-]*/[\w.-]+(:[\w.-]+)?", str(source)))
 
 
 def markdown_table(rows: list[dict[str, str]]) -> str:
-    """Of cells that are `shown`; empty for none."""
+    """A table of cells that went through `shown`; "" for no rows."""
     columns = list(dict.fromkeys(name for row in rows for name in row))
     lines = [columns, ["---"] * len(columns), *([row.get(name, "") for name in columns] for row in rows)]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) if columns else ""

@@ -1,6 +1,6 @@
-"""Checkpoints of others as ours: `convert` gives the model, `Conversion` writes the folder.
+"""Turns checkpoints of others into ours: `convert` gives the model, `Conversion` also writes the folder.
 
-Reading is in `reading.py`, what a file is in `recognise.py`, its sizes in `sizes.py`, the names in `key_tables.py`.
+`reading.py` reads files, `recognise.py` finds out what they are, `sizes.py` their sizes; `key_tables.py` has the names.
 """
 
 import dataclasses
@@ -17,6 +17,7 @@ from huggingface_hub.dataclasses import validate_typed_dict
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from hf_mim import methods
+from hf_mim.data import IMAGENET_MEAN, IMAGENET_STD
 from hf_mim.data.processor import image_processor, read_processor
 from hf_mim.files import listed
 from hf_mim.hub.key_tables import to_ours, to_theirs
@@ -25,12 +26,11 @@ from hf_mim.hub.reading import Checkpoint, read_checkpoint
 from hf_mim.hub.recognise import Layout, recognise
 from hf_mim.hub.sizes import infer
 
-IMAGENET_MEAN, IMAGENET_STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]  # by which all the authors normalise
 NORMALISATION = {"image_mean": list[float | int], "image_std": list[float | int]}
 
 
 def setting_types(method: str) -> dict[str, Any]:
-    """Name → type of what can be set for a method: its config's own fields, and the normalisation of the pixels."""
+    """Name → type of the settings of a method: its config's own fields, and the normalisation of the pixels."""
     inherited = {field.name for field in dataclasses.fields(PreTrainedConfig)} | {"size"}
     fields = dataclasses.fields(methods.get(method).config_class)
     own = {field.name: field.type for field in fields if field.name not in inherited and field.name[0] != "_"}
@@ -38,22 +38,23 @@ def setting_types(method: str) -> dict[str, Any]:
 
 
 def convert(source: str | Path, method: str | None = None, **settings) -> PreTrainedModel:
-    """The model that a checkpoint of others holds, in evaluation mode, in float32.
+    """Load a checkpoint of others as one of our models, in evaluation mode, in float32.
 
     Args:
-        source: a file (.pth, .pth.tar, .bin, .safetensors, …), a folder of one checkpoint, or a name on the Hub: of
-            the authors of MAE, I-JEPA, StoP and Latent MIM, of transformers' ViTMAE and I-JEPA, of timm's ViT.
-        method: "mae", "latent_mim", "ijepa" or "stop_jepa"; by default what the keys say (`hf_mim.hub.recognise`).
-        settings: config fields over what the file tells and the papers say (`hf_mim.hub.sizes`).
+        source: a file (.pth, .pth.tar, .bin, .safetensors, …), a folder with one checkpoint, or a name on the Hub. It
+            may come from the authors of MAE, I-JEPA, StoP and Latent MIM, from transformers' ViTMAE, ViT and I-JEPA, or
+            from timm's ViT.
+        method: "mae", "latent_mim", "ijepa" or "stop_jepa"; by default the keys decide (`hf_mim.hub.recognise`).
+        settings: config fields that override what the file tells and the papers say (`hf_mim.hub.sizes`).
 
     Returns:
-        `…ForPreTraining` where the file has all of it, `…ForImageClassification` where it has a classifier, else
-        the encoder, `…Model`.
+        `…ForPreTraining` if the file has a whole pretraining model, `…ForImageClassification` if it has a classifier,
+        else the encoder, `…Model`.
 
     Raises:
-        ValueError: in one line, for a source that cannot be read, whose tensors do not all have a place in the model
-            or do not fill it, or for a setting that does not exist or fit.
-        StrictDataclassFieldValidationError: for a setting of the wrong type.
+        ValueError: in one line, if the source cannot be read, if its tensors are not exactly those of the model, or if
+            a setting does not exist or does not fit.
+        StrictDataclassFieldValidationError: a setting has the wrong type.
     """
     return Conversion.read(source, method, **settings).model
 
@@ -62,8 +63,8 @@ def convert(source: str | Path, method: str | None = None, **settings) -> PreTra
 class Conversion:
     """A converted checkpoint.
 
-    record: where it comes from (source, the sha256 of its files), what it was taken for (method, model), and the
-    settings by where they come from: told by the file, assumed after the paper, given.
+    `record` says where it comes from (source, the sha256 of its files), what it was taken for (method, model), and for
+    each setting who decided it: the file ("told"), the paper ("assumed") or the user ("given").
     """
 
     model: PreTrainedModel
@@ -73,7 +74,7 @@ class Conversion:
 
     @classmethod
     def read(cls, source: str | Path, method: str | None = None, **settings) -> "Conversion":
-        """As `convert`; `image_mean` and `image_std` are settings too."""
+        """Arguments and errors are those of `convert`; `image_mean` and `image_std` are settings too."""
         checkpoint = read_checkpoint(source)
         layout = recognise(checkpoint, method)
         given = check_settings(settings, layout.method)
@@ -94,11 +95,12 @@ class Conversion:
         return cls(fill_model(layout, config), mean, std, record)
 
     def save(self, dest: str | Path):
-        """Make a folder that `from_pretrained` loads, with an image processor and the record (`conversion.json`).
+        """Write a folder that `from_pretrained` loads, with an image processor and the record (`conversion.json`).
+
+        The folder is whole, or nothing is left of it.
 
         Raises:
-            ValueError: there is something at `dest`, or it cannot be made. Nothing is written then, nor left of a
-                saving that fails.
+            ValueError: there is something at `dest`, or it cannot be made.
         """
         with new_folder(dest) as folder:
             self.model.save_pretrained(folder)
@@ -108,7 +110,7 @@ class Conversion:
 
 
 def check_settings(settings: dict[str, Any], method: str) -> dict[str, Any]:
-    """The config fields among the settings. Raises ValueError for one that the method does not have, and a
+    """The config fields among the settings. Raises ValueError for a setting that the method does not have, and
     StrictDataclassFieldValidationError for one of the wrong type."""
     known = setting_types(method)
     for name in settings:
@@ -123,11 +125,12 @@ def check_settings(settings: dict[str, Any], method: str) -> dict[str, Any]:
 def normalisation(
     checkpoint: Checkpoint, num_channels: int, settings: dict[str, Any]
 ) -> tuple[Sequence[float], Sequence[float]]:
-    """(mean, std) of the channels: as given, as the folder's image processor or timm's config says, or ImageNet's."""
+    """(mean, std) of the channels: those given, else of the folder's image processor, else of timm's config, else
+    ImageNet's, by which all the authors normalise."""
     found = read_processor(checkpoint.folder, num_channels) if checkpoint.folder else None
     timm = checkpoint.config.get("pretrained_cfg")
     timm = timm if isinstance(timm, dict) else {}
-    mean, std = timm.get("mean", IMAGENET_MEAN), timm.get("std", IMAGENET_STD)
+    mean, std = timm.get("mean", [*IMAGENET_MEAN]), timm.get("std", [*IMAGENET_STD])
     mean, std = (found.mean, found.std) if found else (mean, std)
     mean, std = settings.get("image_mean", mean), settings.get("image_std", std)
     for name, values in (("image_mean", mean), ("image_std", std)):
@@ -141,8 +144,8 @@ def normalisation(
 
 
 def check_tensors_fit(layout: Layout, config: PreTrainedConfig, name: str):
-    """Raise ValueError, with the names that the file has or should have, unless its tensors are the model's, and
-    finite in float32."""
+    """Raise ValueError unless the tensors are those of the model, and finite in float32. The message has the names of
+    the file."""
     with torch.device("meta"):
         model = layout.model_class(config)
     try:
@@ -177,9 +180,9 @@ def _shape(tensor: torch.Tensor) -> str:
 
 
 def fill_model(layout: Layout, config: PreTrainedConfig) -> PreTrainedModel:
-    """The model with the tensors of a layout that has been checked."""
+    """The model with the tensors of a layout, after `check_tensors_fit`."""
     state = to_ours(layout.state, layout.table)
-    # Copies: those of a file lie in the file, which may change.
+    # Copies, because the tensors of a memory-mapped file change with the file.
     state = {
         key: x.detach().to(torch.float32 if x.is_floating_point() else x.dtype, copy=True) for key, x in state.items()
     }

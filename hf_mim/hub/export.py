@@ -1,4 +1,4 @@
-"""Weights out: a checkpoint of ours in a form that loads where hf_mim is not installed."""
+"""Writes a checkpoint of ours in a form that loads where hf_mim is not installed."""
 
 import logging
 import shutil
@@ -32,22 +32,21 @@ WRITERS = {
 
 
 def export(checkpoint: str | Path, dest: str | Path, to: str, encoder: str | None = None) -> str:
-    """Write a checkpoint of ours as others have it, in float32.
+    """Write a checkpoint of ours in the form of another library, in float32.
 
     Args:
-        checkpoint: folder or name on the Hub, of a pretraining model, an encoder or a classifier of hf_mim.
-        dest: the new folder; whole at the end, or absent.
-        to: "transformers" (its ViTMAE, ViT or I-JEPA), "timm" (its ViT), "remote-code" (our model files go along),
-            "onnx".
-        encoder: "online" or "target", of a checkpoint that has both; it is then all that is written. By default the one
-            that its paper evaluates, within whatever else the form holds.
+        checkpoint: folder or name on the Hub of a pretraining model, an encoder or a classifier of hf_mim.
+        dest: the new folder. It is whole at the end, or absent.
+        to: "transformers" (its ViTMAE, ViT or I-JEPA), "timm" (its ViT), "remote-code" (with our model files), "onnx".
+        encoder: "online" or "target", if the checkpoint has both; then only that encoder is written. By default the
+            form gets all that it can hold, with the encoder that the paper evaluates.
 
     Returns:
         A line that says how to load it.
 
     Raises:
-        ValueError: a checkpoint that is not ours or not whole, a form that cannot hold it, a dest that exists.
-        ImportError: ONNX is asked for and not installed.
+        ValueError: the checkpoint is not ours or not whole, the form cannot hold it, or `dest` exists.
+        ImportError: ONNX is not installed.
     """
     one_of(WRITERS, to=to)
     one_of(("online", "target"), encoder=encoder)
@@ -59,14 +58,14 @@ def export(checkpoint: str | Path, dest: str | Path, to: str, encoder: str | Non
         model = pick_encoder(model, encoder)
     with new_folder(dest) as folder:
         how_to_load = WRITERS[to](model, folder, checkpoint).format(dest=dest)
-        if to != "timm":  # which has its own way to say how images are prepared
+        if to != "timm":  # its config.json says how images are prepared
             copy_processor(checkpoint, folder)
     return how_to_load
 
 
 def load_ours(checkpoint: str | Path) -> MIMPreTrainedModel:
-    """The model that a checkpoint was saved from, in float32 and eval mode. Raises ValueError if it is not one of ours
-    or its weights are not those of its config."""
+    """The model of a checkpoint, in float32 and evaluation mode. Raises ValueError if it is not one of ours, or if its
+    weights do not fit its config."""
     checkpoint = str(checkpoint)
     try:
         config = AutoConfig.from_pretrained(checkpoint, trust_remote_code=False)
@@ -81,14 +80,14 @@ def load_ours(checkpoint: str | Path) -> MIMPreTrainedModel:
 
 
 def pick_encoder(model: MIMPreTrainedModel, encoder: str) -> MIMPreTrainedModel:
-    """The online or the target encoder of a model that has both. Raises ValueError for one that has not."""
+    """The online or the target encoder of a model that has both. Raises ValueError for any other model."""
     if not isinstance(model, TargetNetworkMixin):
         raise ValueError(f"encoder must be left out: {type(model).__name__} has only one, and {encoder} was asked for")
     return model.encoder if encoder == "online" else model.target_encoder
 
 
 def copy_processor(checkpoint: str | Path, folder: Path):
-    """Put the checkpoint's image processor beside the weights, where it has one."""
+    """Copy the checkpoint's image processor into the folder, if it has one."""
     paths = [cached_file(str(checkpoint), name, _raise_exceptions_for_missing_entries=False) for name in FILES]
     if not any(paths):
         logger.warning("checkpoint %s has no image processor, so the export has none", checkpoint)

@@ -1,21 +1,23 @@
 """How other code names the tensors of our checkpoints: one table per source, read in both directions.
 
-A row is `(ours, theirs, layout)`; `{i}` stands for a layer's number. Layouts: None, the tensor is the same; "table",
-theirs has a leading batch axis of 1; "conv", theirs is a convolution `[D, C, ph, pw]` where ours is a Linear over
-(row, column, channel), `[D, ph·pw·C]`; "q", "k", "v", theirs is that third of our fused `qkv`.
+A row is `(ours, theirs, layout)`; `{i}` stands for a layer's number. The layouts:
+- None: the tensor is the same.
+- "table": theirs has a leading batch axis of 1.
+- "conv": theirs is a convolution `[D, C, ph, pw]`, ours a Linear over (row, column, channel), `[D, ph·pw·C]`.
+- "q", "k", "v": theirs is that third of our fused `qkv`.
 
 The tables, ours ↔ theirs:
 - `MAE`, `I_JEPA`, `STOP`, `LATENT_MIM`: the pretraining model ↔ the authors' file.
-- `MAE_ENCODER`: MAE's pretraining model, its encoder alone ↔ the authors' file without a decoder.
+- `MAE_ENCODER`: the encoder in MAE's pretraining model ↔ the authors' file without a decoder.
 - `MAE_CLS_CLASSIFIER`, `MAE_MEAN_CLASSIFIER`, `MAE_LINEAR_PROBE`: MAE's classifier ↔ the authors' files.
 - `TIMM_VIT_CLS`, `TIMM_VIT`: an encoder with, without a CLS token ↔ timm's `VisionTransformer` without its head.
 - `VIT_HF` = `VIT_MAE_ENCODER`: an encoder with a CLS token ↔ `ViTModel` without pooler, `ViTMAEModel`.
 - `IJEPA_HF`: an encoder without a CLS token ↔ `IJepaModel`.
 - `VIT_MAE`: `MAEForPreTraining` ↔ `ViTMAEForPreTraining`.
 
-"An encoder" is the state of `MAEModel`, `LatentMIMModel`, `StopJepaModel`, without a prefix; `within(table, ours,
-theirs)` is the same table for one that stands under a prefix on either side. Transformers' tables have the names of
-its modules (5.x); its files keep the names of 4.x, which `module_names` translates.
+"An encoder" is the state of `MAEModel`, `LatentMIMModel` or `StopJepaModel`, without a prefix. `within(table, ours,
+theirs)` is the same table with a prefix on either side. The tables of transformers have the names of its modules (5.x).
+Its files keep the names of 4.x, and `module_names` translates them.
 """
 
 import re
@@ -30,24 +32,43 @@ def _parameters(ours: str, theirs: str, names: Iterable[str] = ("weight", "bias"
     return [(f"{ours}.{name}", f"{theirs}.{name}", None) for name in names]
 
 
-def _layer(ours: str, theirs: str) -> list[Row]:
-    pairs = [("norm1", "norm1"), ("attention.qkv", "attn.qkv"), ("attention.proj", "attn.proj"), ("norm2", "norm2")]
-    pairs += [("mlp.fc1", "mlp.fc1"), ("mlp.fc2", "mlp.fc2")]
-    return [row for a, b in pairs for row in _parameters(f"{ours}.{{i}}.{a}", f"{theirs}.{{i}}.{b}")]
+# The modules of a layer that have a weight and a bias, ours → theirs.
+MLP = {"mlp.fc1": "mlp.fc1", "mlp.fc2": "mlp.fc2"}
+TIMM_LAYER = {"norm1": "norm1", "attention.qkv": "attn.qkv", "attention.proj": "attn.proj", "norm2": "norm2"} | MLP
+TRANSFORMERS_LAYER = {
+    "norm1": "layernorm_before",
+    "attention.proj": "attention.o_proj",
+    "norm2": "layernorm_after",
+} | MLP
+CROSS_ATTENTION_LAYER = MLP | {
+    "norm1": "norm1",
+    "self_attention.qkv": "self_attn.qkv",
+    "self_attention.proj": "self_attn.proj",
+    "norm2_queries": "norm2q",
+    "norm2_memory": "norm2kv",
+    "cross_attention.q": "cross_attn.q_proj",
+    "cross_attention.kv": "cross_attn.kv_proj",
+    "cross_attention.proj": "cross_attn.proj",
+    "norm3": "norm3",
+}
+
+
+def _layers(ours: str, theirs: str, modules: dict[str, str] = TIMM_LAYER) -> list[Row]:
+    return [row for a, b in modules.items() for row in _parameters(f"{ours}.{{i}}.{a}", f"{theirs}.{{i}}.{b}")]
 
 
 def within(table: list[Row], ours: str, theirs: str) -> list[Row]:
-    """The table for tensors under a prefix on each side, such as "encoder." or ""."""
+    """The table for tensors that have a prefix on each side, such as "encoder." or ""."""
     return [(f"{ours}{a}", f"{theirs}{b}", layout) for a, b, layout in table]
 
 
 def _timm_vit(norm: str) -> list[Row]:
-    """timm's ViT, whose names MAE, I-JEPA and StoP share, without a CLS token."""
+    """timm's ViT without a CLS token. MAE, I-JEPA and StoP use its names."""
     return [
         ("embeddings.projection.weight", "patch_embed.proj.weight", "conv"),
         ("embeddings.projection.bias", "patch_embed.proj.bias", None),
         ("embeddings.position_embeddings.table", "pos_embed", "table"),
-        *_layer("layers", "blocks"),
+        *_layers("layers", "blocks"),
         *_parameters("norm", norm),
     ]
 
@@ -63,7 +84,7 @@ MAE = [
     *_parameters("decoder.embed", "decoder_embed"),
     ("decoder.mask_token", "mask_token", None),
     ("decoder.position_embeddings.table", "decoder_pos_embed", "table"),
-    *_layer("decoder.layers", "decoder_blocks"),
+    *_layers("decoder.layers", "decoder_blocks"),
     *_parameters("decoder.norm", "decoder_norm"),
     *_parameters("decoder.head", "decoder_pred"),
 ]
@@ -71,7 +92,7 @@ MAE = [
 MAE_CLS_CLASSIFIER = [*MAE_ENCODER, *_parameters("classifier.linear", "head")]
 
 MAE_MEAN_CLASSIFIER = [
-    *within([*_timm_vit("fc_norm"), CLS_TOKEN], "encoder.", ""),  # applied after pooling: `pool_before_norm`
+    *within([*_timm_vit("fc_norm"), CLS_TOKEN], "encoder.", ""),  # their norm comes after pooling: `pool_before_norm`
     *_parameters("classifier.linear", "head"),
 ]
 
@@ -87,12 +108,12 @@ I_JEPA = [
     *_parameters("predictor.embed", "predictor.predictor_embed"),
     ("predictor.mask_token", "predictor.mask_token", None),
     ("predictor.position_embeddings.table", "predictor.predictor_pos_embed", "table"),
-    *_layer("predictor.layers", "predictor.predictor_blocks"),
+    *_layers("predictor.layers", "predictor.predictor_blocks"),
     *_parameters("predictor.norm", "predictor.predictor_norm"),
     *_parameters("predictor.head", "predictor.predictor_proj"),
 ]
 
-# StoP's files have I-JEPA's keys, and a mask token that its code never reads: `use_mask_token=False`.
+# StoP's files have the keys of I-JEPA, also a mask token. StoP's code never reads it: `use_mask_token=False`.
 STOP = [row for row in I_JEPA if row[0] != "predictor.mask_token"]
 STOP_UNREAD = ("predictor.mask_token",)
 
@@ -103,7 +124,7 @@ def _latent_mim_encoder(prefix: str) -> list[Row]:
         *_parameters(f"{prefix}.embeddings.projection", f"{prefix}.embed.proj"),
         (f"{prefix}.embeddings.position_embeddings.table", f"{prefix}.pos_embed.pos_embeds", None),
         (f"{prefix}.embeddings.cls_token", f"{prefix}.cls_token", None),
-        *_layer(f"{prefix}.layers", f"{prefix}.blocks"),
+        *_layers(f"{prefix}.layers", f"{prefix}.blocks"),
         *_parameters(f"{prefix}.norm", f"{prefix}.norm"),
         (f"{projector}.linears.{{i}}.weight", f"{prefix}.head.linear{{i}}.weight", None),
         *_parameters(f"{projector}.norms.{{i}}", f"{prefix}.head.norm{{i}}"),
@@ -117,54 +138,27 @@ LATENT_MIM = [
     ("decoder.mask_token", "decoder.mask_token", None),
     ("decoder.cls_token", "decoder.cls_token", None),
     ("decoder.position_embeddings.table", "decoder.pos_embed.pos_embeds", None),
-    *[
-        row
-        for ours, theirs in (
-            ("norm1", "norm1"),
-            ("self_attention.qkv", "self_attn.qkv"),
-            ("self_attention.proj", "self_attn.proj"),
-            ("norm2_queries", "norm2q"),
-            ("norm2_memory", "norm2kv"),
-            ("cross_attention.q", "cross_attn.q_proj"),
-            ("cross_attention.kv", "cross_attn.kv_proj"),
-            ("cross_attention.proj", "cross_attn.proj"),
-            ("norm3", "norm3"),
-            ("mlp.fc1", "mlp.fc1"),
-            ("mlp.fc2", "mlp.fc2"),
-        )
-        for row in _parameters(f"decoder.layers.{{i}}.{ours}", f"decoder.blocks.{{i}}.{theirs}")
-    ],
+    *_layers("decoder.layers", "decoder.blocks", CROSS_ATTENTION_LAYER),
     *_parameters("decoder.norm", "decoder.norm"),
     *_parameters("decoder.head", "decoder.head"),
 ]
 
 
-def _transformers_layer(ours: str, theirs: str) -> list[Row]:
-    return [
-        *(
-            (f"{ours}.{{i}}.attention.qkv.{name}", f"{theirs}.{{i}}.attention.{part}_proj.{name}", part)
-            for part in "qkv"
-            for name in ("weight", "bias")
-        ),
-        *(
-            row
-            for a, b in (
-                ("norm1", "layernorm_before"),
-                ("attention.proj", "attention.o_proj"),
-                ("norm2", "layernorm_after"),
-                ("mlp.fc1", "mlp.fc1"),
-                ("mlp.fc2", "mlp.fc2"),
-            )
-            for row in _parameters(f"{ours}.{{i}}.{a}", f"{theirs}.{{i}}.{b}")
-        ),
+def _transformers_layers(ours: str, theirs: str) -> list[Row]:
+    attention = f"{ours}.{{i}}.attention.qkv", f"{theirs}.{{i}}.attention"
+    qkv = [
+        (f"{attention[0]}.{name}", f"{attention[1]}.{part}_proj.{name}", part)
+        for part in "qkv"
+        for name in ("weight", "bias")
     ]
+    return qkv + _layers(ours, theirs, TRANSFORMERS_LAYER)
 
 
 IJEPA_HF = [
     ("embeddings.projection.weight", "embeddings.patch_embeddings.projection.weight", "conv"),
     ("embeddings.projection.bias", "embeddings.patch_embeddings.projection.bias", None),
     ("embeddings.position_embeddings.table", "embeddings.position_embeddings", "table"),
-    *_transformers_layer("layers", "layers"),
+    *_transformers_layers("layers", "layers"),
     *_parameters("norm", "layernorm"),
 ]
 
@@ -175,13 +169,13 @@ VIT_MAE = [
     *_parameters("decoder.embed", "decoder.decoder_embed"),
     ("decoder.mask_token", "decoder.mask_token", None),
     ("decoder.position_embeddings.table", "decoder.decoder_pos_embed", "table"),
-    *_transformers_layer("decoder.layers", "decoder.decoder_layers"),
+    *_transformers_layers("decoder.layers", "decoder.decoder_layers"),
     *_parameters("decoder.norm", "decoder.decoder_norm"),
     *_parameters("decoder.head", "decoder.decoder_pred"),
 ]
 
-# What transformers' files of these models say, and what its modules do. Files written by 5.x, which turns the names
-# back by rules that meet the decoder too, have "decoder_encoder.layer." where those of 4.x have "decoder_layers.".
+# Names in transformers' files of these models → names of its modules. transformers 5 writes the old names by rules that
+# also hit the decoder: its files have "decoder_encoder.layer." where those of 4.x have "decoder_layers.".
 FILE_NAMES = (
     ("decoder_encoder.layer.", "decoder_layers."),
     ("encoder.layer.", "layers."),
@@ -195,7 +189,7 @@ FILE_NAMES = (
 
 
 def module_names(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The tensors of a transformers file under its modules' names, which the tables have; those stay as they are."""
+    """The tensors of a transformers file under the names of its modules. Keys that have these names already stay."""
     renamed = {}
     for key, tensor in state.items():
         for in_files, in_modules in FILE_NAMES:
@@ -205,7 +199,7 @@ def module_names(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def _match(pattern: str, key: str) -> str | None:
-    """The layer number in `key` ("" if the pattern has none), or None where it is another key."""
+    """The layer number in `key` ("" if the pattern has none), or None if the key does not match."""
     found = re.fullmatch(re.escape(pattern).replace(r"\{i\}", r"(\d+)"), key)
     return None if found is None else "".join(found.groups())
 
@@ -225,18 +219,18 @@ def _rows(state: dict[str, torch.Tensor], table: list[tuple]) -> Iterator[tuple[
 
 
 def to_ours(state: dict[str, torch.Tensor], table: list[Row]) -> dict[str, torch.Tensor]:
-    """Their tensors under our names. Raises ValueError, listing them, for keys that the table does not know, and where
-    not all of query, key and value are there."""
+    """Their tensors under our names. Raises ValueError for keys that the table does not know, with a list of them, and
+    if query, key or value is missing."""
     renamed, fused = {}, {}
     for key, layout, tensor in _rows(state, [(theirs, ours, layout) for ours, theirs, layout in table]):
         if layout == "conv":
-            renamed[key] = tensor.permute(0, 2, 3, 1).flatten(1).contiguous()
+            tensor = tensor.permute(0, 2, 3, 1).flatten(1).contiguous()
         elif layout == "table":
-            renamed[key] = tensor[0]
+            tensor = tensor[0]
         elif layout in ("q", "k", "v"):
             fused.setdefault(key, {})[layout] = tensor
-        else:
-            renamed[key] = tensor
+            continue
+        renamed[key] = tensor
     for key, parts in fused.items():
         if len(parts) < 3:
             raise ValueError(f"{key} needs query, key and value, and there is only {' and '.join(sorted(parts))}")

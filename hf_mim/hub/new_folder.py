@@ -10,7 +10,7 @@ from hf_mim.files import check_writable
 
 
 def check_destination(dest: str | Path) -> Path:
-    """The path of a folder to be made. Raises ValueError if it is a file, link or full, or cannot be made."""
+    """The path of a new folder. Raises ValueError for a file, a link, a folder that is not empty, or no permission."""
     dest = Path(dest)
     if dest.is_symlink():
         raise ValueError(f"DEST must be a new folder, and {dest} is a link")
@@ -24,7 +24,7 @@ def check_destination(dest: str | Path) -> Path:
 
 @contextmanager
 def new_folder(dest: str | Path) -> Iterator[Path]:
-    """A folder beside `dest` to write into, which becomes `dest` when the block ends well and vanishes otherwise."""
+    """A folder to write into. It is renamed to `dest` when the block ends well, and removed when the block fails."""
     dest = check_destination(dest).absolute()
     dest.parent.mkdir(parents=True, exist_ok=True)
     partial = dest.with_name(f".{dest.name}.{os.getpid()}.partial")

@@ -10,18 +10,18 @@ from torch import nn
 from hf_mim.models.heads import ClassificationHead
 from hf_mim.models.vit import MIMPreTrainedModel
 
-LARGEST_FILE = 2**31 - 2**20  # bytes that a protobuf file can hold, and room for the graph
+LARGEST_FILE = 2**31 - 2**20  # bytes of weights: a protobuf file holds 2**31, and the graph needs room
 
 
 def check_onnx():
-    """Raises ImportError unless torch can export."""
+    """Raise ImportError if a package that torch needs to export is missing."""
     missing = [name for name in ("onnx", "onnxscript") if importlib.util.find_spec(name) is None]
     if missing:
         raise ImportError(f"to onnx needs {' and '.join(missing)}: pip install hf-mim[onnx]")
 
 
 class Features(nn.Module):
-    """What the graph gives: `last_hidden_state`, `pooler_output` and, of a classifier, `logits`."""
+    """The outputs of the graph: `last_hidden_state`, `pooler_output` and, for a classifier, `logits`."""
 
     def __init__(self, model: MIMPreTrainedModel):
         super().__init__()
@@ -39,12 +39,12 @@ class Features(nn.Module):
 
 
 def write_onnx(model: MIMPreTrainedModel, folder: Path, checkpoint) -> str:
-    """Write `model.onnx`: images `[B, C, H, W]` of the config's size, any B → `Features`; weights go to a file beside
-    it where they are too large for one. Returns how to load it from `{dest}`."""
+    """Write `model.onnx`: images `[B, C, H, W]` of the config's size, any B → `Features`. Weights that do not fit
+    into it go to a second file. Returns how to load it from `{dest}`."""
     config, features = model.config, Features(model).eval()
     images = torch.zeros(2, config.num_channels, *config.image_height_width)
     size = 4 * sum(math.prod(tensor.shape) for tensor in features.state_dict().values())
-    # Given the model itself, torch.onnx would fix the batch, without a word, where it cannot be left open.
+    # Given the model itself, torch.onnx would silently fix B if it cannot keep it open. torch.export fails instead.
     program = torch.export.export(
         features, (images,), dynamic_shapes={"pixel_values": {0: torch.export.Dim("batch")}}, strict=False
     )

@@ -1,6 +1,6 @@
-"""How a training run goes to the Hub: weights, config, image processor and our card together, by any `hub_strategy`.
+"""Uploads of a training run to the Hub: weights, config, image processor and our card together, by any `hub_strategy`.
 
-An upload that fails is a warning that says how to make up for it; the run goes on, and its folder is whole.
+If an upload fails, a warning gives the command that repeats it. The run goes on, and its folder is whole.
 """
 
 import shlex
@@ -13,58 +13,58 @@ from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
 from huggingface_hub.utils import _http
 from transformers.trainer_utils import HubStrategy
 from transformers.utils import logging
-from transformers.utils.hub import PushInProgress
 
 from hf_mim.hub.card import write_card
 from hf_mim.run_folder import CHECKPOINT
 
 logger = logging.get_logger(__name__)
 
-# The base of all errors of the HTTP client, which was another one in each major version of huggingface_hub.
+# The base of all errors of the HTTP client. Each major version of huggingface_hub uses another client.
 HTTPError = HfHubHTTPError.__bases__[0]
-# What an upload meets: refusals and failures of the server, no network, no token, a name that cannot be (ValueError).
+# How an upload fails: the server refuses or breaks, no network, no token, a name that is no name (ValueError).
 UPLOAD_ERRORS = (HTTPError, ConnectionError, LocalTokenNotFoundError, ValueError)
-BUSY = (408, 429)  # of 400 to 499, where the user is at fault, those that pass
-SILENCE = 60  # seconds that the Hub may say nothing; by default the client waits for ever
+BUSY = (408, 429)  # 400 to 499 mean that the user is at fault, except these, which pass
+SILENCE = 60  # seconds without a byte from the Hub; by default the client waits for ever
 LONGEST_WAIT = 1800  # seconds for uploads in the background, before the next one or the end
-# As by Trainer, and its pickled arguments, which name folders of this machine and which loading a model needs not.
+# What Trainer leaves out, and its pickled arguments: they name folders of this machine, and no model needs them.
 NOT_UPLOADED = ["_*", f"{CHECKPOINT}*", "training_args.bin"]
-# What a checkpoint of Trainer has for a model's users; the rest is for resuming.
+# The files of Trainer's checkpoint that users of the model need. The other files are for resuming.
 MODEL_FILES = ("config.json", "*.safetensors", "*.safetensors.index.json")
 
 
 class HubTrainer:
-    """Goes before `transformers.Trainer` among a trainer's bases."""
+    """A mixin that stands before `transformers.Trainer` among the bases. `uploads` are those in the background."""
+
+    uploads: tuple[futures.Future, ...] = ()
 
     def init_hf_repo(self, token: str | None = None, private: bool | None = None):
-        """Makes the repository. Trainer calls it before anything is trained, and each push again until it is there.
+        """Make the repository. Trainer calls this before training, and each push again until the repository exists.
 
         Raises:
-            ValueError: a name or a token that the Hub refuses. A Hub that does not answer is only a warning before the
-                training, and the client's own error later.
+            ValueError: the Hub refuses the name or the token. If the Hub does not answer, that is only a warning before
+                the training, and the client's own error later.
         """
-        self.push_in_progress = None
         end_silence()
         try:
             super().init_hf_repo(token, private)
         except UPLOAD_ERRORS as error:
             status = getattr(getattr(error, "response", None), "status_code", 500)
             if (400 <= status < 500 and status not in BUSY) or not isinstance(error, HTTPError | ConnectionError):
-                raise ValueError(f"hub_model_id {self._repo_name()} cannot be had: {_first_line(error)}") from error
+                raise ValueError(f"hub_model_id {self._repo_name()} cannot be used: {_first_line(error)}") from error
             if hasattr(self, "state"):
                 raise
-            logger.warning(f"The Hub does not answer ({_first_line(error)}); each upload tries again")
+            logger.warning(f"The Hub does not answer ({_first_line(error)}); each upload will try again")
 
     def create_model_card(self, license: str | None = None, **kwargs):
-        """Our card, from what the folder holds, in place of Trainer's, which knows a fine-tuned text model only.
+        """Write our card, from what the folder holds. Trainer's card is made for fine-tuned text models.
 
-        `kwargs` are what Trainer would put into its own.
+        `kwargs` are what Trainer would put into its own card; they are not used.
         """
         if not self.is_world_process_zero():
             return
         try:
             write_card(self.args.output_dir, self.hub_model_id or self.args.hub_model_id, license)
-        except (ValueError, OSError) as error:  # a file beside the checkpoint is damaged: the checkpoint is good
+        except (ValueError, OSError) as error:  # a file beside the checkpoint is damaged; the checkpoint itself is good
             logger.warning(f"There is no model card: {_first_line(error)}")
 
     def push_to_hub(
@@ -76,9 +76,9 @@ class HubTrainer:
         private: bool | None = None,
         **kwargs,
     ):
-        """As Trainer's: saves the model and puts up the folder without its checkpoints. To be called on every process.
+        """Save the model and upload the folder without its checkpoints, as Trainer does. Call it on every process.
 
-        The folder is complete before anything is sent. Returns None where the upload failed; `kwargs` as for
+        The folder is complete before anything is sent. Returns None if the upload failed. `kwargs` go to
         `create_model_card`.
         """
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
@@ -104,18 +104,17 @@ class HubTrainer:
             return None
 
     def _push_from_checkpoint(self, checkpoint_folder: str):
-        """As Trainer's, of the folder with the weights of this checkpoint and a card of this moment.
+        """Upload the folder in the background, with the weights of this checkpoint and a card written now.
 
-        A checkpoint that goes up too (`hub_strategy`) goes up whole: a run is resumed from it.
+        If `hub_strategy` uploads the checkpoint too, all its files go, because a run is resumed from them.
         """
         if not self.is_world_process_zero() or self.args.hub_strategy == HubStrategy.END:
             return
         if self.args.hub_strategy != HubStrategy.EVERY_SAVE:
-            self._finish_current_push()  # of a checkpoint that `save_total_limit` is about to delete
-        push = self.push_in_progress
-        if push is not None and not push.is_done() and not self.args.hub_always_push:
-            return
+            self._finish_current_push()  # it may be sending a checkpoint that `save_total_limit` is about to delete
         self._tell_failures()
+        if self.uploads and not self.args.hub_always_push:
+            return
         for pattern in MODEL_FILES:
             for path in Path(checkpoint_folder).glob(pattern):
                 shutil.copy(path, self.args.output_dir)
@@ -125,13 +124,13 @@ class HubTrainer:
             if self.hub_model_id is None:
                 self.init_hf_repo()
             message = f"Training in progress, step {self.state.global_step}"
-            jobs = [self._upload(self.args.output_dir, message, run_as_future=True, ignore_patterns=NOT_UPLOADED)]
+            settings = {"run_as_future": True, "ignore_patterns": NOT_UPLOADED}
+            self.uploads += (self._upload(self.args.output_dir, message, **settings),)
             if self.args.hub_strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
                 last = self.args.hub_strategy == HubStrategy.CHECKPOINT
                 name = "last-checkpoint" if last else Path(checkpoint_folder).name
-                message += ", checkpoint"
-                jobs.append(self._upload(checkpoint_folder, message, run_as_future=True, path_in_repo=name))
-            self.push_in_progress = PushInProgress([*getattr(self.push_in_progress, "jobs", []), *jobs])
+                settings = {"run_as_future": True, "path_in_repo": name}
+                self.uploads += (self._upload(checkpoint_folder, f"{message}, checkpoint", **settings),)
         except UPLOAD_ERRORS as error:
             self._warn(error)
 
@@ -140,26 +139,21 @@ class HubTrainer:
         return upload_folder(repo_id=self.hub_model_id, folder_path=folder, commit_message=message, **settings)
 
     def _finish_current_push(self):
-        """Waits for uploads in the background, but not for ever."""
-        push = getattr(self, "push_in_progress", None)
-        if push is None:
-            return
-        late = futures.wait(push.jobs, LONGEST_WAIT).not_done
-        push.jobs = [job for job in push.jobs if job not in late]
+        """Wait for the uploads in the background, but not for ever."""
+        futures.wait(self.uploads, LONGEST_WAIT)
         self._tell_failures()
+        late, self.uploads = self.uploads, ()
+        for job in late:
+            job.cancel()  # this stops those that have not begun
         if late:
-            for job in late:
-                job.cancel()  # those that have not begun
             self._warn(TimeoutError(f"not done after {LONGEST_WAIT} seconds"))
 
     def _tell_failures(self):
-        """Uploads in the background keep their errors to themselves."""
-        push = getattr(self, "push_in_progress", None)
-        if push is None or not push.is_done():
-            return
-        for error in filter(None, (job.exception() for job in push.jobs)):
+        """Warn of the uploads that failed: in the background, nobody sees their errors. Forget those that are done."""
+        done = [job for job in self.uploads if job.done()]
+        self.uploads = tuple(job for job in self.uploads if job not in done)
+        for error in filter(None, (job.exception() for job in done)):
             self._warn(error)
-        self.push_in_progress = None
 
     def _repo_name(self) -> str:
         return self.hub_model_id or self.args.hub_model_id or Path(self.args.output_dir).absolute().name
@@ -172,14 +166,14 @@ class HubTrainer:
         words += ["--private"] if self.args.hub_private_repo else []
         words += ["--revision", self.args.hub_revision] if self.args.hub_revision else []
         logger.warning(
-            f"The upload to {self._repo_name()} failed ({_first_line(error)}); nothing is lost, and this repeats it: "
-            f"{shlex.join(words)}"
+            f"The upload to {self._repo_name()} failed ({_first_line(error)}); nothing is lost, and this command "
+            f"repeats it: {shlex.join(words)}"
         )
 
 
 def end_silence():
-    """From now on the Hub's client gives up after `SILENCE` seconds without a byte; other limits are kept."""
-    make_client = _http._GLOBAL_CLIENT_FACTORY  # the user's, perhaps for a proxy; there is no public way to it
+    """Make the Hub's client give up after `SILENCE` seconds without a byte, unless it has a limit of its own."""
+    make_client = _http._GLOBAL_CLIENT_FACTORY  # perhaps the user's own, for a proxy; there is no public way to read it
     if getattr(make_client, "ends_silence", False):
         return
 
@@ -194,5 +188,5 @@ def end_silence():
 
 
 def _first_line(error: BaseException) -> str:
-    """What happened, without the client's advice on later lines."""
+    """What went wrong, without the client's advice on later lines."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]

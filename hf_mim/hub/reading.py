@@ -1,10 +1,11 @@
-"""Checkpoint files of others, read without running anything that is in them.
+"""Reads checkpoint files of others without running any code that is in them.
 
-A pickle can run any code when it is read. These are read by `torch.load(weights_only=True)`, which builds tensors,
-plain containers and what `ALLOWED` adds, and nothing else.
+A pickle can run any code when it is read. `torch.load(weights_only=True)` builds nothing but tensors, plain containers
+and the types that `ALLOWED` adds.
 """
 
 import argparse
+import contextlib
 import json
 import pickle
 import pickletools
@@ -30,9 +31,9 @@ from hf_mim.files import listed, one_line, sha256
 
 PICKLES = (".pth", ".pt", ".bin", ".tar", ".ckpt")
 EXTENSIONS = (".safetensors", *PICKLES)
-# In a folder, the first of these that is there; after them the only weights file, whatever its name.
+# The first of these that a folder has is read. A folder with none of them must have one weights file of any name.
 PREFERRED = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
-# What torch.load raises on bytes that are no checkpoint: its readers check little.
+# What torch.load raises for bytes that are no checkpoint: its readers check little.
 DAMAGED = (
     *(RuntimeError, pickle.UnpicklingError, EOFError, LookupError, ValueError, TypeError, AttributeError),
     *(AssertionError, ArithmeticError, struct.error, zipfile.BadZipFile, zlib.error, MemoryError, OSError),
@@ -47,7 +48,7 @@ ALLOWED = [
 ]
 
 WEIGHTS = ("model", "state_dict")
-NETWORKS = ("encoder", "predictor", "target_encoder")  # of I-JEPA and StoP, each with a state dict of its own
+NETWORKS = ("encoder", "predictor", "target_encoder")  # I-JEPA's and StoP's, each with a state dict of its own
 BESIDE = "optimizer opt scaler loss_scaler epoch args loss batch_size world_size lr best_acc".split()
 
 
@@ -55,9 +56,14 @@ BESIDE = "optimizer opt scaler loss_scaler epoch args loss batch_size world_size
 class Checkpoint:
     """The tensors of a source under their own names, and what else it says.
 
-    name: of the file, folder or Hub repository. files: name → sha256. state: without `module.` prefixes; I-JEPA's and
-    StoP's networks under "encoder.", "predictor.", "target_encoder.". config: what `config.json` says, {} without
-    one. arguments: the training arguments that were saved with the weights. folder: where `config.json` lies.
+    Attributes:
+        name: name of the file, folder or Hub repository.
+        files: name → sha256.
+        state: the tensors without `module.` prefixes; I-JEPA's and StoP's networks under "encoder.", "predictor.",
+            "target_encoder.".
+        config: the content of `config.json`; {} without one.
+        arguments: the training arguments that were saved with the weights.
+        folder: the folder that `config.json` lies in; None for a single file.
     """
 
     name: str
@@ -72,32 +78,27 @@ def read_checkpoint(source: str | Path) -> Checkpoint:
     """Read a file, a folder of one checkpoint, or a repository of the Hub.
 
     Raises:
-        ValueError: it is not there, is damaged, is no checkpoint, or a pickle of more than tensors; in one line.
+        ValueError: in one line: it does not exist, is damaged, is no checkpoint, or is a pickle of more than tensors.
     """
-    path = Path(source)
+    path, folder, config = Path(source), None, {}
     if path.is_file():
-        return _checkpoint(path.name, [path])
-    folder = path if path.is_dir() else _download(str(source))
-    name = path.resolve().name if path.is_dir() else str(source)
-    checkpoint = _checkpoint(name, weight_files(folder, name))
-    checkpoint.folder = folder
-    if (folder / "config.json").is_file():
-        checkpoint.config = read_json(folder / "config.json")
-    return checkpoint
-
-
-def _checkpoint(name: str, paths: list[Path]) -> Checkpoint:
-    files = {path.name: sha256(path) for path in paths}  # first: a file that cannot be read says so here
+        name, paths = path.name, [path]
+    else:
+        folder = path if path.is_dir() else _download(str(source))
+        name = path.resolve().name if path.is_dir() else str(source)
+        paths = weight_files(folder, name)
+        config = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
+    files = {path.name: sha256(path) for path in paths}  # first, so that a file that cannot be read fails here
     state, arguments = {}, {}
     for path in paths:
         tensors, found = weights_in(load(path), path.name)
         state |= tensors
         arguments |= found
-    return Checkpoint(name, files, state, arguments=arguments)
+    return Checkpoint(name, files, state, config, arguments, folder)
 
 
 def _download(repository: str) -> Path:
-    """A snapshot of what a repository has at its top: safetensors, or if there are none, pickles."""
+    """Download the files at the top of a repository: its safetensors, or its pickles if it has none."""
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", repository) or repository.endswith(EXTENSIONS):
         raise ValueError(f"there is no file or folder {repository}")
     try:
@@ -113,7 +114,7 @@ def _download(repository: str) -> Path:
 
 
 def weight_files(folder: Path, name: str) -> list[Path]:
-    """The files of the checkpoint in a folder. Raises ValueError if there is none, or no telling which of several."""
+    """The weights files of a folder's checkpoint. Raises ValueError if there is none, or several to choose from."""
     chosen = next((folder / file for file in PREFERRED if (folder / file).is_file()), None)
     if chosen is None:
         found = sorted(path for path in folder.iterdir() if path.name.endswith(EXTENSIONS) and path.is_file())
@@ -134,7 +135,7 @@ def weight_files(folder: Path, name: str) -> list[Path]:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A mapping from a JSON file. Raises ValueError if it holds none."""
+    """The mapping that a JSON file holds. Raises ValueError if it holds none."""
     try:
         content = json.loads(path.read_bytes())
     except ValueError as error:
@@ -145,7 +146,8 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def load(path: Path) -> Any:
-    """What a weights file holds, on the CPU. Raises ValueError for what is damaged, and names what is not allowed."""
+    """The content of a weights file, on the CPU. Raises ValueError if it is damaged, or if it holds objects that are
+    not allowed; the message names them."""
     if path.suffix == ".safetensors":
         try:
             return load_file(path)
@@ -170,7 +172,7 @@ def load(path: Path) -> Any:
 
 
 def _other_form(path: Path) -> str | None:
-    """What else torch writes, or wrote before 2018, if the file is that."""
+    """The name of another format that torch writes, or wrote before 2018, if the file has it."""
     try:
         if zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as archive:
@@ -182,18 +184,16 @@ def _other_form(path: Path) -> str | None:
 
 
 def foreign_names(path: Path) -> list[str]:
-    """What a pickle that torch cannot read would import, found without running it: those of newer protocols."""
+    """The names that a pickle would import, found without running it. torch names only those of old protocols."""
     names, strings = [], []
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            for operation, argument, _ in pickletools.genops(_pickle_in(path)):
-                if isinstance(argument, str):
-                    strings.append(argument)
-                if operation.name == "STACK_GLOBAL":
-                    names.append(".".join(strings[-2:]))
-    except DAMAGED:  # it breaks off, or is no pickle: what was seen until there counts
-        pass
+    # Where the file breaks off, or is no pickle, the names until there count.
+    with contextlib.suppress(*DAMAGED), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for operation, argument, _ in pickletools.genops(_pickle_in(path)):
+            if isinstance(argument, str):
+                strings.append(argument)
+            if operation.name == "STACK_GLOBAL":
+                names.append(".".join(strings[-2:]))
     return [name for name in names if not name.startswith(("torch.", "collections.", "argparse.", "numpy."))]
 
 
@@ -208,10 +208,10 @@ def _pickle_in(path: Path, limit: int = 1 << 26) -> bytes:
 
 
 def weights_in(loaded: Any, name: str) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """(tensors by name, training arguments) of what a file held.
+    """(tensors by name, training arguments) from the content of a file.
 
     Raises:
-        ValueError: it is no state dict, nor what the authors save; or it holds weights beside the ones it is read for.
+        ValueError: it is neither a state dict nor what the authors save, or it holds several sets of weights.
     """
     if not isinstance(loaded, dict) or not all(isinstance(key, str) for key in loaded):
         raise ValueError(f"{name} must hold tensors by name, not a {type(loaded).__name__}")
@@ -235,7 +235,7 @@ def weights_in(loaded: Any, name: str) -> tuple[dict[str, torch.Tensor], dict[st
 
 
 def _holds_tensors(value: Any) -> bool:
-    """Whether it is a tensor or has one at any depth; a pickle's containers may hold themselves."""
+    """Whether it is a tensor or has one at any depth. A container from a pickle may contain itself."""
     seen, left = set(), [value]
     while left:
         item = left.pop()
@@ -248,14 +248,14 @@ def _holds_tensors(value: Any) -> bool:
 
 
 def without_module(state: dict[str, Any]) -> dict[str, Any]:
-    """Keys without the prefix that DistributedDataParallel adds to all of them."""
+    """The state dict without the prefix that DistributedDataParallel adds to all keys."""
     if all(str(key).startswith("module.") for key in state):
         return {key.removeprefix("module."): value for key, value in state.items()}
     return state
 
 
 def check_tensors(state: dict[str, Any], name: str) -> dict[str, torch.Tensor]:
-    """The state dict itself. Raises ValueError unless it is one of plain tensors."""
+    """Return the state dict. Raises ValueError if it is empty or has a value that is no plain tensor."""
     wrong = [f"{key} ({type(value).__name__})" for key, value in state.items() if not _is_plain(value)]
     if wrong or not state:
         what = f"these are none: {listed(wrong)}" if wrong else "it has none"

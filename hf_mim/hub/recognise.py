@@ -1,7 +1,7 @@
-"""What a state dict of others is, by its keys: the method, the model class, the key table.
+"""Finds out from the keys of a state dict what it is: the method, the model class, the key table.
 
-I-JEPA's and StoP's files have the same keys. Their encoders are the same network, so only the predictor hangs on it:
-without `method` they are taken for I-JEPA.
+The files of I-JEPA and StoP have the same keys, and their encoders are the same network; only the predictors differ.
+Without `method` such a file is taken for I-JEPA.
 """
 
 from dataclasses import dataclass, field
@@ -17,29 +17,29 @@ from hf_mim.hub import key_tables
 from hf_mim.hub.key_tables import Row, module_names, within
 from hf_mim.hub.reading import Checkpoint
 from hf_mim.hub.timm_vit import ACTIVATIONS
+from hf_mim.hub.transformers_vit import SHARED
 from hf_mim.models.configuration_vit import MIMConfig
 
 POOLER = ("pooler.dense.weight", "pooler.dense.bias")
-# transformers' model types: the methods that they can be, the table, the prefix of the encoder, the head's pooling.
+# transformers' model types → the methods that each can be, the table, the encoder's prefix, the classifier's pooling.
 TRANSFORMERS = {
     "vit_mae": (("mae",), key_tables.VIT_MAE_ENCODER, "vit.", "cls"),
     "vit": (("mae", "latent_mim"), key_tables.VIT_HF, "vit.", "cls"),
     "ijepa": (("ijepa", "stop_jepa", "mae", "latent_mim"), key_tables.IJEPA_HF, "ijepa.", "mean"),
 }
-# The fields of transformers' configs that have ours' names and meaning.
-SHARED = (
-    "image_size patch_size num_channels hidden_size num_hidden_layers num_attention_heads intermediate_size hidden_act "
-    "layer_norm_eps mask_ratio norm_pix_loss decoder_hidden_size decoder_num_hidden_layers decoder_num_attention_heads"
-).split()
 
 
 @dataclass
 class Layout:
     """A recognised state dict.
 
-    role: which of the method's models it is, "encoder", "pretraining" or "classifier". state: its tensors as `table`
-    names them. told: the config fields that its keys or its config.json settle. assumed: the names of those that
-    nothing settles. unread: keys left out because they change nothing.
+    Attributes:
+        role: which of the method's models it is: "encoder", "pretraining" or "classifier".
+        table: the key table.
+        state: the tensors under the names that the table has for others.
+        told: config fields whose values follow from the keys or from config.json.
+        assumed: the names of config fields whose values nothing tells.
+        unread: keys that were left out because they change nothing.
     """
 
     method: str
@@ -65,7 +65,7 @@ class Layout:
 
 
 def recognise(checkpoint: Checkpoint, method: str | None = None) -> Layout:
-    """What a checkpoint is. Raises ValueError if it is nothing known, or cannot be of that method."""
+    """Recognise a checkpoint. Raises ValueError if it is none that we know, or cannot be of this method."""
     method = None if method is None else methods.get(method).name
     if checkpoint.config.get("model_type") in [row.config_class.model_type for row in methods.rows()]:
         raise ValueError(f"{checkpoint.name} is a checkpoint of hf_mim already: from_pretrained loads it as it is")
@@ -92,7 +92,7 @@ def _choose(method: str | None, possible: tuple[str, ...], checkpoint: Checkpoin
 
 
 def _jepa(checkpoint: Checkpoint, method: str | None) -> Layout:
-    """The authors' files, or one of their two encoders alone."""
+    """A file of I-JEPA's or StoP's authors, or one of its two encoders alone."""
     method, state = _choose(method, ("ijepa", "stop_jepa"), checkpoint), checkpoint.state
     networks = {key.partition(".")[0] for key in state}
     if len(networks) == 1:
@@ -106,13 +106,13 @@ def _jepa(checkpoint: Checkpoint, method: str | None) -> Layout:
 
 
 def _jepa_settings(method: str) -> dict[str, Any]:
-    """What I-JEPA and StoP differ in; nothing for other methods."""
+    """The config fields in which I-JEPA and StoP differ; {} for other methods."""
     use_mask_token = {"ijepa": {"use_mask_token": True}, "stop_jepa": {"use_mask_token": False}}
     return dict(methods.get(method).settings) | use_mask_token.get(method, {})
 
 
 def _vit(checkpoint: Checkpoint, method: str | None) -> Layout:
-    """MAE's files, and timm's ViT."""
+    """A file of MAE's authors, or timm's ViT."""
     state, arguments = checkpoint.state, checkpoint.arguments
     has_cls = "cls_token" in state
     if any(key.startswith("decoder_") for key in state):
@@ -140,7 +140,7 @@ def _vit(checkpoint: Checkpoint, method: str | None) -> Layout:
 
 
 def _timm_settings(config: dict[str, Any]) -> dict[str, Any]:
-    """What the `config.json` of a timm folder tells beside the shapes; that of a model of its own list tells less."""
+    """Config fields from the `config.json` of a timm folder. timm's own models have few of them there."""
     pooling = {"avg": "mean", "token": "cls"}.get(str(config.get("global_pool")))
     told = {} if pooling is None else {"pooling": pooling}
     arguments = config.get("model_args")
@@ -182,7 +182,7 @@ def _transformers(checkpoint: Checkpoint, method: str | None) -> Layout:
 
 
 def _pooler_hands_on(state: dict[str, torch.Tensor], config: dict[str, Any]) -> bool:
-    """Whether `ViTModel`'s pooler does nothing to the CLS token, as in our exports; another one has no place here."""
+    """Whether `ViTModel`'s pooler leaves the CLS token as it is, as in our exports; others have no place here."""
     weight, bias = (state.get(key) for key in POOLER)
     if weight is None or bias is None or config.get("pooler_act") != "linear":
         return False
@@ -190,7 +190,7 @@ def _pooler_hands_on(state: dict[str, torch.Tensor], config: dict[str, Any]) -> 
 
 
 def _transformers_settings(checkpoint: Checkpoint) -> dict[str, Any]:
-    """The fields that a transformers config shares with ours, with its defaults for those that are left out."""
+    """The fields that a transformers config shares with ours. Those that its file leaves out have its defaults."""
     model_type = checkpoint.config["model_type"]
     defaults = AutoConfig.for_model(model_type)
     names = [name for name in (*SHARED, "id2label", "label2id") if hasattr(defaults, name)]

@@ -1,4 +1,4 @@
-"""A checkpoint with the code that runs it: `trust_remote_code=True` loads it where hf_mim is not installed."""
+"""A checkpoint together with its code: `trust_remote_code=True` loads it where hf_mim is not installed."""
 
 import shutil
 import sys
@@ -6,26 +6,18 @@ from pathlib import Path
 
 from transformers.dynamic_module_utils import get_relative_import_files
 
-from hf_mim import methods
+from hf_mim import auto_classes, methods
 from hf_mim.models.vit import MIMPreTrainedModel
-
-ROLES = {
-    "AutoConfig": "config",
-    "AutoModel": "encoder",
-    "AutoModelForPreTraining": "pretraining",
-    "AutoModelForImageClassification": "classifier",
-    "AutoBackbone": "backbone",
-}
 
 
 def write_remote_code(model: MIMPreTrainedModel, folder: Path, checkpoint) -> str:
     """Write weights, config and model files; returns how to load them from `{dest}`.
 
-    A flat folder of modules that import each other by `from .name import` is all that remote code can be, which is
-    what `hf_mim/models` is.
+    Remote code must be a flat folder of modules that import each other by `from .name import`. `hf_mim/models` is one.
     """
     modeling, method = Path(sys.modules[type(model).__module__].__file__), methods.of_config(model.config)
-    classes = {auto: getattr(method, f"{role}_class") for auto, role in ROLES.items()}
+    roles = [role for roles in auto_classes.FILES.values() for role in roles.items()]
+    classes = {auto: getattr(method, role) for auto, role in roles}
     model.config.auto_map = {
         auto: f"{cls.__module__.rpartition('.')[2]}.{cls.__name__}" for auto, cls in classes.items() if cls is not None
     }
@@ -33,6 +25,6 @@ def write_remote_code(model: MIMPreTrainedModel, folder: Path, checkpoint) -> st
     for file in {str(modeling), *get_relative_import_files(modeling)}:
         shutil.copyfile(file, folder / Path(file).name)
     auto = next(auto for auto, cls in classes.items() if type(model) is cls)
-    if auto == "AutoBackbone":  # which asks the Hub first, and fails for a folder
+    if auto == "AutoBackbone":  # it asks the Hub first, and fails for a folder
         auto = "AutoModel"
     return f'transformers.{auto}.from_pretrained("{{dest}}", trust_remote_code=True)'

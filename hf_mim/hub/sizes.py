@@ -1,20 +1,21 @@
-"""The sizes of a recognised state dict, by its shapes.
+"""The sizes of a recognised state dict, read from its shapes.
 
-What shapes do not tell has the value of the `config.json` of a folder of transformers or timm, or else of the papers:
+Shapes do not tell everything. The rest comes from the `config.json` of a folder of transformers or timm, or else from
+the papers:
 
 | | not told | value |
 |---|---|---|
-| all | `num_attention_heads` | of the published ViT of that width (192: 3, 384: 6, 768: 12, 1024, 1280, 1408: 16) |
+| all | `num_attention_heads` | those of the published ViT of that width (192: 3, 384: 6, 768: 12, 1024 and more: 16) |
 | | `layer_norm_eps` | 1e-6 |
 | MAE, Latent MIM | `decoder_num_attention_heads` | 16 for the published width of 512 |
 | I-JEPA, StoP | `predictor_num_attention_heads` | the encoder's |
-| MAE | `mask_ratio`, `norm_pix_loss` | of the arguments saved in the file; else .75, True |
-| MAE's classifiers | `pooling` of one with `norm`, `head` | "cls" |
+| MAE | `mask_ratio`, `norm_pix_loss` | from the arguments saved in the file; else .75, True |
+| MAE's classifiers | `pooling` of a file with `norm` and `head` | "cls" |
 | StoP | `position_noise_std` | .25; .2 for the width of ViT-H |
-| Latent MIM | `patch_gap`, `mask_ratio`, `temperature`, … | of `LatentMIMConfig` |
+| Latent MIM | `patch_gap`, `mask_ratio`, `temperature`, … | the defaults of `LatentMIMConfig` |
 
-Heads of another width have to be given. The grid is the one whose sine-cosine table the file has; where it has
-another table, a square one is assumed.
+For another width, users must give the number of heads. The grid is the one whose sine-cosine table the file has. If the
+file has another table, a square grid is assumed.
 """
 
 import math
@@ -33,13 +34,13 @@ PUBLISHED_DECODER_HEADS = {512: 16}
 
 
 def infer(layout: Layout, given: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """(config fields that the file tells, those assumed), without those that are given.
+    """(config fields that the file tells, config fields that are assumed), without those that are given.
 
     Raises:
-        ValueError: a tensor that tells them is missing or of another rank; or what cannot be told has to be given.
+        ValueError: a tensor is missing or has another rank, or a field must be given because nothing tells it.
     """
     told, assumed = layout.told, {}
-    if "hidden_size" not in told:  # else a config.json tells all sizes; that they are true is checked with the weights
+    if "hidden_size" not in told:  # else config.json tells all sizes, and they are checked against the weights later
         sizes = _encoder_sizes(layout, told | given)
         told = sizes | _other_sizes(layout) | told
         if "image_size" not in told | given:
@@ -55,12 +56,12 @@ def infer(layout: Layout, given: dict[str, Any]) -> tuple[dict[str, Any], dict[s
 
 
 def _row(layout: Layout, ours: str) -> tuple[str, str | None]:
-    """(their name, layout) of our tensor; `{i}` stays."""
+    """(their name, layout) of our tensor, with `{i}` for the layer's number."""
     return next((theirs, kind) for name, theirs, kind in layout.table if name == ours)
 
 
 def _tensor(layout: Layout, ours: str, rank: int) -> torch.Tensor:
-    """The file's tensor for ours, of the first layer where ours has `{i}`."""
+    """The file's tensor under our name; with `{i}` in the name, that of the first layer."""
     key = _row(layout, ours)[0].replace("{i}", "0")
     if key not in layout.state:
         raise ValueError(f"there is no {key} beside {listed(layout.state, 3)}")
@@ -103,7 +104,7 @@ def _image_size(layout: Layout, patch: tuple[int, int]) -> tuple[int | tuple[int
 
 
 def _square_patch(inputs: int, known: dict[str, Any]) -> tuple[int, list[int]]:
-    """(channels, patch height and width) of a patch embedding that is a Linear: squares of 3 channels unless given."""
+    """(channels, patch height and width) of a Linear patch embedding. Unless given: 3 channels, square patches."""
     channels = known.get("num_channels", 3)
     side = math.isqrt(inputs // channels)
     patch = known.get("patch_size", side)
@@ -121,17 +122,17 @@ def _single(pair: list[int]) -> int | tuple[int, int]:
 
 
 def find_grid(positions: torch.Tensor, rescaled: bool) -> tuple[tuple[int, int], bool]:
-    """((rows, columns), True) of the sine-cosine table `[N, D]` that the positions are, or else (a square, False).
+    """((rows, columns), True) if positions `[N, D]` are a sine-cosine table, else (a square grid, False).
 
     Raises:
-        ValueError: it is none, and N is no square.
+        ValueError: they are no such table, and N is no square number.
     """
     count, width = positions.shape
     for rows in range(1, count + 1):
         if count % rows or width % 4:
             continue
         grid = (rows, count // rows)
-        # Half precision is off by up to 4e-3, another grid by about 1.
+        # Half precision changes values by up to 4e-3, another grid by about 1.
         if torch.allclose(sincos_table(grid, width, rescaled=rescaled), positions.float(), rtol=0, atol=1e-2):
             return grid, True
     side = math.isqrt(count)
@@ -141,7 +142,7 @@ def find_grid(positions: torch.Tensor, rescaled: bool) -> tuple[tuple[int, int],
 
 
 def _other_sizes(layout: Layout) -> dict[str, Any]:
-    """Of the decoder or predictor, the projector and the classifier, where there is one."""
+    """The sizes of decoder or predictor, projector and classifier, if there is one."""
     ours, sizes = {name for name, _, _ in layout.table}, {}
     for part in ("decoder", "predictor"):
         if f"{part}.embed.bias" in ours:
@@ -155,7 +156,7 @@ def _other_sizes(layout: Layout) -> dict[str, Any]:
 
 
 def _heads(layout: Layout, known: dict[str, Any]) -> dict[str, int]:
-    """The numbers of attention heads, by the papers. Raises ValueError for a width that they do not have."""
+    """The numbers of attention heads in the papers. Raises ValueError for a width that the papers do not have."""
     heads = {}
     for part, published in (("", PUBLISHED_HEADS), ("decoder_", PUBLISHED_DECODER_HEADS)):
         name, width = f"{part}num_attention_heads", known.get(f"{part}hidden_size")

@@ -1,4 +1,4 @@
-"""Our encoders as timm's `VisionTransformer`: a folder in the form that timm has on the Hub."""
+"""Our encoders as timm's `VisionTransformer`: a folder like those that timm keeps on the Hub."""
 
 import json
 from pathlib import Path
@@ -7,12 +7,11 @@ from safetensors.torch import save_file
 
 from hf_mim.data.processor import read_processor
 from hf_mim.hub import key_tables
-from hf_mim.hub.as_linear import as_linear
 from hf_mim.models.configuration_vit import MIMConfig
 from hf_mim.models.heads import ClassificationHead
 from hf_mim.models.vit import MIMPreTrainedModel
 
-# What transformers and timm call an activation.
+# Names of activations, transformers' → timm's.
 ACTIVATIONS = {
     "gelu": "gelu",
     "gelu_pytorch_tanh": "gelu_tanh",
@@ -22,14 +21,14 @@ ACTIVATIONS = {
     "silu": "silu",
     "swish": "silu",
 }
-NORM_EPS = 1e-6  # of timm's ViT; a config file cannot say another
+NORM_EPS = 1e-6  # the epsilon of timm's ViT, which no config file can change
 
 
 def write_timm(model: MIMPreTrainedModel, folder: Path, checkpoint) -> str:
     """Write `model.safetensors` and `config.json`; returns how to load them from `{dest}`.
 
-    timm's `model(images)` is then our `pooler_output`, or a classifier's logits, and its `forward_features` our
-    `last_hidden_state`: before the final norm where `pool_before_norm` puts that after pooling.
+    timm's `model(images)` then gives our `pooler_output`, or a classifier's logits. Its `forward_features` gives our
+    `last_hidden_state`, before the final norm if `pool_before_norm` puts the norm after pooling.
     """
     arguments = timm_arguments(model)
     state = timm_state(model)
@@ -49,7 +48,7 @@ def write_timm(model: MIMPreTrainedModel, folder: Path, checkpoint) -> str:
 
 
 def timm_arguments(model: MIMPreTrainedModel) -> dict:
-    """What timm's `VisionTransformer` is built with. Raises ValueError for what it does not have."""
+    """The arguments of timm's `VisionTransformer`. Raises ValueError for a setting that it does not have."""
     config = model.config
     if config.hidden_act not in ACTIVATIONS:
         raise ValueError(f"timm's ViT has no hidden_act {config.hidden_act}; it has {', '.join(ACTIVATIONS)}")
@@ -83,12 +82,12 @@ def timm_state(model: MIMPreTrainedModel) -> dict:
         for name in ("weight", "bias"):
             state[f"fc_norm.{name}"] = state.pop(f"norm.{name}")
     if isinstance(model, ClassificationHead):
-        state |= {f"head.{name}": tensor for name, tensor in as_linear(model.classifier).items()}
+        state |= {f"head.{name}": tensor for name, tensor in model.classifier.as_linear().items()}
     return state
 
 
 def _images(config: MIMConfig, checkpoint) -> dict:
-    """How images are prepared: as by our image processor, whole and resized. Without one nothing is said of colours."""
+    """How timm prepares images: as our image processor does, whole and resized. Without one: no mean and std."""
     known = read_processor(checkpoint, config.num_channels)
     return {
         "input_size": [config.num_channels, *config.image_height_width],
@@ -103,5 +102,5 @@ def _images(config: MIMConfig, checkpoint) -> dict:
 
 
 def _pools_first(config: MIMConfig) -> bool:
-    """Whether the final norm has to come after pooling; for a CLS token the order is all one."""
+    """Whether the final norm must come after pooling. With a CLS token the order changes nothing."""
     return config.pool_before_norm and config.pooling == "mean"

@@ -1,7 +1,7 @@
 """Our encoders as transformers' own: `ViTMAEForPreTraining`, `ViTModel`, `IJepaModel` and their classifiers.
 
-The patch tokens are ours to float precision in each. Two things differ: `ViTMAEModel` masks at random wherever it
-runs (`ViTModel.from_pretrained` reads the same folder and does not), and neither model pools by the mean.
+Each gives our patch tokens to float precision. Two things differ: `ViTMAEModel` always masks at random
+(`ViTModel.from_pretrained` reads the same folder and does not), and neither model pools by the mean.
 """
 
 from pathlib import Path
@@ -21,15 +21,20 @@ from transformers import (
 )
 
 from hf_mim.hub import key_tables
-from hf_mim.hub.as_linear import as_linear
-from hf_mim.models.configuration_vit import MIMConfig
+from hf_mim.models.configuration_vit import MIMConfig, pair
 from hf_mim.models.heads import ClassificationHead
 from hf_mim.models.modeling_mae import MAEForPreTraining
 from hf_mim.models.vit import MIMPreTrainedModel
 
+# The fields of transformers' configs that have the names and the meaning of ours.
+SHARED = (
+    "image_size patch_size num_channels hidden_size num_hidden_layers num_attention_heads intermediate_size hidden_act "
+    "layer_norm_eps mask_ratio norm_pix_loss decoder_hidden_size decoder_num_hidden_layers decoder_num_attention_heads"
+).split()
+
 
 def write_transformers(model: MIMPreTrainedModel, folder: Path, checkpoint) -> str:
-    """Write the transformers model that holds `model` exactly; returns how to load it from `{dest}`."""
+    """Write the transformers model that computes what `model` does; returns how to load it from `{dest}`."""
     exported = as_transformers(model)
     exported.save_pretrained(folder)
     if isinstance(exported, ViTMAEForPreTraining):
@@ -38,49 +43,47 @@ def write_transformers(model: MIMPreTrainedModel, folder: Path, checkpoint) -> s
 
 
 def _name_decoder(weights: Path):
-    """Give the decoder's layers the names that both transformers 4 and 5 load. As saved by 5 they have a name that only
-    5 knows, and 4 would leave them random."""
+    """Give the decoder's layers the names that both transformers 4 and 5 load. transformers 5 saves them under names
+    that 4 does not know, and 4 would leave them random."""
     state = {key.replace("decoder_encoder.layer.", "decoder_layers."): x for key, x in load_file(weights).items()}
     save_file(state, weights, {"format": "pt"})
 
 
 def as_transformers(model: MIMPreTrainedModel) -> PreTrainedModel:
-    """MAE with its decoder as `ViTMAEForPreTraining`, where that can be: it needs a CLS token, square images and square
-    patches. Any other encoder as `ViTModel`, or without a CLS token as `IJepaModel`; classifiers likewise.
+    """MAE with its decoder becomes `ViTMAEForPreTraining` if it has a CLS token, square images and square patches. Any
+    other encoder becomes `ViTModel`, or `IJepaModel` without a CLS token. A classifier becomes that of the two.
 
-    `ViTModel`'s pooler is set to hand on the normalised CLS token. Raises ValueError for a classifier that pools in a
-    way that transformers' do not.
+    `ViTModel`'s pooler is set so that it returns the normalised CLS token. Raises ValueError for a classifier that
+    pools in a way that transformers' classifiers do not.
     """
     config, patch_size = model.config, model.config.patch_height_width
-    if isinstance(model, MAEForPreTraining) and _fits_vit_mae(config):
+    is_square = len(set(config.image_height_width)) == len(set(patch_size)) == 1
+    if isinstance(model, MAEForPreTraining) and config.use_cls_token and is_square:
         state = key_tables.to_theirs(model.state_dict(), key_tables.VIT_MAE, patch_size)
-        return _filled(ViTMAEForPreTraining, ViTMAEConfig(**_sizes(config), **_decoder(config)), state)
-    has_cls = config.use_cls_token
-    table, config_class, prefix = (
-        (key_tables.VIT_HF, ViTConfig, "vit.") if has_cls else (key_tables.IJEPA_HF, IJepaConfig, "ijepa.")
+        theirs = _config(ViTMAEConfig, config, decoder_intermediate_size=4 * config.decoder_hidden_size)
+        return _filled(ViTMAEForPreTraining, theirs, state)
+    table, config_class, encoder, classifier = (
+        (key_tables.VIT_HF, ViTConfig, ViTModel, ViTForImageClassification)
+        if config.use_cls_token
+        else (key_tables.IJEPA_HF, IJepaConfig, IJepaModel, IJepaForImageClassification)
     )
     state = key_tables.to_theirs(model.base_model.state_dict(), table, patch_size)
     if isinstance(model, ClassificationHead):
         _check_pooling(config)
-        state = {f"{prefix}{key}": tensor for key, tensor in state.items()}
-        state |= {f"classifier.{name}": tensor for name, tensor in as_linear(model.classifier).items()}
+        state = {f"{classifier.base_model_prefix}.{key}": tensor for key, tensor in state.items()}
+        state |= {f"classifier.{name}": tensor for name, tensor in model.classifier.as_linear().items()}
         labels = dict(id2label=config.id2label, label2id=config.label2id, problem_type=config.problem_type)
-        classifier = ViTForImageClassification if has_cls else IJepaForImageClassification
-        return _filled(classifier, config_class(**_sizes(config), **labels), state)
-    if not has_cls:
-        return _filled(IJepaModel, config_class(**_sizes(config)), state)
-    state["pooler.dense.weight"] = torch.eye(config.hidden_size)
-    state["pooler.dense.bias"] = torch.zeros(config.hidden_size)
-    return _filled(ViTModel, config_class(**_sizes(config), pooler_act="linear"), state)
-
-
-def _fits_vit_mae(config: MIMConfig) -> bool:
-    sides, patch = config.image_height_width, config.patch_height_width
-    return config.use_cls_token and len(set(sides)) == len(set(patch)) == 1
+        return _filled(classifier, _config(config_class, config, **labels), state)
+    pooler = {}
+    if config.use_cls_token:
+        pooler = {"pooler_act": "linear"}
+        state["pooler.dense.weight"] = torch.eye(config.hidden_size)
+        state["pooler.dense.bias"] = torch.zeros(config.hidden_size)
+    return _filled(encoder, _config(config_class, config, **pooler), state)
 
 
 def _check_pooling(config: MIMConfig):
-    """transformers' ViT classifies by the CLS token, its I-JEPA by the mean of the normalised tokens."""
+    """Raise ValueError unless ViT can classify by the CLS token, or I-JEPA by the mean of the normalised tokens."""
     reads = "the mean of the patch tokens" + (" before the final norm" if config.pool_before_norm else "")
     if config.use_cls_token and config.pooling != "cls":
         raise ValueError(
@@ -94,31 +97,21 @@ def _check_pooling(config: MIMConfig):
         )
 
 
-def _sizes(config: MIMConfig) -> dict:
-    def size(pair):
-        return pair[0] if pair[0] == pair[1] else list(pair)
-
-    same = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "hidden_act")
-    return {
-        **{name: getattr(config, name) for name in (*same, "num_channels")},
-        "layer_norm_eps": float(config.layer_norm_eps),
-        "image_size": size(config.image_height_width),
-        "patch_size": size(config.patch_height_width),
-        "qkv_bias": True,
-    }
-
-
-def _decoder(config: MIMConfig) -> dict:
-    same = ("decoder_hidden_size", "decoder_num_hidden_layers", "decoder_num_attention_heads", "norm_pix_loss")
-    return {
-        **{name: getattr(config, name) for name in same},
-        "decoder_intermediate_size": 4 * config.decoder_hidden_size,
-        "mask_ratio": float(config.mask_ratio),
-    }
+def _config(config_class: type, ours: MIMConfig, **others):
+    """A config of transformers with the fields that it shares with ours, and `others`."""
+    defaults = config_class()
+    shared = {name: getattr(ours, name) for name in SHARED if hasattr(defaults, name)}
+    for name, value in shared.items():
+        if name in ("image_size", "patch_size"):
+            height, width = pair(value)
+            shared[name] = height if height == width else [height, width]
+        elif isinstance(getattr(defaults, name), float):  # transformers takes no int there
+            shared[name] = float(value)
+    return config_class(**shared, qkv_bias=True, **others)
 
 
 def _filled(model_class, config, state: dict[str, torch.Tensor]) -> PreTrainedModel:
-    """A model with these tensors and no others."""
+    """The model with these tensors. They must be all that it has."""
     with torch.device("meta"):
         model = model_class(config)
     model.load_state_dict(state, strict=True, assign=True)

@@ -4,27 +4,30 @@ from typing import ClassVar, Literal
 
 from huggingface_hub.dataclasses import strict
 
-from .configuration_vit import MIMConfig, check_decoder, fill_decoder_sizes, num_visible
+from .configuration_vit import MIMConfig, check_at_least_1, check_decoder, fill_decoder_sizes, num_visible
 from .target_encoder import check_momentum
 
 
 @strict
 class LatentMIMConfig(MIMConfig):
-    """A ViT encoder on few visible patches, a cross-attention decoder that predicts the latents of the others.
+    """A ViT encoder on few visible patches, and a cross-attention decoder that predicts the latents of the others.
 
     Args:
         mask_ratio: share of the patches that is masked; `round(N · (1 - mask_ratio))` stay visible (20 of 196).
-        patch_gap: pixels between neighbouring patches in training: from each cell of patch + gap, one patch is cut at a
-            random offset. Training images have `grid · (patch + gap)` pixels a side (`training_size`).
+        patch_gap: pixels between neighbouring patches in training. The image is divided into cells of patch + gap, and
+            from each cell one patch is cut at a random offset. So training images have `grid · (patch + gap)` pixels a
+            side (`training_size`).
         loss_type: "patch_discrimination" (InfoNCE among the patches of an image) or "norm_l2" (regression on
             layer-normalised targets).
-        temperature: of the discrimination.
-        similarity_weight: λ of the similarity term. It squares means over the batch, so each rank has its own.
-        similarity_start, similarity_end: its target for the mean pairwise cosine, moved along a cosine.
+        temperature: divides the logits of the patch discrimination.
+        similarity_weight: λ, the weight of the similarity term. The term squares means over the batch, so each rank
+            computes its own.
+        similarity_start, similarity_end: the mean pairwise cosine that the similarity term pulls to, at the start and
+            the end of training; between them it follows a cosine.
         projector_hidden_size: width of the 3-layer head on both encoders; by default 4096 at ViT-Base and in
             proportion elsewhere.
         decoder_num_hidden_layers: 3 in the paper. Decoder width and heads as in `MAEConfig`.
-        momentum_start, momentum_end, momentum_schedule: of the EMA target.
+        momentum_start, momentum_end, momentum_schedule: momentum of the EMA target, and how it changes over the run.
 
     The rest is in `MIMConfig`.
     """
@@ -58,8 +61,7 @@ class LatentMIMConfig(MIMConfig):
     def check_fields(self):
         super().check_fields()
         check_decoder(self)
-        if self.projector_hidden_size < 1:
-            raise ValueError(f"projector_hidden_size must be at least 1, got {self.projector_hidden_size}")
+        check_at_least_1(self, "projector_hidden_size")
         self.num_visible(self.grid_size)
         if self.patch_gap < 0:
             raise ValueError(f"patch_gap must be 0 or more pixels, got {self.patch_gap}")
@@ -70,14 +72,13 @@ class LatentMIMConfig(MIMConfig):
         check_momentum(self)
 
     def num_visible(self, grid: tuple[int, int]) -> int:
-        """Patches that stay visible on a grid. Raises ValueError unless at least 1 does and 2 are masked: predictions
-        are standardised over the masked ones."""
+        """How many patches of a grid stay visible. Raises ValueError unless at least 1 is visible and 2 are masked:
+        predictions are standardised over the masked ones."""
         return num_visible(self.mask_ratio, grid, rounding=round, least_masked=2)
 
     @property
     def training_size(self) -> tuple[int, int]:
-        """(height, width) in pixels that the pretraining model takes: a cell of patch + gap for each patch."""
-        return tuple(
-            count * (patch + self.patch_gap)
-            for count, patch in zip(self.grid_size, self.patch_height_width, strict=True)
-        )
+        """(height, width) in pixels of training images: a cell of patch + gap for each patch."""
+        rows, columns = self.grid_size
+        patch_height, patch_width = self.patch_height_width
+        return rows * (patch_height + self.patch_gap), columns * (patch_width + self.patch_gap)

@@ -9,12 +9,12 @@ from .configuration_vit import MIMConfig, check_decoder, fill_decoder_sizes, num
 
 @strict
 class MAEConfig(MIMConfig):
-    """A ViT encoder on the visible patches, a light decoder that reconstructs the masked ones.
+    """A ViT encoder on the visible patches, and a light decoder that reconstructs the masked ones.
 
     Args:
         mask_ratio: share of the patches that is masked; `int(N · (1 - mask_ratio))` stay visible.
         norm_pix_loss: reconstruct each patch standardised by its own mean and variance (Table 1d of the paper).
-        decoder_hidden_size: 512 in the paper; for smaller encoders 2/3 of their width by default.
+        decoder_hidden_size: 512 in the paper; by default 512, or 2/3 of the encoder's width where that is less.
         decoder_num_hidden_layers: 8 in the paper.
         decoder_num_attention_heads: one for every 32 of the decoder's width by default, as in the paper.
 
@@ -42,5 +42,5 @@ class MAEConfig(MIMConfig):
             raise ValueError("norm_pix_loss must be False for patches of a single value, which have no variance")
 
     def num_visible(self, grid: tuple[int, int]) -> int:
-        """Patches that stay visible on a grid. Raises ValueError if that is none or all."""
+        """How many patches of a grid stay visible. Raises ValueError if that is none or all."""
         return num_visible(self.mask_ratio, grid, rounding=int)

@@ -6,34 +6,35 @@ from typing import ClassVar, Literal
 
 from huggingface_hub.dataclasses import strict
 
-from .configuration_vit import MIMConfig, check_width
+from .configuration_vit import MIMConfig, check_at_least_1, check_width
 from .masking import BlockMasks
 from .target_encoder import check_momentum
 
 
 @strict
 class StopJepaConfig(MIMConfig):
-    """A ViT on a context block, a predictor of the target encoder's tokens, masked tokens at stochastic positions.
+    """A ViT on a context block, and a predictor of the target encoder's tokens, at positions with noise added.
 
     Args:
         position_noise_std: standard deviation σ of the positional noise, drawn in the encoder's width; 0 is I-JEPA.
-        noise_on: which tokens have it; of the three, "target" is the paper's best.
-        tie_noise_projection: noise goes through the predictor's input projection, as it must: trained apart, the
-            projection shrinks to zero and the noise with it.
-        use_mask_token: masked tokens carry a learned token: I-JEPA's token, and m̃ of StoP's paper. StoP's released
-            code has none; the projection's bias stands in for it there.
+        noise_on: which tokens get noise. "target" is the best of the three in the paper.
+        tie_noise_projection: noise goes through the predictor's input projection. A projection of its own (False) would
+            shrink to zero in training, and the noise with it.
+        use_mask_token: masked tokens have a learned token added: that of I-JEPA, and m̃ of StoP's paper. StoP's released
+            code has none; the bias of the projection takes its place there.
         position_embedding: "sincos" tables, or "learned" ones.
         num_targets, target_scale, target_aspect_ratio, context_scale: multi-block masks (I-JEPA, section 3).
-        mask_trim: contexts are cut to the batch's smallest at "random", or by "raster" order as released.
-        block_range: block corners over the whole grid ("inclusive"), or never in the last row and column
-            ("exclusive"), as released.
+        mask_trim: which patches are cut from a context that is longer than the smallest of the batch: "random" ones, or
+            the last in "raster" order, as in the released code.
+        block_range: blocks may reach the last row and column ("inclusive"), or never do ("exclusive"), as in the
+            released code.
         num_candidates: masks drawn for each image, of which the one with the largest context is kept.
-        predictor_hidden_size: 384 in the paper; half the encoder's width by default where that is less.
+        predictor_hidden_size: 384 in the paper; by default 384, or half the encoder's width where that is less.
         predictor_num_hidden_layers: by default 6 up to ViT-Base, 12 above (I-JEPA, appendix A).
-        predictor_num_attention_heads: as the encoder by default.
-        momentum_start, momentum_end, momentum_schedule: of the EMA target.
+        predictor_num_attention_heads: by default as many as the encoder has.
+        momentum_start, momentum_end, momentum_schedule: momentum of the EMA target, and how it changes over the run.
 
-    The rest is in `MIMConfig`; there is no CLS token.
+    The rest is in `MIMConfig`. There is no CLS token.
     """
 
     model_type = "stop_jepa"
@@ -72,14 +73,8 @@ class StopJepaConfig(MIMConfig):
 
     def check_fields(self):
         super().check_fields()
-        check_width(
-            "predictor_hidden_size",
-            self.predictor_hidden_size,
-            "predictor_num_attention_heads",
-            self.predictor_num_attention_heads,
-        )
-        if self.predictor_num_hidden_layers < 1:
-            raise ValueError(f"predictor_num_hidden_layers must be at least 1, got {self.predictor_num_hidden_layers}")
+        check_width(self, "predictor_hidden_size", "predictor_num_attention_heads")
+        check_at_least_1(self, "predictor_num_hidden_layers")
         if not self.position_noise_std >= 0:
             raise ValueError(f"position_noise_std must be 0 or more, got {self.position_noise_std}")
         if self.use_cls_token:

@@ -25,8 +25,15 @@ def pair(size: int | list[int] | tuple[int, int]) -> tuple[int, int]:
     return (size, size) if isinstance(size, int) else tuple(size)
 
 
-def check_width(width_name: str, width: int, heads_name: str, heads: int):
+def check_at_least_1(config, *names: str):
+    for name in names:
+        if getattr(config, name) < 1:
+            raise ValueError(f"{name} must be at least 1, not {getattr(config, name)}")
+
+
+def check_width(config, width_name: str, heads_name: str):
     """Raise ValueError unless a transformer of this width can have these heads and sine-cosine positions."""
+    width, heads = getattr(config, width_name), getattr(config, heads_name)
     if min(heads, width) < 1 or width % heads or width % 4:
         raise ValueError(
             f"{width_name} must be divisible by {heads_name} and by 4 (for the position table), "
@@ -35,7 +42,7 @@ def check_width(width_name: str, width: int, heads_name: str, heads: int):
 
 
 def fill_decoder_sizes(config):
-    """Where unset: the paper's 512 × 16 heads at ViT-Base and above, in proportion below."""
+    """Fill in what is unset: the paper's width of 512 with 16 heads from ViT-Base on, in proportion below."""
     if config.decoder_hidden_size is None:
         config.decoder_hidden_size = min(512, max(32, config.hidden_size * 2 // 3 // 32 * 32))
     if config.decoder_num_attention_heads is None:
@@ -44,14 +51,8 @@ def fill_decoder_sizes(config):
 
 def check_decoder(config):
     """Raise ValueError for decoder sizes that do not fit."""
-    check_width(
-        "decoder_hidden_size",
-        config.decoder_hidden_size,
-        "decoder_num_attention_heads",
-        config.decoder_num_attention_heads,
-    )
-    if config.decoder_num_hidden_layers < 1:
-        raise ValueError(f"decoder_num_hidden_layers must be at least 1, got {config.decoder_num_hidden_layers}")
+    check_width(config, "decoder_hidden_size", "decoder_num_attention_heads")
+    check_at_least_1(config, "decoder_num_hidden_layers")
 
 
 def num_visible(mask_ratio: float, grid: tuple[int, int], rounding: Callable, least_masked: int = 1) -> int:
@@ -71,16 +72,17 @@ class MIMConfig(BackboneConfigMixin, PreTrainedConfig):
     """What the encoders of the three methods have in common.
 
     Args:
-        size: sets width, depth, heads and MLP width; each of them can be set apart.
-        image_size: side in pixels, or (height, width), that the encoder sees at evaluation.
-        patch_size: likewise.
-        intermediate_size: MLP width; 4 × `hidden_size` where that was set apart.
-        drop_path_rate: stochastic depth of the last layer, growing linearly from 0; only in train mode.
+        size: sets width, depth, heads and MLP width; the field of each overrides it.
+        image_size: side in pixels, or (height, width), of the images that the encoder sees at evaluation.
+        patch_size: side in pixels, or (height, width), of a patch.
+        intermediate_size: MLP width; by default that of `size`, or 4 × `hidden_size` where that is given.
+        drop_path_rate: stochastic depth of the last layer; it grows linearly from 0 at the first; only in train mode.
         use_cls_token: a learned CLS token goes before the patch tokens.
         pooling: what `pooler_output` and the classifier read: the mean of the patch tokens, or the CLS token.
         pool_before_norm: pool first and apply the final norm to the pooled vector (MAE's fine-tuning); else pool the
             normalised tokens.
-        head_batch_norm: the classifier standardises its input by a BatchNorm without affine (MAE's linear probe).
+        head_batch_norm: the classifier standardises its input by a BatchNorm without scale and shift (MAE's linear
+            probe).
 
     Raises:
         ValueError: sizes that do not divide, or a value outside its range; in one line that names the field.
@@ -110,7 +112,7 @@ class MIMConfig(BackboneConfigMixin, PreTrainedConfig):
     _out_indices: list[int] | None = None
 
     def __post_init__(self, **kwargs):
-        width, depth, heads, mlp = SIZES.get(self.size, SIZES["base"])  # a wrong size fails its type check
+        width, depth, heads, mlp = SIZES.get(self.size, SIZES["base"])  # a wrong size fails at its type check later
         if self.intermediate_size is None:
             self.intermediate_size = mlp if self.hidden_size in (None, width) else 4 * self.hidden_size
         self.hidden_size = width if self.hidden_size is None else self.hidden_size
@@ -123,8 +125,10 @@ class MIMConfig(BackboneConfigMixin, PreTrainedConfig):
         super().__post_init__(**kwargs)
 
     def check_fields(self):
-        """Raise ValueError for values that do not fit. The methods extend it and call it when all is filled in: by
-        `@strict`'s own `validate_` hooks it would come wrapped, on two lines."""
+        """Raise ValueError for values that do not fit. Each method extends it and calls it when all fields are filled.
+
+        The `validate_` hooks of `@strict` are not used, because they wrap the error into one of two lines.
+        """
         for name in ("image_size", "patch_size"):
             value = getattr(self, name)
             if len(pair(value)) != 2 or min(pair(value)) < 1:
@@ -135,10 +139,8 @@ class MIMConfig(BackboneConfigMixin, PreTrainedConfig):
                     f"image_size must be divisible by patch_size, got image_size={self.image_size} with "
                     f"patch_size={self.patch_size}; {max(side // patch, 1) * patch} would be right for {side}"
                 )
-        for name in ("num_channels", "num_hidden_layers", "intermediate_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        check_width("hidden_size", self.hidden_size, "num_attention_heads", self.num_attention_heads)
+        check_at_least_1(self, "num_channels", "num_hidden_layers", "intermediate_size")
+        check_width(self, "hidden_size", "num_attention_heads")
         if not 0 <= self.drop_path_rate < 1:
             raise ValueError(f"drop_path_rate must be in [0, 1), got {self.drop_path_rate}")
         if not 0 < self.layer_norm_eps < math.inf:
@@ -163,7 +165,7 @@ class MIMConfig(BackboneConfigMixin, PreTrainedConfig):
 
     @property
     def training_size(self) -> tuple[int, int]:
-        """(height, width) in pixels that the pretraining model takes."""
+        """(height, width) in pixels of the images that the pretraining model takes."""
         return self.image_height_width
 
     @property

@@ -22,7 +22,7 @@ class PixelDecoder(nn.Module):
         width = config.decoder_hidden_size
         self.embed = nn.Linear(config.hidden_size, width)
         self.mask_token = nn.Parameter(torch.empty(1, 1, width))
-        self.position_embeddings = PositionEmbeddings(config.grid_size, width, config.num_prefix_tokens)
+        self.position_embeddings = PositionEmbeddings(config, width)
         self.layers = vit_layers(config, width, config.decoder_num_hidden_layers, config.decoder_num_attention_heads)
         self.norm = nn.LayerNorm(width, eps=config.layer_norm_eps)
         self.head = nn.Linear(width, math.prod(config.patch_height_width) * config.num_channels)
@@ -31,12 +31,10 @@ class PixelDecoder(nn.Module):
         """Latents `[B, prefix + Nv, D]` of the patches `context_ids [B, Nv]` → predictions `[B, Nm, P]` for
         `target_ids [B, Nm]`.
 
-        Attention does not depend on the order of tokens, so they are not put back in raster order: visible patches come
-        first, masked ones after them.
+        The visible patches come first and the masked ones after them. Raster order is not needed, because attention
+        does not depend on the order of tokens.
         """
-        table = self.position_embeddings(grid).to(self.mask_token.dtype)
-        prefix = table[: self.position_embeddings.num_prefix_tokens]
-        places = table[len(prefix) :]
+        prefix, places = self.position_embeddings(grid, self.mask_token.dtype)
         context = self.embed(latents) + torch.cat([prefix.expand(len(latents), -1, -1), places[context_ids]], dim=1)
         tokens = torch.cat([context, self.mask_token + places[target_ids]], dim=1)
         return self.head(self.norm(run_layers(self.layers, tokens, num_queries=target_ids.shape[1])))
@@ -55,7 +53,7 @@ class CrossAttention(MultiHeadAttention):
 
 
 class CrossAttentionLayer(GradientCheckpointingLayer):
-    """Pre-norm block: self-attention among the queries, cross-attention from them to the memory, MLP."""
+    """Pre-norm block: self-attention among the queries, cross-attention from the queries to the memory, MLP."""
 
     def __init__(self, config: MIMConfig, width: int, heads: int):
         super().__init__()
@@ -68,7 +66,7 @@ class CrossAttentionLayer(GradientCheckpointingLayer):
         self.mlp = MLP(config, width, 4 * width)
 
     def forward(self, queries, memory, num_queries=None):
-        """Queries `[B, Q, D]`, memory `[B, K, D]` → `[B, Q, D]`, or only the last `num_queries` of them."""
+        """Queries `[B, Q, D]`, memory `[B, K, D]` → `[B, Q, D]`, or only the last `num_queries` queries."""
         attended, _ = self.self_attention(self.norm1(queries), num_queries)
         if num_queries is not None:
             queries = queries[:, -num_queries:]

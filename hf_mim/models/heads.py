@@ -1,9 +1,10 @@
 """Image classification and backbone, the same for the three methods.
 
-Mixins: they go before the method's `PreTrainedModel`, whose `base_model_prefix` names the encoder, so that weights
-load from a pretraining checkpoint with nothing but the classifier new.
+Both are mixins that stand before the method's `PreTrainedModel` among the bases. Its `base_model_prefix` names the
+encoder, so a pretraining checkpoint loads, and only the classifier is new.
 """
 
+import torch
 from torch import nn
 from transformers.backbone_utils import BackboneMixin, filter_output_hidden_states
 from transformers.modeling_outputs import BackboneOutput, ImageClassifierOutput
@@ -11,7 +12,8 @@ from transformers.utils.generic import can_return_tuple
 
 
 class Classifier(nn.Module):
-    """Pooled features `[B, D]` → logits `[B, num_labels]`, through a BatchNorm without affine if asked."""
+    """Pooled features `[B, D]` → logits `[B, num_labels]`. With `head_batch_norm`, a BatchNorm without scale and shift
+    comes first."""
 
     def __init__(self, config):
         super().__init__()
@@ -21,12 +23,20 @@ class Classifier(nn.Module):
     def forward(self, features):
         return self.linear(features if self.batch_norm is None else self.batch_norm(features))
 
+    def as_linear(self) -> dict[str, torch.Tensor]:
+        """`weight [num_labels, D]` and `bias [num_labels]` of the one Linear that computes the same at evaluation."""
+        weight, bias, norm = self.linear.weight.detach(), self.linear.bias.detach(), self.batch_norm
+        if norm is not None:  # (x - mean) / sqrt(var + eps) is folded in
+            scaled = weight.double() / (norm.running_var.double() + norm.eps).sqrt()
+            weight, bias = scaled.to(weight), (bias.double() - scaled @ norm.running_mean.double()).to(bias)
+        return {"weight": weight.clone(), "bias": bias.clone()}
+
 
 class ClassificationHead:
     """Encoder, pooling, classifier.
 
     `config.pooling`, `pool_before_norm` and `head_batch_norm` make the three classifiers that MAE publishes:
-    ("mean", True, False) fine-tuned, ("cls", False, False) likewise, ("cls", False, True) linear probe.
+    ("mean", True, False) and ("cls", False, False) are fine-tuned, ("cls", False, True) is the linear probe.
     """
 
     def __init__(self, config):
@@ -41,9 +51,7 @@ class ClassificationHead:
         """Images `[B, C, H, W]` (and labels `[B]`) → logits `[B, num_labels]` (and the loss)."""
         output = self.base_model(pixel_values, **kwargs)
         logits = self.classifier(output.pooler_output)
-        loss = None
-        if labels is not None:
-            loss = self.loss_function(labels, logits, self.config, **kwargs)
+        loss = None if labels is None else self.loss_function(labels, logits, self.config, **kwargs)
         return ImageClassifierOutput(
             loss=loss, logits=logits, hidden_states=output.hidden_states, attentions=output.attentions
         )

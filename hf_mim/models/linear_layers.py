@@ -1,8 +1,8 @@
-"""Parts of a linear layer's `A·x + b` that are right for a module that replaces the layer, too.
+"""Parts of a linear layer's `A·x + b`, right also for a module that replaces the layer.
 
 Users replace `nn.Linear` by a layer that multiplies in fp8 or by a LoRA adapter. Code that reads the `weight` of such a
-module would silently skip what the module adds. So this package reads the weight only of a plain `nn.Linear`, where it
-saves work, and calls every other module.
+module would silently skip what the module adds. So this package reads the weight only of a plain `nn.Linear`, where
+that saves work. Every other module is called.
 """
 
 import torch
@@ -24,15 +24,15 @@ def is_plain(module: nn.Module) -> bool:
 
 
 def input_dtype(module: nn.Module) -> torch.dtype:
-    """The dtype of the inputs of a linear layer: that of its first parameter in at least 16 bits.
+    """The dtype that the inputs of a linear layer need: that of its first parameter with at least 16 bits.
 
-    Quantised weights have a dtype (int8, fp8) in which no input may come; their bias or scale tells the right one.
+    Quantised weights are int8 or fp8, and no input may be. The bias or the scale of such a layer has the right dtype.
     """
     return next(p.dtype for p in module.parameters() if p.is_floating_point() and p.itemsize > 1)
 
 
 def bias_of(module: nn.Module, like: torch.Tensor) -> torch.Tensor:
-    """b `[out]` of a linear layer with inputs as `like [..., in]`."""
+    """b `[out]` of a linear layer whose inputs look like `like [..., in]`."""
     if is_plain(module):
         return module.bias
     zeros = like.new_zeros(16, like.shape[-1], dtype=input_dtype(module))  # fp8 kernels take no fewer than 16 rows

@@ -19,7 +19,7 @@ def patch_discrimination(predictions: torch.Tensor, targets: torch.Tensor, tempe
     """InfoNCE among the patches of one image (Latent MIM, arXiv 2407.15837): which target belongs to a prediction?
 
     Predictions and targets are `[B, K, D]`. First, each dimension of the predictions is standardised over the K patches
-    of its image. The result is scaled by 2·temperature, so guessing among equal logits gives `2 · temperature · ln K`.
+    of its image. The loss is multiplied by 2·temperature, so equal logits give `2 · temperature · ln K`.
     """
     mean, std = predictions.mean(dim=1, keepdim=True), predictions.std(dim=1, keepdim=True)
     predictions = F.normalize((predictions - mean) / (std + 1e-4), dim=-1)

@@ -4,9 +4,10 @@
 and appendix A.1) and StoP (arXiv 2308.00566). Neither loops over images.
 
 Statistics of `sample_multi_block` with I-JEPA's scales, measured over 1,000 (14x14) and 500 (8x8) batches of 256.
-Share: of the grid in the context after trimming to the smallest of the batch, on average and in the worst batch. The
-frequencies are those of a patch being in the context, or in any of the four targets. The first line has the released
-sampler's biases: `mask_trim="raster", block_range="exclusive", num_candidates=1`; 4 candidates are the default.
+"share" is the share of the grid's patches that the context has after it was cut to the smallest of the batch, "worst"
+the same in the worst batch. The other columns say how often a patch there is in the context, or in any of the four
+targets. The first line has the settings of the released sampler, and its biases: `mask_trim="raster"`,
+`block_range="exclusive"`, `num_candidates=1`. The default is 4 candidates.
 
     grid    candidates  share  worst   in the context: corner  edge  centre   in a target: corner  edge  centre
     14x14   released     .24    .09    top row .75, bottom row .00            .06 at the top, .00 in the last row
@@ -17,8 +18,8 @@ sampler's biases: `mask_trim="raster", block_range="exclusive", num_candidates=1
     8x8     1            .30    .09                      .46   .37    .14                     .12   .34    .79
     8x8     4            .41    .22                      .57   .48    .16                     .08   .28    .79
 
-So the choice among candidates is paid for by targets that reach a little less often into the corners. It leaves every
-flip symmetry as it is. 256 images at 14x14 take 1.5 ms on one core.
+So more candidates give larger contexts, and targets reach a little less often into the corners. Masks and their mirror
+images stay equally likely. 256 images at 14x14 take 1.5 ms on one core.
 """
 
 import math
@@ -27,6 +28,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .configuration_vit import check_at_least_1
+
 Range = tuple[float, float]
 MAX_REDRAWS = 100
 
@@ -34,7 +37,7 @@ MAX_REDRAWS = 100
 def split_at_random(noise: Tensor, num_kept: int) -> tuple[Tensor, Tensor]:
     """Keep the `num_kept` patches with the smallest noise of each image (MAE, arXiv 2111.06377, section 3).
 
-    Takes noise `[B, N]`; returns the ids of the kept patches `[B, num_kept]` and of the others `[B, N - num_kept]`,
+    Takes noise `[B, N]`. Returns the ids of the kept patches `[B, num_kept]` and of the others `[B, N - num_kept]`,
     both in the order of their noise.
     """
     order = noise.argsort(dim=1, stable=True)
@@ -44,7 +47,7 @@ def split_at_random(noise: Tensor, num_kept: int) -> tuple[Tensor, Tensor]:
 def gather(tokens: Tensor, ids: Tensor) -> Tensor:
     """Pick from each image's tokens `[B, N, ...]` those named by its ids `[B, K]`: `[B, K, ...]`.
 
-    Copies whole rows: on a CPU four times as fast as `torch.gather` with expanded ids.
+    It copies whole rows, which a CPU does four times as fast as `torch.gather` with expanded ids.
     """
     first = torch.arange(len(tokens), device=tokens.device)[:, None] * tokens.shape[1]
     return tokens.flatten(0, 1).index_select(0, (first + ids).flatten()).unflatten(0, ids.shape)
@@ -58,10 +61,10 @@ class BlockMasks:
         num_targets: target blocks for each image, M.
         target_scale, context_scale: lowest and highest share of the grid's patches in one block.
         target_aspect_ratio: lowest and highest height / width of a target. The context block has the grid's own ratio.
-        mask_trim: which patches are removed from a context that is too long: any (`random`), or the last in `raster`
-            order (as released).
-        block_range: `inclusive` puts blocks anywhere. `exclusive` never puts them on the last row and column (as
-            released); a block as large as the grid is first made smaller by one.
+        mask_trim: which patches are removed from a context that is too long: `random` ones, or the last in `raster`
+            order (as in the released code).
+        block_range: `inclusive` puts blocks anywhere. `exclusive` never puts them on the last row and column (as in the
+            released code); a block as large as the grid is first made smaller by one.
         num_candidates: masks drawn for each image, of which the one with the largest context is kept.
     """
 
@@ -78,9 +81,7 @@ class BlockMasks:
         for name, known in (("mask_trim", ("random", "raster")), ("block_range", ("inclusive", "exclusive"))):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} must be {known[0]!r} or {known[1]!r}, not {getattr(self, name)!r}")
-        for name in ("num_targets", "num_candidates"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+        check_at_least_1(self, "num_targets", "num_candidates")
         for name, most in (("target_scale", 1), ("context_scale", 1), ("target_aspect_ratio", math.inf)):
             bounds = getattr(self, name)
             if len(bounds) != 2 or not 0 < bounds[0] <= bounds[1] <= most:
@@ -97,7 +98,7 @@ class BlockMasks:
             )
 
 
-@torch.compiler.disable  # the number of context patches is data, which no compiled graph can hold
+@torch.compiler.disable  # the number of context patches depends on the data, so no compiled graph can hold it
 @torch.no_grad()
 def sample_multi_block(
     batch_size: int,
@@ -107,7 +108,8 @@ def sample_multi_block(
 ) -> tuple[Tensor, Tensor]:
     """Draw the target blocks of each image, and as its context one large block without the targets (I-JEPA, A.1).
 
-    The sizes of the blocks are drawn once for the batch, which has to be rectangular; their places for each image.
+    The sizes of the blocks are drawn once for the batch, because its tensors have to be rectangular; the places of the
+    blocks are drawn for each image.
     Targets of one image may overlap each other. The context overlaps none of them and is never empty. All contexts are
     cut to the length of the smallest one in the batch. That costs less because each image draws `num_candidates` masks
     and keeps the one with the largest context.
@@ -115,12 +117,12 @@ def sample_multi_block(
     Args:
         grid: rows and columns of patches.
         masking: sizes and numbers of the blocks.
-        device: where the ids go. They are always drawn on the CPU: their number must reach the host, and the host would
-            have to wait for an accelerator at every step. The copy from pinned memory makes nobody wait.
+        device: where the ids go. They are drawn on the CPU, because the host needs their number: it would wait for an
+            accelerator at every step. The copy from pinned memory makes nobody wait.
 
     Returns the context ids `[B, Nc]`, ascending, and target ids `[B, M, Nt]`, each block in raster order. Both are
-    int64 and follow from `torch.manual_seed`. Raises ValueError as `BlockMasks.check` does, and if the targets leave no
-    context.
+    int64 and determined by `torch.manual_seed`. Raises ValueError as `BlockMasks.check` does, and if the targets leave
+    no context.
     """
     masking.check(grid)
     at_scale, at_aspect, at_context = torch.rand(3).tolist()
@@ -162,7 +164,7 @@ def _block_size(grid: tuple[int, int], scale: float, aspect_ratio: float, block_
 
 
 def _blocks_everywhere(grid: tuple[int, int], scale: float, aspect_ratio: float, block_range: str) -> Tensor:
-    """The patch ids of a block of this size in each place that it can have: `[places, height * width]`."""
+    """The patch ids of a block of this size, for each place where it fits: `[places, height * width]`."""
     size = _block_size(grid, scale, aspect_ratio, block_range)
     rows, columns = (whole - side + (block_range == "inclusive") for whole, side in zip(grid, size, strict=True))
     corners = torch.arange(rows)[:, None] * grid[1] + torch.arange(columns)
@@ -178,7 +180,7 @@ def _as_masks(blocks: Tensor, grid: tuple[int, int]) -> Tensor:
 def _draw(
     batch_size: int, target_masks: Tensor, context_masks: Tensor, num_targets: int, num_candidates: int
 ) -> tuple[Tensor, Tensor]:
-    """The best of `num_candidates` draws for each image: its targets' places `[B, M]` and its context `[B, N]`."""
+    """The draw with the largest context, for each image: places of its targets `[B, M]`, its context `[B, N]`."""
     places = torch.randint(len(target_masks), (batch_size * num_candidates, num_targets))
     context = context_masks[torch.randint(len(context_masks), (len(places),))]
     for place in places.unbind(dim=1):  # over the targets, not the images

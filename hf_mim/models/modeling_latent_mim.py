@@ -37,24 +37,19 @@ def patchify_with_gap(
     rows, columns = patch_offsets.shape[1:3]
     cells = pixel_values.reshape(batch, channels, rows, patch_size[0] + gap, columns, patch_size[1] + gap)
     device = pixel_values.device
-    image, row, column = (torch.arange(n, device=device) for n in (batch, rows, columns))
+    image = torch.arange(batch, device=device)[:, None, None, None, None]
+    row = torch.arange(rows, device=device)[:, None, None, None]
+    column = torch.arange(columns, device=device)[:, None, None]
     inside_rows = patch_offsets[..., 0, None, None] + torch.arange(patch_size[0], device=device)[:, None]
     inside_columns = patch_offsets[..., 1, None, None] + torch.arange(patch_size[1], device=device)
-    patches = cells[
-        image[:, None, None, None, None],
-        :,
-        row[:, None, None, None],
-        inside_rows,
-        column[:, None, None],
-        inside_columns,
-    ]
+    patches = cells[image, :, row, inside_rows, column, inside_columns]
     return patches.reshape(batch, rows * columns, -1)
 
 
 def mean_pairwise_cosine(tokens: torch.Tensor) -> torch.Tensor:
-    """Mean cosine over all pairs of tokens `[B, K, D]` of an image, a token with itself among them, as released;
-    averaged over the batch. From 1/K for orthogonal tokens to 1 for equal ones."""
-    # The mean over pairs is the squared length of the mean.
+    """Mean cosine over all pairs of tokens `[B, K, D]` of an image, averaged over the batch: 1/K for orthogonal tokens,
+    1 for equal ones. A token and itself are a pair too, as in the released code."""
+    # The mean over pairs of unit vectors is the squared length of their mean.
     return F.normalize(tokens, dim=-1).mean(dim=1).square().sum(dim=-1).mean()
 
 
@@ -75,7 +70,7 @@ class LatentMIMModel(LatentMIMPreTrainedModel, ViTEncoder):
 
 
 class Projector(nn.Module):
-    """The 3-layer head on both encoders: `D → width → width → D`, no bias, LayerNorm after each, GELU between."""
+    """The head on both encoders: Linears `D → width → width → D` without bias, LayerNorm after each, GELU between."""
 
     def __init__(self, config: LatentMIMConfig):
         super().__init__()
@@ -90,7 +85,7 @@ class Projector(nn.Module):
 
 
 class SimilarityTarget(nn.Module):
-    """The cosine that the similarity term pulls to; kept on the device, so that moving it costs no sync."""
+    """The cosine that the similarity term pulls to. It is kept on the device, so that changing it waits for nothing."""
 
     def __init__(self):
         super().__init__()
@@ -98,7 +93,7 @@ class SimilarityTarget(nn.Module):
 
 
 class LatentMIMDecoder(nn.Module):
-    """Mask queries, with visual cues, look at the visible latents and predict their own."""
+    """Mask queries, with visual cues added, attend to the visible latents and predict the latents of their patches."""
 
     def __init__(self, config: LatentMIMConfig):
         super().__init__()
@@ -106,9 +101,7 @@ class LatentMIMDecoder(nn.Module):
         self.embed = nn.Linear(config.hidden_size, width)
         self.mask_token = nn.Parameter(torch.empty(1, 1, width))
         self.cls_token = nn.Parameter(torch.empty(1, 1, width)) if config.use_cls_token else None
-        self.position_embeddings = PositionEmbeddings(
-            config.grid_size, width, config.num_prefix_tokens, rescaled=config.rescaled_positions
-        )
+        self.position_embeddings = PositionEmbeddings(config, width)
         self.layers = nn.ModuleList(
             CrossAttentionLayer(config, width, heads) for _ in range(config.decoder_num_hidden_layers)
         )
@@ -116,15 +109,14 @@ class LatentMIMDecoder(nn.Module):
         self.head = nn.Linear(width, config.hidden_size)
 
     def visual_cues(self, visible, query_positions, visible_positions):
-        """Visible tokens `[B, Nv, Dd]` weighted by how close their places are to each query's: `[B, Nm, Dd]`."""
+        """The mean of the visible tokens `[B, Nv, Dd]`, weighted by closeness to each query: `[B, Nm, Dd]`."""
         closeness = query_positions @ visible_positions.transpose(1, 2) * query_positions.shape[-1] ** -0.5
         return closeness.softmax(dim=-1) @ visible
 
     def forward(self, latents, grid, context_ids, target_ids):
         """Projected latents `[B, prefix + Nv, D]` → predictions `[B, Nm, D]`."""
-        table = self.position_embeddings(grid).to(self.mask_token.dtype)
-        num_prefix = self.position_embeddings.num_prefix_tokens
-        prefix, places = table[:num_prefix].expand(len(latents), -1, -1), table[num_prefix:]
+        prefix, places = self.position_embeddings(grid, self.mask_token.dtype)
+        num_prefix, prefix = len(prefix), prefix.expand(len(latents), -1, -1)
         context_positions, target_positions = places[context_ids], places[target_ids]
 
         visible = self.embed(latents)
@@ -139,7 +131,7 @@ class LatentMIMDecoder(nn.Module):
 
 
 class LatentMIMForPreTraining(TargetNetworkMixin, LatentMIMPreTrainedModel):
-    """Online encoder on the visible patches, EMA target on the masked ones, decoder between them."""
+    """Online encoder on the visible patches, EMA target encoder on the masked ones, decoder from one to the other."""
 
     _no_split_modules = ["ViTLayer", "CrossAttentionLayer"]
 
@@ -163,7 +155,7 @@ class LatentMIMForPreTraining(TargetNetworkMixin, LatentMIMPreTrainedModel):
     def draw_masks(
         self, batch_size, grid, device=None, *, patch_offsets=None, context_ids=None, target_ids=None, noise=None
     ) -> dict:
-        """Draw offsets and ids of one pass over a `(gh, gw)` grid of patches; what is given stays as it is.
+        """Draw offsets and ids of one pass over a `(gh, gw)` grid of patches. What is given stays as it is.
 
         Returns the arguments of `forward`: `patch_offsets [B, gh, gw, 2]`, `context_ids [B, Nv]` and
         `target_ids [B, Nm]`, int64 on `device`. With `noise [B, N]`, the patches with the smallest noise stay visible.
@@ -177,28 +169,24 @@ class LatentMIMForPreTraining(TargetNetworkMixin, LatentMIMPreTrainedModel):
         return {"patch_offsets": patch_offsets, "context_ids": context_ids, "target_ids": target_ids}
 
     def draw(self, pixel_values, patch_offsets=None, **given):
-        """Draw what `forward` was not given, and cut the images → patches `[B, N, P]`, their grid, the masks."""
+        """Draw what `forward` was not given, and cut the images: returns patches `[B, N, P]`, their grid, the masks."""
         gap, patch_size = self.config.patch_gap, self.config.patch_height_width
-        height, width = pixel_values.shape[2:]
-        if height % (patch_size[0] + gap) or width % (patch_size[1] + gap):
+        (height, width), (cell_height, cell_width) = pixel_values.shape[2:], (side + gap for side in patch_size)
+        if height % cell_height or width % cell_width:
             raise ValueError(
-                f"training images must have sides divisible by patch_size + patch_gap = "
-                f"{patch_size[0] + gap}×{patch_size[1] + gap}, got {height}×{width}; config.training_size is "
-                f"{self.config.training_size}"
+                f"training images must have sides divisible by patch_size + patch_gap = {cell_height}×{cell_width}, "
+                f"got {height}×{width}; config.training_size is {self.config.training_size}"
             )
-        if pixel_values.shape[1] != self.config.num_channels:
-            raise ValueError(
-                f"pixel_values must have num_channels={self.config.num_channels} channels, got {pixel_values.shape[1]}"
-            )
-        grid = (height // (patch_size[0] + gap), width // (patch_size[1] + gap))
+        self.check_channels(pixel_values)
+        grid = (height // cell_height, width // cell_width)
         masks = self.draw_masks(len(pixel_values), grid, pixel_values.device, patch_offsets=patch_offsets, **given)
         return patchify_with_gap(pixel_values, patch_size, masks["patch_offsets"], gap), grid, masks
 
     def loss(self, predictions, targets, visible):
-        """The loss and its parts, from float32 `[B, Nm, D]` twice and the projected visible tokens `[B, Nv, D]`."""
+        """The loss and its parts; predictions, targets `[B, Nm, D]` and visible latents `[B, Nv, D]` are float32."""
         if self.config.loss_type == "patch_discrimination":
             loss = patch_discrimination(predictions, targets, self.config.temperature)
-            # A constant prediction is standardised to 0, which finds its own target by chance.
+            # Constant predictions are standardised to 0. They find their targets by chance: 2 · temperature · ln Nm.
             error = loss.detach() / (2 * self.config.temperature * math.log(targets.shape[1]))
         else:
             loss = normalized_l2(predictions, targets)
@@ -224,7 +212,7 @@ class LatentMIMForPreTraining(TargetNetworkMixin, LatentMIMPreTrainedModel):
             pixel_values: normalised images `[B, C, gh·(ph+gap), gw·(pw+gap)]`: `config.training_size`.
             context_ids, target_ids: `[B, Nv]` visible and `[B, Nm]` masked patches, raster indices; drawn if absent.
             patch_offsets: `[B, gh, gw, 2]` row and column of each patch in its cell; drawn from {0..gap-1} if absent.
-            noise: `[B, N]` to draw the ids by: the patches with the smallest noise stay visible.
+            noise: `[B, N]`; the patches with the smallest noise stay visible. Drawn if absent.
         """
         given = {"context_ids": context_ids, "target_ids": target_ids, "noise": noise}
         patches, grid, masks = self.draw(pixel_values, patch_offsets, **given)
@@ -237,18 +225,10 @@ class LatentMIMForPreTraining(TargetNetworkMixin, LatentMIMPreTrainedModel):
         predictions = self.decoder(latents, grid, context_ids, target_ids)
         with torch.autocast(pixel_values.device.type, enabled=False):  # logits of bfloat16 would be off by 1 %
             loss, metrics = self.loss(predictions.float(), targets, latents[:, num_prefix:].float())
-        metrics |= {
-            "similarity_targets": mean_pairwise_cosine(targets),
-            "feature_std": spread(latents[:, num_prefix:]),
-        }
+        metrics["similarity_targets"] = mean_pairwise_cosine(targets)
+        metrics["feature_std"] = spread(latents[:, num_prefix:])
         metrics |= target_signals(targets, target_ids, patches.shape[1])
-        return LatentMIMOutput(
-            loss=loss,
-            predictions=predictions,
-            targets=targets,
-            metrics=metrics,
-            **masks,
-        )
+        return LatentMIMOutput(loss=loss, predictions=predictions, targets=targets, metrics=metrics, **masks)
 
 
 class LatentMIMForImageClassification(ClassificationHead, LatentMIMPreTrainedModel):

@@ -40,7 +40,7 @@ class MAEForPreTraining(MAEPreTrainedModel):
         self.post_init()
 
     def draw_masks(self, batch_size, grid, device=None, *, context_ids=None, target_ids=None, noise=None) -> dict:
-        """Draw the ids of one pass over a grid of `(rows, columns)` patches; ids that are given stay as they are.
+        """Draw the ids of one pass over a grid of `(rows, columns)` patches. Ids that are given stay as they are.
 
         Returns the arguments of `forward`: `context_ids [B, Nv]` and `target_ids [B, Nm]`, int64 on `device`. With
         `noise [B, N]`, the patches with the smallest noise stay visible. Raises ValueError if only one kind of ids is
@@ -58,7 +58,7 @@ class MAEForPreTraining(MAEPreTrainedModel):
         Args:
             pixel_values: normalised images `[B, C, H, W]`.
             context_ids, target_ids: `[B, Nv]` visible and `[B, Nm]` masked patches, raster indices; drawn if absent.
-            noise: `[B, N]` to draw them by: the patches with the smallest noise stay visible.
+            noise: `[B, N]`; the patches with the smallest noise stay visible. Drawn if absent.
         """
         patches, grid = self.encoder.cut(pixel_values)
         given = {"context_ids": context_ids, "target_ids": target_ids, "noise": noise}
@@ -83,8 +83,8 @@ class MAEForPreTraining(MAEPreTrainedModel):
 
         `masks` are the ids or the noise of `forward`, drawn if absent. Returns the reconstruction `[B, C, H, W]`
         (float32, normalised as the images) and the mask `[B, 1, H, W]`, True where masked. Visible patches show the
-        true pixels. With `norm_pix_loss` the model predicts standardised patches; each then gets the mean and variance
-        of the true patch.
+        true pixels. With `norm_pix_loss` the model predicts standardised patches, so each gets the mean and variance of
+        the true patch.
         """
         output = self(pixel_values, **masks)
         patches, grid = self.encoder.cut(pixel_values.float())

@@ -43,7 +43,7 @@ class StopJepaModel(StopJepaPreTrainedModel, ViTEncoder):
 
 
 class StopJepaPredictor(nn.Module):
-    """Context features → the target encoder's tokens in each target block, one block a pass."""
+    """Context features → the target encoder's tokens in each target block. Blocks do not see each other."""
 
     def __init__(self, config: StopJepaConfig):
         super().__init__()
@@ -54,7 +54,7 @@ class StopJepaPredictor(nn.Module):
         if config.position_noise_std and not config.tie_noise_projection:
             self.noise_embed = nn.Linear(config.hidden_size, width, bias=False)
         self.mask_token = nn.Parameter(torch.empty(1, 1, width)) if config.use_mask_token else None
-        self.position_embeddings = PositionEmbeddings(config.grid_size, width, learned=config.learned_positions)
+        self.position_embeddings = PositionEmbeddings(config, width)
         self.layers = vit_layers(
             config, width, config.predictor_num_hidden_layers, config.predictor_num_attention_heads
         )
@@ -62,7 +62,7 @@ class StopJepaPredictor(nn.Module):
         self.head = nn.Linear(width, config.hidden_size)
 
     def project_noise(self, noise):
-        """A·n: noise in the encoder's width through the context's own projection (tied), its bias left out."""
+        """A·n: noise in the encoder's width through the projection of the context (tied), without its bias."""
         projection = self.embed if self.noise_embed is None else self.noise_embed
         return product_without_bias(projection, noise.to(input_dtype(projection)))
 
@@ -73,7 +73,7 @@ class StopJepaPredictor(nn.Module):
             tokens = tokens + self.project_noise(noise)
         if self.mask_token is not None:
             return tokens + self.mask_token
-        # StoP as released: the projection's bias takes the place of m̃, where there is noise to project.
+        # StoP's released code has no m̃. It projects noise by a Linear with bias, and the bias takes the place of m̃.
         return tokens if noise is None else tokens + bias_of(self.embed, noise)
 
     def context_tokens(self, features, positions, noise):
@@ -83,19 +83,19 @@ class StopJepaPredictor(nn.Module):
 
     def forward(self, features, grid, context_ids, target_ids, position_noise=None, context_noise=None):
         """Context features `[B, Nc, D]` → predictions `[B, M, Nt, D]`."""
-        table = self.position_embeddings(grid).to(input_dtype(self.embed))
+        _, places = self.position_embeddings(grid, input_dtype(self.embed))
         blocks, length = target_ids.shape[1:]
-        context = self.context_tokens(features, table[context_ids], context_noise).expand(-1, blocks, -1, -1)
-        masked = self.masked_tokens(table[target_ids], position_noise)
+        context = self.context_tokens(features, places[context_ids], context_noise).expand(-1, blocks, -1, -1)
+        masked = self.masked_tokens(places[target_ids], position_noise)
         tokens = torch.cat([context, masked], dim=2).flatten(0, 1)
         predictions = self.head(self.norm(run_layers(self.layers, tokens, num_queries=length)))
         return predictions.unflatten(0, (-1, blocks))
 
 
 class StopJepaForPreTraining(TargetNetworkMixin, StopJepaPreTrainedModel):
-    """Context encoder, EMA target encoder of the whole image, predictor between them."""
+    """Encoder of the context, EMA target encoder of the whole image, predictor from one to the other."""
 
-    _can_compile_fullgraph = False  # masks are drawn outside of any graph: their length is data
+    _can_compile_fullgraph = False  # masks are drawn outside of the graph, because their length depends on the data
 
     def __init__(self, config: StopJepaConfig):
         super().__init__(config)
@@ -108,7 +108,7 @@ class StopJepaForPreTraining(TargetNetworkMixin, StopJepaPreTrainedModel):
         return [(self.target_encoder, self.encoder)]
 
     def draw_noise(self, tokens: str, *shape, device, dtype):
-        """σ·n of `[*shape, D]` if `tokens`, "context" or "target", have noise; else None."""
+        """σ·n `[*shape, D]` if these `tokens` ("context" or "target") have noise by the config; else None."""
         if not self.config.position_noise_std or self.config.noise_on not in (tokens, "both"):
             return None
         noise = torch.randn(*shape, self.config.hidden_size, device=device, dtype=dtype)
@@ -126,12 +126,12 @@ class StopJepaForPreTraining(TargetNetworkMixin, StopJepaPreTrainedModel):
         context_noise=None,
         dtype=None,
     ) -> dict:
-        """Draw ids and noise of one pass over a grid of `(rows, columns)` patches; what is given stays as it is.
+        """Draw ids and noise of one pass over a grid of `(rows, columns)` patches. What is given stays as it is.
 
-        Returns the arguments of `forward`: `context_ids [B, Nc]` and `target_ids [B, M, Nt]`, int64 on `device`; and if
-        the config asks for noise `position_noise [B, M, Nt, D]` and `context_noise [B, M, Nc, D]`, of `dtype` (torch's
-        default), σ applied. Raises ValueError if only one kind of ids is given, or if the grid is too small for the
-        target blocks.
+        Returns the arguments of `forward`: `context_ids [B, Nc]` and `target_ids [B, M, Nt]`, int64 on `device`. If the
+        config asks for noise, also `position_noise [B, M, Nt, D]` and `context_noise [B, M, Nc, D]`, of `dtype` (or
+        torch's default), multiplied by σ. Raises ValueError if only one kind of ids is given, or if the grid is too
+        small for the target blocks.
         """
         if are_ids_absent(context_ids, target_ids):
             context_ids, target_ids = sample_multi_block(batch_size, grid, self.config.masking, device)
@@ -154,7 +154,7 @@ class StopJepaForPreTraining(TargetNetworkMixin, StopJepaPreTrainedModel):
             pixel_values: normalised images `[B, C, H, W]`.
             context_ids, target_ids: `[B, Nc]` context and `[B, M, Nt]` target patches, raster indices; drawn if absent.
             position_noise: `[B, M, Nt, D]` for the masked tokens, σ applied; drawn if absent and the config has it.
-            context_noise: `[B, M, Nc, D]` for the context tokens, likewise.
+            context_noise: the same for the context tokens, `[B, M, Nc, D]`.
         """
         patches, grid = self.encoder.cut(pixel_values)
         given = {"context_ids": context_ids, "target_ids": target_ids}

@@ -5,17 +5,21 @@ tables agree on a layout that is easy to get wrong: the *column* code fills the 
 the second, `[sin w | cos w | sin h | cos h]`, with frequencies `10000^(-i / (D/4))`.
 """
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers import initialization as init
 
+from .configuration_vit import MIMConfig
+
 
 def sincos_table(grid: tuple[int, int], width: int, num_prefix_tokens: int = 0, rescaled: bool = False) -> torch.Tensor:
     """Sine-cosine codes `[prefix + N, D]` (float32) of a `(rows, columns)` grid in raster order.
 
-    Rows of prefix tokens (CLS) are zero. Places are integers, or with `rescaled` Latent MIM's `linspace(0, 1, n) · n`,
-    whose steps are n/(n-1). `width` must be divisible by 4.
+    The rows of prefix tokens (CLS) are zero. The places of patches are integers. With `rescaled` they are those of
+    Latent MIM, `linspace(0, 1, n) · n`, whose steps are n/(n-1). `width` must be divisible by 4.
     """
     assert width % 4 == 0, f"width {width} is not divisible by 4"
     rows, columns = (
@@ -27,14 +31,8 @@ def sincos_table(grid: tuple[int, int], width: int, num_prefix_tokens: int = 0, 
         torch.cat([angles.sin(), angles.cos()], dim=-1)
         for angles in (rows[:, None] * frequencies, columns[:, None] * frequencies)
     )
-    table = torch.cat(
-        [
-            column_codes[None, :, :].expand(grid[0], -1, -1),
-            row_codes[:, None, :].expand(-1, grid[1], -1),
-        ],
-        dim=-1,
-    ).flatten(0, 1)
-    return F.pad(table, (0, 0, num_prefix_tokens, 0)).float()
+    codes = column_codes[None].expand(grid[0], -1, -1), row_codes[:, None].expand(-1, grid[1], -1)
+    return F.pad(torch.cat(codes, dim=-1).flatten(0, 1), (0, 0, num_prefix_tokens, 0)).float()
 
 
 def resize_table(
@@ -48,24 +46,19 @@ def resize_table(
 
 
 class PositionEmbeddings(nn.Module):
-    """The table of one network: frozen sine-cosine codes in a buffer, or a learned parameter.
+    """The position table of one network of this width: a buffer of sine-cosine codes, or a learned parameter.
 
-    The table is saved with the checkpoint, CLS row included: fine-tuned weights of others have changed theirs.
+    `config` says which (`learned_positions`, `rescaled_positions`), for which grid, and how many prefix tokens there
+    are. The whole table is saved with the checkpoint, the row of the CLS token too: other people's fine-tuned weights
+    have changed that row.
     """
 
-    def __init__(
-        self,
-        grid: tuple[int, int],
-        width: int,
-        num_prefix_tokens: int = 0,
-        learned: bool = False,
-        rescaled: bool = False,
-    ):
+    def __init__(self, config: MIMConfig, width: int):
         super().__init__()
-        self.grid, self.width, self.num_prefix_tokens = tuple(grid), width, num_prefix_tokens
-        self.learned, self.rescaled = learned, rescaled
-        table = torch.empty(num_prefix_tokens + grid[0] * grid[1], width)
-        if learned:
+        self.grid, self.width, self.num_prefix_tokens = config.grid_size, width, config.num_prefix_tokens
+        self.learned, self.rescaled = config.learned_positions, config.rescaled_positions
+        table = torch.empty(self.num_prefix_tokens + math.prod(self.grid), width)
+        if self.learned:
             self.table = nn.Parameter(table)
         else:
             self.register_buffer("table", table)
@@ -77,8 +70,13 @@ class PositionEmbeddings(nn.Module):
             table = sincos_table(self.grid, self.width, self.num_prefix_tokens, self.rescaled)
             init.copy_(self.table, table.to(self.table))
 
-    def forward(self, grid: tuple[int, int]) -> torch.Tensor:
-        """The table `[prefix + N, D]` for a `(rows, columns)` grid, resampled where it is not the trained one."""
-        if tuple(grid) == self.grid:
-            return self.table
-        return resize_table(self.table, self.grid, grid, self.num_prefix_tokens)
+    def forward(self, grid: tuple[int, int], dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+        """The positions of the prefix `[prefix, D]` and of the patches `[N, D]` of a `(rows, columns)` grid.
+
+        The table is resampled for a grid that is not the trained one.
+        """
+        table = self.table
+        if tuple(grid) != self.grid:
+            table = resize_table(table, self.grid, grid, self.num_prefix_tokens)
+        table = table.to(dtype)
+        return table[: self.num_prefix_tokens], table[self.num_prefix_tokens :]

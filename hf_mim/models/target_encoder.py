@@ -1,6 +1,6 @@
 """The target network: a copy of the online one that follows it as an exponential moving average (EMA).
 
-Also the two interpolations that models schedule by; `hf_mim.trainer_utils` builds on them.
+Also the two interpolations that schedules of the models use; `hf_mim.trainer_utils` builds on them.
 """
 
 import math
@@ -27,11 +27,11 @@ def check_momentum(config):
 
 
 class TargetNetworkMixin:
-    """For pretraining models with EMA targets; goes before the `PreTrainedModel` in the bases.
+    """For pretraining models with EMA targets; it stands before the `PreTrainedModel` among the bases.
 
     The model names its `(target, online)` modules in `target_pairs()`. The target equals the online network at the
-    start, never gets a gradient, is always in evaluation mode (no drop path), and stays in float32 when the rest is
-    loaded in half precision: in bfloat16 with momentum .999 it would never move.
+    start, never gets a gradient, and is always in evaluation mode (no drop path). It stays in float32 when the rest is
+    loaded in half precision, because in bfloat16 with momentum .999 it would never move.
     """
 
     def post_init(self):
@@ -42,14 +42,16 @@ class TargetNetworkMixin:
 
     @torch.no_grad()
     def initialize_weights(self):
-        # Runs from scratch and at the end of every load, which has set requires_grad on all that it loaded.
+        # transformers calls this for a new model and at the end of every load. `init.copy_` does nothing to a parameter
+        # that was loaded, so three cases come out right: a new model (target := online), a whole checkpoint (neither
+        # changes), and a checkpoint of StoP-JEPA's encoder alone, which is the target (online := target).
         super().initialize_weights()
         for target, online in self.target_pairs():
             for t, o in zip(target.parameters(), online.parameters(), strict=True):
-                if getattr(t, "_is_hf_initialized", False):  # loaded: from a checkpoint of the encoder, it alone
-                    init.copy_(o, t.to(o.dtype))  # leaves what was loaded alone
+                if getattr(t, "_is_hf_initialized", False):  # the target was loaded
+                    init.copy_(o, t.to(o.dtype))
                 init.copy_(t, o.to(t.dtype))
-            target.requires_grad_(False).eval()
+            target.requires_grad_(False).eval()  # here again, because a load sets requires_grad on all that it loads
 
     def train(self, mode: bool = True):
         super().train(mode)
@@ -58,7 +60,7 @@ class TargetNetworkMixin:
         return self
 
     def momentum(self, progress: float) -> float:
-        """Share of the old target that an update at `progress` in [0, 1] keeps."""
+        """The share of the old target that an update at this `progress` in [0, 1] keeps."""
         interpolate = {"linear": linear, "cosine": cosine}[self.config.momentum_schedule]
         return interpolate(self.config.momentum_start, self.config.momentum_end, progress)
 
@@ -66,7 +68,7 @@ class TargetNetworkMixin:
     def update_target(self, progress: float, skip: torch.Tensor | None = None):
         """target ← momentum · target + (1 - momentum) · online; call once after each optimizer step.
 
-        `skip`, 0-dim on the device: where it is 1, the target stays as it is, and the host does not have to know.
+        `skip` is 0-dim, on the device. Where it is 1 the target stays as it is; the host need not read it.
         """
         weight = 1 - self.momentum(progress)
         for target, online in self.target_pairs():
@@ -80,5 +82,5 @@ class TargetNetworkMixin:
 
 
 def _local(parameter: torch.Tensor) -> torch.Tensor:
-    """Of a sharded parameter (a DTensor) this process's shard; target and online network are sharded alike."""
+    """A sharded parameter (a DTensor) → this process's shard. Target and online network are sharded alike."""
     return parameter.to_local() if hasattr(parameter, "to_local") else parameter

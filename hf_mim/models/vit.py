@@ -1,7 +1,7 @@
 """The vision transformer (ViT) that the three methods share: layers, initialisation, encoder.
 
-Pre-norm blocks, one fused `qkv` projection, a final LayerNorm. Patches are cut before they are embedded, so that a
-masked patch costs nothing: `encode` takes only the patches that the encoder is to see.
+Pre-norm blocks, one fused `qkv` projection, a final LayerNorm. Patches are cut before they are embedded, and `encode`
+takes only the patches that the encoder may see, so a masked patch costs nothing.
 """
 
 import shutil
@@ -25,7 +25,7 @@ from .linear_layers import input_dtype, is_plain
 from .masking import gather
 from .positions import PositionEmbeddings
 
-# The kinds of files that tell of a checkpoint, from the folder of its weights: card, settings, pictures, measurements.
+# The files beside a checkpoint's weights that tell of it: card, settings, pictures, measurements.
 BESIDE_WEIGHTS = ("README.md", "*_config.json", "*_state.json", "*.yaml", "*.png", "results/*.json")
 
 
@@ -49,8 +49,8 @@ def unpatchify(patches: torch.Tensor, patch_size: tuple[int, int], grid: tuple[i
 
 @dataclass
 class PretrainingOutput(ModelOutput):
-    """What every pretraining model returns: the loss [], predictions and targets aligned with target_ids, the ids used,
-    and metrics: detached scalars on the device."""
+    """What every pretraining model returns: the loss [], predictions and targets in the order of target_ids, the ids
+    of the pass, and metrics, which are detached scalars on the device."""
 
     loss: torch.Tensor | None = None
     predictions: torch.Tensor | None = None
@@ -69,13 +69,13 @@ def are_ids_absent(context_ids, target_ids) -> bool:
 
 
 def eager_attention(module, query, key, value, attention_mask=None, scaling=None, dropout=0.0, **kwargs):
-    """Attention written out, for when the weights are wanted: `[B, heads, Q, d]` → `[B, Q, heads, d]`, weights."""
+    """Attention written out, for callers that want its weights: `[B, heads, Q, d]` → `[B, Q, heads, d]`, weights."""
     weights = (query @ key.transpose(2, 3) * scaling).softmax(dim=-1, dtype=torch.float32).to(query.dtype)
     return (weights @ value).transpose(1, 2), weights
 
 
 class MultiHeadAttention(nn.Module):
-    """Heads and the attention backend; subclasses make queries, keys and values."""
+    """Splits the width into heads and calls the attention backend; subclasses make queries, keys and values."""
 
     is_causal = False
 
@@ -99,7 +99,7 @@ class SelfAttention(MultiHeadAttention):
         self.qkv = nn.Linear(width, 3 * width)
 
     def forward(self, hidden_states, num_queries=None, **kwargs):
-        """All tokens are read; only the last `num_queries` of them (default all) are computed."""
+        """Every token is a key and a value; only the last `num_queries` tokens (default: all) are computed."""
         if num_queries is None or not is_plain(self.qkv):
             query, key, value = self.qkv(hidden_states).chunk(3, dim=-1)
             query = query if num_queries is None else query[:, -num_queries:]
@@ -123,7 +123,7 @@ class MLP(nn.Module):
 
 
 def mark_residual_branches(depth: int, *linears: nn.Linear):
-    """Note on the last Linear of each residual branch how deep it stands (from 1): I-JEPA initialises by it."""
+    """Note on the last Linear of each residual branch the number of its layer (from 1): I-JEPA initialises by it."""
     for module in linears:
         module.residual_depth = depth
 
@@ -148,7 +148,7 @@ class ViTLayer(GradientCheckpointingLayer):
         return branch * kept / (1 - self.drop_path_rate)
 
     def forward(self, hidden_states, num_queries=None, **kwargs):
-        """`[B, tokens, D]` → `[B, tokens, D]`, or with `num_queries` only the last of them."""
+        """`[B, tokens, D]` → `[B, tokens, D]`, or only the last `num_queries` tokens."""
         attended, _ = self.attention(self.norm1(hidden_states), num_queries, **kwargs)
         if num_queries is not None:
             hidden_states = hidden_states[:, -num_queries:]
@@ -157,44 +157,36 @@ class ViTLayer(GradientCheckpointingLayer):
 
 
 def vit_layers(config: MIMConfig, width, depth, heads, intermediate_size=None, drop_path_rate=0.0) -> nn.ModuleList:
-    """A stack of blocks, their drop path rate growing linearly from 0."""
+    """A stack of blocks. Their drop path rate grows linearly from 0 to `drop_path_rate`."""
     rates = [drop_path_rate * i / max(depth - 1, 1) for i in range(depth)]
     mlp = intermediate_size or 4 * width
     return nn.ModuleList(ViTLayer(config, width, heads, mlp, i, rate) for i, rate in enumerate(rates, start=1))
 
 
 def run_layers(layers: nn.ModuleList, hidden_states: torch.Tensor, num_queries: int) -> torch.Tensor:
-    """Through all blocks; the last computes only the last `num_queries` tokens, which are what is read."""
+    """Run all blocks. The last block computes only the last `num_queries` tokens, because nothing else is read."""
     for layer in layers[:-1]:
         hidden_states = layer(hidden_states)
     return layers[-1](hidden_states, num_queries=num_queries)
 
 
 class ViTEmbeddings(nn.Module):
-    """Patches `[B, K, P]` and their places `[B, K]` → tokens `[B, prefix + K, D]`."""
+    """Patches `[B, K, P]` and their ids `[B, K]` → tokens `[B, prefix + K, D]`."""
 
     def __init__(self, config: MIMConfig):
         super().__init__()
         patch_height, patch_width = config.patch_height_width
         self.projection = nn.Linear(patch_height * patch_width * config.num_channels, config.hidden_size)
         self.cls_token = nn.Parameter(torch.empty(1, 1, config.hidden_size)) if config.use_cls_token else None
-        self.position_embeddings = PositionEmbeddings(
-            config.grid_size,
-            config.hidden_size,
-            config.num_prefix_tokens,
-            learned=config.learned_positions,
-            rescaled=config.rescaled_positions,
-        )
+        self.position_embeddings = PositionEmbeddings(config, config.hidden_size)
 
     def forward(self, patches, grid, patch_ids=None):
         dtype = input_dtype(self.projection)
-        table = self.position_embeddings(grid).to(dtype)
-        prefix = 0 if self.cls_token is None else self.cls_token.shape[1]
-        places = table[prefix:] if patch_ids is None else table[prefix:][patch_ids]
-        tokens = self.projection(patches.to(dtype)) + places
+        prefix, places = self.position_embeddings(grid, dtype)
+        tokens = self.projection(patches.to(dtype)) + (places if patch_ids is None else places[patch_ids])
         if self.cls_token is None:
             return tokens
-        return torch.cat([(self.cls_token + table[:prefix]).expand(tokens.shape[0], -1, -1), tokens], dim=1)
+        return torch.cat([(self.cls_token + prefix).expand(tokens.shape[0], -1, -1), tokens], dim=1)
 
 
 class MIMPreTrainedModel(PreTrainedModel):
@@ -240,17 +232,17 @@ class MIMPreTrainedModel(PreTrainedModel):
     def _normal_std(self, linear: nn.Linear) -> float:
         """I-JEPA's .02, divided by sqrt(2·depth) where a residual branch ends.
 
-        The patch embedding's .02 was chosen for 16×16×3 = 768 inputs (and 14×14×3). Below that it is scaled by its
-        fan-in, so that a small patch speaks as loud against its position: with 4×4×3 inputs, .02 leaves an untrained
-        encoder at 25.6 % on CIFAR-10 (20-NN), where xavier leaves it at 31 %.
+        I-JEPA chose the patch embedding's .02 for 16×16×3 = 768 inputs (and 14×14×3). With fewer inputs the std grows
+        by sqrt(768 / inputs), so that a small patch is not drowned by its position: with 4×4×3 inputs and .02, an
+        untrained encoder reaches 25.6 % on CIFAR-10 (20-NN); xavier gives 31 %.
         """
         if getattr(linear, "is_patch_embedding", False) and linear.in_features < 14 * 14 * 3:
             return 0.02 * (768 / linear.in_features) ** 0.5
         return 0.02 / (2 * getattr(linear, "residual_depth", 0.5)) ** 0.5
 
     def _upload_modified_files(self, working_dir, *args, **kwargs):
-        """Also uploads what stands beside the weights in the folder that the model was loaded from. transformers alone
-        would write a card that says nothing, and leave out the image processor."""
+        """Also upload the files beside the weights, from the folder that the model was loaded from. transformers alone
+        would write an empty card and leave out the image processor."""
         source = Path(self.name_or_path or working_dir)
         for path in (path for pattern in BESIDE_WEIGHTS for path in source.glob(pattern)):
             copy = Path(working_dir) / path.relative_to(source)
@@ -259,16 +251,21 @@ class MIMPreTrainedModel(PreTrainedModel):
                 shutil.copy(path, copy)
         return super()._upload_modified_files(working_dir, *args, **kwargs)
 
-    # A method without a target or a schedule has nothing to do in the two calls that training adds.
+    def check_channels(self, pixel_values):
+        channels = self.config.num_channels
+        if pixel_values.shape[1] != channels:
+            raise ValueError(f"pixel_values must have num_channels={channels} channels, got {pixel_values.shape[1]}")
+
+    # The trainer makes the next two calls for every model. A method without a schedule or a target does nothing there.
     def set_progress(self, progress: float):
         """Tell the model how far training is, in [0, 1]; call before each step."""
 
     def update_target(self, progress: float, skip: torch.Tensor | None = None):
-        """Let the target follow; call after each optimizer step. Where `skip`, 0-dim, is 1, nothing moves."""
+        """Move the target network; call after each optimizer step. Where `skip` (0-dim) is 1, nothing moves."""
 
 
 class ViTEncoder(MIMPreTrainedModel):
-    """The encoder of the contract: what `AutoModel` loads from a checkpoint of any of the three methods."""
+    """The encoder that `AutoModel` loads from a checkpoint of any of the three methods."""
 
     def __init__(self, config: MIMConfig):
         super().__init__(config)
@@ -286,7 +283,7 @@ class ViTEncoder(MIMPreTrainedModel):
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
-        """What makes tokens of patches. Accelerate asks for it, to shard it apart (FSDP2)."""
+        """The module that turns patches into tokens. Accelerate asks for it, to shard it on its own (FSDP2)."""
         return self.embeddings
 
     def encode(self, patches, grid, patch_ids=None, **kwargs):
@@ -295,7 +292,7 @@ class ViTEncoder(MIMPreTrainedModel):
         return self.norm(self.residual_stream(patches, grid, patch_ids, **kwargs))
 
     def residual_stream(self, patches, grid, patch_ids=None, **kwargs):
-        """As `encode`, before the final norm."""
+        """The tokens of `encode` before the final norm."""
         hidden_states = self.embeddings(patches, grid, patch_ids)
         for layer in self.layers:
             hidden_states = layer(hidden_states, None, **kwargs)
@@ -303,10 +300,7 @@ class ViTEncoder(MIMPreTrainedModel):
 
     def cut(self, pixel_values) -> tuple[torch.Tensor, tuple[int, int]]:
         """Images `[B, C, H, W]` → patches `[B, N, P]` and their grid."""
-        if pixel_values.shape[1] != self.config.num_channels:
-            raise ValueError(
-                f"pixel_values must have num_channels={self.config.num_channels} channels, got {pixel_values.shape[1]}"
-            )
+        self.check_channels(pixel_values)
         patch_size = self.config.patch_height_width
         grid = tuple(side // patch for side, patch in zip(pixel_values.shape[2:], patch_size, strict=True))
         return patchify(pixel_values, patch_size), grid
@@ -318,12 +312,12 @@ class ViTEncoder(MIMPreTrainedModel):
     @merge_with_config_defaults
     @capture_outputs(tie_last_hidden_states=False)
     def forward(self, pixel_values, patch_ids=None, **kwargs) -> BaseModelOutputWithPooling:
-        """Encode images: every patch in raster order, or only those named. Never masks, in train mode too.
+        """Encode images: every patch in raster order, or only `patch_ids`. It never masks, not even in train mode.
 
         Args:
-            pixel_values: normalised images `[B, C, H, W]`, sides divisible by the patch size; positions are resampled
-                for a grid that is not the trained one.
-            patch_ids: `[B, K]` raster indices of the patches to see.
+            pixel_values: normalised images `[B, C, H, W]`. The patch size must divide their sides. Positions are
+                resampled for a grid that is not the trained one.
+            patch_ids: `[B, K]` raster indices of the patches that the encoder sees.
 
         Returns:
             `last_hidden_state [B, prefix + N, D]` after the final norm, `pooler_output [B, D]`, and on request

@@ -7,6 +7,7 @@ from transformers.utils import logging
 
 from hf_mim import trainer_utils
 from hf_mim.checks import least, positive, share
+from hf_mim.pretraining.settings import to_type
 from hf_mim.trainer_utils import ProcessArguments
 
 logger = logging.get_logger(__name__)
@@ -14,35 +15,35 @@ logger = logging.get_logger(__name__)
 
 @dataclass
 class MIMTrainingArguments(ProcessArguments):
-    """TrainingArguments with the papers' schedules; what else differs from transformers is the defaults.
+    """TrainingArguments with the papers' schedules, a guard of the steps, and other defaults than transformers.
 
-    The learning rate goes from `start_lr_ratio` × peak to the peak over `warmup_steps` (a number of optimizer steps, or
-    below 1 a share of the run), then on a half cosine to `final_lr_ratio` × peak at the end. The peak is
-    `base_lr` × images per optimizer step / 256, or `learning_rate` as it is where that is given: it wins.
+    The learning rate rises from `start_lr_ratio` × peak to the peak over `warmup_steps` (a number of optimizer steps,
+    or below 1 a share of the run). It then falls on a half cosine to `final_lr_ratio` × peak at the end of the run. The
+    peak is `learning_rate` if that is given, or else `base_lr` × images per optimizer step / 256.
 
     Args:
         base_lr: Peak learning rate for 256 images per optimizer step.
-        learning_rate: Peak learning rate as it is; wins over base_lr × batch / 256.
-        start_lr_ratio: Learning rate at the first step, over the peak.
-        final_lr_ratio: Learning rate at the end of the run, over the peak.
-        lr_scheduler_type: 'cosine', the one that all recipes share.
+        learning_rate: Peak learning rate; overrides base_lr × images per optimizer step / 256.
+        start_lr_ratio: Learning rate at the first step, divided by the peak.
+        final_lr_ratio: Learning rate at the end of the run, divided by the peak.
+        lr_scheduler_type: Must be 'cosine', the schedule of all recipes.
         weight_decay: Weight decay, at the start of the run.
-        weight_decay_end: Weight decay at the end, reached on a half cosine; default: it is constant.
+        weight_decay_end: Weight decay at the end of the run, reached on a half cosine; default: weight_decay.
         adam_beta2: AdamW's second beta; I-JEPA and StoP use 0.999.
         max_grad_norm: Gradient norm to clip to; 0: no clipping.
-        bf16: Mixed precision in bfloat16; default: where the GPU has it, unless fp16.
+        bf16: Mixed precision in bfloat16; default: if the GPU has it, unless fp16 is given.
         max_skipped_steps: Steps in a row without a finite loss and gradient after which the run stops.
-        stop_on_collapse: End the run when its features collapse; else there is a warning.
-        logging_steps: Log every so many steps (or share of the run).
+        stop_on_collapse: End the run when its features collapse, instead of only a warning.
+        logging_steps: Steps from one log to the next (below 1: as a share of the run).
         logging_first_step: Log the first step too.
         logging_nan_inf_filter: Leave NaN losses out of the log.
         remove_unused_columns: Drop columns that the model does not take.
-        label_names: Inputs without which there is no eval_loss.
-        prediction_loss_only: Evaluate the loss, collect no predictions.
+        label_names: Inputs that eval_loss needs.
+        prediction_loss_only: Evaluate only the loss, and collect no predictions.
         dataloader_drop_last: Drop the last, smaller training batch.
         dataloader_persistent_workers: Keep workers between epochs.
         ddp_find_unused_parameters: Search for parameters without a gradient; no model here has any.
-        ddp_broadcast_buffers: Send buffers from rank 0 each step.
+        ddp_broadcast_buffers: Send buffers from rank 0 to the others at each step.
 
     Raises:
         ValueError: a value outside its range, in one line that names the argument.
@@ -63,7 +64,7 @@ class MIMTrainingArguments(ProcessArguments):
 
     logging_steps: float = 50
     logging_first_step: bool = True
-    # Trainer's filter looks at every loss: a device synchronisation per step, and it would hide a NaN.
+    # Trainer's filter waits for the device at every step, and it would hide a NaN.
     logging_nan_inf_filter: bool = False
     remove_unused_columns: bool = False
     label_names: list[str] | None = field(default_factory=lambda: ["pixel_values"])
@@ -71,7 +72,7 @@ class MIMTrainingArguments(ProcessArguments):
     dataloader_drop_last: bool = True
     dataloader_persistent_workers: bool = True
     ddp_find_unused_parameters: bool | None = False
-    # The buffers are tables that never change, and a similarity target that each rank sets alike.
+    # The buffers are tables that never change, and a similarity target that is the same on each rank.
     ddp_broadcast_buffers: bool | None = False
 
     def __post_init__(self):
@@ -101,21 +102,18 @@ class MIMTrainingArguments(ProcessArguments):
             self.accelerator_config.dispatch_batches = False  # each rank reads its own part of a stream
 
     def __getstate__(self) -> dict:
-        """Without the token: a run's `training_args.bin` is a pickle of these, and goes to the Hub with it."""
+        """Without the token: a run's `training_args.bin` is a pickle of this, and is uploaded with the run."""
         return vars(self) | {"hub_token": None}
 
     def _check_numbers(self):
-        """Numbers written as text (YAML reads `1e-4` as text) become numbers; each must be in its range."""
+        """Turn numbers that are text into numbers (PyYAML reads `1e-4` as text), and check the range of each."""
         above_zero = ("base_lr", "learning_rate")
         not_negative = ("start_lr_ratio", "final_lr_ratio", "weight_decay", "weight_decay_end", "warmup_steps")
         for name in (*above_zero, *not_negative):
             value = getattr(self, name)
             if value is None and name in ("learning_rate", "weight_decay_end"):
                 continue
-            try:
-                number = float(value)
-            except (TypeError, ValueError):
-                raise ValueError(f"{name} must be a number, got {value!r}") from None
+            number = to_type(name, value, float)
             positive(**{name: number}) if name in above_zero else least(0, **{name: number})
             setattr(self, name, number)
         for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
@@ -127,7 +125,7 @@ class MIMTrainingArguments(ProcessArguments):
         share("[0, 1)", adam_beta1=self.adam_beta1, adam_beta2=self.adam_beta2)
 
     def learning_rate_at(self, progress: float, warmup: float) -> float:
-        """The learning rate at `progress` in [0, 1], for a warm-up that takes the first `warmup` share of the run."""
+        """The learning rate at `progress` in [0, 1]. The warm-up takes the first `warmup` share of the run."""
         peak = self.learning_rate
         return trainer_utils.learning_rate(
             progress, peak, start=self.start_lr_ratio * peak, final=self.final_lr_ratio * peak, warmup=warmup

@@ -1,6 +1,6 @@
-"""What happens beside the step: random numbers, target update, weight decay, epochs, broken images, probe, logs.
+"""Callbacks of the trainer: target update, weight decay, throughput, progress bar and the log in a file.
 
-No callback keeps anything that a checkpoint would have to hold: what they do follows from the step number.
+A checkpoint has to hold nothing for them: what they do follows from the step number.
 """
 
 import contextlib
@@ -15,8 +15,8 @@ import torch
 from transformers import TrainerCallback
 from transformers.trainer_callback import ProgressCallback
 
-from hf_mim import trainer_utils
 from hf_mim.files import replacing
+from hf_mim.models.target_encoder import cosine
 from hf_mim.pretraining.guard import StepGuard
 from hf_mim.run_folder import METRICS
 
@@ -24,10 +24,10 @@ logger = logging.getLogger(__name__)
 
 
 class TargetUpdate(TrainerCallback):
-    """Tells the model its progress before each step and moves its target after each optimizer step that was taken.
+    """Tells the model its progress before each optimizer step, and moves its target after it.
 
-    Progress is the number of optimizer steps done before this one, over all of them. Under gradient accumulation this
-    is once per optimizer step; a step that was skipped, by the loss scaler or by `guard`, moves nothing.
+    Progress is the number of optimizer steps before this one, divided by that of the run. A step that the loss scaler
+    or `guard` has skipped moves nothing.
     """
 
     def __init__(self, guard: StepGuard):
@@ -42,11 +42,14 @@ class TargetUpdate(TrainerCallback):
 
 
 class WeightDecay(TrainerCallback):
-    """Sets the weight decay of the decayed parameter groups before each optimizer step (`weight_decay_end`)."""
+    """Sets the weight decay of the decayed parameter groups before each optimizer step.
+
+    It goes on half a cosine to `weight_decay_end`, as in I-JEPA (arXiv 2301.08243, appendix A: .04 → .4).
+    """
 
     def on_pre_optimizer_step(self, args, state, control, optimizer=None, **kwargs):
         end = args.weight_decay if args.weight_decay_end is None else args.weight_decay_end
-        value = trainer_utils.weight_decay(state.global_step / state.max_steps, args.weight_decay, end)
+        value = cosine(args.weight_decay, end, state.global_step / state.max_steps)
         for group in optimizer.param_groups:
             if group["decays"]:
                 group["weight_decay"] = value
@@ -67,15 +70,17 @@ class Throughput(TrainerCallback):
 
     @contextlib.contextmanager
     def waits(self):
-        """What happens inside is waiting for data."""
+        """The time that passes inside counts as waiting for data."""
         start = time.perf_counter()
         yield
         self.waiting += time.perf_counter() - start
 
     def read(self, device: torch.device) -> dict[str, float]:
-        """Since the last reading: images per second, of all processes together; of this one, its seconds of training,
-        those of them that it has waited for data, and its most memory on the device in GiB (on a CPU, what the process
-        has now)."""
+        """The numbers since the last call. `images_per_second` is for all processes together, the rest for this one.
+
+        `seconds` of training, and `data_wait_seconds` among them; `device_memory_gib` is the peak on the device, in
+        GiB. On a CPU, `memory_gib` is what the process holds now.
+        """
         self._lap()
         found = {"images_per_second": self.images / self.seconds}
         found |= {"seconds": self.seconds, "data_wait_seconds": self.waiting}
@@ -93,15 +98,11 @@ class Throughput(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         self._lap()
 
-    def restart_clock(self):
-        """What has passed since the last step was no training."""
+    def restart_clock(self, *args, **kwargs):
+        """Leave out the time since the last step: it was no training."""
         self.mark = time.perf_counter()
 
-    def on_evaluate(self, args, state, control, **kwargs):
-        self.restart_clock()
-
-    def on_save(self, args, state, control, **kwargs):
-        self.restart_clock()
+    on_evaluate = on_save = restart_clock
 
 
 class MIMProgress(ProgressCallback):
@@ -114,16 +115,16 @@ class MIMProgress(ProgressCallback):
 
 
 class MetricsFile(TrainerCallback):
-    """`metrics.jsonl` in the run folder: a line for each entry of the log, with its step and time (Unix seconds).
+    """Writes `metrics.jsonl` in the run folder: a line for each log, with its step and time (Unix seconds).
 
-    A resumed run takes back the lines after the step that it goes on from.
+    A resumed run first deletes the lines after the step from which it resumes.
     """
 
     def on_train_begin(self, args, state, control, **kwargs):
         path = Path(args.output_dir) / METRICS
         if not state.is_world_process_zero or not path.exists():
             return
-        with _unless_the_disk_is_full(path):
+        with _warn_if_unwritable(path):
             lines = [line for line in path.read_text().splitlines() if _step_of(line) <= state.global_step]
             with replacing(path) as aside:
                 aside.write_text("".join(f"{line}\n" for line in lines))
@@ -133,19 +134,19 @@ class MetricsFile(TrainerCallback):
             return
         path = Path(args.output_dir) / METRICS
         entry = {"step": state.global_step, "time": round(time.time(), 3)} | {k: _plain(v) for k, v in logs.items()}
-        with _unless_the_disk_is_full(path):
+        with _warn_if_unwritable(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             with open(path, "a") as file:
                 file.write(json.dumps(entry) + "\n")
 
 
 def _plain(value):
-    """JSON has no word for a number that is not finite: null."""
+    """The value, or None (null) for a number that is not finite, because JSON has no word for it."""
     return value if not isinstance(value, float) or math.isfinite(value) else None
 
 
 def _step_of(line: str) -> float:
-    """That of a line of metrics.jsonl; of half a line, which a kill can leave, infinity."""
+    """The step of a line of metrics.jsonl. Infinity for half a line, which a killed run can leave."""
     try:
         return json.loads(line)["step"]
     except (ValueError, KeyError, TypeError):
@@ -153,8 +154,8 @@ def _step_of(line: str) -> float:
 
 
 @contextlib.contextmanager
-def _unless_the_disk_is_full(path: Path):
-    """A log that cannot be written is no reason to end a run."""
+def _warn_if_unwritable(path: Path):
+    """A log that cannot be written (a full disk) is a warning, and does not end the run."""
     try:
         yield
     except OSError as error:

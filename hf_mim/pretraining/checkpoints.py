@@ -1,8 +1,9 @@
 """Checkpoints that are whole or absent.
 
-A checkpoint is written into `_saving/` beside the others, gets a manifest with the size and the SHA-256 of each file,
-and only then its name, `checkpoint-STEP`: a run that is killed, or a disk that fills up, leaves no half of one under
-it. What happens to its files later (one deleted, a bad block) shows against the manifest; a resume passes it over.
+A checkpoint is written into `_saving/` beside the others. It then gets a manifest with the size and the SHA-256 of each
+file, and only then its name, `checkpoint-STEP`. So a run that is killed, or a disk that fills up, leaves no half of a
+checkpoint under that name. The manifest shows what happens to its files later (one is deleted, a block goes bad), and a
+resume passes over a damaged checkpoint.
 """
 
 import contextlib
@@ -17,7 +18,7 @@ from hf_mim.run_folder import MANIFEST, STAGING, checkpoints
 
 
 def write_manifest(folder: Path, **about):
-    """`manifest.json`: `about`, and of each file below `folder` its size and hash. After that, all is on the disk."""
+    """Write `manifest.json` (`about`, and size and hash of each file below `folder`), and flush all to the disk."""
     files = {}
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
         _flush(path)
@@ -29,33 +30,27 @@ def write_manifest(folder: Path, **about):
         _flush_folder(directory)
 
 
-def read_manifest(folder: str | Path) -> dict:
-    """Raises ValueError if there is none that can be read."""
-    try:
-        manifest = json.loads((Path(folder) / MANIFEST).read_text())
-        if isinstance(manifest["files"], dict):
-            return manifest
-    except FileNotFoundError:
-        raise ValueError(f"has no {MANIFEST}") from None
-    except (OSError, ValueError, KeyError, TypeError):
-        pass
-    raise ValueError(f"has a damaged {MANIFEST}")
-
-
 def check(folder: str | Path, hashes: bool = True) -> dict:
-    """The manifest of a checkpoint that is whole, by the sizes of its files and their hashes.
+    """The manifest of a checkpoint, after the sizes of its files and their hashes were compared with it.
 
     Raises:
-        ValueError: it is not; the text goes after its name ("lacks optimizer.pt").
+        ValueError: the checkpoint is damaged; the text goes on after its name ("lacks optimizer.pt").
     """
-    folder, manifest = Path(folder), read_manifest(folder)
-    for name, expected in manifest["files"].items():
+    folder = Path(folder)
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text())
+        files = manifest["files"].items()
+    except FileNotFoundError:
+        raise ValueError(f"has no {MANIFEST}") from None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        raise ValueError(f"has a damaged {MANIFEST}") from None
+    for name, expected in files:
         path = folder / name
         if not path.is_file():
             raise ValueError(f"lacks {name}")
         if path.stat().st_size != expected["bytes"]:
             raise ValueError(f"has {path.stat().st_size} of {expected['bytes']} bytes of {name}")
-    for name, expected in manifest["files"].items() if hashes else ():
+    for name, expected in files if hashes else ():
         if sha256(folder / name) != expected["sha256"]:
             raise ValueError(f"has other bytes in {name} than were saved")
     return manifest
@@ -71,7 +66,7 @@ def is_whole(folder: str | Path, hashes: bool = True) -> bool:
 
 
 def newest_whole(run_folder: str | Path, tell: Callable[[str], None] = lambda line: None) -> Path | None:
-    """The latest checkpoint that is whole, None if there is none; `tell` hears of each that is passed over, and why."""
+    """The latest whole checkpoint, None if there is none. `tell` is called for each damaged one, with the reason."""
     for folder in checkpoints(run_folder):
         try:
             check(folder)
@@ -83,7 +78,7 @@ def newest_whole(run_folder: str | Path, tell: Callable[[str], None] = lambda li
 
 
 def commit(staged: Path, final: Path):
-    """Give a checkpoint with its manifest its name. One of that name that is whole is the same one, and stays."""
+    """Move a checkpoint with its manifest to its name. A whole one that is there already is the same, and stays."""
     if final.exists():
         if is_whole(final):
             shutil.rmtree(staged)
@@ -94,7 +89,7 @@ def commit(staged: Path, final: Path):
 
 
 def rotate(run_folder: str | Path, limit: int | None, keep: str | None = None):
-    """Delete all but the `limit` latest whole checkpoints and `keep`; as long as none is whole, nothing."""
+    """Delete all checkpoints but the `limit` latest whole ones and `keep`. If none is whole, delete nothing."""
     if not limit or limit < 0:
         return
     found = checkpoints(run_folder)
@@ -106,13 +101,13 @@ def rotate(run_folder: str | Path, limit: int | None, keep: str | None = None):
 
 
 def clear_staging(run_folder: str | Path):
-    """What an interrupted save has left."""
+    """Delete what an interrupted save has left."""
     shutil.rmtree(Path(run_folder) / STAGING, ignore_errors=True)
 
 
 @contextlib.contextmanager
 def written_aside(run_folder: str | Path) -> Iterator[Path]:
-    """A folder to write files into, each of which takes its place in `run_folder` when all of them are written."""
+    """A folder to write files into. When all are written, each of them is moved to `run_folder`."""
     run_folder = Path(run_folder)
     aside = run_folder / STAGING / "files"
     shutil.rmtree(aside, ignore_errors=True)
@@ -127,18 +122,18 @@ def written_aside(run_folder: str | Path) -> Iterator[Path]:
 
 
 def _remove(folder: Path):
-    """Under another name first: half of a checkpoint is none."""
+    """Delete a checkpoint. It is renamed first, so that a half-deleted one does not look like a checkpoint."""
     trash = folder.parent / STAGING / f"removed-{folder.name}"
     trash.parent.mkdir(exist_ok=True)
     shutil.rmtree(trash, ignore_errors=True)
     os.rename(folder, trash)
     shutil.rmtree(trash, ignore_errors=True)
-    with contextlib.suppress(OSError):  # a save may be under way in it
+    with contextlib.suppress(OSError):  # it is not empty: a save may be under way
         trash.parent.rmdir()
 
 
 def _flush(path: Path):
-    """To the disk: what is only in the page cache does not outlive the machine."""
+    """Write a file to the disk: what is only in the page cache is lost when the machine stops."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -147,6 +142,6 @@ def _flush(path: Path):
 
 
 def _flush_folder(path: Path):
-    """Its entries; not all file systems can."""
+    """Write a folder's entries to the disk. Some file systems cannot, which is no error here."""
     with contextlib.suppress(OSError):
         _flush(path)

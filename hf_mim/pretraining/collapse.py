@@ -1,11 +1,12 @@
-"""The collapse alarm: says when the targets of a run no longer tell images apart, and what to change first.
+"""The collapse alarm: it warns when the targets of a run no longer tell images apart, and says what to change first.
 
-Lowest `target_std` seen, limit 0.2: in healthy runs on the digits and CIFAR-10 (width 32 to 128, batch 4 to 128) 0.27
-for StoP-JEPA and I-JEPA, 0.43 for Latent MIM; in runs that collapse, 0.08 to 0.18 for StoP-JEPA without momentum, 0.13
-to 0.17 for Latent MIM without gap, discrimination and similarity term. Fresh weights, up to ViT-Base, begin at 0.56 to
-0.74. `target_cosine` and `error_over_constant` overlap (0.97 and above 1 are seen in healthy runs), so they are logged
-and quoted, and do not decide. Partial collapse (0.29 to 0.36, at widths 32 and 64) is not called. `probe_std_mean` of
-the digits recipe of StoP-JEPA falls to 0.037 and recovers, and to 0.012 without momentum.
+The limit of `target_std` is 0.2, chosen by the lowest value in each of our runs. Healthy runs on the digits and
+CIFAR-10 (width 32 to 128, batch 4 to 128) have 0.27 (StoP-JEPA and I-JEPA) and 0.43 (Latent MIM). Runs that collapse
+have 0.08 to 0.18 (StoP-JEPA without momentum) and 0.13 to 0.17 (Latent MIM without gap, discrimination and similarity
+term). Fresh weights, up to ViT-Base, begin at 0.56 to 0.74. The alarm does not see a partial collapse (0.29 to 0.36, at
+widths 32 and 64). `target_cosine` and `error_over_constant` are logged and quoted but do not decide, because they
+overlap: healthy runs show 0.97 and values above 1 too. `probe_std_mean` of StoP-JEPA's digits recipe falls to 0.037 and
+recovers; without momentum it falls to 0.012.
 """
 
 import logging
@@ -22,9 +23,9 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Condition:
-    """A value of the log that falls below `limit` and below `share` of what it was at the start of the run.
+    """Holds when a logged value is below `limit` and below `share` of its value at the start of the run.
 
-    Both are needed: an untrained encoder may begin low, which is no collapse.
+    Both are needed, because an untrained encoder may begin low, which is no collapse.
     """
 
     name: str
@@ -32,29 +33,27 @@ class Condition:
     share: float
     says: str
 
-    def bound(self, start: float) -> float:
-        return min(self.limit, self.share * start)
-
 
 CONDITIONS = (
     Condition("target_std", 0.2, 0.4, "the targets collapse"),
-    # Stricter than the limits of `evaluation.health`, which healthy runs of small models pass.
+    # Stricter than the limits of `evaluation.health`, because healthy runs of small models fall below those.
     Condition("probe_std_mean", 0.02, 0.25, "the features collapse onto one vector"),
     Condition("probe_effective_rank", 1.5, 0.5, "the features collapse onto one direction"),
 )
-# Logged beside it, for the warning to quote.
+# Condition → the values beside it in the log that the warning quotes.
 WITNESSES = {
     "target_std": ("target_cosine", "target_position_share", "error_over_constant"),
     "probe_std_mean": ("probe_mean_cosine", "probe_rank_me"),
     "probe_effective_rank": ("probe_rank_me", "probe_mean_cosine"),
 }
-PATIENCE = 2  # logs in a row that begin a condition, and that end it: one noisy log does neither
-POSITION_ONLY = 0.9  # the share of variance from which on the place is said to be all that the targets tell
+PATIENCE = 2  # logs in a row that begin or end a condition, so that one noisy log does neither
+POSITION_ONLY = 0.9  # above this share of variance, the targets tell only the place of a patch
 
 
 def held_since(series: list[tuple[int, float]], condition: Condition) -> list[int | None]:
-    """For each of a run's (step, value): the step since which the condition holds by then, or None."""
-    bound, since, against, verdicts = condition.bound(series[0][1]), None, [], []
+    """For each (step, value) of a run: the step since which the condition holds at this time, or None."""
+    bound = min(condition.limit, condition.share * series[0][1])
+    since, against, verdicts = None, [], []
     for step, value in series:
         against = [*against, step] if (value < bound) == (since is None) else []
         if len(against) == PATIENCE:
@@ -64,11 +63,11 @@ def held_since(series: list[tuple[int, float]], condition: Condition) -> list[in
 
 
 class CollapseAlarm(TrainerCallback):
-    """Warns, in one line, when the targets or the probed features collapse, and when they do again after a recovery.
+    """Warns in one line when the targets or the probed features collapse, and again if they recover and collapse again.
 
-    It judges what is in the log anyway: the signals of the model's `metrics` (`models.signals.target_signals`), and the
-    health that `OnlineProbe` logs. All of it follows from `state.log_history`, so a resumed run goes on as if it had
-    not stopped. It writes `collapsed`, 0 or 1, beside the signals into that history and into the log.
+    It judges what is in the log anyway: the signals in the model's `metrics` (`models.signals.target_signals`), and the
+    health that `OnlineProbe` logs. It reads `state.log_history`, so a resumed run goes on as if it had not stopped. It
+    writes `collapsed`, 0 or 1, beside the signals into that history and into the log.
 
     Args:
         stop: end the run, with a checkpoint, at a log that shows a collapse (`--stop_on_collapse`).
@@ -78,10 +77,10 @@ class CollapseAlarm(TrainerCallback):
         self.stop = stop
 
     def on_log(self, args, state, control, logs=None, model=None, **kwargs):
-        entry = state.log_history[-1]  # Trainer has put the log there, with its step
+        entry = state.log_history[-1]  # Trainer has put the log there, and its step
         collapsed = False
         for condition in CONDITIONS:
-            # What is not finite is left to the training to deal with.
+            # The training itself deals with values that are not finite.
             seen = [e for e in state.log_history if math.isfinite(e.get(condition.name, math.nan))]
             if not seen or seen[-1] is not entry:
                 continue
@@ -93,9 +92,7 @@ class CollapseAlarm(TrainerCallback):
                 logger.warning(warning_text(condition, seen[0], entry, since, model.config, args))
         if "target_std" in logs:
             logs["collapsed"] = entry["collapsed"] = float(collapsed)
-        if self.stop and args.world_size > 1:  # each process has probed for itself: all stop, or none
-            collapsed = any(gather_object([collapsed]))
-        if self.stop and collapsed:
+        if self.stop and any(gather_object([collapsed])):  # each process has probed for itself: all stop, or none
             control.should_save = control.should_training_stop = True
 
 
@@ -115,13 +112,13 @@ def warning_text(condition: Condition, start: dict, entry: dict, since: int, mod
 
 
 def advice(config, args) -> str:
-    """What to change first, beside what it is in this run; nothing if the method's row has no advice."""
+    """What to change first, with this run's values. Empty if the method's row has no advice."""
     try:
         settings = methods.of_config(config).advice
-    except ValueError as error:  # a model that is not in the table can be trained too
+    except ValueError as error:  # a model whose method is not in the table can be trained too
         return f" There is no advice: {error}."
     if not settings:
         return ""
     values = {name: getattr(config, name) if hasattr(config, name) else getattr(args, name) for name in settings}
-    changes = "; ".join(f"{name} {better}, here {values[name]}" for name, better in settings.items())
-    return f" What users change first: {changes}."
+    changes = "; ".join(f"{name} {better}, now {values[name]}" for name, better in settings.items())
+    return f" Try first: {changes}."

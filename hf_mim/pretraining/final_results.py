@@ -1,4 +1,4 @@
-"""What a run says of itself: what it took, health of its features, and k-NN accuracy beside that of no training."""
+"""The results of a run: what it took, its features' health, and their k-NN accuracy beside an untrained encoder's."""
 
 import platform
 import re
@@ -27,7 +27,7 @@ HEALTH_IMAGES = 512
 
 
 def load_split(run: RunArguments, argument: str, split: str) -> Dataset | IterableDataset:
-    """A split of the run's `dataset` or `test_dataset`, not decoded. Errors name the argument."""
+    """A split of the run's `dataset` or `test_dataset`; its images are not decoded yet. Errors name the argument."""
     try:
         return load_images(getattr(run, argument), split, run.streaming, run.image_column, run.label_column)
     except ValueError as error:
@@ -36,23 +36,25 @@ def load_split(run: RunArguments, argument: str, split: str) -> Dataset | Iterab
 
 
 def labelled_sample(images: Dataset | IterableDataset, count: int, start: int = 0) -> Dataset:
-    """As `fixed_sample`, of those with a label; of a stream those among `count`."""
+    """As `fixed_sample`, but only images with a label. A stream gives those among its `count` images."""
     if isinstance(images, Dataset):
         return fixed_sample(labelled_only(images), count, start)
     return labelled_only(fixed_sample(images, count, start))
 
 
 def fixed_view(images, config: PreTrainedConfig, count: int, size=None) -> ImageDataset:
-    """Centred crops of a fixed sample, of `size` or that which the encoder sees."""
+    """Centred crops of a fixed sample. `size` is by default the one that the encoder sees."""
     sample = fixed_sample(images, count)
     return ImageDataset(sample, size or config.image_height_width, config.num_channels, CenterCrop())
 
 
 @dataclass
 class Readout:
-    """Labelled images to vote (from `start` on in their shuffled order) and to be classified.
+    """Labelled images for the k-NN test: those that vote, and those that are classified.
 
-    `data` says which they are, for the result.
+    start: the shuffled training images from here on vote.
+    most: the most images that vote, and that are classified.
+    data: which images they are, for the result.
     """
 
     train_images: Dataset | IterableDataset
@@ -63,10 +65,10 @@ class Readout:
 
     @classmethod
     def find(cls, images, run: RunArguments) -> "Readout | None":
-        """The training split votes, a test split is classified. None where there are no labels.
+        """The training split votes and a test split is classified. None if there are no labels.
 
-        Without a test split, a fifth of the training images at most is classified and does not vote: the model has seen
-        them, without their labels. Of a stream, or of fewer than 5 labelled images, there is None.
+        Without a test split, at most a fifth of the training images is classified and does not vote. The model has seen
+        them, without their labels. A stream, or fewer than 5 labelled images, then give None.
         """
         if not _has_labels(images):
             return None
@@ -85,19 +87,15 @@ class Readout:
         }
         return cls(images, tested, 0 if own else num_tested, (run.knn_train_images, num_tested), data)
 
-    def sample(self, train: int | None = None, test: int | None = None) -> tuple[LabelledImages, LabelledImages]:
-        """At most so many labelled images to vote and to be classified."""
-        counts = [
-            most if count is None else min(most, count) for count, most in zip((train, test), self.most, strict=True)
-        ]
-        return (
-            LabelledImages(labelled_sample(self.train_images, counts[0], self.start), self.data["train"]),
-            LabelledImages(labelled_sample(self.test_images, counts[1]), self.data["test"]),
-        )
+    def sample(self, train: int, test: int) -> tuple[LabelledImages, LabelledImages]:
+        """At most `train` labelled images to vote and `test` to be classified, and no more than `most`."""
+        voting = labelled_sample(self.train_images, min(train, self.most[0]), self.start)
+        classified = labelled_sample(self.test_images, min(test, self.most[1]))
+        return LabelledImages(voting, self.data["train"]), LabelledImages(classified, self.data["test"])
 
     def measure(self, model, untrained, augment, batch_size: int, folder: Path) -> Result:
-        """The trained encoder, with the untrained one and the raw pixels as baselines: printed, and in results/."""
-        train, test = self.sample()
+        """Measure the trained encoder, the untrained one and raw pixels. Prints and saves the result."""
+        train, test = self.sample(*self.most)
         normalization = augment.statistics()
         size = model.config.image_height_width
         encoders = {
@@ -108,8 +106,7 @@ class Readout:
         protocol = KNN(k=min(20, len(train)))
         extractors = {name: FeatureExtractor(encoder, batch_size, progress=False) for name, encoder in encoders.items()}
         result = measure(protocol, extractors.pop("trained"), (train, test), folder)
-        results = {name: protocol.run(extract, train, test) for name, extract in extractors.items()}
-        result.scores = {name: other.value for name, other in results.items()}
+        result.scores = {name: protocol.run(extract, train, test).value for name, extract in extractors.items()}
         result.data["test"]["seen_in_pretraining"] = self.data["test_images_seen_in_pretraining"]
         result.save(result_path(folder, KNN_RESULT))
         seen = ", seen in pretraining without their labels" if self.data["test_images_seen_in_pretraining"] else ""
@@ -121,9 +118,9 @@ class Readout:
 
 
 def training_record(trainer: Trainer, run: RunArguments, images) -> Result:
-    """`results/training.json`: what the training took and where its loss went, over all parts of a resumed run.
+    """`results/training.json`: what the training took and how its loss changed, over all parts of a resumed run.
 
-    Seconds are those of training steps: evaluating, probing and saving do not count, and the clock does not matter.
+    Only the seconds of training steps count: not evaluating, probing and saving, nor the time between two parts.
     """
     args, state, folder = trainer.args, trainer.state, Path(trainer.args.output_dir)
     losses = [entry["loss"] for entry in state.log_history if "loss" in entry]
@@ -131,7 +128,7 @@ def training_record(trainer: Trainer, run: RunArguments, images) -> Result:
     name = torch.get_device_module(args.device).get_device_name() if args.device.type == "cuda" else platform.machine()
     about = {"source": f"{source_name(run.dataset)}, split {run.train_split}"}
     about |= {"images": len(images)} if isinstance(images, Dataset) else {}
-    about["local"] = Path(run.dataset).expanduser().exists()  # else `owner/name` could be a folder's
+    about["local"] = Path(run.dataset).expanduser().exists()  # tells a folder owner/name from a dataset on the Hub
     result = Result(
         "pretrain",
         "loss",
@@ -161,7 +158,7 @@ def training_record(trainer: Trainer, run: RunArguments, images) -> Result:
 
 
 def health_record(model, augment, images, run: RunArguments, batch_size: int, folder: Path) -> Result:
-    """`results/health.json`: the features of training images, beside an untrained encoder's. Needs no labels."""
+    """`results/health.json`: health of the features of training images, beside an untrained encoder's. No labels."""
     sample = Images(fixed_sample(images, HEALTH_IMAGES), f"{source_name(run.dataset)}, split {run.train_split}")
     encoder = FrozenEncoder(model.base_model, *augment.statistics(), name=str(folder))
     extract = FeatureExtractor(encoder, batch_size, progress=False)
@@ -172,9 +169,10 @@ def health_record(model, augment, images, run: RunArguments, batch_size: int, fo
 
 
 def find_test_split(run: RunArguments, labelled: bool = False) -> tuple[Dataset | IterableDataset | None, str | None]:
-    """The test images and their split; (None, None) where the recipe names none and the dataset has none.
+    """The test images and their split; (None, None) if the recipe names none and the dataset has none.
 
-    Raises ValueError if it names one that is not there, or has no labels when they are asked for.
+    Raises ValueError if the recipe names one that does not exist, or that has no labels although `labelled` asks for
+    them.
     """
     argument = "dataset" if run.test_dataset is None else "test_dataset"
     named = run.test_dataset or run.test_split
@@ -198,7 +196,7 @@ def find_test_split(run: RunArguments, labelled: bool = False) -> tuple[Dataset 
 
 
 def _has_labels(images: Dataset | IterableDataset) -> bool:
-    """Whether there is a label that is known (-1 is not). Of a stream only whether there is the column."""
+    """Whether any label is known (-1 is not). A stream is only asked for the column."""
     if "label" not in images.column_names:
         return False
     return not isinstance(images, Dataset) or any(label is not None and label >= 0 for label in images["label"])

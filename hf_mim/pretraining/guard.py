@@ -1,8 +1,8 @@
 """Steps that go wrong change nothing, and a signal ends the run at a whole checkpoint.
 
-Both are votes of a step: is its loss or its gradient not finite, has this process been told to stop? The ranks put
-their votes together on the device, where the optimizer obeys the first; the host reads them when they have arrived, a
-few steps later, so that no step waits for the device, and all ranks read the same at the same step.
+At each step every rank votes twice: is the loss or the gradient not finite, and has a signal told this process to stop?
+The votes of all ranks are added on the device, and there the optimizer obeys the first sum. The host reads both sums
+`LAG` steps later, so that no step waits for the device. All ranks read the same sums at the same step.
 """
 
 import contextlib
@@ -22,8 +22,8 @@ from hf_mim.pretraining.checkpoints import newest_whole
 
 logger = logging.getLogger(__name__)
 
-LAG = 2  # steps that the host may be ahead of what it reads of an accelerator
-INTERRUPTED = 75  # EX_TEMPFAIL: the exit status of a run that a signal has ended, to be started again
+LAG = 2  # steps between a vote on an accelerator and the host's reading of it
+INTERRUPTED = 75  # EX_TEMPFAIL, the exit status of a run that a signal has ended: start it again
 
 
 class NonFiniteError(ValueError):
@@ -32,7 +32,7 @@ class NonFiniteError(ValueError):
 
 @dataclass
 class Votes:
-    """What a step has said: its number, the two votes on their way to the host, its images."""
+    """A step's number, its two votes on their way to the host, and its images."""
 
     step: int
     votes: Tensor
@@ -41,13 +41,14 @@ class Votes:
     names: list[list[str]]
 
     def read(self) -> tuple[bool, bool]:
+        """Whether the step was skipped, and whether the run has to stop."""
         if self.arrived is not None:
             self.arrived.synchronize()
         skipped, stop = self.votes.tolist()
         return skipped > 0, stop > 0
 
     def images(self) -> str:
-        """Those whose predictions are not finite; where there is none, all of the step."""
+        """Names the images whose predictions are not finite, or all images of the step if there are none."""
         names = [name for batch in self.names for name in batch]
         wrong = [name for name, finite in zip(names, torch.cat(self.finite).tolist(), strict=True) if not finite]
         if wrong:
@@ -56,42 +57,38 @@ class Votes:
 
 
 class StepGuard(TrainerCallback):
-    """Skips steps whose loss or gradient is not finite, ends the run after `max_skipped` of them in a row or a signal.
+    """Skips steps whose loss or gradient is not finite. Ends the run after `max_skipped` of them in a row or a signal.
 
-    A skipped step leaves weights, optimizer state and EMA target as they are; schedules and data go on.
-    `skip` says it on the device: 0-dim, 1.0 where the step of this moment is skipped. A fused AdamW reads it there; for
-    any other optimizer the host has to wait for it, at each step.
+    A skipped step leaves weights, optimizer state and EMA target as they are; schedules and data go on. `skip` is a
+    0-dim tensor on the device, 1.0 while the current step is skipped. A fused AdamW reads it there. With any other
+    optimizer, the host waits for it at each step.
     """
 
     def __init__(self, trainer, max_skipped: int):
         self.trainer, self.max_skipped = trainer, max_skipped
-        self.skipped = self.in_a_row = 0  # steps that were skipped: by this process, and up to now without a good one
-        self.signal: signal.Signals | None = None  # that has ended the run
+        self.skipped = 0  # steps that this process has skipped
+        self.in_a_row = 0  # steps skipped since the last good one
+        self.signal: signal.Signals | None = None  # the one that has ended the run
         self._asked: signal.Signals | None = None
         self._pending: deque[Votes] = deque()
         self.skip, self.grad_norm = None, None
-        self._start_step()
 
-    def _start_step(self):
+    def on_step_begin(self, args, state, control, **kwargs):
         self._losses, self._finite, self._names = [], [], []
 
     def watch(self, loss: Tensor, pixel_values: Tensor, predictions: Tensor, names: list[str] | None):
-        """A micro-batch: its loss, and which of its images are finite from end to end."""
+        """Note a micro-batch's loss, and for which of its images both pixels and predictions are finite."""
         sums = [tensor.detach().flatten(1).sum(1, dtype=torch.float32) for tensor in (pixel_values, predictions)]
         self._losses.append(loss.detach().float())
         self._finite.append(torch.isfinite(sums[0] + sums[1]))
         self._names.append(names or [f"image {index} of the batch" for index in range(len(pixel_values))])
 
-    def on_step_begin(self, args, state, control, **kwargs):
-        self._start_step()
-
     def on_pre_optimizer_step(self, args, state, control, optimizer=None, **kwargs):
-        total = torch.stack(self._losses).sum() + _full_tensor(self.grad_norm)
+        total = torch.stack(self._losses).sum() + full_tensor(self.grad_norm)
         votes = torch.stack([(~torch.isfinite(total)).float(), total.new_full((), float(self._asked is not None))])
-        if args.world_size > 1:
-            votes = self.trainer.accelerator.reduce(votes, "sum")
+        votes = self.trainer.accelerator.reduce(votes, "sum")
         self.skip = votes[0].clamp(max=1)
-        if self.trainer.accelerator.scaler is None:  # a loss scaler skips by itself
+        if self.trainer.accelerator.scaler is None:  # a loss scaler skips the step by itself
             if getattr(optimizer.optimizer, "_step_supports_amp_scaling", False):
                 optimizer.optimizer.found_inf = self.skip
             elif self.skip.item():
@@ -125,13 +122,13 @@ class StepGuard(TrainerCallback):
                 f"max_grad_norm 1{', bf16 in place of fp16' if args.fp16 else ''}, and look at the images named above"
             )
         if stop and control is not None:
-            self.signal = self._asked or signal.SIGTERM  # another rank's
+            self.signal = self._asked or signal.SIGTERM  # or: another rank was told to stop
             control.should_save = control.should_training_stop = True
             control.should_evaluate = False
 
     @contextlib.contextmanager
     def signals(self):
-        """SIGTERM and SIGINT end the run after its step, at a checkpoint; a second SIGINT ends it at once."""
+        """Inside, SIGTERM and SIGINT end the run after the current step, with a checkpoint; a second SIGINT at once."""
         self.signal = self._asked = None
         self.skipped = self.in_a_row = 0
         self._pending.clear()
@@ -153,7 +150,7 @@ class StepGuard(TrainerCallback):
 
 
 def leave_signals_to_the_main_process(worker: int):
-    """For `DataLoader.worker_init_fn`. A scheduler signals workers too, which the last step still needs."""
+    """For `DataLoader.worker_init_fn`. A scheduler signals the workers too, but the last step still needs them."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if hasattr(signal, "sigwaitinfo"):  # Linux
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
@@ -161,19 +158,19 @@ def leave_signals_to_the_main_process(worker: int):
 
 
 def _end_with_the_main_process():
-    """The main process ends its workers by SIGTERM as well."""
+    """End this worker when the SIGTERM comes from the main process, which ends its workers in this way."""
     while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
         pass
     os._exit(0)
 
 
-def _full_tensor(norm) -> Tensor | float:
-    """A sharded model's gradient norm is a DTensor."""
-    return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+def full_tensor(value):
+    """The whole of a DTensor, which a sharded model has; every rank has to ask. Anything else is returned as it is."""
+    return value.full_tensor() if hasattr(value, "full_tensor") else value
 
 
 def _send(votes: Tensor) -> tuple[Tensor, torch.Event | None]:
-    """On their way to the host, with the event of their arrival."""
+    """Start copying the votes to the host. Returns the copy, and the event of its arrival (None on a CPU)."""
     if votes.device.type == "cpu":
         return votes, None
     host = torch.empty_like(votes, device="cpu", pin_memory=True).copy_(votes, non_blocking=True)

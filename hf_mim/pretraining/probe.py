@@ -13,20 +13,21 @@ from hf_mim.evaluation.encoder import FrozenEncoder
 from hf_mim.evaluation.features import FeatureExtractor
 from hf_mim.evaluation.health import measure_health
 from hf_mim.evaluation.knn import knn_predict
+from hf_mim.pretraining.guard import full_tensor
 
 logger = logging.getLogger(__name__)
 
 
 class OnlineProbe(TrainerCallback):
-    """k-NN accuracy and health of the features during training, before the first step and every `every` steps.
+    """Measures k-NN accuracy and health of the features, before the first step and then every `every` steps.
 
-    They are logged as `probe_...` beside the loss. Every process measures the same for itself, nothing random is drawn
-    from the training's numbers, and the time does not count as training time.
+    They are logged as `probe_...` beside the loss. Every process measures the same by itself. The probe draws nothing
+    from the training's random numbers, and its time does not count as training time.
 
     Args:
-        trainer: the `MIMTrainer`, whose model, normalisation and batch size for evaluation are used.
+        trainer: the `MIMTrainer`; the probe uses its model, normalisation and batch size for evaluation.
         train: `LabelledImages` that vote, or None: then only health is measured.
-        test: `LabelledImages` to classify; without labels any `datasets.Dataset` of images.
+        test: `LabelledImages` to classify; if there are no labels, any `datasets.Dataset` of images.
     """
 
     def __init__(self, trainer, every: int, train: LabelledImages | None, test: LabelledImages | Dataset):
@@ -41,10 +42,10 @@ class OnlineProbe(TrainerCallback):
         if state.global_step % self.every == 0 and self.trainer.guard.signal is None:
             should_log = control.should_log
             self.measure()
-            control.should_log = should_log  # what `log` takes back, though the loss is still to be logged
+            control.should_log = should_log  # `log` clears it, but the loss is still to be logged
 
     def measure(self):
-        """Log one measurement; features that are not finite are said, and left to the training to deal with."""
+        """Log one measurement. If the features are not finite, warn: the training itself deals with that."""
         trainer = self.trainer
         model = _unsharded(trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False).base_model)
         training = model.training
@@ -56,7 +57,7 @@ class OnlineProbe(TrainerCallback):
         trainer.throughput.restart_clock()
 
     def values(self, model: nn.Module) -> dict[str, float]:
-        """Health of the test images' features by an encoder, and `knn` where there are labels."""
+        """Health of an encoder's features of the test images, and `knn` if there are labels."""
         encoder = FrozenEncoder(model, *self.trainer.augment.statistics())
         extract = FeatureExtractor(encoder, self.trainer.args.per_device_eval_batch_size, progress=False)
         pooled, tokens = extract(self.test, ["last/mean/norm", "last/tokens/norm"])
@@ -69,7 +70,7 @@ class OnlineProbe(TrainerCallback):
 
 
 def _unsharded(model: nn.Module) -> nn.Module:
-    """Of a sharded model (FSDP2) a whole copy, for which all ranks have to ask; any other as it is.
+    """A whole copy of a sharded model (FSDP2), for which all ranks have to ask; any other model as it is.
 
     A part of a sharded model cannot be called by itself: it would take itself for the root.
     """
@@ -78,6 +79,5 @@ def _unsharded(model: nn.Module) -> nn.Module:
         return model
     with torch.device("meta"):
         copy = type(model)(model.config)
-    whole = {name: t.full_tensor() if hasattr(t, "full_tensor") else t for name, t in state.items()}
-    copy.load_state_dict(whole, assign=True)
+    copy.load_state_dict({name: full_tensor(tensor) for name, tensor in state.items()}, assign=True)
     return copy

@@ -1,8 +1,8 @@
 """A run's settings: a YAML file and a command line become checked, typed arguments of run, model and training.
 
-Settings are flat: one name, one meaning. They are those of the run (`RunArguments`), of the method's config class and
-of `MIMTrainingArguments`. The command line goes over the file, the file over the defaults. Those are the classes' own,
-over them `DEFAULTS`, and over these what the method's row in `hf_mim.methods` says.
+Settings are flat: one name has one meaning. Each is an argument of the run (`RunArguments`), of the method's config
+class or of `MIMTrainingArguments`. The command line overrides the file, and the file overrides the defaults. Those are
+the defaults of the classes, overridden by `DEFAULTS`, overridden by the method's row in `hf_mim.methods`.
 """
 
 import dataclasses
@@ -27,19 +27,19 @@ DEFAULTS = {
     "per_device_train_batch_size": 64,
     "per_device_eval_batch_size": 64,
     "dataloader_num_workers": min(4, os.cpu_count() or 1),
-    "save_total_limit": 2,  # the one before, where a file of the last is damaged
+    "save_total_limit": 2,  # if a file of the last is damaged, the run resumes from the one before
 }
-# An argument does nothing beside these; where a higher layer gives it, those of lower layers are dropped.
+# Name → the arguments that overrule it. Where a layer gives the name, they are dropped from the layers below.
 OVERRULED_BY = {
     "size": ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"),
     "base_lr": ("learning_rate",),
     "num_train_epochs": ("max_steps",),
 }
 
-# Fields of TrainingArguments that would do nothing here.
+# Fields of TrainingArguments that would do nothing in a run of ours.
 NOT_OFFERED = {"do_train", "do_eval", "do_predict", "resume_from_checkpoint", "local_rank"}
 SECRET = {"hub_token"}
-# Defaults that decide what a run gives; they are written down, so that a later version's do not change it.
+# Defaults that decide the result of a run. recipe.yaml records them, so that a later version repeats the run.
 RECORDED = (
     "base_lr",
     "learning_rate",
@@ -57,33 +57,33 @@ RECORDED = (
 
 @dataclass
 class RunArguments:
-    """What a run is made of beside the model and the training. `--help-all` prints these texts.
+    """The arguments of a run that belong neither to the model nor to the training. `--help-all` prints these texts.
 
     Args:
-        method: the method
+        method: the pretraining method
         dataset: a folder of images, Parquet or Arrow files, WebDataset tars, a save_to_disk folder, the name of a
             dataset on the Hub (owner/name or owner/name:config), or "digits" (embedded)
         train_split: the split to train on
         test_dataset: images for the k-NN test; default: dataset
-        test_split: their split; default: validation or test, else training images are used
-        image_column: default: found by its type
-        label_column: default: found by its type; needed for no method
-        streaming: read while training; needs max_steps
-        shuffle_buffer: images of a stream that are held in each worker, to draw from at random
-        crop_scale: a crop's share of the image's area
-        crop_ratio: a crop's width / height over that of image_size
-        flip_probability: of a left-right flip
-        grayscale_probability: of turning an image grey
-        blur_probability: of a Gaussian blur
-        blur_sigma: its standard deviation, in pixels
-        image_mean, image_std: of each channel, pixels in [0, 1]; default: measured on 1,024 images
-        knn: measure the features at the end by 20-NN, where there are labels
-        knn_train_images: at most so many labelled images to vote
-        knn_test_images: at most so many to classify
-        probe_every: steps between measurements of k-NN (with labels) and health, logged beside the loss; 0: none
-        probe_images: of which at most so many vote; a quarter as many are classified
-        license: of the checkpoint, for its card: apache-2.0, cc-by-nc-4.0, ...
-        resume: continue the run in output_dir, by its own recipe.yaml
+        test_split: split of test_dataset; default: validation or test, else training images are used
+        image_column: the column of the images; default: found by its type
+        label_column: the column of the labels, which no method needs; default: found by its type
+        streaming: read the images while training; needs max_steps
+        shuffle_buffer: with streaming, images that each worker holds and draws from at random
+        crop_scale: smallest and largest share of the image's area that a crop takes
+        crop_ratio: smallest and largest width / height of a crop, relative to that of image_size
+        flip_probability: probability of a left-right flip
+        grayscale_probability: probability that an image turns grey
+        blur_probability: probability of a Gaussian blur
+        blur_sigma: smallest and largest standard deviation of the blur, in pixels
+        image_mean, image_std: for each channel, pixels in [0, 1]; default: measured on 1,024 images
+        knn: measure the features at the end by 20-NN, if there are labels
+        knn_train_images: labelled images that vote, at most
+        knn_test_images: labelled images that are classified, at most
+        probe_every: steps from one measurement of the features (health, with labels k-NN) to the next; 0: none
+        probe_images: images that vote in such a measurement, at most; a quarter as many are classified
+        license: the checkpoint's license, for its card: apache-2.0, cc-by-nc-4.0, ...
+        resume: continue the run in output_dir, with the settings in its recipe.yaml
     """
 
     method: str = "mae"
@@ -118,14 +118,14 @@ class RunArguments:
         if (self.image_mean is None) != (self.image_std is None):
             raise ValueError("image_mean and image_std must be given together")
         check_license(self.license)
-        least(1, knn_train_images=self.knn_train_images, knn_test_images=self.knn_test_images)
-        least(1, shuffle_buffer=self.shuffle_buffer)
+        for name in ("knn_train_images", "knn_test_images", "shuffle_buffer"):
+            least(1, **{name: getattr(self, name)})
         least(0, probe_every=self.probe_every)
         least(8, probe_images=self.probe_images)
 
 
 def model_fields(method: str) -> dict[str, Any]:
-    """Name → type of the arguments of a method's config class that are its own, not transformers'."""
+    """Name → type of the arguments that a method's config class adds to those of transformers."""
     inherited = {f.name for f in dataclasses.fields(PreTrainedConfig)}
     own = [f for f in dataclasses.fields(methods.get(method).config_class) if f.name not in inherited]
     return {f.name: f.type for f in own if not f.name.startswith("_")}
@@ -140,25 +140,25 @@ TRAINING_FIELDS = {
 
 
 def all_fields() -> dict[str, Any]:
-    """Name → type of all arguments that there are, those of each method among them."""
+    """Name → type of every argument of `hf-mim pretrain`, for all methods."""
     fields = {name: hint for method in methods.rows() for name, hint in model_fields(method.name).items()}
     return fields | TRAINING_FIELDS | RUN_FIELDS | {"method": Literal[tuple(methods.names())]}
 
 
 def digits_settings(method: methods.Method) -> dict[str, Any]:
-    """The settings of a method for the embedded digits: those of its row, or of the recipe that the row names.
+    """A method's defaults for the embedded digits: those in its row, or in the recipe file that the row names.
 
-    A row without any gets those of the first method that it has a field for, so that the model is small.
+    A method without them takes those of the first method, as far as it has such arguments, so that its model is small.
     """
-    given, of_the_model = method.digits or methods.rows()[0].digits, model_fields(method.name)
+    given = method.digits or methods.rows()[0].digits
     settings = read_yaml(given) if isinstance(given, Path) else given
-    known = RUN_FIELDS | TRAINING_FIELDS | of_the_model
-    return {name: value for name, value in settings.items() if name in known and name not in ("method", "dataset")}
+    known = (RUN_FIELDS | TRAINING_FIELDS | model_fields(method.name)).keys() - {"method", "dataset"}
+    return {name: value for name, value in settings.items() if name in known}
 
 
 @dataclass
 class Recipe:
-    """A resolved run: every argument typed, defaults filled in. `model` and `training` are keyword arguments."""
+    """A run's settings: typed, with our defaults. `model` and `training` are keyword arguments of their classes."""
 
     run: RunArguments
     model: dict[str, Any]
@@ -166,7 +166,7 @@ class Recipe:
 
     @classmethod
     def read(cls, path: str | Path | None, given: dict[str, Any]) -> "Recipe":
-        """A recipe file, or with `resume` the one in the run folder `output_dir`, under the settings that are given."""
+        """A recipe file, overridden by the settings `given`. With `resume` and no file, the one in `output_dir`."""
         if path is None and str(given.get("resume")).lower() == "true" and "output_dir" in given:
             held = Path(given["output_dir"]) / RECIPE
             path = held if held.is_file() else None
@@ -174,9 +174,9 @@ class Recipe:
 
     @classmethod
     def resolve(cls, *layers: dict[str, Any]) -> "Recipe":
-        """Settings as given, each layer over those before it (file, command line), and all over the defaults.
+        """A recipe from layers of settings (file, command line). Each overrides those before it, and all the defaults.
 
-        Raises ValueError for unknown arguments and for values that are of the wrong type.
+        Raises ValueError for an unknown argument and for a value of the wrong type.
         """
         layers = [{name: _typed(name, value) for name, value in layer.items()} for layer in layers]
         given = {name: value for layer in layers for name, value in layer.items()}
@@ -210,7 +210,7 @@ class Recipe:
         return recipe
 
     def _fresh_folder(self) -> str:
-        """runs/<dataset>_<method>, numbered from the second run on."""
+        """runs/<dataset>_<method>, with a number from the second run on."""
         if self.run.resume:
             raise ValueError("resume needs output_dir: the folder of the run to continue")
         source = re.sub(r"\W+", "_", Path(self.run.dataset).stem).strip("_")
@@ -221,11 +221,11 @@ class Recipe:
         return str(path)
 
     def config(self):
-        """The method's config, checked."""
+        """The method's config. Making it checks its values."""
         return methods.get(self.run.method).config_class(**self.model)
 
     def settings(self) -> dict[str, dict[str, Any]]:
-        """All that decides the run, by section: what `Recipe.resolve` makes the same recipe from."""
+        """Every setting that decides the run, by section. `Recipe.resolve` makes the same recipe from them."""
         run = {name: value for name, value in vars(self.run).items() if value is not None and name != "resume"}
         config = self.config()
         model = {name: getattr(config, name) for name in model_fields(self.run.method)}
@@ -234,7 +234,7 @@ class Recipe:
         return {title: _plain(section) for title, section in (("run", run), ("model", model), ("training", training))}
 
     def save(self, path: Path):
-        """Write `settings` as YAML, so that `hf-mim pretrain` can run it again."""
+        """Write `settings` as a YAML file that `hf-mim pretrain` takes."""
         sections = [
             f"# {title}\n" + "".join(yaml.dump({name: value}, Dumper=_ListsInline) for name, value in section.items())
             for title, section in self.settings().items()
@@ -243,12 +243,12 @@ class Recipe:
 
 
 def _typed(name: str, value: Any) -> Any:
-    """A setting as its argument's type; of a method, any of its names becomes the one in the table."""
+    """A setting in the type of its argument. An alias of a method becomes the method's name."""
     return methods.get(value).name if name == "method" else to_type(name, value, field_type(name))
 
 
 def field_type(name: str):
-    """The type of an argument. Raises ValueError for a name that there is not, with what was meant."""
+    """The type of an argument. Raises ValueError for an unknown name, with the nearest known one."""
     fields = all_fields()
     if name not in fields:
         raise ValueError(f"unknown argument {name}{suggestion(name, fields)}")
@@ -256,12 +256,12 @@ def field_type(name: str):
 
 
 def _plain(settings: dict[str, Any]) -> dict[str, Any]:
-    """Tuples as lists, which is what YAML has."""
+    """Tuples become lists, because YAML has no tuples."""
     return {name: list(value) if isinstance(value, tuple) else value for name, value in settings.items()}
 
 
 class _ListsInline(yaml.SafeDumper):
-    """`[0.2, 1.0]` in one line, all else in lines of its own."""
+    """Writes a list on one line, `[0.2, 1.0]`, and everything else on lines of its own."""
 
 
 _ListsInline.add_representer(

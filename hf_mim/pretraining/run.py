@@ -1,9 +1,9 @@
-"""One pretraining run, from a `Recipe` to a run folder: what `hf-mim pretrain` and `training/pretrain.py` do.
+"""One pretraining run, from a `Recipe` to a run folder, as `hf-mim pretrain` and `training/pretrain.py` do it.
 
     run = Pretraining(recipe)  # checks everything, loads the data, builds the model; writes nothing
     run()                      # trains, saves, draws, measures
 
-What is in the run folder afterwards, `hf_mim/run_folder.py` lists. With `--push_to_hub` it goes to the Hub.
+`hf_mim/run_folder.py` lists what is in the run folder afterwards. With `--push_to_hub` it is uploaded to the Hub.
 """
 
 import math
@@ -34,7 +34,7 @@ from hf_mim.pretraining.final_results import (
 from hf_mim.pretraining.probe import OnlineProbe
 from hf_mim.pretraining.recipe import Recipe, RunArguments, model_fields
 from hf_mim.pretraining.settings import read_yaml
-from hf_mim.pretraining.trainer import MIMTrainer, MIMTrainingArguments
+from hf_mim.pretraining.trainer import MIMTrainer, MIMTrainingArguments, check_warmup
 from hf_mim.run_folder import CARD, CURVE, RECIPE, RECONSTRUCTIONS, checkpoints, contents
 from hf_mim.visualize import plot_reconstructions, plot_training
 
@@ -57,13 +57,10 @@ class Pretraining:
             self.readout = Readout.find(self.images, run) if run.knn or run.probe_every else None
             eval_images = None if args.eval_strategy == "no" else evaluation_images(run, config)
         steps = number_of_steps(args, train_images)
-        if 0 < steps < args.warmup_steps:  # Trainer would find out after it has begun
-            raise ValueError(
-                f"warmup_steps must be at most the {steps} steps of the run, or below 1 as a share of them, "
-                f"not {args.warmup_steps:g}"
-            )
+        if steps > 0:
+            check_warmup(args, steps)  # Trainer would find out only after it has begun
         if "logging_steps" not in recipe.training:
-            args.logging_steps = min(args.logging_steps, max(1, steps // 20))  # a short run is to have a curve too
+            args.logging_steps = min(args.logging_steps, max(1, steps // 20))  # a short run needs a curve too
         set_seed(args.seed)
         model = AutoModelForPreTraining.from_config(config)
         self.trainer = MIMTrainer(
@@ -72,28 +69,28 @@ class Pretraining:
             train_dataset=train_images,
             eval_dataset=eval_images,
             augment=self.augment,
-            # Saved with each checkpoint, so that each can be evaluated.
+            # It is saved with each checkpoint, so that each can be evaluated.
             processing_class=image_processor(config.image_height_width, run.image_mean, run.image_std),
         )
         if run.probe_every:
             samples = self.readout.sample(run.probe_images, run.probe_images // 4) if self.readout else None
             samples = samples or (None, fixed_sample(self.images, run.probe_images // 4))
             self.trainer.add_callback(OnlineProbe(self.trainer, run.probe_every, *samples))
-        # The last thing that can be wrong. A run that was ended before its first checkpoint begins again.
+        # Last, because it reads whole checkpoints. A run that was ended before its first checkpoint begins again.
         resumes = bool(run.resume and checkpoints(self.folder))
         self.checkpoint = self.trainer.checkpoint_to_resume(resumes)
 
     def __call__(self) -> signal.Signals | None:
-        """Train, then fill the run folder and say what came out. The signal that has ended the training, if one has."""
+        """Train, fill the run folder and print the results. Returns the signal that ended the training, if one did."""
         trainer, main = self.trainer, self.trainer.is_world_process_zero()
-        PartialState().wait_for_everyone()  # every rank has looked into the folder by now
+        PartialState().wait_for_everyone()  # until every rank has looked into the folder
         if main:
             self.folder.mkdir(parents=True, exist_ok=True)
             self.recipe.save(self.folder / RECIPE)
         trainer.train(resume_from_checkpoint=self.checkpoint)
         if trainer.guard.signal:
             return trainer.guard.signal
-        trainer.save_model(_internal_call=True)  # else it would be pushed before it is described
+        trainer.save_model(_internal_call=True)  # not pushed yet: the card is still to come
         trainer.save_state()
         if main:
             self.finish()
@@ -102,9 +99,9 @@ class Pretraining:
         return None
 
     def finish(self):
-        """Pictures, measurements and the card into the run folder; on the main process only."""
+        """Put pictures, measurements and the card into the run folder. Only the main process calls it."""
         model = self.trainer.accelerator.unwrap_model(self.trainer.model)
-        if self.trainer.is_fsdp_enabled:  # of the sharded one a single process has a part
+        if self.trainer.is_fsdp_enabled:  # one process has only a part of a sharded model
             model = AutoModelForPreTraining.from_pretrained(self.folder).to(self.trainer.args.device)
         self.draw(model.eval())
         self.measure(model.eval())
@@ -117,7 +114,7 @@ class Pretraining:
         )
 
     def draw(self, model):
-        """The training curve and, where the model predicts pixels, reconstructions."""
+        """Draw the training curve and, if the model predicts pixels, reconstructions."""
         plot_training(self.trainer.state.log_history, self.folder / CURVE)
         if hasattr(model, "reconstruct"):
             view = fixed_view(self.images, model.config, NUM_PICTURES)
@@ -125,25 +122,25 @@ class Pretraining:
             plot_reconstructions(model, images, self.augment, self.folder / RECONSTRUCTIONS)
 
     def measure(self, model):
-        """What the training took, the health of the features and, where there are labels, their k-NN accuracy."""
+        """Measure what the training took, the health of the features and, if there are labels, their k-NN accuracy."""
         trainer, run = self.trainer, self.recipe.run
         batch_size = trainer.args.per_device_eval_batch_size
         training_record(trainer, run, self.images)
         try:
             health_record(model, self.augment, self.images, run, batch_size, self.folder)
-        except ValueError as error:  # features that are not finite, too many broken images
-            print(f"\nThe health of the features cannot be told: {error}")
+        except ValueError as error:  # the features are not finite, or too many images are broken
+            print(f"\nThe health of the features was not measured: {error}")
         if self.readout is not None and run.knn:
             set_seed(trainer.args.seed)
             untrained = AutoModelForPreTraining.from_config(model.config).to(model.device).eval()
             try:
                 self.readout.measure(model, untrained, self.augment, batch_size, self.folder)
-            except ValueError as error:  # too many broken images, no label in a stream: the run itself is good
-                print(f"\nThere is no k-NN accuracy: {error}")
+            except ValueError as error:  # too many broken images, no label in a stream; the run itself is good
+                print(f"\nThe k-NN accuracy was not measured: {error}")
 
 
 def training_arguments(recipe: Recipe) -> MIMTrainingArguments:
-    """The recipe's; several processes without an accelerator talk by gloo."""
+    """The recipe's training arguments. Several processes without an accelerator use the gloo backend."""
     settings = dict(recipe.training)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not torch.accelerator.is_available():
         settings = {"use_cpu": True, "ddp_backend": "gloo"} | settings
@@ -151,7 +148,7 @@ def training_arguments(recipe: Recipe) -> MIMTrainingArguments:
 
 
 def check_run_folder(folder: Path, recipe: Recipe):
-    """Raise ValueError if the folder cannot be written, or holds another run than that of the recipe."""
+    """Raise ValueError if the folder cannot be written, or if it holds another run than the recipe's."""
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"output_dir must be a folder, and {folder} is a file")
     check_writable(folder, "output_dir")
@@ -167,7 +164,7 @@ def check_run_folder(folder: Path, recipe: Recipe):
         raise ValueError(f"output_dir {folder} holds no run to resume (no {RECIPE})")
     before = Recipe.resolve(read_yaml(folder / RECIPE))
     own, held_by = methods.get(recipe.run.method), methods.get(before.run.method)
-    if own.config_class is not held_by.config_class:  # a variant is told apart by its settings, below
+    if own.config_class is not held_by.config_class:  # a variant differs only in settings, which are compared below
         raise ValueError(f"method is {recipe.run.method}, but the run in {folder} has {before.run.method}")
     old, new = before.config(), recipe.config()
     for name in model_fields(recipe.run.method):
@@ -176,12 +173,12 @@ def check_run_folder(folder: Path, recipe: Recipe):
 
 
 def resume_command(folder: Path) -> str:
-    """What continues the run in a folder, to be pasted into a shell."""
+    """The shell command that continues the run in a folder."""
     return f"hf-mim pretrain --resume --output_dir {shlex.quote(str(folder))}"
 
 
 def number_of_steps(args: MIMTrainingArguments, images: ImageDataset | ImageStream) -> int:
-    """Optimizer steps of the run, as Trainer counts them; -1 if nothing says how many."""
+    """Optimizer steps of the run, as Trainer counts them; -1 for a stream without `max_steps`."""
     if args.max_steps > 0 or not isinstance(images, ImageDataset):
         return args.max_steps
     batches = len(images) // (args.per_device_train_batch_size * args.world_size)
@@ -189,7 +186,7 @@ def number_of_steps(args: MIMTrainingArguments, images: ImageDataset | ImageStre
 
 
 def random_crops(images, run: RunArguments, config: PreTrainedConfig, seed: int) -> ImageDataset | ImageStream:
-    """Random crops of the size that the method trains on; a stream is shuffled within its buffer."""
+    """Random crops in the size that the method trains on. A stream is shuffled within a buffer."""
     try:
         crop = RandomCrop(run.crop_scale, run.crop_ratio)
     except ValueError as error:
@@ -209,11 +206,10 @@ def evaluation_images(run: RunArguments, config: PreTrainedConfig) -> ImageDatas
 
 
 def device_augment(recipe: Recipe, images: ImageDataset | ImageStream, config: PreTrainedConfig) -> DeviceAugment:
-    """Augmentation and normalisation. A mean and std that were not given are measured, and noted in the recipe."""
+    """Augmentation and normalisation. If mean and std are not given, they are measured and put into the recipe."""
     run = recipe.run
     if run.image_mean is None:
-        mean, std = channel_statistics(images)
-        run.image_mean, run.image_std = [round(x, 4) for x in mean], [round(x, 4) for x in std]
+        run.image_mean, run.image_std = ([round(x, 4) for x in values] for values in channel_statistics(images))
     if len(run.image_mean) != config.num_channels:
         raise ValueError(f"image_mean must have {config.num_channels} values (num_channels), not {run.image_mean}")
     return DeviceAugment(

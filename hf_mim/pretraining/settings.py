@@ -1,5 +1,6 @@
-"""Text and YAML to typed values: what `HfArgumentParser` leaves open (`1e-4` in YAML, pairs on the command line)."""
+"""Turns text and YAML into typed values: also `1e-4` in YAML and pairs, which `HfArgumentParser` does not read."""
 
+import contextlib
 import difflib
 import re
 import types
@@ -22,7 +23,7 @@ WORDS = {
     tuple: "a pair like 1,2",
     types.NoneType: "none",
 }
-# Names that people bring from other programs → names here, of which a command may know some.
+# Names in other programs → our names. A command may know only some of ours.
 BROUGHT = {
     "accum_iter": ["gradient_accumulation_steps"],
     "amp": ["bf16", "dtype"],
@@ -47,33 +48,32 @@ BROUGHT = {
     "wd": ["weight_decay", "weight_decays"],
     "workers": ["dataloader_num_workers", "num_workers"],
 }
-# What a value that is of another type raises on conversion.
+# What the conversion of a value to the wrong type raises.
 NOT_THIS = (ValueError, TypeError, OverflowError, StopIteration, yaml.YAMLError)
 
 
 class YamlLoader(yaml.SafeLoader):
-    """YAML 1.2's reading of plain words: `no` is text, `1e-4` a number."""
+    """Reads plain words as YAML 1.2 does: `no` is text, `1e-4` is a number."""
 
 
+BOOL, FLOAT = "tag:yaml.org,2002:bool", "tag:yaml.org,2002:float"
 YamlLoader.yaml_implicit_resolvers = {
-    first: [
-        (tag, pattern) for tag, pattern in resolvers if tag not in ("tag:yaml.org,2002:bool", "tag:yaml.org,2002:float")
-    ]
+    first: [(tag, pattern) for tag, pattern in resolvers if tag not in (BOOL, FLOAT)]
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
-YamlLoader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"^(true|True|false|False)$"), list("tTfF"))
+YamlLoader.add_implicit_resolver(BOOL, re.compile(r"^(true|True|false|False)$"), list("tTfF"))
 YamlLoader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
+    FLOAT,
     re.compile(r"^[-+]?(\d+\.\d*|\.\d+|\d+(?=[eE]))([eE][-+]?\d+)?$|^[-+]?\.(inf|Inf|INF)$|^\.(nan|NaN|NAN)$"),
     list("-+0123456789."),
 )
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
-    """The settings in a file. Raises ValueError, in one line, if it is no file, no YAML, or no flat mapping."""
+    """The settings in a file. Raises a ValueError of one line if it is no file, no YAML or no mapping of names."""
     path = Path(path)
     if path.is_dir():
-        raise ValueError(f"the recipe must be a YAML file, and {path} is a folder; images go to --dataset {path}")
+        raise ValueError(f"the recipe must be a YAML file, and {path} is a folder; give images by --dataset {path}")
     if not path.is_file():
         raise ValueError(f"there is no recipe {path}")
     try:
@@ -87,15 +87,16 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
 
 
 def suggestion(name: str, known: Iterable[str]) -> str:
-    """What was meant by a name that there is not, as the end of a message; nothing where no known name is near."""
+    """The end of a message about an unknown name: the known name that was meant. Empty if none is near."""
     meant = [ours for ours in BROUGHT.get(name, ()) if ours in known] or difflib.get_close_matches(name, known, n=1)
     return f"; did you mean {' or '.join(meant)}?" if meant else ""
 
 
 def to_type(name: str, value: Any, hint: Any) -> Any:
-    """A value of YAML or of the command line as the type that the argument has.
+    """A value from YAML or the command line in the type of its argument.
 
-    Pairs and lists may be written `64,96`; none, true and false by these words. Raises ValueError, naming the argument.
+    Pairs and lists may be written `64,96`; none, true and false are these words. Raises a ValueError that names the
+    argument.
     """
     try:
         return _as(value, hint)
@@ -115,7 +116,7 @@ def type_in_words(hint: Any) -> str:
 
 
 def choices(hint: Any) -> list[str]:
-    """The words that a type consists of; none for most."""
+    """The words that a type allows; none for most types."""
     kind, arguments = get_origin(hint) or hint, get_args(hint)
     if kind in (Union, types.UnionType):
         return [word for argument in arguments for word in choices(argument)]
@@ -127,7 +128,10 @@ def choices(hint: Any) -> list[str]:
 def _as(value: Any, hint: Any) -> Any:
     kind, arguments = get_origin(hint) or hint, get_args(hint)
     if kind in (Union, types.UnionType):
-        return _as_first_that_fits(value, _alternatives(arguments))
+        for alternative in _alternatives(arguments):
+            with contextlib.suppress(*NOT_THIS):
+                return _as(value, alternative)
+        raise ValueError
     if kind is Literal:
         return next(argument for argument in arguments if str(value) == str(argument))
     if _is_enum(kind):
@@ -155,17 +159,8 @@ def _as(value: Any, hint: Any) -> Any:
     raise ValueError
 
 
-def _as_first_that_fits(value: Any, alternatives: list[Any]) -> Any:
-    for alternative in alternatives:
-        try:
-            return _as(value, alternative)
-        except NOT_THIS:
-            continue
-    raise ValueError
-
-
 def _alternatives(arguments: tuple) -> list[Any]:
-    """The types of a union. Beside an enum, `str` is only a way to write its members."""
+    """The types of a union. `str` is left out beside an enum, because there it only spells the enum's members."""
     spelled = any(_is_enum(argument) for argument in arguments)
     return [argument for argument in arguments if not (spelled and argument is str)]
 

@@ -1,8 +1,8 @@
-"""MIMTrainer: transformers' Trainer for the three methods, by the hooks that it offers.
+"""MIMTrainer: transformers' Trainer for all methods, through the hooks that Trainer offers.
 
-It adds what masked image modeling needs and nothing else: augmentation on the device, the two calls of the model
-contract (`set_progress`, `update_target`), the papers' schedules and parameter groups, the models' own metrics, other
-masks on each rank, and evaluation on fixed masks; and for runs that last weeks a guard at each step (`guard.py`) and
+It adds what masked image modeling needs: augmentation on the device, the two calls of the model contract
+(`set_progress`, `update_target`), the papers' schedules and parameter groups, the models' own metrics, different masks
+on each rank, and evaluation on fixed masks. For runs that last weeks it adds a guard at each step (`guard.py`) and
 checkpoints that are whole or absent (`saving.py`).
 """
 
@@ -30,13 +30,11 @@ from hf_mim.pretraining.guard import StepGuard, leave_signals_to_the_main_proces
 from hf_mim.pretraining.saving import CheckpointTrainer
 from hf_mim.trainer_utils import BrokenImages, DatasetEpoch, StepSeeds, decayed_parameters, seeded
 
-__all__ = ["MIMTrainer", "MIMTrainingArguments", "ScalarMeans", "check_data"]
-
 
 class ScalarMeans:
-    """Means of scalars over steps and ranks, of those that are finite; NaN where none is.
+    """Means of scalars over steps and ranks. Values that are not finite do not count; a mean of none is NaN.
 
-    The sums stay on the device; reading them is the only synchronisation.
+    The sums stay on the device. Only `pop` waits for it.
     """
 
     def __init__(self):
@@ -50,7 +48,7 @@ class ScalarMeans:
             self.counts[name] = self.counts.get(name, 0) + finite
 
     def pop(self, accelerator) -> dict[str, float]:
-        """Means since the last reading, over all ranks, each of which has to call this."""
+        """Means since the last call, over all ranks. Every rank has to call it."""
         if not self.sums:
             return {}
         names = sorted(self.sums)
@@ -62,21 +60,21 @@ class ScalarMeans:
 
 
 class MIMTrainer(CheckpointTrainer, HubTrainer, Trainer):
-    """Pretrains a model of the contract: `forward(pixel_values, **ids)` with `loss` and `metrics` in its output.
+    """Pretrains a model whose `forward(pixel_values, **ids)` returns `loss`, `predictions` and `metrics`.
 
     Args:
         model: one of hf_mim's `...ForPreTraining`.
         args: `MIMTrainingArguments`.
-        train_dataset: gives `{"pixel_values": [C, h, w]}`; whatever else it gives (ids, noise) goes to the model, but
-            `labels` do not. Without a length (a stream) it needs `max_steps`. Of an `ImageStream` each rank reads only
-            its part, over and over; any other stream is read in full by all ranks, which take turns with its batches.
-        augment: called on the device with the batch, uint8 `[B, C, h, w]`, returns what the model takes, float
-            `[B, C, H, W]`; a module follows the model's train and eval mode. None: `pixel_values` are float already.
-            A `DeviceAugment` gets the images' keys too, so that it does the same to an image whatever the batch.
-        kwargs: as for `transformers.Trainer`; on an `eval_dataset`, every `eval_loss` is measured on the same masks.
+        train_dataset: its samples are `{"pixel_values": [C, h, w]}`. The model also gets what else is in them (ids,
+            noise), but no `labels`. Without a length (a stream) it needs `max_steps`. Each rank reads only its part of
+            an `ImageStream`, over and over. All ranks read any other stream in full, and take turns with its batches.
+        augment: called on the device with a batch, uint8 `[B, C, h, w]`; returns what the model takes, float
+            `[B, C, H, W]`. A module follows the model's train and eval mode. A `DeviceAugment` also gets the images'
+            keys, so that what it does to an image does not depend on the batch. None: `pixel_values` are float already.
+        kwargs: as for `transformers.Trainer`. With an `eval_dataset`, every `eval_loss` is measured on the same masks.
 
     Raises:
-        ValueError: data without length and no `max_steps`, without `pixel_values`, or less than one batch of it.
+        ValueError: the data have no length and `max_steps` is not given, no `pixel_values`, or less than one batch.
     """
 
     def __init__(self, model, args: MIMTrainingArguments, train_dataset=None, augment=None, **kwargs):
@@ -89,8 +87,8 @@ class MIMTrainer(CheckpointTrainer, HubTrainer, Trainer):
             train_dataset = train_dataset.identify()
             kwargs.setdefault("data_collator", collate)
         super().__init__(model, args, train_dataset=train_dataset, **kwargs)
-        vars(model.config).pop("use_cache", None)  # Trainer's word to text models; it would go into config.json
-        # The loss is a mean over a batch: Trainer has to divide it under accumulation, labels in the data or not.
+        vars(model.config).pop("use_cache", None)  # Trainer adds it for language models; keep it out of config.json
+        # The loss is a mean over a batch, so Trainer has to divide it by the accumulation steps.
         self.model_accepts_loss_kwargs = False
         self.augment = augment.to(args.device) if isinstance(augment, nn.Module) else augment
         self.means, self.throughput = ScalarMeans(), Throughput()
@@ -101,18 +99,18 @@ class MIMTrainer(CheckpointTrainer, HubTrainer, Trainer):
             self.add_callback(callback)
         if isinstance(model, TargetNetworkMixin):
             alarm = CollapseAlarm(args.stop_on_collapse)
-            self.callback_handler.callbacks.insert(0, alarm)  # what it adds to a log, all that report have to see
+            self.callback_handler.callbacks.insert(0, alarm)  # first, because all reports show what it adds to a log
         if self.pop_callback(ProgressCallback) is not None:
             self.add_callback(MIMProgress())
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
-        """As Trainer's. True resumes from the newest checkpoint that is whole, a path from that one, if it is.
+        """As Trainer's. True resumes from the newest whole checkpoint, a path from the checkpoint there.
 
-        After a SIGTERM or SIGINT it saves a checkpoint and returns; `guard.signal` then says which.
+        After a SIGTERM or SIGINT it saves a checkpoint and returns; `guard.signal` is then that signal.
 
         Raises:
-            ValueError: there is no such checkpoint, or it was made with another number of images per step.
-            NonFiniteError: `max_skipped_steps` steps in a row had no finite loss and gradient.
+            ValueError: there is no such whole checkpoint, or it was made with another number of images per step.
+            NonFiniteError: the loss or the gradient was not finite in `max_skipped_steps` steps in a row.
         """
         checkpoint = self.checkpoint_to_resume(resume_from_checkpoint)
         with self.guard.signals():
@@ -136,13 +134,13 @@ class MIMTrainer(CheckpointTrainer, HubTrainer, Trainer):
 
     def training_step(self, *args, **kwargs):
         loss = super().training_step(*args, **kwargs)
-        return torch.where(torch.isfinite(loss), loss, 0)  # the mean over a run is not lost to one bad step
+        return torch.where(torch.isfinite(loss), loss, 0)  # one bad step must not make the run's mean NaN
 
     def get_batch_samples(self, *args, **kwargs):
         try:
             with self.throughput.waits():
                 return super().get_batch_samples(*args, **kwargs)
-        except (ConnectionError, EOFError) as error:  # what torch has for some deaths; for others it has a RuntimeError
+        except (ConnectionError, EOFError) as error:  # some dead workers; for others torch raises a RuntimeError
             raise RuntimeError(f"DataLoader worker or its source has gone: {error}") from error
 
     def _get_grad_norm(self, *args, **kwargs):
@@ -150,7 +148,7 @@ class MIMTrainer(CheckpointTrainer, HubTrainer, Trainer):
         return self.guard.grad_norm
 
     def log(self, logs, start_time=None):
-        """Beside the loss, the means of the models' metrics over steps and ranks, speed, and what was left out."""
+        """Adds to the loss: means of the model's metrics over steps and ranks, speed, skipped steps, broken images."""
         if "loss" in logs:
             logs |= self.means.pop(self.accelerator)
             logs |= self.throughput.read(self.args.device)
@@ -162,11 +160,11 @@ class MIMTrainer(CheckpointTrainer, HubTrainer, Trainer):
         super().log(logs, start_time)
 
     def floating_point_ops(self, inputs) -> int:
-        """Not counted: Trainer's formula takes each pixel for a token. `training/benchmark.py step` counts them."""
+        """Zero: Trainer's formula counts each pixel as a token. `training/benchmark.py step` counts the operations."""
         return 0
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
-        """All matrices but tokens, tables and embeddings; so neither biases nor norms, which are vectors."""
+        """The parameters with weight decay: see `decayed_parameters`."""
         return decayed_parameters(model)
 
     def create_optimizer(self, model=None):
@@ -180,12 +178,8 @@ class MIMTrainer(CheckpointTrainer, HubTrainer, Trainer):
 
     def create_scheduler(self, num_training_steps: int, optimizer=None):
         if self.lr_scheduler is None:
+            check_warmup(self.args, num_training_steps)
             warmup = self.args.get_warmup_steps(num_training_steps) / num_training_steps
-            if warmup > 1:
-                raise ValueError(
-                    f"warmup_steps must be at most the {num_training_steps} steps of the run, or below 1 as a share of "
-                    f"them, got {self.args.warmup_steps:g}"
-                )
             self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(
                 self.optimizer if optimizer is None else optimizer,
                 lambda step: self.args.learning_rate_at(step / num_training_steps, warmup) / self.args.learning_rate,
@@ -194,7 +188,7 @@ class MIMTrainer(CheckpointTrainer, HubTrainer, Trainer):
         return self.lr_scheduler
 
     def get_train_dataloader(self):
-        """As Trainer's; an ImageStream goes on without end, from its place in the checkpoint."""
+        """As Trainer's. An ImageStream is read without end, from the place that the checkpoint holds."""
         if isinstance(self.train_dataset, ImageStream):
             loader = self._endless_loader()
         else:
@@ -204,9 +198,9 @@ class MIMTrainer(CheckpointTrainer, HubTrainer, Trainer):
         return loader
 
     def _endless_loader(self):
-        """Not prepared by Trainer, which would divide among the ranks what each has its own part of."""
+        """Each rank has its own part of the stream already, so Trainer must not divide it among the ranks again."""
         args, stream = self.args, self.train_dataset
-        workers = min(args.dataloader_num_workers, stream.num_shards)  # one without a shard would have nothing to give
+        workers = min(args.dataloader_num_workers, stream.num_shards)  # a worker without a shard would give nothing
         prefetched = args.dataloader_prefetch_factor or 2
         if workers and prefetched > RING // 2:
             raise ValueError(f"dataloader_prefetch_factor must be at most {RING // 2} for a stream, got {prefetched}")
@@ -231,14 +225,14 @@ class MIMTrainer(CheckpointTrainer, HubTrainer, Trainer):
         return skip_first_batches(loader, self.endless_stream.skipped_batches)
 
     def _init_training_state(self, max_steps, *args, **kwargs):
-        """(Epochs, batches in this one) that are done. A stream is at its place already, with nothing to skip."""
+        """(epochs, batches of this epoch) that are done. A stream is at its place already, and skips none."""
         done = super()._init_training_state(max_steps, *args, **kwargs)
         if self.state.global_step >= max_steps:
             return sys.maxsize, 0  # Trainer would make one step too many
         return (0, 0) if isinstance(self.train_dataset, ImageStream) else done
 
     def get_eval_dataloader(self, eval_dataset=None):
-        """Every image counts in an evaluation: the smaller last batch too."""
+        """As Trainer's, with the smaller last batch: every image counts in an evaluation."""
         dropped, self.args.dataloader_drop_last = self.args.dataloader_drop_last, False
         try:
             return super().get_eval_dataloader(eval_dataset)
@@ -251,7 +245,7 @@ class MIMTrainer(CheckpointTrainer, HubTrainer, Trainer):
 
 
 def check_data(args: MIMTrainingArguments, train_dataset):
-    """Raise ValueError, before anything is built, where the data cannot make one optimizer step."""
+    """Raise ValueError, before anything is built, if the data are not enough for one optimizer step."""
     if train_dataset is None:
         return
     if not has_length(train_dataset):
@@ -268,8 +262,17 @@ def check_data(args: MIMTrainingArguments, train_dataset):
         )
 
 
+def check_warmup(args: MIMTrainingArguments, steps: int):
+    """Raise ValueError if the warm-up is longer than the run."""
+    if args.warmup_steps > steps:
+        raise ValueError(
+            f"warmup_steps must be at most the {steps} steps of the run, or below 1 as a share of them, "
+            f"not {args.warmup_steps:g}"
+        )
+
+
 def start_worker(before, worker: int):
-    """For `DataLoader.worker_init_fn`: what Trainer does there, and signals."""
+    """For `DataLoader.worker_init_fn`: runs Trainer's own function, and leaves signals to the main process."""
     if before is not None:
         before(worker)
     leave_signals_to_the_main_process(worker)

@@ -215,7 +215,7 @@ BAD_INPUT = [
     ("--mask_ration 0.5", "unknown argument mask_ration; did you mean mask_ratio?"),
     ("wrong_key.yaml", "unknown argument mask_ration; did you mean mask_ratio?"),
     ("no.yaml", "there is no recipe no.yaml"),
-    ("empty", "the recipe must be a YAML file, and empty is a folder; images go to --dataset empty"),
+    ("empty", "the recipe must be a YAML file, and empty is a folder; give images by --dataset empty"),
     ("broken.yaml", "the recipe broken.yaml is no YAML"),
     ("list.yaml", "the recipe list.yaml must consist of lines like `name: value`"),
     ("wrong_key.yaml list.yaml", "'list.yaml' is one argument too many"),

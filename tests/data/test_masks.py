@@ -57,7 +57,7 @@ def test_exif_orientation_turns_the_mask_as_pillow_does(orientation):
 @pytest.mark.parametrize(
     ("value", "message"),
     [
-        (encoded(Image.fromarray(IDS).convert("RGB")), "cats/1.png: a mask must hold one id .* not RGB colours"),
+        (encoded(Image.fromarray(IDS).convert("RGB")), "cats/1.png: a mask must hold ids, not colours .RGB."),
         (encoded(Image.fromarray(IDS), "JPEG"), "cats/1.png: a mask must not be a JPEG"),
         ({"bytes": b"junk", "path": None}, "cats/1.png: not an image"),
         (IDS.astype(np.float32), r"cats/1.png: a mask must be integers \[h, w\], not float32 \[3, 4\]"),
@@ -156,7 +156,7 @@ def test_pairs_that_do_not_fit_are_named_before_any_work(tmp_path, pairs):
     for wrong, message in [
         (small, r"image 2 of .* is 6×8 \(height×width\) but its mask 3×4; each mask must have the size"),
         (masks[:1] + [None] + masks[2:], "image 1 of .* has no mask; add it, or leave the image out"),
-        (colour, "the mask of image 3: a mask must hold one id for each pixel, not RGB colours"),
+        (colour, "the mask of image 3: a mask must hold ids, not colours .RGB."),
     ]:
         with pytest.raises(ValueError, match=message) as error:
             load_masks(table(images, wrong))

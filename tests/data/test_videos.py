@@ -213,13 +213,13 @@ def no_such_split(folder):
 @pytest.mark.parametrize(
     "prepare, message",
     [
-        (no_masks, "has JPEGImages, but no masks: no folder Annotations or masks"),
+        (no_masks, "has JPEGImages, but no folder Annotations or masks"),
         (mask_of_another_size, "bear/00001.jpg .* is 24×32 .* but its mask 12×16"),
         (one_frame, "sequence bear .* has one frame"),
-        (first_mask_empty, "first mask of sequence bear .* is empty"),
+        (first_mask_empty, "first mask of sequence bear .* must hold an object, not none"),
         (frames_without_first_mask, "bear/00000.jpg .* has no mask"),
         (frames_of_two_sizes, "frames of sequence bear .* not 12×16, 24×32"),
-        (coloured_mask, "bear/00000.png.* not RGB colours"),
+        (coloured_mask, "bear/00000.png.* not colours .RGB."),
         (no_such_split, "split 'val' is not in .* it has none"),
     ],
 )

@@ -59,8 +59,9 @@ def test_each_probe_is_the_plain_one_that_torch_trains_alone():
     grid = [(0.01, 0.0), (0.003, 20.0)]
     probes = probes_of(x, grid)
     plain = [PlainProbe(probes, number) for number in range(2)]
-    torch.testing.assert_close(probes.logits(x)[:, 0], plain[0](x), rtol=1e-4, atol=1e-5)
-    assert torch.equal(probes.logits(x)[:, 0], probes.logits(x)[:, 1]), "all start alike"
+    standardised = probes.standardise(x)
+    torch.testing.assert_close(probes.logits(standardised)[:, 0], plain[0](x), rtol=1e-4, atol=1e-5)
+    assert torch.equal(*probes.logits(standardised).unbind(1)), "all start alike"
     for rate in (1.0, 0.5, 0.2):
         probes.step(x, labels, rate)
     for number, (learning_rate, weight_decay) in enumerate(grid):
@@ -76,7 +77,7 @@ def test_each_probe_is_the_plain_one_that_torch_trains_alone():
             optimizer.zero_grad()
             F.cross_entropy(model(x), labels).backward()
             optimizer.step()
-        torch.testing.assert_close(probes.logits(x)[:, number], model(x), rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(probes.logits(standardised)[:, number], model(x), rtol=1e-3, atol=1e-4)
         for name, parameter in model.named_parameters():
             torch.testing.assert_close(getattr(probes, name)[number], parameter, rtol=1e-3, atol=1e-5)
 

@@ -168,7 +168,7 @@ def test_another_number_in_a_results_file_is_another_number_in_the_card(folder):
         ("results/knn.json", "Results", "Not measured: knn,"),
         ("results/health.json", "Health of the features", "Not measured"),
         ("results/training.json", "Compute", "| Device | not recorded |"),
-        ("results/training.json", "Data and augmentation", "their number is not recorded"),
+        ("results/training.json", "Data and augmentation", "the number of images is not recorded"),
         ("recipe.yaml", "Recipe", "Not recorded"),
         ("recipe.yaml", "Data and augmentation", "Not recorded"),
         ("loss.png", "Training", "no picture of the loss"),
@@ -206,7 +206,7 @@ def test_results_of_other_weights_and_of_untrained_ones_are_marked_and_kept_out_
 
 
 def test_a_worry_of_the_health_check_is_among_the_limits(folder):
-    assert "- Past the limit in the table of health: b." in section(model_card(folder), "Limits")
+    assert "- Beyond the limit in the table of health: b." in section(model_card(folder), "Limits")
     assert "below 0.15 \\| few" in section(model_card(folder), "Health of the features")  # one cell
 
 
@@ -333,7 +333,7 @@ def test_files_of_odd_content_make_a_card(folder):
     (folder / "results" / "training.json").unlink()
     card = model_card(folder)
     told = section(card, "Data and augmentation")
-    assert "x, split not recorded" in told and "a random crop of not recorded of its area" in told
+    assert "x, split not recorded" in told and "cropped to not recorded of its area" in told
     assert "mean not recorded and standard deviation not recorded" in told
     assert "| First loss logged | low |" in card.text
     (folder / "trainer_state.json").write_text('{"log_history": 5}')

@@ -208,7 +208,7 @@ def test_a_name_that_the_hub_refuses_is_told_before_anything_is_trained(hub, tmp
     done = pretrain(hub, tmp_path, "--hub_model_id", "tester/mine")
     assert done.returncode == 2 and not (tmp_path / "run").exists()
     (line,) = (line for line in done.stderr.splitlines() if line.startswith("error: "))
-    assert line.startswith("error: hub_model_id tester/mine cannot be had: ") and "401" in line
+    assert line.startswith("error: hub_model_id tester/mine cannot be used: ") and "401" in line
 
 
 PULL_REMOTE_CODE = """

@@ -11,7 +11,6 @@ import torch
 from huggingface_hub import HfApi, get_session, set_client_factory
 from huggingface_hub.utils import _http
 from tiny_runs import arguments
-from transformers.utils.hub import PushInProgress
 
 from hf_mim.hub.push import SILENCE, HubTrainer, end_silence
 
@@ -108,7 +107,7 @@ def test_a_hub_that_is_busy_at_the_start_is_a_warning(hub, status, tmp_path, tol
     trainer.init_hf_repo()
     assert len(told) == 1 and str(status) in told[0]
     hub.failing = 403
-    with pytest.raises(ValueError, match="cannot be had"):
+    with pytest.raises(ValueError, match="cannot be used"):
         trainer.init_hf_repo()
 
 
@@ -116,10 +115,10 @@ def test_the_wait_for_an_upload_has_an_end(tmp_path, told, monkeypatch):
     monkeypatch.setattr("hf_mim.hub.push.LONGEST_WAIT", 0.05)
     trainer, failed, never = Refused(tmp_path), futures.Future(), futures.Future()
     failed.set_exception(ValueError("refused"))
-    trainer.push_in_progress = PushInProgress([failed, never])
+    trainer.uploads = (failed, never)
     trainer._finish_current_push()
     assert ["refused" in line for line in told] == [True, False] and "not done after 0.05 seconds" in told[1]
-    assert trainer.push_in_progress is None and never.cancelled()
+    assert trainer.uploads == () and never.cancelled()
 
 
 def test_a_card_that_cannot_be_written_is_a_warning(tmp_path, told, monkeypatch):

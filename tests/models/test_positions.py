@@ -39,9 +39,13 @@ def test_resized_positions_equal_those_of_transformers():
 
 @pytest.mark.parametrize("grid", [(4, 4), (3, 5)])
 def test_the_trained_grid_gets_its_table_as_it_is(grid):
-    positions = PositionEmbeddings(grid, 16, 1)
+    sizes = dict(hidden_size=16, num_attention_heads=1, num_hidden_layers=1)
+    config = hf_mim.MAEConfig(image_size=tuple(16 * side for side in grid), **sizes)
+    positions = PositionEmbeddings(config, 16)
     positions.init_weights()
-    assert positions(grid) is positions.table
+    prefix, places = positions(grid, torch.float32)
+    assert len(prefix) == 1 and prefix.data_ptr() == positions.table.data_ptr()
+    assert torch.equal(torch.cat([prefix, places]), positions.table)
 
 
 def test_learned_positions_are_trained_saved_and_copied_to_the_target(tmp_path):
