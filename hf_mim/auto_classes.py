@@ -27,7 +27,10 @@ FILES = {
         "AutoModelForImageClassification": "classifier_class",
         "AutoBackbone": "backbone_class",
     },
+    f"{AUTO}image_processing_auto": {"AutoImageProcessor": "image_processor_class"},
 }
+# The mappings that are not an attribute of their Auto class.
+MAPPINGS = {"AutoConfig": "CONFIG_MAPPING", "AutoImageProcessor": "IMAGE_PROCESSOR_MAPPING"}
 
 
 class _OnFirstUse(dict):
@@ -53,7 +56,11 @@ class _OnFirstUse(dict):
 
     def register(self, method: methods.Method):
         model_class = getattr(method, self.role)
-        if model_class is not None:
+        if self.role == "image_processor_class":  # one for each way to compute; ours has one
+            self.auto_class.register(
+                method.config_class, image_processor_classes={"pil": model_class, "torchvision": model_class}
+            )
+        elif model_class is not None:
             key = model_class.model_type if self.role == "config_class" else method.config_class
             self.auto_class.register(key, model_class)
 
@@ -92,7 +99,7 @@ class _AfterImport(importlib.abc.MetaPathFinder):
 def _prepare(module):
     for name, role in FILES.get(module.__name__, {}).items():
         auto_class = getattr(module, name)
-        mapping = module.CONFIG_MAPPING if role == "config_class" else auto_class._model_mapping
+        mapping = getattr(module, MAPPINGS[name]) if name in MAPPINGS else auto_class._model_mapping
         if not isinstance(mapping._extra_content, _OnFirstUse):
             mapping._extra_content = _OnFirstUse(mapping._extra_content, auto_class, role)
 

@@ -51,6 +51,25 @@ def numbers(or_zero: bool = False, **arguments):
     _each(arguments, fits, f"be numbers {wanted}, at least one")
 
 
+def check_statistics(image_mean, image_std):
+    """Raise ValueError unless both are None, or of as many channels and for pixels in [0, 1]."""
+    if (image_mean is None) != (image_std is None):
+        raise ValueError("image_mean and image_std must be given together")
+    if image_mean is None:
+        return
+    if len(image_mean) != len(image_std):
+        raise ValueError(f"image_mean and image_std must be of as many channels, not {image_mean} and {image_std}")
+    if not all(0 <= mean <= 1 for mean in image_mean) or not all(0 < std <= 1 for std in image_std):
+        hint = ""
+        if max(image_std) > 1:
+            mean, std = (",".join(f"{value / 255:.4g}" for value in values) for values in (image_mean, image_std))
+            hint = f"; for values in 0..255 they are --image_mean {mean} --image_std {std}"
+        raise ValueError(
+            f"image_mean must lie in [0, 1] and image_std in (0, 1], for pixels in [0, 1], not {image_mean} and "
+            f"{image_std}{hint}"
+        )
+
+
 def check_license(license: str | None) -> str | None:
     """The license itself. Raises ValueError unless it is None or has the form of the Hub's short names."""
     if license is not None and not (isinstance(license, str) and re.fullmatch(r"[a-z0-9][a-z0-9.-]*", license)):

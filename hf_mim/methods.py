@@ -63,6 +63,7 @@ class Method:
         variant_of: the name of another method that has the same classes, if this method is only a setting of it.
         settings: the config fields that make the variant, with their values.
         aliases: other names of the method.
+        image_processor: the class for `AutoImageProcessor`.
 
     Raises:
         ValueError: a name has other characters, or a field is missing.
@@ -84,6 +85,7 @@ class Method:
     variant_of: str | None = None
     settings: Mapping[str, Any] = field(default_factory=dict)
     aliases: tuple[str, ...] = ()
+    image_processor: str | type = "hf_mim.models.image_processing_mim:MIMImageProcessor"
 
     def __post_init__(self):
         for name in (self.name, *self.aliases):
@@ -98,6 +100,7 @@ class Method:
     pretraining_class = _class_of("pretraining")
     classifier_class = _class_of("classifier")
     backbone_class = _class_of("backbone")
+    image_processor_class = _class_of("image_processor")
 
     @property
     def predicts_pixels(self) -> bool:

@@ -69,7 +69,7 @@ def main():
     )
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     if trainer.is_world_process_zero():  # the last epoch counts, as in the papers
-        save_classifier(model, args.output_dir, encoder.image_size, encoder.mean, encoder.std)
+        save_classifier(model, args.output_dir, encoder.image_processor(CenterCrop()))
         print(f"\nThe classifier is in {args.output_dir}: pipeline('image-classification', model='{args.output_dir}')")
 
 

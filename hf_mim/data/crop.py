@@ -53,10 +53,9 @@ class RandomCrop:
         return centred(width, height, nearest)
 
 
-def load_crop(value, crop, size: tuple[int, int], num_channels: int, rng: random.Random, **limits) -> Tensor:
+def load_crop(value, crop, size: tuple[int, int], num_channels: int, rng: random.Random) -> Tensor:
     """Decode one value of an image column, upright, and crop it: [num_channels, h, w], in its own depth.
 
     crop: `RandomCrop`, `CenterCrop` or `WholeImage`, or anything with their `box` and `exact`.
-    limits: `max_pixels` of `open_image`.
     """
-    return crop_image(open_image(value, num_channels, **limits), crop, size, num_channels, rng)
+    return crop_image(open_image(value, num_channels), crop, size, num_channels, rng)

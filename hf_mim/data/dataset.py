@@ -22,7 +22,7 @@ from hf_mim.checks import least
 from hf_mim.models.pixels import ValueRange, scale_pixels
 
 from .crop import RandomCrop, crop_rng, load_crop
-from .decode import MAX_IMAGE_PIXELS, BrokenImage, decoding, image_name, stored
+from .decode import BrokenImage, decoding, image_name, stored
 
 logger = logging.getLogger(__name__)
 
@@ -50,7 +50,6 @@ class _Images:
         seed=0,
         value_range: ValueRange | None = None,
         own_depth=False,
-        max_pixels: int | None = None,
     ):
         self.size = (size, size) if isinstance(size, int) else tuple(size)
         if len(self.size) != 2 or min(self.size) < 1:
@@ -64,7 +63,7 @@ class _Images:
                     raise ValueError(f"images has no column {column!r} but {known}; load_images finds and names it")
         self.images, self.num_channels, self.labels, self.seed = images, num_channels, labels, seed
         self.crop = RandomCrop() if crop is None else crop
-        self.value_range, self.max_pixels, self.own_depth = value_range, max_pixels or MAX_IMAGE_PIXELS, own_depth
+        self.value_range, self.own_depth = value_range, own_depth
         self.identified = False
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
 
@@ -81,7 +80,7 @@ class _Images:
     def _sample(self, value, label, epoch: int, key: int, name: str) -> dict:
         rng = crop_rng(self.seed, epoch, key)
         with decoding(name):
-            pixels = load_crop(value, self.crop, self.size, self.num_channels, rng, max_pixels=self.max_pixels)
+            pixels = load_crop(value, self.crop, self.size, self.num_channels, rng)
             if not self.own_depth:
                 pixels = scale_pixels(pixels, self.value_range)
             elif self.value_range is not None:
@@ -107,7 +106,6 @@ class ImageDataset(_Images, torch.utils.data.Dataset):
         value_range: what the values of the images are scaled from, to float32 in 0..255. Without, 8-bit pixels are
             uint8, and others are scaled from the whole range of their type (see `TYPE_RANGES`).
         own_depth: leave the scaling to `DeviceAugment`, on the device: pixels come in the images' own depth.
-        max_pixels: of an image; larger ones are an `ImageFormatError`. Default: 178,956,970.
 
     Raises:
         ValueError: at once, if columns are missing or the first image cannot be converted to `num_channels`.

@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import io
+import os
 import struct
 import zlib
 
@@ -16,7 +17,9 @@ from .tiff import is_plain_tiff, is_tiff, read_tiff
 
 # What PIL may open. EPS is not among them: PIL would run Ghostscript on it, whatever the file is called.
 _FORMATS = "PNG JPEG MPO WEBP BMP GIF TIFF PPM JPEG2000 AVIF ICO TGA PCX DDS QOI SGI XBM".split()
-MAX_IMAGE_PIXELS = 178_956_970  # PIL's limit above which it refuses an image: about 13,377 × 13,377
+# Images of more pixels are refused. The default is PIL's own limit, about 13,377 × 13,377. It is a variable of the
+# environment, so that workers and evaluations of the same run have it too.
+MAX_PIXELS_VARIABLE, MAX_PIXELS = "HF_MIM_MAX_IMAGE_PIXELS", 178_956_970
 # What decoders raise on damaged bytes. PIL's plugins do not catch ValueError, IndexError and the like.
 _DECODE_ERRORS = (OSError, EOFError, SyntaxError, ValueError, TypeError, LookupError, ArithmeticError)
 _DECODE_ERRORS += (struct.error, zlib.error, RuntimeError, MemoryError)
@@ -52,7 +55,7 @@ def stored(value):
     return value["bytes"] if value.get("bytes") is not None else value.get("path")
 
 
-def open_image(value, num_channels: int | None = None, max_pixels: int = MAX_IMAGE_PIXELS) -> Image.Image | np.ndarray:
+def open_image(value, num_channels: int | None = None) -> Image.Image | np.ndarray:
     """Open one value of an image column: `{"bytes", "path"}`, a path, bytes, a PIL image, or an array.
 
     A JPEG is returned undecoded, so that the caller may still `draft` it; every other image is decoded.
@@ -60,7 +63,7 @@ def open_image(value, num_channels: int | None = None, max_pixels: int = MAX_IMA
     num_channels: as many as there will be; with it, files that can be read in two ways are read in the right one.
 
     Raises:
-        ImageFormatError: more than `max_pixels` pixels, or a depth or compression that needs the extra hf-mim[tiff].
+        ImageFormatError: too many pixels, or a depth or compression that needs the extra hf-mim[tiff].
     """
     value = stored(value)
     if value is None:
@@ -69,36 +72,40 @@ def open_image(value, num_channels: int | None = None, max_pixels: int = MAX_IMA
         with open(value, "rb") as file:
             value = file.read()
     if isinstance(value, bytes):
-        return _open_bytes(value, num_channels, max_pixels)
+        return _open_bytes(value, num_channels)
     if isinstance(value, Image.Image):
         value.load()
         return value
     return np.asarray(value)
 
 
-def check_pixels(width: int, height: int, limit: int):
+def check_pixels(width: int, height: int):
     """Raise ImageFormatError for an image that is too large to be decoded at once."""
-    if width * height > limit:
+    if width * height > _max_pixels():
         raise ImageFormatError(
-            f"{width} x {height} pixels are more than max_image_pixels={limit}; set --max_image_pixels "
-            f"{width * height}, or cut the image into tiles"
+            f"{width} x {height} pixels are more than max_image_pixels={_max_pixels()}; set --max_image_pixels "
+            f"{width * height} (or {MAX_PIXELS_VARIABLE}), or cut the image into tiles"
         )
 
 
-def _open_bytes(data: bytes, num_channels: int | None, max_pixels: int) -> Image.Image | np.ndarray:
+def _max_pixels() -> int:
+    return int(os.environ.get(MAX_PIXELS_VARIABLE, MAX_PIXELS))
+
+
+def _open_bytes(data: bytes, num_channels: int | None) -> Image.Image | np.ndarray:
     if data.startswith(b"\x93NUMPY"):
         return _read_npy(data)
     if is_tiff(data) and not is_plain_tiff(data):
-        return read_tiff(data, num_channels, lambda width, height: check_pixels(width, height, max_pixels))
-    if max_pixels > MAX_IMAGE_PIXELS:
-        Image.MAX_IMAGE_PIXELS = max_pixels  # PIL's own limit is one for the whole process
+        return read_tiff(data, num_channels, check_pixels)
+    if _max_pixels() > MAX_PIXELS:
+        Image.MAX_IMAGE_PIXELS = _max_pixels()  # PIL's own limit is one for the whole process
     try:
         image = Image.open(io.BytesIO(data), formats=_pil_formats())
     except Image.DecompressionBombError as error:
         raise ImageFormatError(
             f"{one_line(error)}; raise it by --max_image_pixels, or cut the image into tiles"
         ) from None
-    check_pixels(*image.size, max_pixels)
+    check_pixels(*image.size)
     if data.startswith(_PNG) and data[24] == 16 and data[25] in (2, 4, 6):  # bits of a channel; colour, or with alpha
         return _read_deep_png(data, num_channels)
     if image.format == "JPEG2000" and image.mode != "I;16" and _jpeg2000_bits(data) > 8:

@@ -19,6 +19,7 @@ import torch
 from PIL import Image, ImageEnhance, ImageOps
 
 from hf_mim.checks import least, share
+from hf_mim.models.pixels import ImageFormatError
 
 from .crop import crop_rng
 from .dataset import ImageDataset
@@ -105,15 +106,17 @@ class RandAugmentedImages(ImageDataset):
     of each geometric operation are equally likely.
     """
 
-    def __init__(self, images, size, num_channels=3, crop=None, labels=False, seed=0, randaugment=None):
+    def __init__(self, images, size, num_channels=3, *args, randaugment: RandAugment | None = None, **kwargs):
         self.randaugment = RandAugment() if randaugment is None else randaugment
         fill = self.randaugment.fill
         if len(fill) != num_channels:
             raise ValueError(f"RandAugment's fill must have {num_channels} values (channels), not {fill}")
-        super().__init__(images, size, num_channels, crop, labels, seed)
+        super().__init__(images, size, num_channels, *args, **kwargs)
 
     def _sample(self, value, label, epoch: int, key: int, name: str) -> dict:
         sample = super()._sample(value, label, epoch, key, name)
+        if sample["pixel_values"].dtype != torch.uint8:
+            raise ImageFormatError(f"{name}: RandAugment takes 8-bit images; set --randaugment_magnitude 0")
         pixels = sample["pixel_values"].permute(1, 2, 0).numpy()
         image = Image.fromarray(pixels[..., 0] if self.num_channels == 1 else pixels)
         # It has its own random numbers: with those of the crop, the operation would depend on the crop's size.

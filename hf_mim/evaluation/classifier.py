@@ -13,7 +13,6 @@ from transformers import AutoConfig, AutoModelForImageClassification
 
 import hf_mim  # noqa: F401 (registers the models)
 from hf_mim.checks import share
-from hf_mim.data.processor import image_processor
 from hf_mim.evaluation.checkpoint import LOADING_ERRORS, blocks_of, load_whole
 from hf_mim.files import one_line
 from hf_mim.models.configuration_vit import pair
@@ -135,7 +134,7 @@ def freeze_below(model: nn.Module, blocks: int):
     model.register_forward_pre_hook(before_forward)
 
 
-def save_classifier(model, folder, image_size: tuple[int, int], mean, std):
+def save_classifier(model, folder, processor):
     """Save the model and its image processor. `pipeline("image-classification", model=folder)` then names the classes.
 
     The processor resizes the whole image to `image_size` with PIL. The pipeline makes every image RGB, so it works only
@@ -143,7 +142,7 @@ def save_classifier(model, folder, image_size: tuple[int, int], mean, std):
     """
     vars(model.config).pop("use_cache", None)  # Trainer adds it for language models; it means nothing here
     model.save_pretrained(folder)
-    image_processor(image_size, mean, std).save_pretrained(folder)
+    processor.save_pretrained(folder)
 
 
 def size_options(model, image_size: tuple[int, int]) -> dict:

@@ -18,11 +18,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hf_mim.data import IMAGENET_MEAN, IMAGENET_STD, DeviceAugment
-from hf_mim.data.processor import InputSpec, read_processor
+from hf_mim.data import IMAGENET_MEAN, IMAGENET_STD, DeviceAugment, WholeImage
+from hf_mim.data.processor import InputSpec, image_processor, read_processor
 from hf_mim.evaluation.checkpoint import blocks_of, image_model, load_encoder
 from hf_mim.files import one_line
 from hf_mim.models.configuration_vit import pair
+from hf_mim.models.image_processing_mim import MIMImageProcessor
 from hf_mim.models.pixels import ValueRange
 from hf_mim.models.positions import sincos_table
 
@@ -178,6 +179,11 @@ class FrozenEncoder:
             "dtype": str(self.dtype),
             "device": self.device.type,
         }
+
+    def image_processor(self, crop) -> MIMImageProcessor:
+        """One that makes of an image what `preprocess` is given after `crop`, a `CenterCrop` or `WholeImage`."""
+        fraction = None if isinstance(crop, WholeImage) else crop.fraction
+        return image_processor(self.image_size, self.mean, self.std, self.value_range, fraction)
 
     def preprocess(self, pixel_values: Tensor) -> Tensor:
         """`[B, C, h, w]`, uint8 or float32 in 0..255 → normalised float32 on the encoder's device."""

@@ -85,7 +85,7 @@ def training_images(images, encoder, crop_scale=(0.08, 1.0), magnitude=9.0, magn
         encoder: its `image_size`, `num_channels` and `mean` are used; the mean fills what RandAugment uncovers.
         magnitude: of RandAugment; 0 turns it off.
     """
-    arguments = dict(crop=RandomCrop(tuple(crop_scale)), labels=True, seed=seed)
+    arguments = dict(crop=RandomCrop(tuple(crop_scale)), labels=True, seed=seed, value_range=encoder.value_range)
     if not magnitude:
         return ImageDataset(images, encoder.image_size, encoder.num_channels, **arguments)
     randaugment = RandAugment(magnitude, magnitude_std, fill=tuple(round(255 * x) for x in encoder.mean))
@@ -207,7 +207,8 @@ class Finetune:
         crop = self.crop_scale, self.randaugment_magnitude, self.randaugment_std, self.seed
         train_images = training_images(train.images, encoder, *crop)
         unlabelled = test.images.select_columns("image")
-        test_images = ImageDataset(unlabelled, encoder.image_size, encoder.num_channels, extract.crop)
+        about = encoder.image_size, encoder.num_channels, extract.crop
+        test_images = ImageDataset(unlabelled, *about, value_range=encoder.value_range)
         with seeded(self.seed, encoder.device), tempfile.TemporaryDirectory() as folder:
             model = load_classifier(encoder.name, classes, self.drop_path, self.blocks, encoder.is_untrained)
             args = self._arguments(folder, encoder.device, extract.num_workers, not extract.progress)
@@ -223,7 +224,7 @@ class Finetune:
             logits = logits[[row for row in range(len(logits)) if row not in set(broken)]]
             test.leave_out(broken)
         if self.output_dir is not None:
-            save_classifier(model, self.output_dir, encoder.image_size, encoder.mean, encoder.std)
+            save_classifier(model, self.output_dir, encoder.image_processor(extract.crop))
         return self._result(trainer, logits, train, test)
 
     def _arguments(self, folder, device, num_workers: int, silent: bool) -> FinetuningArguments:

@@ -17,7 +17,7 @@ from typing import Any, Literal, get_type_hints
 
 import torch
 
-from hf_mim.checks import least
+from hf_mim.checks import check_statistics, least
 from hf_mim.data.sources import source_name
 from hf_mim.docstrings import argument_texts
 from hf_mim.evaluation import load_protocol
@@ -64,8 +64,7 @@ class EncoderArguments:
             raise ValueError(f"image_size must be a side or height,width, not {self.image_size}")
         least(1, extract_batch_size=self.extract_batch_size)
         least(0, num_workers=self.num_workers)
-        if (self.image_mean is None) != (self.image_std is None):
-            raise ValueError("image_mean and image_std must be given together")
+        check_statistics(self.image_mean, self.image_std)
         if self.device is not None:
             try:
                 torch.empty(0, device=self.device)

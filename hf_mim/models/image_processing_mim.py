@@ -37,7 +37,7 @@ class MIMImageProcessor(BaseImageProcessor):
         size: dict[str, int],
         image_mean: Sequence[float],
         image_std: Sequence[float],
-        crop_fraction: float | None = 1.0,
+        crop_fraction: float | None = None,
         value_range: Sequence[float] | None = None,
         pixel_type: str | None = None,
         **kwargs,

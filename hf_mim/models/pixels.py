@@ -122,6 +122,9 @@ class ValueRange:
             )
 
 
+EIGHT_BITS = ValueRange((0.0,), (255.0,), "uint8")
+
+
 def type_name(pixels: Tensor) -> str:
     """ "uint8" for torch.uint8."""
     return str(pixels.dtype).removeprefix("torch.")

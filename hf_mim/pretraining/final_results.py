@@ -20,6 +20,7 @@ from hf_mim.evaluation.health import Health
 from hf_mim.evaluation.knn import KNN
 from hf_mim.evaluation.measure import measure
 from hf_mim.evaluation.result import Result
+from hf_mim.models.pixels import EIGHT_BITS, ValueRange
 from hf_mim.pretraining.recipe import RunArguments
 from hf_mim.run_folder import HEALTH_RESULT, KNN_RESULT, TRAINING_RESULT, result_path
 
@@ -42,10 +43,11 @@ def labelled_sample(images: Dataset | IterableDataset, count: int, start: int = 
     return labelled_only(fixed_sample(images, count, start))
 
 
-def fixed_view(images, config: PreTrainedConfig, count: int, size=None) -> ImageDataset:
-    """Centred crops of a fixed sample. `size` is by default the one that the encoder sees."""
-    sample = fixed_sample(images, count)
-    return ImageDataset(sample, size or config.image_height_width, config.num_channels, CenterCrop())
+def fixed_view(images, config: PreTrainedConfig, count: int, value_range: ValueRange | None, size=None) -> ImageDataset:
+    """Centred crops of a fixed sample, in their own depth. `size` is by default the one that the encoder sees."""
+    size = size or config.image_height_width
+    about = dict(value_range=value_range or EIGHT_BITS, own_depth=True)
+    return ImageDataset(fixed_sample(images, count), size, config.num_channels, CenterCrop(), **about)
 
 
 @dataclass
@@ -96,12 +98,12 @@ class Readout:
     def measure(self, model, untrained, augment, batch_size: int, folder: Path) -> Result:
         """Measure the trained encoder, the untrained one and raw pixels. Prints and saves the result."""
         train, test = self.sample(*self.most)
-        normalization = augment.statistics()
+        normalization, value_range = augment.statistics(), augment.value_range
         size = model.config.image_height_width
         encoders = {
-            "trained": FrozenEncoder(model.base_model, *normalization, name=str(folder)),
-            "untrained": FrozenEncoder(untrained.base_model, *normalization, name="untrained"),
-            "raw pixels": RawPixels(*normalization, size, model.device),
+            "trained": FrozenEncoder(model.base_model, *normalization, name=str(folder), value_range=value_range),
+            "untrained": FrozenEncoder(untrained.base_model, *normalization, name="untrained", value_range=value_range),
+            "raw pixels": RawPixels(*normalization, size, model.device, value_range),
         }
         protocol = KNN(k=min(20, len(train)))
         extractors = {name: FeatureExtractor(encoder, batch_size, progress=False) for name, encoder in encoders.items()}
@@ -160,7 +162,7 @@ def training_record(trainer: Trainer, run: RunArguments, images) -> Result:
 def health_record(model, augment, images, run: RunArguments, batch_size: int, folder: Path) -> Result:
     """`results/health.json`: health of the features of training images, beside an untrained encoder's. No labels."""
     sample = Images(fixed_sample(images, HEALTH_IMAGES), f"{source_name(run.dataset)}, split {run.train_split}")
-    encoder = FrozenEncoder(model.base_model, *augment.statistics(), name=str(folder))
+    encoder = FrozenEncoder(model.base_model, *augment.statistics(), name=str(folder), value_range=augment.value_range)
     extract = FeatureExtractor(encoder, batch_size, progress=False)
     result = measure(Health(num_images=HEALTH_IMAGES), extract, (sample,), folder)
     result.save(result_path(folder, HEALTH_RESULT))

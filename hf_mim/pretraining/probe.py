@@ -58,7 +58,8 @@ class OnlineProbe(TrainerCallback):
 
     def values(self, model: nn.Module) -> dict[str, float]:
         """Health of an encoder's features of the test images, and `knn` if there are labels."""
-        encoder = FrozenEncoder(model, *self.trainer.augment.statistics())
+        augment = self.trainer.augment
+        encoder = FrozenEncoder(model, *augment.statistics(), value_range=augment.value_range)
         extract = FeatureExtractor(encoder, self.trainer.args.per_device_eval_batch_size, progress=False)
         pooled, tokens = extract(self.test, ["last/mean/norm", "last/tokens/norm"])
         values = measure_health(pooled, tokens, encoder.grid)

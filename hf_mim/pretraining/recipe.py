@@ -16,7 +16,7 @@ import yaml
 from transformers import PreTrainedConfig
 
 from hf_mim import methods
-from hf_mim.checks import check_license, least
+from hf_mim.checks import check_license, check_statistics, least
 from hf_mim.pretraining.settings import read_yaml, suggestion, to_type
 from hf_mim.pretraining.trainer import MIMTrainingArguments
 from hf_mim.run_folder import RECIPE
@@ -77,6 +77,9 @@ class RunArguments:
         blur_probability: probability of a Gaussian blur
         blur_sigma: smallest and largest standard deviation of the blur, in pixels
         image_mean, image_std: for each channel, pixels in [0, 1]; default: measured on 1,024 images
+        value_range: low,high or such a pair for each channel: the values of the images that become 0 and 1, -30,5 for
+            decibels; default: 0..255 for 8 bits, else measured on 1,024 images
+        max_image_pixels: of one image; larger ones are refused; default: 178,956,970
         knn: measure the features at the end by 20-NN, if there are labels
         knn_train_images: labelled images that vote, at most
         knn_test_images: labelled images that are classified, at most
@@ -103,6 +106,8 @@ class RunArguments:
     blur_sigma: tuple[float, float] = (0.1, 2.0)
     image_mean: list[float] | None = None
     image_std: list[float] | None = None
+    value_range: list[float] | None = None
+    max_image_pixels: int | None = None
     knn: bool = True
     knn_train_images: int = 10_000
     knn_test_images: int = 2_000
@@ -115,8 +120,7 @@ class RunArguments:
         methods.get(self.method)
         if not self.dataset:
             raise ValueError('dataset must be given: a folder, files, the name of a dataset on the Hub, or "digits"')
-        if (self.image_mean is None) != (self.image_std is None):
-            raise ValueError("image_mean and image_std must be given together")
+        check_statistics(self.image_mean, self.image_std)
         check_license(self.license)
         for name in ("knn_train_images", "knn_test_images", "shuffle_buffer"):
             least(1, **{name: getattr(self, name)})

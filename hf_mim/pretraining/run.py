@@ -20,9 +20,12 @@ from transformers import AutoModelForPreTraining, PreTrainedConfig
 
 from hf_mim import methods
 from hf_mim.data import DeviceAugment, ImageDataset, ImageStream, RandomCrop, channel_statistics
+from hf_mim.data.decode import MAX_PIXELS_VARIABLE
 from hf_mim.data.processor import image_processor
 from hf_mim.data.sources import fixed_sample
+from hf_mim.data.value_range import find_value_range
 from hf_mim.files import check_writable
+from hf_mim.models.pixels import EIGHT_BITS, ValueRange
 from hf_mim.pretraining.final_results import (
     Readout,
     find_test_split,
@@ -50,12 +53,19 @@ class Pretraining:
         args = training_arguments(recipe)
         self.folder = Path(args.output_dir)
         check_run_folder(self.folder, recipe)
+        if run.max_image_pixels:
+            os.environ[MAX_PIXELS_VARIABLE] = str(run.max_image_pixels)
         with args.main_process_first(desc="loading the images"):
             self.images = load_split(run, "dataset", run.train_split)
             train_images = random_crops(self.images, run, config, args.seed)
+            value_range, found = find_value_range(train_images, run.value_range, config.num_channels)
+            train_images.value_range, run.value_range = value_range, value_range and value_range.as_list()
             self.augment = device_augment(recipe, train_images, config)
+            train_images.value_range, train_images.own_depth = value_range or EIGHT_BITS, True
             self.readout = Readout.find(self.images, run) if run.knn or run.probe_every else None
-            eval_images = None if args.eval_strategy == "no" else evaluation_images(run, config)
+            eval_images = None if args.eval_strategy == "no" else evaluation_images(run, config, value_range)
+        if found and args.process_index == 0:
+            print(found)
         steps = number_of_steps(args, train_images)
         if steps > 0:
             check_warmup(args, steps)  # Trainer would find out only after it has begun
@@ -70,7 +80,9 @@ class Pretraining:
             eval_dataset=eval_images,
             augment=self.augment,
             # It is saved with each checkpoint, so that each can be evaluated.
-            processing_class=image_processor(config.image_height_width, run.image_mean, run.image_std),
+            processing_class=image_processor(
+                config.image_height_width, run.image_mean, run.image_std, value_range, crop_fraction=1.0
+            ),
         )
         if run.probe_every:
             samples = self.readout.sample(run.probe_images, run.probe_images // 4) if self.readout else None
@@ -117,7 +129,7 @@ class Pretraining:
         """Draw the training curve and, if the model predicts pixels, reconstructions."""
         plot_training(self.trainer.state.log_history, self.folder / CURVE)
         if hasattr(model, "reconstruct"):
-            view = fixed_view(self.images, model.config, NUM_PICTURES)
+            view = fixed_view(self.images, model.config, NUM_PICTURES, self.augment.value_range)
             images = torch.stack([sample["pixel_values"] for sample in view]).to(model.device)
             plot_reconstructions(model, images, self.augment, self.folder / RECONSTRUCTIONS)
 
@@ -197,12 +209,14 @@ def random_crops(images, run: RunArguments, config: PreTrainedConfig, seed: int)
     return ImageStream(images, config.training_size, config.num_channels, crop, seed=seed)
 
 
-def evaluation_images(run: RunArguments, config: PreTrainedConfig) -> ImageDataset | ImageStream:
+def evaluation_images(
+    run: RunArguments, config: PreTrainedConfig, value_range: ValueRange | None
+) -> ImageDataset | ImageStream:
     """Test images in the size that the method trains on, for `eval_loss`."""
     images, _ = find_test_split(run)
     if images is None:
         raise ValueError(f"eval_strategy needs test_dataset: {run.dataset} has no validation or test split")
-    return fixed_view(images, config, run.knn_test_images, size=config.training_size)
+    return fixed_view(images, config, run.knn_test_images, value_range, size=config.training_size)
 
 
 def device_augment(recipe: Recipe, images: ImageDataset | ImageStream, config: PreTrainedConfig) -> DeviceAugment:
@@ -219,4 +233,5 @@ def device_augment(recipe: Recipe, images: ImageDataset | ImageStream, config: P
         run.grayscale_probability,
         run.blur_probability,
         run.blur_sigma,
+        images.value_range,
     )

@@ -25,6 +25,7 @@ from hf_mim.data.crop import crop_rng, load_crop
 from hf_mim.data.decode import open_image
 from hf_mim.data.labelled import LabelledImages
 from hf_mim.data.mix import MixAugment
+from hf_mim.data.processor import image_processor
 from hf_mim.evaluation.classifier import load_classifier, save_classifier
 from hf_mim.evaluation.encoder import FrozenEncoder
 from hf_mim.evaluation.features import FeatureExtractor
@@ -243,7 +244,9 @@ def test_bad_input_is_refused_before_training(checkpoint, digits_splits, tmp_pat
 def test_the_script_trains_and_keeps_in_one_process_and_in_two(checkpoint, tmp_path):
     """Its own example, and under torchrun with two processes."""
     root = Path(__file__).parents[2]
-    save_classifier(MAEForPreTraining.from_pretrained(checkpoint), tmp_path, (32, 32), [0.3] * 3, [0.3] * 3)
+    save_classifier(
+        MAEForPreTraining.from_pretrained(checkpoint), tmp_path, image_processor((32, 32), [0.3] * 3, [0.3] * 3)
+    )
     run = [str(root / "training/finetune.py"), str(tmp_path), "--dataset", "digits", "--epochs", "2", "--flip", "0"]
     run += ["--use_cpu", "true", "--output_dir", str(tmp_path / "out")]
     environment = {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1", "PATH": str(Path(sys.executable).parent)}
