@@ -108,7 +108,8 @@ def load_crop(value, crop, size: tuple[int, int], num_channels: int, rng: random
     image = open_image(value)
     if isinstance(image, np.ndarray):
         pixels = to_channels(image, num_channels)
-        return _resize_pixels(pixels, crop.box(pixels.shape[1], pixels.shape[0], size, rng), size)
+        left, top, right, bottom = crop.box(pixels.shape[1], pixels.shape[0], size, rng)
+        return _resize_pixels(pixels[top:bottom, left:right], size)
     flip_x, flip_y, swap = exif_orientation(image)
     width, height = image.size
     # The box is chosen on the upright picture and moved to the stored one, because turning the small crop is cheap.
@@ -139,8 +140,7 @@ def _crop_stored(image: Image.Image, box: Box, size: tuple[int, int], num_channe
     if image.mode.startswith(("I", "F")):  # the range of such values is that of the whole image
         image = to_channels(image, num_channels)
     if reduction == 1:
-        pixels = np.array(to_channels(image.crop(box), num_channels), copy=True)
-        return _resize_pixels(pixels, (0, 0, pixels.shape[1], pixels.shape[0]), size)
+        return _resize_pixels(np.array(to_channels(image.crop(box), num_channels), copy=True), size)
     image = to_channels(image, num_channels)
     scaled_box = tuple(min(side / reduction, limit) for side, limit in zip(box, image.size * 2, strict=True))
     image = image.resize(size[::-1], Image.Resampling.BICUBIC, box=scaled_box, reducing_gap=2)
@@ -152,7 +152,6 @@ def _to_tensor(pixels: np.ndarray) -> torch.Tensor:
     return torch.from_numpy(pixels if pixels.ndim == 3 else pixels[..., None]).permute(2, 0, 1)
 
 
-def _resize_pixels(pixels: np.ndarray, box: Box, size: tuple[int, int]) -> torch.Tensor:
-    left, top, right, bottom = box
-    part = _to_tensor(np.require(pixels[top:bottom, left:right], requirements="W"))  # torch warns of read-only memory
+def _resize_pixels(pixels: np.ndarray, size: tuple[int, int]) -> torch.Tensor:
+    part = _to_tensor(np.require(pixels, requirements="W"))  # torch warns of read-only memory
     return F.interpolate(part[None], size, mode="bicubic", antialias=True)[0].contiguous()
