@@ -11,8 +11,7 @@ import hf_mim
 from hf_mim.checks import one_of
 from hf_mim.data.processor import FILES
 from hf_mim.evaluation.checkpoint import LOADING_ERRORS, load_whole
-from hf_mim.files import one_line
-from hf_mim.hub.new_folder import check_destination, new_folder
+from hf_mim.files import check_destination, new_folder, one_line
 from hf_mim.hub.onnx import check_onnx, write_onnx
 from hf_mim.hub.remote_code import write_remote_code
 from hf_mim.hub.timm_vit import write_timm
