@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import os
+import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -50,6 +51,35 @@ def check_writable(path: str | Path, argument: str, kind: str = "folder"):
         kind, made = kind.removeprefix("new "), "" if path.exists() else f" be made in {above}"
         found = f"{path} cannot{made}: {error.strerror}"
         raise ValueError(f"{argument} must be a {kind} that can be written, and {found}") from error
+
+
+def check_destination(dest: str | Path) -> Path:
+    """The path of a new folder. Raises ValueError for a file, a link, a folder that is not empty, or no permission."""
+    dest = Path(dest)
+    if dest.is_symlink():
+        raise ValueError(f"DEST must be a new folder, and {dest} is a link")
+    if dest.exists() and not dest.is_dir():
+        raise ValueError(f"DEST must be a new folder, and {dest} is a file")
+    if dest.is_dir() and any(dest.iterdir()):
+        raise ValueError(f"DEST must be a new folder, and {dest} holds something already")
+    check_writable(dest, "DEST", "new folder")
+    return dest
+
+
+@contextlib.contextmanager
+def new_folder(dest: str | Path) -> Iterator[Path]:
+    """A folder to write into. It is renamed to `dest` when the block ends well, and removed when the block fails."""
+    dest = check_destination(dest).absolute()
+    dest.parent.mkdir(parents=True, exist_ok=True)
+    partial = dest.with_name(f".{dest.name}.{os.getpid()}.partial")
+    partial.mkdir()
+    try:
+        yield partial
+        if dest.is_dir():
+            dest.rmdir()
+        partial.rename(dest)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def one_line(error: BaseException, limit: int | None = None) -> str:

@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# Pretrain on a SLURM cluster, one task for each GPU, going on by itself after a preemption or a time limit:
+# Pretrain on a SLURM cluster, one task for each GPU. It continues by itself after a preemption or a time limit:
 #
 #   sbatch --nodes 8 training/slurm.sh training/recipes/imagenet_mae.yaml --output_dir runs/mae --dataset /data/imagenet
 #
 # All arguments are those of `hf-mim pretrain`; --output_dir is needed, on a file system that all nodes share.
-# SLURM sends SIGTERM two minutes before it ends the job; the run then saves a checkpoint and exits with status 75, and
-# the job is put back in the queue. PYTHON, MASTER_PORT and srun's own options (SRUN_OPTIONS) come from the environment.
+# SLURM sends SIGTERM two minutes before it ends the job. The run then saves a checkpoint and exits with status 75, and
+# the job goes back into the queue. PYTHON, MASTER_PORT and srun's own options (SRUN_OPTIONS) come from the environment.
 #
 #SBATCH --job-name=hf-mim
 #SBATCH --nodes=1
@@ -32,22 +32,22 @@ if [[ -z $folder ]]; then
     echo "error: --output_dir must be given: the folder in which a requeued job finds its run" >&2
     exit 2
 fi
-# A new run must not be told to resume, and one that has begun must.
+# Only a run that has begun gets --resume.
 if [[ -f $folder/recipe.yaml ]]; then
     arguments+=(--resume)
 fi
 
-# SLURM runs a batch script from a copy of it, so the code is looked for where sbatch was called.
+# SLURM runs a copy of this script, so the code is in the folder where sbatch was called.
 script=${SLURM_SUBMIT_DIR:-$PWD}/training/pretrain.py
 export PYTHON=${PYTHON:-python} OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 export MASTER_PORT=${MASTER_PORT:-$((20000 + SLURM_JOB_ID % 20000))}
 MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 export MASTER_ADDR
-export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1} # srun does not take it from the job
+export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1} # srun does not read it from the job
 
-trap : TERM # on preemption this shell is told as well, and has to outlive the tasks
-# Without torchrun, which would take the signals for itself and turn status 75 into 1: each task is one rank. A task
-# that ends early does not kill the others while they save; they have two minutes. srun's status is the highest of all.
+trap : TERM # on preemption this shell gets the signal too, and must live longer than the tasks
+# Each task is one rank. torchrun is not used: it would catch the signals and turn status 75 into 1. A task that ends
+# early does not kill the others while they save; they have two minutes. srun's status is the highest of all.
 # shellcheck disable=SC2016,SC2086
 srun --kill-on-bad-exit=0 --wait=120 ${SRUN_OPTIONS-} bash -c '
     export RANK=$SLURM_PROCID WORLD_SIZE=$SLURM_NTASKS LOCAL_RANK=$SLURM_LOCALID

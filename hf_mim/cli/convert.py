@@ -49,8 +49,8 @@ def run(source: str, dest: str, method: str | None = None, set: tuple[str, ...] 
     with told_in_one_line("nothing was written"):
         from transformers.utils import logging
 
+        from hf_mim.files import check_destination
         from hf_mim.hub.convert import Conversion
-        from hf_mim.hub.new_folder import check_destination
 
         given = dict(read_setting(text) for text in set)
         logging.disable_progress_bar()

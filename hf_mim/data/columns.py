@@ -22,9 +22,7 @@ def prepare_columns(dataset, image_column: str | None, label_column: str | None)
     check_holds_images(features, "image_column", image_column)
     label_type = getattr(features[label_column], "dtype", "") if label_column else ""
     if "string" in label_type and isinstance(dataset, IterableDataset):
-        raise ValueError(
-            f"label_column={label_column!r} holds names, whose ids are known only when all are read: streaming=False"
-        )
+        raise ValueError(f"label_column={label_column!r} holds names; only streaming=False can turn them into ids")
     label_column = label_column or _find_label(features, image_column)
     columns = {image_column: "image"} | ({label_column: "label"} if label_column else {})
     dataset = dataset.select_columns(list(columns))

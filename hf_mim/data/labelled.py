@@ -4,6 +4,8 @@ import torch
 from datasets import ClassLabel, Dataset, Features, IterableDataset
 from torch import Tensor
 
+from hf_mim.files import listed
+
 from .images import Images
 from .sources import SplitNotFound, first_split, load_images, open_source, source_name
 from .splits import stratified_split
@@ -120,6 +122,5 @@ def check_classes(train: LabelledImages, test: LabelledImages):
 
 
 def _missing_classes(names: list[str]) -> str:
-    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
-    names = ", ".join(names[:5]) + more
+    names = listed(names, 5)
     return f"the test images have classes that the training images lack: {names}; add images of them or remove them"

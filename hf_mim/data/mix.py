@@ -44,22 +44,17 @@ def weight_outside(box: Box, height: int, width: int) -> float:
     return 1 - (bottom - top) * (right - left) / (height * width)
 
 
-def random_erase(
-    images: Tensor,
-    probability: float,
-    area: tuple[float, float] = (0.02, 1 / 3),
-    ratio: tuple[float, float] = (0.3, 1 / 0.3),
-    attempts: int = 10,
-) -> Tensor:
+def random_erase(images: Tensor, probability: float) -> Tensor:
     """Fill a random rectangle of each image, with this probability, by normal(0, 1) noise, pixel by pixel.
 
     Zhong et al., arXiv 1708.04896, for normalised images [B, C, H, W]. The rectangle's share of the image's area is
-    uniform in `area`; its height / width is log-uniform in `ratio`. The first of ten draws that fits is taken, if any.
+    uniform in 0.02..1/3; its height / width is log-uniform in 0.3..1/0.3. The first of ten draws that fits is taken, if
+    any.
     """
     batch, _, height, width = images.shape
-    draws = torch.rand(5, batch, attempts, device=images.device)
-    areas = height * width * (area[0] + (area[1] - area[0]) * draws[0])
-    ratios = (math.log(ratio[0]) + math.log(ratio[1] / ratio[0]) * draws[1]).exp()
+    draws = torch.rand(5, batch, 10, device=images.device)
+    areas = height * width * (0.02 + (1 / 3 - 0.02) * draws[0])
+    ratios = (math.log(0.3) + math.log(1 / 0.3 / 0.3) * draws[1]).exp()
     heights, widths = (areas * ratios).sqrt().round(), (areas / ratios).sqrt().round()
     fits = (heights < height) & (widths < width)
     first = fits.int().argmax(dim=1, keepdim=True)

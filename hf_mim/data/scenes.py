@@ -15,7 +15,7 @@ from datasets import Dataset, Features, List, Value
 from datasets import Image as ImageFeature
 from PIL import Image
 
-from hf_mim.checks import least, one_of
+from hf_mim.checks import least, one_of, share
 
 from .digits import png
 
@@ -77,10 +77,9 @@ def scenes(count: int, size: int = 96, seed: int = 0, split: str = "train") -> D
     return Dataset.from_dict(columns, features=features)
 
 
-def check_size(size: int):
-    """Raise ValueError for a side, in pixels, that no scene is drawn at."""
-    if not 16 <= size <= 1024:
-        raise ValueError(f"size must lie between 16 and 1024 pixels, not {size}")
+def check_size(size: int | None):
+    """Raise ValueError for a side, in pixels, at which scenes cannot be drawn."""
+    share("[16, 1024]", size=size)
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""How good the features are: one protocol, one file; each takes an encoder and data and returns a result.
+"""How good are the features? Each protocol has a file; it takes an encoder and data, and returns a result.
 
 from hf_mim.evaluation import KNN, FeatureExtractor, FrozenEncoder, load_labelled
 
@@ -10,7 +10,7 @@ import importlib
 
 from hf_mim.checks import one_of
 
-# Protocol → its class, and where it is: each is imported when it is asked for.
+# Protocol → its file and class. It is imported when it is first needed.
 PROTOCOLS = {
     "knn": "knn:KNN",
     "leave_one_out": "knn:LeaveOneOut",
@@ -35,7 +35,7 @@ __all__ = ["PROTOCOLS", "load_protocol", *_NAMES]
 
 
 def load_protocol(name: str) -> type:
-    """The class of a protocol. Raises ValueError for one that there is not."""
+    """The class of a protocol. Raises ValueError for an unknown name."""
     one_of(PROTOCOLS, protocol=name)
     return __getattr__(PROTOCOLS[name].partition(":")[2])
 

@@ -1,8 +1,8 @@
 """Features on disk: written once, memory-mapped, checked before they are read.
 
-A folder for each combination of weights, data and preprocessing, a file in it for each layer and pooling. What has been
-written is recorded chunk by chunk with its checksum: an interrupted extraction goes on where it stopped, and a chunk
-that was damaged or is missing is computed again.
+Each combination of weights, data and preprocessing has a folder, with a file for each layer and pooling. Each written
+chunk is recorded with its checksum. So an interrupted extraction continues where it stopped, and a chunk that is
+damaged or missing is computed again.
 """
 
 import hashlib
@@ -22,22 +22,22 @@ from torch import Tensor
 from hf_mim.files import replacing
 
 CHUNK = 512  # images
-FORMAT = 2  # part of every key: another one when what was kept before may be wrong
+FORMAT = 2  # part of every key; it is raised when older files in caches may be wrong
 
 
 def default_cache() -> Path:
-    """`HF_MIM_CACHE`, or hf_mim/features where caches live."""
+    """The folder in `HF_MIM_CACHE`, or hf_mim/features in the user's cache folder."""
     home = os.environ.get("XDG_CACHE_HOME", "~/.cache")
     return Path(os.environ.get("HF_MIM_CACHE", f"{home}/hf_mim/features")).expanduser()
 
 
 def fingerprint(about: dict) -> str:
-    """A short name for a description: equal descriptions, equal names."""
+    """A short name for a description. Equal descriptions have equal names."""
     return hashlib.sha256(json.dumps(about, sort_keys=True, default=str).encode()).hexdigest()[:32]
 
 
 def images_sha256(images: Dataset) -> str:
-    """Of the images in their order: of their bytes, or for files of path, size and time of change."""
+    """The hash of the images in their order: of their bytes, or for files of path, size and time of the last change."""
     digest = hashlib.sha256()
     for start in range(0, len(images), 1000):
         for value in images[start : start + 1000]["image"]:
@@ -56,13 +56,13 @@ def _identity(value) -> bytes:
     path = os.path.abspath(value["path"] or "")
     try:
         about = os.stat(path)
-    except OSError:  # a file that is not there has no features, which the extraction finds
+    except OSError:  # the extraction will find that the file is not there
         return path.encode()
     return f"{path} {about.st_size} {about.st_mtime_ns}".encode()
 
 
 def check_room(shapes: list[tuple[int, ...]], folder: Path | None):
-    """Raise ValueError, before hours of work, where features of these shapes find no room, on the disk or in memory."""
+    """Raise ValueError, before hours of work, if the disk or memory has no room for features of these shapes."""
     needed = 4 * sum(math.prod(shape) for shape in shapes)
     if folder is None:
         free, where = psutil.virtual_memory().available, "memory, where --cache none keeps them"
@@ -77,7 +77,7 @@ def check_room(shapes: list[tuple[int, ...]], folder: Path | None):
 class FeatureStore:
     """Features `[n, ...]` of one layer and pooling, filled by chunks of images; on disk, or in memory without a path.
 
-    `missing` tells which chunks are to be written, `write` and `commit` do it, `tensor` reads all.
+    `missing` tells which chunks must be written, `write` and `commit` write them, `tensor` reads all.
     """
 
     def __init__(self, shape: tuple[int, ...], path: Path | None = None):
@@ -90,11 +90,11 @@ class FeatureStore:
         size = 4 * int(np.prod(self.shape))
         if not path.exists() or path.stat().st_size != size:
             self.record.unlink(missing_ok=True)
-            with path.open("ab") as file:  # another process may have it mapped
+            with path.open("ab") as file:  # keeps the file itself, because another process may have it mapped
                 file.truncate(size)
-                if size and hasattr(os, "posix_fallocate"):  # a full disk shows now, not as a bus error
+                if size and hasattr(os, "posix_fallocate"):  # a full disk raises here, not as a bus error later
                     os.posix_fallocate(file.fileno(), 0, size)
-        # Read and written here; the readers of `tensor` get a private view of the same pages.
+        # This array reads and writes the file; `tensor` gives its readers a private view of the same pages.
         self.array = np.memmap(path, np.float32, "r+", shape=self.shape)
         self.chunks = {number: entry for number, entry in self._recorded().items() if self._is_whole(number, entry)}
 
@@ -103,20 +103,20 @@ class FeatureStore:
         return -(-self.shape[0] // CHUNK)
 
     def missing(self) -> list[int]:
-        """Chunks that are not there, or not as they were written."""
+        """Chunks that are not there, or have changed since they were written."""
         return [number for number in range(self.num_chunks) if number not in self.chunks]
 
     def broken(self) -> list[int]:
-        """Images that could not be decoded; their rows mean nothing."""
+        """Images that could not be decoded. Their rows hold no features."""
         return sorted(index for entry in self.chunks.values() for index in entry["broken"])
 
     def write(self, rows: list[int], features: Tensor):
-        """Features `[b, ...]` of these images, which follow each other."""
+        """Write features `[b, ...]` of these images, which must be consecutive."""
         assert len(features) == len(rows) == rows[-1] + 1 - rows[0]
         self.array[rows[0] : rows[-1] + 1] = features.cpu().numpy()
 
     def commit(self, number: int, broken: list[int]):
-        """A chunk is complete: record it, after its features are on the disk."""
+        """Record that a chunk is complete, after its features are on the disk."""
         self.chunks[number] = {"crc32": self._checksum(number) if self.path else None, "broken": broken}
         if self.path:
             self.array.flush()
@@ -124,7 +124,7 @@ class FeatureStore:
                 aside.write_text(json.dumps(self.chunks))
 
     def copy_to(self, other: "FeatureStore", kept: Tensor) -> "FeatureStore":
-        """Fill what `other` lacks with the rows that are `kept`, in order; returns it."""
+        """Fill the missing chunks of `other` with the rows that are `kept`, in order; returns `other`."""
         rows = kept.nonzero()[:, 0]
         for number in other.missing():
             part = range(number * CHUNK, min((number + 1) * CHUNK, len(rows)))
@@ -133,7 +133,7 @@ class FeatureStore:
         return other
 
     def tensor(self) -> Tensor:
-        """float32 `[n, ...]`; of a file memory-mapped, and what is written to it stays in memory."""
+        """float32 `[n, ...]`. A file is memory-mapped; changes to the tensor stay in memory."""
         if self.path is None:
             return torch.from_numpy(self.array)
         return torch.from_numpy(np.memmap(self.path, np.float32, "c", shape=self.shape))

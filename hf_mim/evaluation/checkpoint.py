@@ -1,4 +1,4 @@
-"""From a checkpoint to a model whose every weight is the checkpoint's, or a line that says why not."""
+"""Load a model whose every weight comes from the checkpoint, or raise an error of one line that says why not."""
 
 import pickle
 import re
@@ -15,7 +15,7 @@ from transformers.utils import cached_file
 import hf_mim  # noqa: F401 (registers the models)
 from hf_mim.files import one_line, quiet, sha256
 
-# What `from_pretrained` raises for what is no checkpoint, or a damaged one.
+# What `from_pretrained` raises if there is no checkpoint, or a damaged one.
 LOADING_ERRORS = (OSError, ValueError, KeyError, RuntimeError, EOFError, SafetensorError, pickle.UnpicklingError)
 LOADING_ERRORS += (StrictDataclassError,)
 
@@ -28,23 +28,23 @@ def load_whole(
     may_be_new: Callable[[nn.Module, str], bool] = lambda model, key: False,
     **options,
 ) -> nn.Module:
-    """A model in float32 whose every weight is the checkpoint's.
+    """A model in float32 whose every weight comes from the checkpoint.
 
     Args:
-        model_class: its `from_pretrained` loads; an Auto class too.
+        model_class: a model class or an Auto class; its `from_pretrained` loads the checkpoint.
         checkpoint: a folder, or a name on the Hub.
-        part: "encoder": what the checkpoint has beside it, such as a decoder, may be left over, but no blocks of it;
-            "model": nothing may be left over.
-        unusable: what the error says of a checkpoint that cannot be loaded at all.
-        may_be_new: whether the model may have a weight that the checkpoint lacks, such as that of a new head.
+        part: what is loaded. "encoder": other weights of the checkpoint, such as a decoder's, may be left over, but
+            not blocks of the encoder. "model": no weight may be left over.
+        unusable: what the error says about a checkpoint that cannot be loaded at all.
+        may_be_new: (model, name of a weight) → whether the checkpoint may lack it, such as the weight of a new head.
         options: of `from_pretrained`.
 
     Raises:
-        ValueError: it is not such a checkpoint, is damaged, or lacks weights; in one line.
+        ValueError: in one line: it is no such checkpoint, it is damaged, or it lacks weights.
     """
     try:
-        # float32 even where it was saved in half precision: `dtype` is what autocast computes in.
-        with quiet():  # what it reports of the weights, at length, is checked below
+        # float32 even if it was saved in half precision, because `dtype` only says in what autocast computes.
+        with quiet():  # transformers reports at length about the weights; they are checked below
             model, loading = model_class.from_pretrained(
                 checkpoint, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True, **options
             )
@@ -66,12 +66,12 @@ def load_whole(
 
 
 def load_encoder(checkpoint: str) -> nn.Module:
-    """What `AutoModel` makes of a checkpoint. Raises as `load_whole`; poolers and heads may be new."""
+    """The model that `AutoModel` makes of a checkpoint. Poolers and heads may be new. Raises as `load_whole`."""
     return load_whole(AutoModel, checkpoint, may_be_new=lambda model, key: key.startswith(("pooler", "head")))
 
 
 def blocks_of(model: nn.Module) -> tuple[str, nn.ModuleList]:
-    """(name, list) of the blocks: the longest ModuleList. Of a model in stages it may be a stage, or the list of them.
+    """(name, list) of the blocks: the longest ModuleList. In a model of stages it may be one of them, or their list.
 
     Raises:
         ValueError: there is none.
@@ -83,22 +83,22 @@ def blocks_of(model: nn.Module) -> tuple[str, nn.ModuleList]:
 
 
 def left_over_blocks(model: nn.Module, keys: Sequence[str]) -> list[str]:
-    """Those of a checkpoint's left-over keys that are of blocks beyond the model's last."""
+    """Among keys that a checkpoint has left over, those of blocks beyond the model's last block."""
     name, blocks = blocks_of(model)
-    prefix = f"{model.base_model_prefix}."  # a file may have it or not
+    prefix = f"{model.base_model_prefix}."  # keys may have it or not
     pattern = re.compile(rf"(?:{re.escape(prefix)})?{re.escape(name.removeprefix(prefix))}\.(\d+)\.")
     found = ((key, pattern.match(key)) for key in sorted(keys))
     return [key for key, match in found if match and int(match[1]) >= len(blocks)]
 
 
 def image_model(model: nn.Module) -> nn.Module:
-    """The encoder in a model: without a head, and of an image-text model the image's half."""
+    """The encoder in a model: without a head, and without the text half of an image-text model."""
     model = getattr(model, "base_model", model)
     return getattr(model, "vision_model", model)
 
 
 def checkpoint_sha256(checkpoint: str | Path) -> str | None:
-    """Of a checkpoint's weight files, in the order of their names; None where there are none (a model in memory)."""
+    """The hash of a checkpoint's weight files, in the order of their names; None if there are none."""
     folder = Path(checkpoint)
     if not folder.is_dir():
         config = cached_file(str(checkpoint), "config.json", _raise_exceptions_for_missing_entries=False)

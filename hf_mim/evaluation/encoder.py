@@ -110,9 +110,7 @@ class FrozenEncoder:
         self.native_size, self.patch_size = pair(config.image_size), pair(config.patch_size)
         self.image_size = self.native_size if image_size is None else pair(image_size)
         if len(self.mean) != self.num_channels or len(self.std) != self.num_channels:
-            raise ValueError(
-                f"image_mean and image_std must have {self.num_channels} values, not {self.mean}, {self.std}"
-            )
+            raise ValueError(f"image_mean and image_std must have {self.num_channels} values, not {mean}, {std}")
         self.normalize = DeviceAugment(self.mean, self.std).eval()
         self._check_size()
 

@@ -1,4 +1,4 @@
-"""Features of a frozen encoder: each image once, all layers and poolings in one pass, kept on disk if asked."""
+"""Features of a frozen encoder: each image is read once, and gives all layers and poolings. A cache may keep them."""
 
 import dataclasses
 import logging
@@ -30,10 +30,10 @@ class FeatureExtractor:
     """`extract(split, specs)`: features of every image of a split, one tensor for each spec.
 
     Args:
-        encoder: whose features.
+        encoder: makes the features.
         batch_size, num_workers: of the extraction; they do not change the features.
-        cache: folder to keep features in; None: they stay in memory.
-        crop: how an image is brought to the encoder's size: `CenterCrop` or `WholeImage`.
+        cache: folder in which features are kept; None: they stay in memory.
+        crop: how an image is resized to the encoder's size: `CenterCrop` or `WholeImage`.
         progress: show a bar.
     """
 
@@ -49,13 +49,13 @@ class FeatureExtractor:
         return dataclasses.replace(self, **changes)
 
     def __call__(self, split, specs: Sequence[FeatureSpec | str]) -> list[Tensor]:
-        """float32 on the CPU, memory-mapped where there is a cache: `[n, D]`, or `[n, N, D]` for tokens.
+        """float32 on the CPU, memory-mapped if there is a cache: `[n, D]`, or `[n, N, D]` for tokens.
 
-        Images that cannot be decoded are left out of a split that has `leave_out`, up to 1 % of them.
+        Images that cannot be decoded are left out, up to 1 % of them, if the split has `leave_out`.
 
         Raises:
-            ValueError: features that the encoder has not, or that find no room on the disk or in memory.
-            BrokenImagesError: too many images cannot be decoded, or any of a split that cannot leave them out.
+            ValueError: the encoder has no such features, or the disk or memory has no room for them.
+            BrokenImagesError: more images cannot be decoded, or the split cannot leave them out.
         """
         specs = [FeatureSpec.parse(spec) for spec in specs]
         for spec in specs:
@@ -89,7 +89,7 @@ class FeatureExtractor:
             batch_sampler=batches,
             num_workers=self.num_workers,
             pin_memory=self.encoder.device.type != "cpu",
-            generator=torch.Generator(),  # else it takes a number of the training's
+            generator=torch.Generator(),  # without it, DataLoader draws from torch's generator, which a training uses
         )
         bar = tqdm(total=sum(map(len, chunks)), desc="features", unit=" images", disable=not self.progress, leave=False)
         broken: list[int] = []
@@ -125,7 +125,8 @@ class FeatureExtractor:
         return (rows * columns, width) if spec.pooling == "tokens" else (width,)
 
     def _folder(self, split) -> Path:
-        """All that decides a feature, but its layer and pooling."""
+        """The cache's folder for these features. Its name depends on all that decides a feature, except layer and
+        pooling, which name the file."""
         about = self.encoder.describe() | {
             "images": images_sha256(split.images),
             "crop": repr(self.crop),
@@ -136,7 +137,7 @@ class FeatureExtractor:
 
 
 class _Decoded(Dataset):
-    """(uint8 or float32 in 0..255 [C, h, w], whether it could be decoded) of each image, for DataLoader."""
+    """Image → (uint8 or float32 in 0..255 [C, h, w], whether it could be decoded), for DataLoader."""
 
     def __init__(self, images, encoder: FrozenEncoder, crop):
         self.images, self.crop = images.select_columns("image"), crop

@@ -1,5 +1,5 @@
-"""k-nearest-neighbour classification of frozen features. Nothing is learned, so a change of the result is a change of
-the features.
+"""k-nearest-neighbour classification of frozen features. Nothing is learned, so the result changes only if the features
+do.
 
 - `KNN`: weighted votes under cosine similarity (Wu et al., CVPR 2018, arXiv 1805.01978, section 3.4), the protocol of
   DINO and its successors.
@@ -20,46 +20,44 @@ from hf_mim.evaluation.features import LARGEST_TABLE, FeatureExtractor
 from hf_mim.evaluation.probe_training import parse_features
 from hf_mim.evaluation.result import Result
 
-# float32 similarities of unit vectors are within 1e-6 of the truth; what lies closer is compared in float64.
+# float32 similarities of unit vectors are within 1e-6 of the truth; closer ones are compared in float64.
 ROUNDING = 4e-6
-DIGITS = 13  # to which float64 similarities are equal
+DIGITS = 13  # float64 similarities that agree in so many digits count as equal
 GROUP = 32  # columns
 
 
 def nearest_neighbours(train: Tensor, queries: Tensor, k: int) -> Iterator[tuple[Tensor, Tensor]]:
     """For chunks of the queries `[m, D]`: cosine (float64) and index of the k nearest of `train` `[n, D]`.
 
-    Exact: every pair is compared, by a matrix product in float32; what that leaves open, in float64. Of equals the
-    first counts as nearer.
+    The result is exact. A matrix product in float32 compares every pair; pairs that it cannot tell apart are compared
+    in float64. Among equal neighbours, the first counts as nearer.
     """
     if not 1 <= k <= len(train):
         raise ValueError(f"k must be between 1 and the {len(train)} training images, not {k}")
     candidates = min(k + 1, len(train))
     units, queries = unit_vectors(train), queries.float()
     chunk = max(1, LARGEST_TABLE // max(len(train), candidates * GROUP))
-    table = torch.empty(min(chunk, len(queries)), len(train), device=train.device)  # fresh memory costs on a CPU
+    table = torch.empty(min(chunk, len(queries)), len(train), device=train.device)  # on a CPU new memory is slow
     for part in queries.split(chunk):
         rough, nearest = largest(torch.mm(unit_vectors(part), units.T, out=table[: len(part)]), candidates)
-        nearest = nearest.sort(dim=1).values  # so that the stable sort leaves equals in their order
-        exact = torch.cat(
-            [exact_cosine(x, train[ids]) for x, ids in zip(part.split(64), nearest.split(64), strict=True)]
-        )
+        nearest = nearest.sort(dim=1).values  # so that the stable sort below keeps equal ones in this order
+        pairs = zip(part.split(64), nearest.split(64), strict=True)
+        exact = torch.cat([exact_cosine(x, train[ids]) for x, ids in pairs])
         exact, order = exact.sort(dim=1, descending=True, stable=True)
         exact, nearest = exact[:, :k], nearest.gather(1, order)[:, :k]
         if candidates > k:
             for query in (rough[:, k - 1] - rough[:, k] <= ROUNDING).nonzero().flatten().tolist():  # rare
                 near = (table[query] >= rough[query, k - 1] - ROUNDING).nonzero().flatten()
-                similarity, order = exact_cosine(part[query][None], train[near][None])[0].sort(
-                    descending=True, stable=True
-                )
+                similarity = exact_cosine(part[query][None], train[near][None])[0]
+                similarity, order = similarity.sort(descending=True, stable=True)
                 exact[query], nearest[query] = similarity[:k], near[order[:k]]
         yield exact, nearest
 
 
 def largest(table: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """`table.topk(k)` of `[m, n]`, twice as fast for many columns.
+    """`table.topk(k)` of `[m, n]`, twice as fast if there are many columns.
 
-    The k largest lie in the k groups of columns with the largest maxima, so only these are sorted.
+    The k largest lie in the k groups of columns with the largest maxima, so only these groups are sorted.
     """
     grouped = table.shape[1] // GROUP * GROUP
     if grouped <= 4 * k * GROUP:
@@ -75,7 +73,7 @@ def largest(table: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 
 def exact_cosine(queries: Tensor, neighbours: Tensor) -> Tensor:
-    """Cosines in float64 of `[q, D]` with `[q, k, D]`; those that differ by rounding alone come out equal."""
+    """Cosines in float64 of `[q, D]` with `[q, k, D]`. Cosines that differ by rounding alone become equal."""
     queries, neighbours = queries.double(), neighbours.double()
     lengths = queries.norm(dim=1)[:, None] * neighbours.norm(dim=2)
     exact = torch.einsum("qd,qkd->qk", queries, neighbours) / lengths.clamp(min=torch.finfo(torch.float64).tiny)
@@ -83,9 +81,9 @@ def exact_cosine(queries: Tensor, neighbours: Tensor) -> Tensor:
 
 
 def vote(similarity: Tensor, labels: Tensor, temperature: float, num_classes: int) -> Tensor:
-    """Similarities and labels `[m, k]` of neighbours → the class `[m]` with most weight, exp(similarity / temperature).
+    """Similarities and labels `[m, k]` of neighbours → the class `[m]` with the largest weight.
 
-    Of classes with equal weight the first.
+    A neighbour weighs exp(similarity / temperature). Among classes of equal weight, the first wins.
     """
     votes = torch.zeros(len(labels), num_classes, dtype=torch.float64, device=labels.device)
     votes.scatter_add_(1, labels, ((similarity - 1) / temperature).exp())  # -1: no overflow
@@ -98,7 +96,7 @@ def knn_predict(
 ) -> Tensor:
     """The predicted class `[m]` of each test feature `[m, D]`, from training features `[n, D]` and labels `[n]`.
 
-    Exact, in chunks of the test features.
+    The search is exact. Test features are taken in chunks, to bound the memory.
 
     Raises:
         ValueError: k is not in 1..n, or the temperature is not positive.
@@ -113,7 +111,7 @@ def knn_sweep(
     ks: Sequence[int],
     temperatures: Sequence[float],
 ) -> dict[tuple[int, float], Tensor]:
-    """As `knn_predict`, for each (k, temperature), with one search for the largest k."""
+    """`knn_predict` for each (k, temperature), by a single search for the largest k."""
     for temperature in temperatures:
         positive(temperature=temperature)
     classes, train_labels = train_labels.unique(return_inverse=True)
@@ -126,14 +124,14 @@ def knn_sweep(
 
 
 def unit_vectors(features: Tensor) -> Tensor:
-    """Rows of length 1, float32; by their largest number first, so that no square overflows or vanishes."""
+    """Rows of length 1, float32. First each row is divided by its largest number: no square overflows or vanishes."""
     features = features.float()
     largest_number = features.abs().amax(dim=1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
     return F.normalize(features / largest_number, dim=1)
 
 
 def exact_device(device: torch.device) -> torch.device:
-    """The device, or the CPU for one that has no float64."""
+    """The device, or the CPU if the device has no float64."""
     return torch.device("cpu") if device.type == "mps" else device
 
 
@@ -141,15 +139,15 @@ def exact_device(device: torch.device) -> torch.device:
 class KNN:
     """Weighted k-nearest-neighbour accuracy (Wu et al. 2018; DINO: k 20, temperature .07).
 
-    Cosine similarity; the k nearest training images vote with weight exp(similarity / temperature). The headline is the
-    accuracy at `k` and `temperature`, which are fixed beforehand; the table has the others for comparison.
+    The k training images with the highest cosine similarity vote, with weight exp(similarity / temperature). The
+    headline is the accuracy at `k` and `temperature`, which are fixed beforehand; the table has others for comparison.
 
     Args:
         features: layer/pooling/norm
         k: neighbours that vote
-        temperature: of the votes' weights
-        ks: for the table
-        temperatures: for the table
+        temperature: a vote weighs exp(similarity / temperature)
+        ks: further k in the table
+        temperatures: further temperatures in the table
     """
 
     name: ClassVar[str] = "knn"
@@ -192,10 +190,10 @@ class KNN:
 
 @dataclass
 class LeaveOneOut:
-    """Latent MIM's nearest-neighbour accuracy: each test image takes the class of its nearest other test image.
+    """Latent MIM's nearest-neighbour accuracy: each test image gets the class of the test image nearest to it.
 
-    As in the released code of arXiv 2407.15837: Euclidean distance between means of the patch tokens of the residual
-    stream, before the final norm, inside the validation set.
+    As in the released code of arXiv 2407.15837, the distance is Euclidean, between means of the patch tokens of the
+    residual stream, before the final norm, inside the validation set.
 
     Args:
         features: layer/pooling/norm
@@ -226,8 +224,8 @@ class LeaveOneOut:
 
 
 def nearest_other(features: Tensor) -> Tensor:
-    """For each of `[n, D]` the index `[n]` of the nearest other one by Euclidean distance; of equals the first."""
-    features = features.double() - features.double().mean(dim=0)  # distances do not change, and lose fewer digits
+    """The index `[n]` of each feature's nearest other, `[n, D]`, by Euclidean distance; the first among equal ones."""
+    features = features.double() - features.double().mean(dim=0)  # distances stay the same, but lose fewer digits
     squares = features.square().sum(dim=1)
     nearest = []
     for start in range(0, len(features), step := max(1, LARGEST_TABLE // (2 * len(features)))):
@@ -237,5 +235,5 @@ def nearest_other(features: Tensor) -> Tensor:
         rows = torch.arange(len(chunk), device=features.device)
         distance[rows, start + rows] = torch.inf
         lowest = distance.min(dim=1, keepdim=True).values
-        nearest.append((distance <= lowest + 1e-13 * both).int().argmax(dim=1))  # equal but for rounding
+        nearest.append((distance <= lowest + 1e-13 * both).int().argmax(dim=1))  # the first, up to rounding
     return torch.cat(nearest)

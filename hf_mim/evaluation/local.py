@@ -1,9 +1,9 @@
-"""Counting and distance: do frozen features keep what is small and where it is?
+"""Counting and distance: do frozen features keep small objects and their places?
 
-CLEVR's two low-level tasks of VTAB (arXiv 1910.04867), which I-JEPA and StoP report: the number of objects (3 to 10,
-one class each) and a distance in six classes. CLEVR itself is 18 GB; here the scenes are drawn (`hf_mim.data.scenes`),
-so the numbers compare encoders with each other, not with the papers. VTAB's distance is that of the object nearest to
-the camera; the scenes here have no depth, and ask for the two objects nearest to each other.
+I-JEPA and StoP report VTAB's two low-level tasks on CLEVR (arXiv 1910.04867): the number of objects (3 to 10, one class
+each) and a distance in six classes. CLEVR itself is 18 GB; here the scenes are drawn (`hf_mim.data.scenes`), so the
+numbers compare encoders with each other, not with the papers. VTAB's distance is that of the object nearest to the
+camera. The scenes here have no depth, so the distance is that between the two objects nearest to each other.
 """
 
 from dataclasses import asdict, dataclass
@@ -27,14 +27,14 @@ NUM_BINS = 6  # of the distance, as VTAB's
 HELD_OUT = 0.2  # of the training scenes, to choose C
 CS = (0.01, 0.1, 1.0, 10.0, 100.0, 1000.0)
 RIDGES = tuple(10.0**exponent for exponent in range(-3, 4))
-PIXELS = (16, 16)  # to which the raw pixels are averaged: about as wide as a ViT-B
+PIXELS = (16, 16)  # raw pixels are averaged to this size; their features are about as wide as a ViT-B's
 SIZES = (64, 128)  # within which scenes are drawn, in pixels
 TASKS = ("count", "distance")
 NOTHING = "none (largest class, mean)"
 
 
 class Scenes(Images):
-    """Drawn scenes; the images are for everyone, the answers only by `read_labels`."""
+    """Drawn scenes. Only `read_labels` gives the answers."""
 
     def __init__(self, count: int, size: int, seed: int, split: str):
         drawn = scenes(count, size, seed, split)
@@ -44,31 +44,28 @@ class Scenes(Images):
 
     def read_labels(self) -> dict[str, Tensor]:
         """ "count" and "distance" (of the nearest pair, as a share of the side), float64 `[n]`."""
-        return {
-            task: torch.tensor(self._answers[column][:], dtype=torch.float64)
-            for task, column in zip(TASKS, ("num_objects", "distance"), strict=True)
-        }
+        return self._answers.rename_column("num_objects", "count").with_format("torch", dtype=torch.float64)[:]
 
 
 @dataclass
 class Local:
     """Accuracy of counting objects, and of telling the distance of the nearest pair, by linear probes.
 
-    Scenes are drawn square, at the encoder's size within 64..128 px, and resized to the encoder's size. On standardised
-    features, L2-regularised logistic regression classifies the number (8 classes) and the distance (6 bins that hold
-    equally many training scenes); its C is chosen on a fifth of the training scenes, and it is fitted again on all.
-    Beside it ridge regression on the same features (its strength by leave-one-out on training scenes) gives R² and the
-    mean absolute error, in objects and in shares of the side. The same on raw pixels, and the largest class of the
-    training scenes, are what features have to be better than. Test answers are read when all is predicted.
+    Scenes are drawn square, at the encoder's size but within 64..128 px, and resized to the encoder's size. On
+    standardised features, L2-regularised logistic regression classifies the number (8 classes) and the distance (6 bins
+    with equally many training scenes each). A fifth of the training scenes chooses its C; then it is fitted again on
+    all. Ridge regression on the same features gives R² and the mean absolute error, in objects and in shares of the
+    side; leave-one-out on the training scenes chooses its strength. Features should be better than the same probes on
+    raw pixels, and than always saying the largest class. Test answers are read after all predictions are made.
 
-    Source: VTAB (arXiv 1910.04867); I-JEPA (arXiv 2301.08243, section 6), linear probes on averaged patch tokens.
+    Sources: VTAB (arXiv 1910.04867); I-JEPA (arXiv 2301.08243, section 6), linear probes on averaged patch tokens.
 
     Args:
         features: layer/pooling/norm; mean or cls
         num_train: training scenes
         num_test: test scenes
-        size: side of the scenes as drawn, in pixels; none: the encoder's, within 64..128
-        seed: of the scenes and of what is held out to choose C
+        size: side of the scenes as drawn, in pixels; default: the encoder's, but within 64..128
+        seed: for the scenes, and for those that are held out to choose C
     """
 
     name: ClassVar[str] = "local"
@@ -85,11 +82,10 @@ class Local:
         least(100, num_train=self.num_train)
         least(10, num_test=self.num_test)
         least(0, seed=self.seed)
-        if self.size is not None:
-            check_size(self.size)
+        check_size(self.size)
 
     def run(self, extract) -> Result:
-        """Raises ValueError for an encoder of images that are not square or of more than 4 channels, or without such
+        """Raises ValueError if the encoder's images are not square or have more than 4 channels, or if it has no such
         features."""
         encoder = extract.encoder
         height, width = encoder.image_size
@@ -99,16 +95,14 @@ class Local:
             raise ValueError(f"scenes are pictures in colour, and {encoder.name} takes {encoder.num_channels} channels")
         encoder.check(parse_features(self.features, self.name))  # before the scenes are drawn
         size = self.size or min(max(height, SIZES[0]), SIZES[1])
-        train, test = (
-            Scenes(count, size, self.seed, split)
-            for count, split in ((self.num_train, "train"), (self.num_test, "test"))
-        )
+        train = Scenes(self.num_train, size, self.seed, "train")
+        test = Scenes(self.num_test, size, self.seed, "test")
         pixels = RawPixels(encoder.mean, encoder.std, PIXELS, encoder.device)
         answers = train.read_labels()
         edges = torch.quantile(answers["distance"], torch.linspace(0, 1, NUM_BINS + 1, dtype=torch.float64)[1:-1])
         rows, predictions = [], []
         for source, spec, used in (("encoder", self.features, encoder), ("raw pixels", "last/mean/norm", pixels)):
-            # A scene has to be seen whole: what is cut off cannot be counted.
+            # The encoder sees the whole scene, because it cannot count what a crop cuts off.
             features = [extract.replace(encoder=used, crop=WholeImage())(split, [spec])[0] for split in (train, test)]
             fit, query = map(standardiser(features[0], source), features)
             for task in TASKS:
@@ -153,9 +147,9 @@ def as_classes(task: str, answers: dict[str, Tensor], edges: Tensor) -> Tensor:
 
 
 def fit_probe(features: Tensor, labels: Tensor, seed: int = 0) -> LogisticRegression:
-    """Logistic regression on all of `[n, D]` and `[n]`, with the C that is best on a fifth held out from a first fit.
+    """Logistic regression on all of `[n, D]` and `[n]`. Its C is the best on a fifth that a first fit leaves out.
 
-    Of equally good ones the smallest C.
+    If several C are equally good, the smallest is taken.
     """
     kept, held = stratified_split(labels, HELD_OUT, seed)
     accuracy = {c: fit_logistic(features[kept], labels[kept], [c]).score(features[held], labels[held]) for c in CS}

@@ -1,7 +1,7 @@
 """Low-shot classification: logistic regression on frozen features of a few labelled images (I-JEPA, arXiv 2301.08243).
 
-With few labels the draw of the images decides as much as the features, so every number is a mean over several draws,
-with their standard deviation.
+With few labels, the choice of images matters as much as the features. So every number is a mean over several draws,
+with its standard deviation.
 """
 
 import re
@@ -22,7 +22,7 @@ from hf_mim.evaluation.probe_training import parse_features, standardiser
 from hf_mim.evaluation.result import Result
 
 MAX_ITERATIONS = 2000
-FOLDS = 3  # at most, of the cross-validation
+FOLDS = 3  # of the cross-validation, at most
 
 
 def parse_budget(budget: str) -> tuple[float | None, int | None]:
@@ -36,10 +36,10 @@ def parse_budget(budget: str) -> tuple[float | None, int | None]:
 
 
 def draw_images(labels: Tensor, budget: str, seed: int, draw: int = 0) -> Tensor:
-    """Ids of a seeded draw: the same number of images of each class, which for a percentage is at least one.
+    """Ids of a seeded draw: the same number of images of each class, and at least one for a percentage.
 
-    Where a percentage asks for more than a small class has, it gives all of its images. Of one draw, a smaller budget's
-    images are among a larger one's, so that budgets can be compared.
+    If a percentage asks for more images than a small class has, all of them are drawn. Within one draw, a larger budget
+    includes the images of a smaller one, so that budgets can be compared.
 
     Raises:
         ValueError: no such budget, or a class is smaller than the number.
@@ -55,10 +55,10 @@ def draw_images(labels: Tensor, budget: str, seed: int, draw: int = 0) -> Tensor
 
 
 def fit_logistic(features: Tensor, labels: Tensor, c: list[float], seed: int = 0):
-    """L2-regularised logistic regression on `[n, D]` and `[n]`; of several C the one that cross-validation prefers.
+    """L2-regularised logistic regression on `[n, D]` and `[n]`. Cross-validation chooses among several C.
 
-    C is scikit-learn's: the loss summed over the images is weighed by C against `|w|² / 2`. With a single image of some
-    class nothing can be held out, and the middle C is taken. Of equal ones the smallest is.
+    C is scikit-learn's: it multiplies the loss summed over the images, to which `|w|² / 2` is added. If a class has a
+    single image, nothing can be held out, and the middle C is taken. If several C are equally good, it is the smallest.
     """
     from sklearn.exceptions import ConvergenceWarning  # slow to import, so only when asked for
     from sklearn.linear_model import LogisticRegression
@@ -79,18 +79,18 @@ def fit_logistic(features: Tensor, labels: Tensor, c: list[float], seed: int = 0
 class LowShot:
     """Top-1 accuracy of logistic regression on 1 %, 10 %, or k images per class; the value is that of the first budget.
 
-    Each budget is drawn several times, balanced and seeded; mean and sample standard deviation over the draws. The
-    features are standardised by the statistics of all training images, whose labels this does not need, and divided by
-    √D, so that one C means the same for any width. C is chosen within the drawn images alone.
+    Each budget is drawn several times, balanced and seeded; the scores are mean and sample standard deviation over the
+    draws. The features are standardised by the statistics of all training images, which needs no labels. They are
+    divided by √D, so that one C means the same for any width. Only the drawn images choose C.
 
-    Source: MSN (arXiv 2204.07141) and I-JEPA (arXiv 2301.08243, section 5), which report 1 % of ImageNet.
+    Sources: MSN (arXiv 2204.07141) and I-JEPA (arXiv 2301.08243, section 5), which report 1 % of ImageNet.
 
     Args:
         budgets: percentages such as 1%, or numbers of images per class such as 5
         features: layer/pooling/norm; mean or cls
         draws: of each budget
-        c: C of the logistic regression; several are compared by cross-validation
-        seed: of the draws
+        c: C of the logistic regression; cross-validation chooses among several
+        seed: for the draws
     """
 
     name: ClassVar[str] = "lowshot"
@@ -119,7 +119,7 @@ class LowShot:
         for budget in self.budgets:
             draw_images(labels, budget, self.seed)
         spec = parse_features(self.features, self.name)
-        (features,), labels = extract(train, [spec]), train.read_labels()  # now without images that cannot be decoded
+        (features,), labels = extract(train, [spec]), train.read_labels()  # extract has left out what it cannot decode
         standardise = standardiser(features, str(spec))
         (test_features,) = extract(test, [spec])
         test_features = standardise(test_features).numpy()

@@ -1,12 +1,13 @@
-"""One measurement: a protocol, a checkpoint's encoder and data become a `Result` that says what it was measured on.
+"""One measurement: a protocol, a checkpoint's encoder and data give a `Result`, which says what it was measured on.
 
     from hf_mim.evaluation.measure import Evaluation
 
     evaluation = Evaluation("knn", "runs/digits_mae", {"dataset": "digits", "k": 5})  # checks everything
     evaluation().save("knn.json")
 
-Three dataclasses say what a protocol can be told: `EncoderArguments`, that of the images that it needs
-(`data_arguments.NEEDS`), and the protocol's own. `measure` is the same for an encoder and images that are loaded.
+Three dataclasses have the options of a measurement: `EncoderArguments`, the one of the images that the protocol needs
+(`data_arguments.NEEDS`), and the protocol itself. `measure` does the same for an encoder and images that are loaded
+already.
 """
 
 import dataclasses
@@ -34,14 +35,14 @@ class EncoderArguments:
     """How the encoder is loaded and run.
 
     Args:
-        image_size: side, or height,width, that the encoder is to see; default: its own
-        image_mean, image_std: default: the image processor's
-        untrained: the same architecture with random weights, to compare
-        dtype: bfloat16: autocast
-        device: default: the accelerator, or else the CPU
+        image_size: side, or height,width, to which images are resized; default: the checkpoint's own
+        image_mean, image_std: one value for each channel; default: the image processor's
+        untrained: take the same architecture with random weights, to compare
+        dtype: bfloat16 computes by autocast
+        device: default: the accelerator if there is one, otherwise the CPU
         extract_batch_size: images at a time; changes no feature
         num_workers: processes that decode
-        cache: folder that keeps features (default: ~/.cache/hf_mim/features), or none
+        cache: folder in which features are kept (default: ~/.cache/hf_mim/features), or none
         output: file of the result; default: in CHECKPOINT/results
 
     Raises:
@@ -88,10 +89,10 @@ class Evaluation:
     Args:
         protocol: a name in `hf_mim.evaluation.PROTOCOLS`.
         checkpoint: a folder, or a name on the Hub.
-        values: options by name (`option_types`) with values of their types.
+        values: name → value of options; `option_types` has their names and types.
 
     Raises:
-        ValueError: before any work, in one line, if the measurement cannot be made.
+        ValueError: in one line, before any work, if the measurement cannot be made.
     """
 
     def __init__(self, protocol: str, checkpoint: str, values: dict[str, Any]):
@@ -120,8 +121,8 @@ def measure(protocol, extract: FeatureExtractor, splits: tuple, checkpoint: str 
         checkpoint: folder, or name on the Hub.
 
     Returns:
-        The protocol's result, which also says the checkpoint and its hash (none if untrained), the device, the seconds
-        that it took, and in its settings how the encoder saw the images.
+        The protocol's result. It also has the checkpoint and its hash (none if untrained), the device, the seconds that
+        it took, and, in its settings, how the encoder saw the images.
     """
     start, encoder = time.perf_counter(), extract.encoder
     result = protocol.run(extract, *splits)
@@ -142,12 +143,12 @@ def measure(protocol, extract: FeatureExtractor, splits: tuple, checkpoint: str 
 
 
 def argument_kinds(protocol: type) -> tuple[type, type, type]:
-    """The dataclasses that say what a protocol can be told: of the encoder, of the images, its own."""
+    """The dataclasses with the options of a measurement: those of the encoder, of the images, of the protocol."""
     return EncoderArguments, NEEDS[protocol.needs], protocol
 
 
 def option_types(protocol: type) -> dict[str, Any]:
-    """Name → type of every option. A protocol may have no use for some of the encoder's: it lists them as `unused`."""
+    """Name → type of every option, without the options of the encoder that the protocol lists as `unused`."""
     types = {name: hint for kind in argument_kinds(protocol) for name, hint in field_types(kind).items()}
     return {name: hint for name, hint in types.items() if name not in getattr(protocol, "unused", ())}
 

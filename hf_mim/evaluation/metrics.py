@@ -1,7 +1,7 @@
-"""Accuracy, mean IoU and DAVIS's J and F as functions; accuracy and mean IoU as `evaluate.Metric`s without network too.
+"""Accuracy, mean IoU and DAVIS's J and F as functions; accuracy and mean IoU also as `evaluate.Metric`s.
 
-The metrics are instantiated, not loaded by name: `MeanIoU(num_classes=11, ignore_index=255)`. `compute_metrics` goes to
-`Trainer` as it is.
+Make a metric by its class, not by `evaluate.load`: `MeanIoU(num_classes=11, ignore_index=255)`. It needs no network.
+`compute_metrics` can be given to `Trainer` as it is.
 """
 
 from collections.abc import Sequence
@@ -20,10 +20,10 @@ BOUNDARY_TOLERANCE = 0.008  # of the image's diagonal; DAVIS's
 def top_k_accuracy(logits, labels, ks: Sequence[int] = (1, 5)) -> dict[str, float]:
     """The share of rows of `logits [n, C]` whose label `[n]` is among the k largest: `{"top1_accuracy": …}` for each k.
 
-    Of equal logits the class of the lower id comes first, as in argmax. NaN is never right.
+    Among equal logits, the class with the lower id comes first, as in argmax. NaN is never right.
 
     Raises:
-        ValueError: shapes that do not fit, labels that are no class, or a k that is not in 1..C.
+        ValueError: shapes do not fit, a label is no class, or a k is not in 1..C.
     """
     logits, labels = _tensor(logits), _tensor(labels)
     if logits.ndim != 2 or labels.shape != logits.shape[:1]:
@@ -35,20 +35,20 @@ def top_k_accuracy(logits, labels, ks: Sequence[int] = (1, 5)) -> dict[str, floa
     _check_ids("labels", labels, num_classes)
     own = logits.gather(1, labels[:, None])
     later = torch.arange(num_classes, device=logits.device) > labels[:, None]
-    beaten = ((logits < own) | ((logits == own) & later)).sum(dim=1)  # counted so that NaN beats nothing
-    beaten = torch.where(own[:, 0].isnan(), -1, beaten)  # not even with k = C, which asks to beat none
+    beaten = ((logits < own) | ((logits == own) & later)).sum(dim=1)  # classes that the label beats; NaN beats none
+    beaten = torch.where(own[:, 0].isnan(), -1, beaten)  # with k = C it is enough to beat none, but not for NaN
     return {f"top{k}_accuracy": (beaten >= num_classes - k).double().mean().item() for k in ks}
 
 
 def confusion_matrix(predictions, targets, num_classes: int, ignore_index: int | None = None) -> Tensor:
-    """Pixels of each (target, prediction) pair of classes: `[C, C]`, int64, rows are targets.
+    """The number of pixels of each (target, prediction) pair of classes: `[C, C]`, int64; rows are targets.
 
     Args:
-        predictions, targets: class ids of any one shape.
-        ignore_index: pixels whose target is this are left out, whatever is predicted there.
+        predictions, targets: class ids, both of the same shape.
+        ignore_index: pixels with this target are left out, whatever their prediction.
 
     Raises:
-        ValueError: shapes that differ, or ids that are not in 0..num_classes-1.
+        ValueError: the shapes differ, or an id is not in 0..num_classes-1.
     """
     predictions, targets = _tensor(predictions), _tensor(targets)
     if predictions.shape != targets.shape:
@@ -66,7 +66,7 @@ def confusion_matrix(predictions, targets, num_classes: int, ignore_index: int |
 def class_iou(confusion: Tensor) -> Tensor:
     """Intersection over union of each class `[C]`, from `confusion [C, C]`.
 
-    NaN for a class that is neither predicted nor there; 0 for one that is only predicted.
+    It is NaN for a class that is neither predicted nor there, 0 for a class that is only predicted.
     """
     confusion = confusion.double()
     intersection = confusion.diagonal()
@@ -74,7 +74,7 @@ def class_iou(confusion: Tensor) -> Tensor:
 
 
 def mean_iou(confusion: Tensor) -> float:
-    """The mean of `class_iou` over the classes that are predicted or there; a class that is neither is left out.
+    """The mean of `class_iou` over the classes that are predicted or there.
 
     Raises:
         ValueError: no pixel was counted.
@@ -97,15 +97,16 @@ def region_similarity(mask, truth) -> float:
 def boundary_f(mask, truth, bound: float = BOUNDARY_TOLERANCE) -> float:
     """DAVIS's F (Perazzi et al., CVPR 2016, section 4.1; Martin et al., PAMI 2004): agreement of two masks' boundaries.
 
-    Precision is the share of the mask's boundary pixels that lie within the tolerance of a boundary pixel of the truth
-    (under its boundary, dilated by a disk); recall is the same the other way round; F their harmonic mean.
+    Precision is the share of the mask's boundary pixels that have a boundary pixel of the truth within the tolerance
+    (they lie under the truth's boundary, dilated by a disk). Recall is the same with mask and truth exchanged. F is
+    their harmonic mean.
 
     Args:
         mask, truth: `[H, W]`.
-        bound: the disk's radius: below 1 a share of the diagonal, rounded up to pixels; otherwise pixels.
+        bound: radius of the disk: below 1 as a share of the diagonal, rounded up to pixels; otherwise in pixels.
 
     Returns:
-        In 0..1. Without any boundary in either 1; with one in only one of them 0.
+        In 0..1. If neither has a boundary 1, if only one has 0.
     """
     mask, truth = _mask_pair(mask, truth)
     radius = bound if bound >= 1 else np.ceil(bound * np.hypot(*mask.shape))
@@ -120,14 +121,14 @@ def boundary_f(mask, truth, bound: float = BOUNDARY_TOLERANCE) -> float:
 def boundary_map(mask: np.ndarray) -> np.ndarray:
     """Pixels of a bool mask `[H, W]` that differ from their east, south or south-east neighbour: a line of one pixel.
 
-    Beyond the last row and column the mask goes on as it is, so the border of the image is no boundary.
+    The last row and column are repeated outside the image, so the border of the image is no boundary.
     """
     padded = np.pad(mask, ((0, 1), (0, 1)), mode="edge")
     return (mask != padded[:-1, 1:]) | (mask != padded[1:, :-1]) | (mask != padded[1:, 1:])
 
 
 def object_scores(prediction, truth, ids: Sequence[int], void: int | None = 255) -> np.ndarray:
-    """(J, F) of each object id in one frame, `[len(ids), 2]`; pixels where the truth is `void` count for neither."""
+    """(J, F) of each object id in one frame, `[len(ids), 2]`. Pixels where the truth is `void` do not count."""
     prediction, truth = np.asarray(prediction), np.asarray(truth)
     prediction = prediction if void is None else np.where(truth == void, 0, prediction)
     pairs = [(prediction == number, truth == number) for number in ids]
@@ -137,9 +138,9 @@ def object_scores(prediction, truth, ids: Sequence[int], void: int | None = 255)
 class _RunningMetric(evaluate.Metric):
     """An `evaluate.Metric` that adds up batch by batch.
 
-    The library's own way is to write each prediction to a file in the user's cache and to read all of them back as
-    Python numbers, which for logits and masks takes minutes and gigabytes. Here only sums are kept, no file or folder
-    is made, and instances do not know of each other. A subclass adds `_info`, `_reset`, `_update` and `_result`.
+    The library itself writes each prediction to a file in the user's cache, and reads all of them back as Python
+    numbers. For logits and masks this takes minutes and gigabytes. Here only sums are kept, no file or folder is made,
+    and instances are independent. A subclass adds `_info`, `_reset`, `_update` and `_result`.
     """
 
     def __init__(self):
@@ -170,7 +171,7 @@ class _RunningMetric(evaluate.Metric):
             self._count += len(references)
 
     def compute(self, *, predictions=None, references=None) -> dict:
-        """The metric of all that was added, and of the batch given here; then it starts anew."""
+        """The metric over all that was added and the batch given here. Then it starts again from nothing."""
         if predictions is not None or references is not None:
             self.add_batch(predictions=predictions, references=references)
         if not self._count:
@@ -181,7 +182,7 @@ class _RunningMetric(evaluate.Metric):
 
 
 class TopKAccuracy(_RunningMetric):
-    """Top-k accuracies: `top_k_accuracy` of all batches together."""
+    """Top-k accuracies: `top_k_accuracy` over all batches together."""
 
     def __init__(self, ks: Sequence[int] = (1, 5)):
         self.ks = tuple(ks)
@@ -209,7 +210,7 @@ class TopKAccuracy(_RunningMetric):
 
 
 class MeanIoU(_RunningMetric):
-    """Mean IoU over the classes of all pixels of all batches: `mean_iou`, with what goes with it."""
+    """Mean IoU over the classes of all pixels of all batches: `mean_iou`, pixel accuracy and `class_iou`."""
 
     def __init__(self, num_classes: int, ignore_index: int | None = None):
         self.num_classes, self.ignore_index = num_classes, ignore_index
@@ -243,7 +244,7 @@ class MeanIoU(_RunningMetric):
 
 
 def compute_metrics(eval_prediction: EvalPrediction) -> dict[str, float]:
-    """Top-1 and, of more than five classes, top-5 accuracy of a classifier, for `Trainer(compute_metrics=…)`."""
+    """Top-1 accuracy of a classifier, and top-5 if it has more than five classes; for `Trainer(compute_metrics=…)`."""
     logits = eval_prediction.predictions
     logits = logits[0] if isinstance(logits, tuple) else logits  # hidden states may follow
     ks = [k for k in (1, 5) if k == 1 or k < logits.shape[-1]]
@@ -257,14 +258,10 @@ def _check_ids(name: str, ids: Tensor, num_classes: int):
 
 
 def _mask_pair(mask, truth) -> tuple[np.ndarray, np.ndarray]:
-    mask, truth = _array(mask).astype(bool), _array(truth).astype(bool)
+    mask, truth = (_tensor(values).numpy(force=True).astype(bool) for values in (mask, truth))
     if mask.ndim != 2 or mask.shape != truth.shape:
         raise ValueError(f"mask and truth must be [H, W] of one size, not {list(mask.shape)} and {list(truth.shape)}")
     return mask, truth
-
-
-def _array(values) -> np.ndarray:
-    return values.detach().cpu().numpy() if isinstance(values, Tensor) else np.asarray(values)
 
 
 def _tensor(values) -> Tensor:

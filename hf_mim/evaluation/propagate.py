@@ -1,7 +1,7 @@
-"""Object masks carried through a video by the similarity of patch tokens: nothing is learned.
+"""Carry object masks through a video by the similarity of patch tokens. Nothing is learned.
 
-The protocol of Jabri et al. (NeurIPS 2020, arXiv 2006.14613, section 4.2) as DINO reports it (Caron et al., ICCV 2021,
-arXiv 2104.14294, section 4.2.2 and appendix), scored as DAVIS 2017 does (Pont-Tuset et al., arXiv 1704.00675).
+This is the protocol of Jabri et al. (NeurIPS 2020, arXiv 2006.14613, section 4.2) in DINO's version (Caron et al., ICCV
+2021, arXiv 2104.14294, section 4.2.2 and appendix), scored as in DAVIS 2017 (Pont-Tuset et al., arXiv 1704.00675).
 """
 
 from collections import deque
@@ -24,6 +24,7 @@ from hf_mim.data.videos import VOID, Videos
 from hf_mim.evaluation.encoder import FeatureSpec
 from hf_mim.evaluation.features import LARGEST_TABLE, FeatureExtractor
 from hf_mim.evaluation.metrics import object_scores
+from hf_mim.evaluation.probe_training import parse_features
 from hf_mim.evaluation.result import Result
 from hf_mim.models.pixels import scale_pixels
 
@@ -38,8 +39,7 @@ def propagate_labels(
 ) -> Tensor:
     """Carry the labels of the first frame through all frames.
 
-    Each frame takes its labels from the first frame and from the last `queue` frames before it, with the soft labels
-    that those were given.
+    Each frame takes its labels from the first frame, and from the soft labels of the last `queue` frames before it.
 
     Args:
         features: of each frame in order, `[rows, columns, D]`.
@@ -61,15 +61,15 @@ def propagate_labels(
 def propagate_step(
     queries: Tensor, context: Tensor, labels: Tensor, k: int = 5, temperature: float = 0.1, neighbourhood: int = 12
 ) -> Tensor:
-    """Labels of one frame from those of others.
+    """Labels of one frame from the labels of other frames (the context).
 
-    Every patch takes the mean label of the k patches, of all context frames together, whose features are most similar,
-    weighted by exp(cosine / temperature). Only patches at most `neighbourhood` rows and columns away are looked at.
+    Every patch takes the mean label of the k context patches with the most similar features, weighted by exp(cosine /
+    temperature). The k patches may be of any context frame, but at most `neighbourhood` rows and columns away.
 
     Args:
-        queries: L2-normalised features `[rows, columns, D]`.
-        context: those of F frames, `[F, rows, columns, D]`.
-        labels: theirs, `[F, rows, columns, K]`.
+        queries: L2-normalised features of the frame, `[rows, columns, D]`.
+        context: L2-normalised features of F frames, `[F, rows, columns, D]`.
+        labels: of these F frames, `[F, rows, columns, K]`.
 
     Returns:
         `[rows, columns, K]`.
@@ -84,20 +84,19 @@ def propagate_step(
         low, high = max(0, top - neighbourhood), min(rows, top + len(part) + neighbourhood)
         down = torch.arange(top, top + len(part), device=queries.device)
         is_near_down = (down[:, None] - torch.arange(low, high, device=queries.device)).abs() <= neighbourhood
-        is_near = (
-            is_near_down[:, None, :, None] & is_near_across[None, :, None, :]
-        )  # [block, columns, high-low, columns]
+        # [block, columns, high-low, columns]
+        is_near = is_near_down[:, None, :, None] & is_near_across[None, :, None, :]
         similarity = part.flatten(0, 1) @ context[:, low:high].flatten(0, 2).T  # [queries, F·(high-low)·columns]
         similarity.unflatten(1, (len(context), -1)).masked_fill_(~is_near.flatten(2).flatten(0, 1)[:, None], -torch.inf)
         best, nearest = similarity.topk(min(k, similarity.shape[1]), dim=1)
-        weights = (best / temperature).softmax(dim=1)  # 0 for what is not near
+        weights = (best / temperature).softmax(dim=1)  # 0 for patches that are not near
         found = labels[:, low:high].flatten(0, 2)[nearest]  # [queries, k, K]
         carried.append((weights[..., None] * found).sum(dim=1))
     return torch.cat(carried).view(rows, columns, -1)
 
 
 def label_shares(mask: np.ndarray, ids: np.ndarray, grid: tuple[int, int]) -> Tensor:
-    """A mask of ids `[h, w]` as the share of each of `ids` in each patch, `[rows, columns, K]`: averages of areas."""
+    """The share of the area of each patch that each of `ids` covers in a mask `[h, w]`: `[rows, columns, K]`."""
     planes = torch.from_numpy(mask == ids[:, None, None]).float()
     return F.adaptive_avg_pool2d(planes, grid).permute(1, 2, 0)
 
@@ -105,9 +104,8 @@ def label_shares(mask: np.ndarray, ids: np.ndarray, grid: tuple[int, int]) -> Te
 def label_map(shares: Tensor, size: tuple[int, int]) -> Tensor:
     """Shares `[rows, columns, K]` of one frame → the index of the label of each pixel, `[h, w]`.
 
-    Each label's plane is enlarged bilinearly and stretched to 0..1 before the largest is taken, as in DINO's
-    evaluation: small objects, which never fill a patch, would lose to the background otherwise. A constant plane stays
-    as it is.
+    As in DINO's evaluation, each label's plane is enlarged bilinearly and stretched to 0..1; then the largest is taken.
+    Otherwise small objects, which never fill a patch, would lose to the background. A constant plane is not stretched.
     """
     planes = F.interpolate(shares.permute(2, 0, 1)[None], size, mode="bilinear", align_corners=False)[0]
     low, high = planes.amin(dim=(1, 2), keepdim=True), planes.amax(dim=(1, 2), keepdim=True)
@@ -125,19 +123,19 @@ def frame_size(size: tuple[int, int], patch_size: tuple[int, int], short_side: i
 class Propagate:
     """J&F of object masks that are carried from the first frame through each video by patch tokens alone.
 
-    Features of frozen patch tokens, L2-normalised; every frame is labelled from the first frame and the last few
-    (Jabri et al. 2020; Caron et al. 2021, DINO). J is the intersection over union of masks, F the agreement of their
-    boundaries; both are averaged over the frames but the first, which is given, and the last (DAVIS 2017 leaves it
-    out), then over all objects of all sequences. The frames' positions are resized to the grid that `short_side` gives.
+    L2-normalised features of frozen patch tokens label every frame from the first frame and the last few (Jabri et al.
+    2020; Caron et al. 2021, DINO). J is the intersection over union of masks, F the agreement of their boundaries. Both
+    are averaged over all frames except the first, which is given, and the last, which DAVIS 2017 leaves out; then over
+    all objects of all sequences. The encoder's positions are resized to the grid that `short_side` gives.
 
     Args:
         features: layer/tokens/norm
-        k: patches that a patch takes its label from
-        temperature: of the weights exp(cosine / temperature)
-        neighbourhood: rows and columns of patches that an object may move
-        queue: past frames that labels come from, beside the first
-        short_side: pixels of a frame's short side; fewer for an encoder of small patches
-        sequences: names of the sequences, or how many of them; default all
+        k: patches from which a patch takes its label
+        temperature: a patch weighs exp(cosine / temperature)
+        neighbourhood: how many rows and columns of patches an object may move
+        queue: past frames from which labels come, beside the first
+        short_side: pixels of a frame's short side; fewer for an encoder with small patches
+        sequences: names of the sequences, or how many of them; default: all
     """
 
     features: str = "last/tokens/norm"
@@ -150,11 +148,10 @@ class Propagate:
 
     name: ClassVar[str] = "propagate"
     needs: ClassVar[str] = "videos"
-    unused: ClassVar[tuple[str, ...]] = ("image_size", "cache")  # short_side says the size; frames are read once
+    unused: ClassVar[tuple[str, ...]] = ("image_size", "cache")  # short_side tells the size; frames are read only once
 
     def __post_init__(self):
-        if self.spec.pooling != "tokens":
-            raise ValueError(f"features must be tokens, such as last/tokens/norm, not {self.features}")
+        parse_features(self.features, self.name, tokens=True)
         least(1, k=self.k, short_side=self.short_side)
         least(0, neighbourhood=self.neighbourhood, queue=self.queue)
         positive(temperature=self.temperature)
@@ -178,9 +175,8 @@ class Propagate:
             objects, kept = objects + list(scores), kept + list(still)
             j, f = scores.mean(axis=0).tolist()
             row = {"sequence": sequence, "frames": len(shares[sequence]), "objects": len(scores)}
-            rows.append(
-                row | {"grid": "×".join(map(str, shares[sequence].shape[1:3])), "J&F": (j + f) / 2, "J": j, "F": f}
-            )
+            row |= {"grid": "×".join(map(str, shares[sequence].shape[1:3])), "J&F": (j + f) / 2, "J": j, "F": f}
+            rows.append(row)
         j, f = np.mean(objects, axis=0).tolist()
         return Result(
             protocol=self.name,
@@ -209,7 +205,7 @@ class Propagate:
         return propagate_labels(features, first, self.k, self.temperature, self.neighbourhood, self.queue).cpu()
 
     def _features(self, extract: FeatureExtractor, frames, size, grid) -> Iterator[Tensor]:
-        """Of each frame, `[rows, columns, D]`; as many frames at a time as have the tokens of a usual batch."""
+        """The features of each frame, `[rows, columns, D]`. A batch has about as many tokens as a batch of images."""
         encoder = extract.encoder
         batch = max(1, extract.batch_size * np.prod(encoder.grid) // np.prod(grid))
 
@@ -229,7 +225,7 @@ class Propagate:
 
 
 def _score(videos: Videos, sequence: str, shares: Tensor) -> tuple[np.ndarray, np.ndarray]:
-    """(J, F) of each object, `[objects, 2]`, averaged over the scored frames: as predicted, and of the first mask."""
+    """(J, F) of each object, `[objects, 2]`, as means over the scored frames: of the prediction, of the first mask."""
     masks, ids = videos.read_masks(sequence), videos.object_ids(sequence)
     names = np.concatenate([[0], ids])
     predicted, kept = [], []

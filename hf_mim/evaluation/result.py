@@ -1,4 +1,4 @@
-"""What a protocol returns: a number, the protocol in full, and what it was measured on."""
+"""What a protocol returns: a number, all settings of the protocol, and the data it was measured on."""
 
 import json
 import math
@@ -14,26 +14,27 @@ LONGEST_TABLE = 16  # rows that are printed
 
 
 def installed_versions() -> dict[str, str]:
-    """Of the packages that decide a number."""
+    """The versions of the packages that a number may depend on."""
     found = {}
     for name in ("hf-mim", "torch", "transformers", "scikit-learn", "numpy", "pillow"):
         try:
             found[name] = version(name)
-        except PackageNotFoundError:  # run from its folder, not installed
+        except PackageNotFoundError:  # hf-mim may run from its folder without being installed
             continue
     return found
 
 
 @dataclass
 class Result:
-    """One measurement. Model cards are made of these files and of nothing else.
+    """One measurement. Model cards take their numbers from files of these, and from nowhere else.
 
     protocol, metric, value: the headline; accuracies and other shares are in 0..1.
-    settings: the protocol in full: features (layer, pooling, norm), hyper-parameters, seed.
-    data: what was measured on: source, split, number of images.
-    scores: every other number, by name. table: rows of equal keys, such as one for each head or class.
+    settings: all settings of the protocol: features (layer, pooling, norm), hyper-parameters, seed.
+    data: what it was measured on: source, split, number of images.
+    scores: every other number, by name. table: rows with equal keys, such as one for each head or class.
     notes: sentences that a reader of the number needs.
-    checkpoint, checkpoint_sha256 (of its weight files), versions, device, seconds: filled in by `evaluate`.
+    checkpoint, checkpoint_sha256 (of its weight files), device, seconds: `measure` fills them in.
+    versions: of the packages that a number may depend on.
     """
 
     protocol: str
@@ -51,7 +52,7 @@ class Result:
     seconds: float | None = None
 
     def save(self, path: str | Path) -> Path:
-        """Write as JSON, whole or not at all; makes the folder."""
+        """Write the result as JSON, completely or not at all. The folder is made if it is missing."""
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(path) as aside:
@@ -60,7 +61,7 @@ class Result:
 
     @classmethod
     def load(cls, path: str | Path) -> "Result":
-        """Read what `save` wrote. Raises ValueError for another file."""
+        """Read a file that `save` wrote. Raises ValueError for any other file."""
         try:
             values = json.loads(Path(path).read_text())
             types = {f.name: f.type for f in fields(cls)}
@@ -77,13 +78,10 @@ class Result:
 
     def headline(self) -> str:
         """One line: protocol, value, and what it was measured on."""
-        measured = self.data.get("test", self.data)
-        on = (
-            f" on {measured['images']:,} images of {measured['source']}"
-            if {"images", "source"} <= measured.keys()
-            else ""
-        )
-        return f"{self.protocol}: {self.metric} {format_number(self.value)}{on}"
+        line, measured = f"{self.protocol}: {self.metric} {format_number(self.value)}", self.data.get("test", self.data)
+        if {"images", "source"} <= measured.keys():
+            line += f" on {measured['images']:,} images of {measured['source']}"
+        return line
 
     def __str__(self) -> str:
         """The headline, a small table and the notes."""
@@ -100,7 +98,7 @@ class Result:
 
 
 def _is_a(value, kind) -> bool:
-    """Whether a value from JSON is of a field's type. A number that was not finite is None there."""
+    """Whether a value from JSON has the type of a field. JSON has None for a number that was not finite."""
     if isinstance(kind, UnionType):
         return any(_is_a(value, one) for one in get_args(kind))
     if kind is float:
@@ -111,7 +109,7 @@ def _is_a(value, kind) -> bool:
 
 
 def _finite(value):
-    """The same with None for numbers that JSON does not know: NaN and infinities."""
+    """The same value, with None for the numbers that JSON does not have: NaN and infinities."""
     if isinstance(value, dict):
         return {name: _finite(x) for name, x in value.items()}
     if isinstance(value, list | tuple):
@@ -120,14 +118,14 @@ def _finite(value):
 
 
 def format_number(value) -> str:
-    """Four significant digits; whole numbers, texts and None as they are."""
+    """A float with four significant digits, None as an empty text, other values as they are."""
     if isinstance(value, bool) or not isinstance(value, float):
         return "" if value is None else str(value)
     return f"{value:.4f}" if 1e-3 <= abs(value) < 10 else f"{value:.4g}"
 
 
 def format_table(rows: list[dict], indent: str = "  ") -> str:
-    """Rows of equal keys as aligned columns, numbers to the right."""
+    """Rows with equal keys as aligned columns. Numbers are aligned to the right."""
     columns = list(rows[0])
     cells = [[format_number(row[name]) for name in columns] for row in rows]
     widths = [max(len(name), *(len(row[i]) for row in cells)) for i, name in enumerate(columns)]

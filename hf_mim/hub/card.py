@@ -14,12 +14,12 @@ import jinja2
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from hf_mim import methods
 from hf_mim.checks import check_license
 from hf_mim.evaluation import PROTOCOLS
 from hf_mim.evaluation.result import Result, format_number
 from hf_mim.files import replacing
 from hf_mim.hub.card_text import is_hub_name, last_name, markdown_table, scrubbed, scrubbed_all, shown, shown_number
+from hf_mim.methods import Method, of_config
 from hf_mim.run_folder import CARD, RESULTS, RunFacts
 
 TEMPLATE = Path(__file__).with_name("card_template.md")
@@ -47,12 +47,13 @@ def model_card(folder: str | Path, repo_id: str | None = None, license: str | No
     """
     facts = RunFacts.read(folder)
     config, recipe, training, health = facts.config, facts.recipe, facts.training, facts.health
-    method = methods.of_config(config)
+    method = of_config(config)
     license = check_license(license or facts.license)
     name = repo_id.rpartition("/")[2] if repo_id else facts.folder.name
     dataset = _dataset(recipe, training)
+    rows = health.table if health else []
     return ModelCard.from_template(
-        _metadata(name, facts, dataset, license),
+        _metadata(name, facts, method, dataset, license),
         template_str=TEMPLATE.read_text(encoding="utf-8"),
         facts=facts,
         config=config,
@@ -67,10 +68,10 @@ def model_card(folder: str | Path, repo_id: str | None = None, license: str | No
         results=_results_table(facts),
         result_notes=[f"`{name}`: {shown(text)}" for name, result in facts.results.items() for text in result.notes],
         not_measured=[name for name in PROTOCOLS if name not in facts.measured],
-        health=_health_table(health),
+        health=markdown_table([{shown(name): shown_number(x) for name, x in row.items()} for row in rows]),
         health_data=_data(health.data) if health else None,
         health_notes=[shown(text) for text in health.notes] if health else [],
-        worries=[shown(row.get("measure")) for row in health.table if row.get("worry") == "yes"] if health else [],
+        worries=[shown(row.get("measure")) for row in rows if row.get("worry") == "yes"],
         compute=[(name, NOT_RECORDED if x is None else shown_number(x)) for name, x in facts.compute.items()],
         compute_notes=[shown(text) for text in training.notes] if training else [],
         augmentation=_augmentation(recipe),
@@ -87,8 +88,7 @@ def write_card(folder: str | Path, repo_id: str | None = None, license: str | No
     return path
 
 
-def _metadata(name: str, facts: RunFacts, dataset: str, license: str | None) -> ModelCardData:
-    method = methods.of_config(facts.config)
+def _metadata(name: str, facts: RunFacts, method: Method, dataset: str, license: str | None) -> ModelCardData:
     tags = ["hf_mim", "masked-image-modeling", "self-supervised-learning", method.title.lower().replace(" ", "-")]
     results = [_eval_result(result) for result in facts.own_results.values() if result.value is not None]
     return ModelCardData(
@@ -130,11 +130,6 @@ def _results_table(facts: RunFacts) -> str:
         for name, result in facts.results.items()
     ]
     return markdown_table(rows)
-
-
-def _health_table(health: Result | None) -> str:
-    rows = health.table if health else []
-    return markdown_table([{shown(name): shown_number(value) for name, value in row.items()} for row in rows])
 
 
 def _overview(config, dataset: str, license: str | None) -> list[tuple[str, str]]:

@@ -19,9 +19,8 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from hf_mim import methods
 from hf_mim.data import IMAGENET_MEAN, IMAGENET_STD
 from hf_mim.data.processor import image_processor, read_processor
-from hf_mim.files import listed
+from hf_mim.files import listed, new_folder
 from hf_mim.hub.key_tables import to_ours, to_theirs
-from hf_mim.hub.new_folder import new_folder
 from hf_mim.hub.reading import Checkpoint, read_checkpoint
 from hf_mim.hub.recognise import Layout, recognise
 from hf_mim.hub.sizes import infer

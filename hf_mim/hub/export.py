@@ -11,8 +11,7 @@ import hf_mim
 from hf_mim.checks import one_of
 from hf_mim.data.processor import FILES
 from hf_mim.evaluation.checkpoint import LOADING_ERRORS, load_whole
-from hf_mim.files import one_line
-from hf_mim.hub.new_folder import check_destination, new_folder
+from hf_mim.files import check_destination, new_folder, one_line
 from hf_mim.hub.onnx import check_onnx, write_onnx
 from hf_mim.hub.remote_code import write_remote_code
 from hf_mim.hub.timm_vit import write_timm
@@ -55,7 +54,10 @@ def export(checkpoint: str | Path, dest: str | Path, to: str, encoder: str | Non
         check_onnx()
     model = load_ours(checkpoint)
     if encoder is not None:
-        model = pick_encoder(model, encoder)
+        if not isinstance(model, TargetNetworkMixin):
+            only = f"{type(model).__name__} has only one, and {encoder} was asked for"
+            raise ValueError(f"encoder must be left out: {only}")
+        model = model.encoder if encoder == "online" else model.target_encoder
     with new_folder(dest) as folder:
         how_to_load = WRITERS[to](model, folder, checkpoint).format(dest=dest)
         if to != "timm":  # its config.json says how images are prepared
@@ -77,13 +79,6 @@ def load_ours(checkpoint: str | Path) -> MIMPreTrainedModel:
             f"checkpoint {checkpoint} must be of a model of hf_mim, and it is of {architecture} ({config.model_type})"
         )
     return load_whole(getattr(hf_mim, architecture), checkpoint, part="model", unusable="cannot be read").eval()
-
-
-def pick_encoder(model: MIMPreTrainedModel, encoder: str) -> MIMPreTrainedModel:
-    """The online or the target encoder of a model that has both. Raises ValueError for any other model."""
-    if not isinstance(model, TargetNetworkMixin):
-        raise ValueError(f"encoder must be left out: {type(model).__name__} has only one, and {encoder} was asked for")
-    return model.encoder if encoder == "online" else model.target_encoder
 
 
 def copy_processor(checkpoint: str | Path, folder: Path):

@@ -31,7 +31,6 @@ def write_timm(model: MIMPreTrainedModel, folder: Path, checkpoint) -> str:
     `last_hidden_state`, before the final norm if `pool_before_norm` puts the norm after pooling.
     """
     arguments = timm_arguments(model)
-    state = timm_state(model)
     config = {
         "architecture": "vit_base_patch16_224",  # any ViT: its sizes are all overridden
         "num_classes": arguments["num_classes"],
@@ -42,7 +41,7 @@ def write_timm(model: MIMPreTrainedModel, folder: Path, checkpoint) -> str:
     }
     if isinstance(model, ClassificationHead):
         config["label_names"] = [model.config.id2label[i] for i in range(model.config.num_labels)]
-    save_file(state, folder / "model.safetensors", {"format": "pt"})
+    save_file(timm_state(model), folder / "model.safetensors", {"format": "pt"})
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     return 'timm.create_model("local-dir:{dest}", pretrained=True)'
 

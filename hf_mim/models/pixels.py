@@ -4,16 +4,16 @@ Training, evaluation and the image processor all call `crop_image`, so that they
 
 - 8-bit images stay uint8. 16-bit ones stay uint16 or int16, floats float32; wider integers become int32.
 - Palette, CMYK, YCbCr, LAB, HSV and 1-bit images go through PIL's `convert`; boolean arrays become 0 and 255.
-- Alpha is dropped, as `convert("RGB")` and transformers' `load_image` do; kept where `num_channels` is 2 or 4.
+- Alpha is dropped, as `convert("RGB")` and transformers' `load_image` do. It is kept if `num_channels` is 2 or 4.
 - Grey becomes 3 channels by replication; colour becomes 1 channel by luminance, .299 R + .587 G + .114 B.
 - Any other number of channels must be `num_channels`.
-- EXIF orientation is honoured.
+- EXIF orientation is applied.
 
-The resize is bicubic with antialiasing, as PIL's. Two ways give it:
-- At full resolution the box is whole pixels: slice, then torch's kernel, which for uint8 equals PIL's to rounding and
-  is three times as fast where the machine has AVX2.
-- A JPEG whose crop is at least three times the target is decoded at 1/2, 1/4 or 1/8 (`draft`), so that the box falls
-  between pixels: PIL's `resize(box=..., reducing_gap=2)`.
+The resize is bicubic with antialiasing, as PIL's. There are two ways:
+- At full resolution the box has whole pixels. It is sliced, then resized by torch's kernel. For uint8 this equals PIL's
+  result up to rounding, and is three times as fast on a machine with AVX2.
+- A JPEG whose crop is at least three times the target is decoded at 1/2, 1/4 or 1/8 (`draft`). Then the box may lie
+  between pixels, so PIL resizes it: `resize(box=..., reducing_gap=2)`.
 """
 
 import struct
@@ -28,8 +28,8 @@ from torch import Tensor
 MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}  # what PIL itself can convert to
 LUMINANCE = (0.299, 0.587, 0.114)
 _EXIF_ORIENTATION = 0x0112
-# Shrinking in the decoder filters less well than the resize: with a margin of 1 some crops are 6 grey levels off on
-# average, with 1.5 the worst of 1000 is 3.6.
+# The decoder's shrinking filters less well than the resize. With a margin of 1, some crops differ by 6 grey levels on
+# average; with 1.5, the worst of 1000 differs by 3.6.
 DRAFT_MARGIN = 1.5
 # Depths that stay as they are, and the values that a type is taken to have where nobody says: int16 has none.
 TYPE_RANGES = {"uint8": (0, 255), "uint16": (0, 65535), "int16": None, "int32": (0, 255), "float32": (0, 1)}
@@ -38,7 +38,7 @@ Box = tuple[int, int, int, int]  # left, top, right, bottom in pixels, as in PIL
 
 
 class ImageFormatError(ValueError):
-    """A sound image that cannot become what the config asks for: the user's to fix, so it is never skipped."""
+    """An intact image that cannot become what the config asks for. The user has to fix this, so it is never skipped."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class CenterCrop:
 
 @dataclass(frozen=True)
 class WholeImage:
-    """The whole image, stretched to the target: what transformers' `ViTImageProcessor` does."""
+    """The whole image, stretched to the target, as transformers' `ViTImageProcessor` does."""
 
     exact = True
     fraction = 1.0
@@ -68,7 +68,7 @@ class WholeImage:
 
 
 def centred(width: int, height: int, aspect: float, fraction: float = 1.0) -> Box:
-    """The largest centred box of this aspect, its sides then times `fraction`."""
+    """The largest centred box of this aspect, with its sides multiplied by `fraction`."""
     w = max(1, round(min(width, height * aspect) * fraction))
     h = max(1, round(min(height, width / aspect) * fraction))
     left, top = round((width - w) / 2), round((height - h) / 2)
@@ -160,12 +160,12 @@ def scale_pixels(pixels: Tensor, value_range: ValueRange | None) -> Tensor:
 
 
 def exif_orientation(image: Image.Image) -> tuple[bool, bool, bool]:
-    """(flip x, flip y, swap axes) that make the stored image upright, in this order."""
+    """(flip x, flip y, swap axes): whether to do each of these, in this order, to make the stored image upright."""
     if not image.info.keys() & {"exif", "xmp", "XML:com.adobe.xmp", "Raw profile type exif"}:
         return False, False, False
     try:
         orientation = image.getexif().get(_EXIF_ORIENTATION, 1)
-    except (SyntaxError, ValueError, struct.error):  # a damaged EXIF block does not make a damaged picture
+    except (SyntaxError, ValueError, struct.error):  # the picture may be intact though its EXIF block is damaged
         orientation = 1
     return orientation in (2, 3, 7, 8), orientation in (3, 4, 6, 7), orientation in (5, 6, 7, 8)
 
@@ -257,10 +257,11 @@ def crop_image(
     """
     if isinstance(image, np.ndarray):
         pixels = to_channels(image, num_channels)
-        return _resize(pixels, crop.box(pixels.shape[1], pixels.shape[0], size, rng), size)
+        left, top, right, bottom = crop.box(pixels.shape[1], pixels.shape[0], size, rng)
+        return _resize(pixels[top:bottom, left:right], size)
     flip_x, flip_y, swap = exif_orientation(image)
     width, height = image.size
-    # The box is drawn on the upright picture and carried to the stored one: turning the small crop costs nothing.
+    # The box is chosen on the upright picture and moved to the stored one, because turning the small crop is cheap.
     left, top, right, bottom = crop.box(*((height, width) if swap else (width, height)), size, rng)
     if swap:
         left, top, right, bottom, size = top, left, bottom, right, size[::-1]
@@ -276,7 +277,7 @@ def crop_image(
 
 
 def draft_reduction(box: Box, size: tuple[int, int]) -> int:
-    """By how much (8, 4, 2, 1) a JPEG may shrink in decoding: the crop keeps `DRAFT_MARGIN` times `size` (h, w)."""
+    """The factor (8, 4, 2, 1) by which the decoder may shrink a JPEG so that the crop keeps `DRAFT_MARGIN` × `size`."""
     room = min((box[2] - box[0]) / size[1], (box[3] - box[1]) / size[0]) / DRAFT_MARGIN
     return next((reduction for reduction in (8, 4, 2) if room >= reduction), 1)
 
@@ -285,11 +286,10 @@ def _crop_stored(image: Image.Image, box: Box, size: tuple[int, int], num_channe
     reduction = 1
     if isinstance(image, JpegImagePlugin.JpegImageFile):
         reduction = 1 if exact else draft_reduction(box, size)
-        # Mode L decodes the luminance alone; other modes are kept.
+        # Mode L decodes the luminance alone; None keeps the mode.
         image.draft("L" if num_channels == 1 else None, (image.width // reduction, image.height // reduction))
     if reduction == 1:
-        pixels = np.array(to_channels(image.crop(box), num_channels), copy=True)
-        return _resize(pixels, (0, 0, pixels.shape[1], pixels.shape[0]), size)
+        return _resize(np.array(to_channels(image.crop(box), num_channels), copy=True), size)
     image = to_channels(image, num_channels)
     scaled_box = tuple(min(side / reduction, limit) for side, limit in zip(box, image.size * 2, strict=True))
     image = image.resize(size[::-1], Image.Resampling.BICUBIC, box=scaled_box, reducing_gap=2)
@@ -301,10 +301,9 @@ def _to_tensor(pixels: np.ndarray) -> torch.Tensor:
     return torch.from_numpy(pixels if pixels.ndim == 3 else pixels[..., None]).permute(2, 0, 1)
 
 
-def _resize(pixels: np.ndarray, box: Box, size: tuple[int, int]) -> torch.Tensor:
-    """A box of [h, w, C] in `size`, rounded and clipped to the type where that is of whole numbers."""
-    left, top, right, bottom = box
-    part = _to_tensor(np.require(pixels[top:bottom, left:right], requirements="W"))  # torch warns of read-only memory
+def _resize(pixels: np.ndarray, size: tuple[int, int]) -> torch.Tensor:
+    """[h, w, C] in `size`; whole numbers are rounded and clipped to their type."""
+    part = _to_tensor(np.require(pixels, requirements="W"))  # torch warns of read-only memory
     if part.dtype.is_floating_point and not part.isfinite().all():
         raise ImageFormatError("has values that are not finite; if they stand for no data, set --nodata nan")
     if part.dtype == torch.uint8:

@@ -129,7 +129,7 @@ def test_pretraining_reads_scenes_like_any_source():
     "arguments, message",
     [
         ({"count": 0}, "count must be at least 1, not 0"),
-        ({"count": 1, "size": 8}, "size must lie between 16 and 1024 pixels, not 8"),
+        ({"count": 1, "size": 8}, "size must lie in [16, 1024], not 8"),
         ({"count": 1, "seed": -1}, "seed must be at least 0, not -1"),
         ({"count": 1, "split": "val"}, "split must be one of train, test, not 'val'"),
     ],

@@ -116,7 +116,7 @@ def test_scenes_are_drawn_at_the_encoders_size_within_limits(tiny_encoder, monke
         ({"features": "last/tokens/norm"}, "features of local must be pooled, mean or cls, not last/tokens/norm"),
         ({"num_train": 10}, "num_train must be at least 100, not 10"),
         ({"num_test": 1}, "num_test must be at least 10, not 1"),
-        ({"size": 8}, "size must lie between 16 and 1024 pixels, not 8"),
+        ({"size": 8}, r"size must lie in \[16, 1024\], not 8"),
         ({"seed": -1}, "seed must be at least 0, not -1"),
     ],
 )

@@ -212,7 +212,7 @@ def test_the_layer_and_the_norm_are_those_asked_for(extract):
         ({"temperature": 0.0}, "temperature must be above 0"),
         ({"short_side": 0}, "short_side must be at least 1"),
         ({"features": "first/tokens/norm"}, "features must be layer/pooling/norm"),
-        ({"features": "last/mean/norm"}, "features must be tokens, such as last/tokens/norm, not last/mean/norm"),
+        ({"features": "last/mean/norm"}, "features of propagate must be tokens, such as last/tokens/norm, not last/m"),
     ],
 )
 def test_options_are_checked_before_any_work(options, message):
