@@ -1,5 +1,6 @@
 """The image processor of a checkpoint: make ours, and read what another checkpoint's says about its input."""
 
+import logging
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,9 +8,11 @@ from pathlib import Path
 from transformers import BaseImageProcessor
 from transformers.utils import cached_file
 
-from hf_mim.files import one_line
+from hf_mim.files import one_line, quiet
 from hf_mim.models.image_processing_mim import MIMImageProcessor
 from hf_mim.models.pixels import ValueRange
+
+logger = logging.getLogger(__name__)
 
 FILES = ("preprocessor_config.json", "processor_config.json")
 
@@ -26,14 +29,45 @@ def image_processor(image_size: tuple[int, int], mean, std, value_range: ValueRa
     )
 
 
+def theirs(processor: MIMImageProcessor):
+    """The image processor of transformers that does the same to 8-bit images, up to rounding.
+
+    - The whole image: `ViTImageProcessor`.
+    - The central crop, for a square size: `CLIPImageProcessor`, which resizes first and then crops.
+    - For another size there is none: a `ViTImageProcessor`, and a warning that it stretches.
+
+    Raises:
+        ValueError: images of another depth, which those of transformers take for 8-bit ones.
+    """
+    if processor.value_range is not None:
+        raise ValueError(
+            f"to must be remote-code: image processors of transformers take 8-bit images, and those of this checkpoint "
+            f"have values in {processor.value_range}"
+        )
+    height, width = processor.size["height"], processor.size["width"]
+    num_channels, fraction = len(processor.image_mean), processor.crop_fraction
+    about = dict(image_mean=processor.image_mean, image_std=processor.image_std, resample=3)  # bicubic
+    about |= dict(do_convert_rgb=num_channels == 3, do_resize=num_channels <= 4)  # PIL resizes no more channels
+    with quiet():  # importing them warns that torchvision is missing; they then work with PIL
+        from transformers import CLIPImageProcessor, ViTImageProcessor
+
+        if fraction is not None and height == width:
+            edge, crop = {"shortest_edge": round(height / fraction)}, {"height": height, "width": width}
+            return CLIPImageProcessor(size=edge, crop_size=crop, **about)
+        if fraction is not None:
+            logger.warning("images whose sides are not as %s to %s are stretched, not cropped, there", height, width)
+        return ViTImageProcessor(size=processor.size, **about)
+
+
 @dataclass
 class InputSpec:
-    """Mean and std of each channel for pixels in [0, 1]; the (height, width) and value range where known."""
+    """Mean and std of each channel for pixels in [0, 1]; what else is known: (height, width), value range, crop."""
 
     mean: list[float]
     std: list[float]
     size: tuple[int, int] | None
     value_range: ValueRange | None = None
+    crop_fraction: float | None = None
 
 
 def read_processor(checkpoint: str | Path, num_channels: int) -> InputSpec | None:
@@ -70,7 +104,7 @@ def read_processor(checkpoint: str | Path, num_channels: int) -> InputSpec | Non
     if value_range is not None:
         value_range = ValueRange.from_list(value_range, num_channels, settings.get("pixel_type"))
     mean, std = ([x / (255 * factor) for x in values] for values in (mean, std))
-    return InputSpec(mean, std, _size(settings, checkpoint), value_range)
+    return InputSpec(mean, std, _size(settings, checkpoint), value_range, settings.get("crop_fraction"))
 
 
 def _size(settings: dict, checkpoint: str) -> tuple[int, int] | None:

@@ -75,6 +75,7 @@ def model_card(folder: str | Path, repo_id: str | None = None, license: str | No
         compute=[(name, NOT_RECORDED if x is None else shown_number(x)) for name, x in facts.compute.items()],
         compute_notes=[shown(text) for text in training.notes] if training else [],
         augmentation=_augmentation(recipe),
+        plain_images=config.num_channels <= 4 and not recipe.get("value_range"),
         recipe_text=_recipe_text(recipe, dataset),
         data=_training_data(recipe, dataset, training),
     )

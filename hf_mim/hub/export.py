@@ -1,5 +1,6 @@
 """Writes a checkpoint of ours in a form that loads where hf_mim is not installed."""
 
+import json
 import logging
 import shutil
 from pathlib import Path
@@ -9,7 +10,7 @@ from transformers.utils import cached_file
 
 import hf_mim
 from hf_mim.checks import one_of
-from hf_mim.data.processor import FILES
+from hf_mim.data.processor import FILES, theirs
 from hf_mim.evaluation.checkpoint import LOADING_ERRORS, load_whole
 from hf_mim.files import check_destination, new_folder, one_line
 from hf_mim.hub.onnx import check_onnx, write_onnx
@@ -17,6 +18,7 @@ from hf_mim.hub.remote_code import write_remote_code
 from hf_mim.hub.timm_vit import write_timm
 from hf_mim.hub.transformers_vit import write_transformers
 from hf_mim.models.configuration_vit import MIMConfig
+from hf_mim.models.image_processing_mim import MIMImageProcessor
 from hf_mim.models.target_encoder import TargetNetworkMixin
 from hf_mim.models.vit import MIMPreTrainedModel
 
@@ -81,10 +83,22 @@ def load_ours(checkpoint: str | Path) -> MIMPreTrainedModel:
     return load_whole(getattr(hf_mim, architecture), checkpoint, part="model", unusable="cannot be read").eval()
 
 
-def copy_processor(checkpoint: str | Path, folder: Path):
-    """Copy the checkpoint's image processor into the folder, if it has one."""
+def write_processor(checkpoint: str | Path, folder: Path, to: str):
+    """Put an image processor beside the weights, where the checkpoint has one: ours with its code, or one of theirs.
+
+    Raises ValueError if no processor of transformers gives the pixels that ours gives.
+    """
     paths = [cached_file(str(checkpoint), name, _raise_exceptions_for_missing_entries=False) for name in FILES]
-    if not any(paths):
+    path = next(filter(None, paths), None)
+    if path is None:
         logger.warning("checkpoint %s has no image processor, so the export has none", checkpoint)
-    for path in filter(None, paths):
+        return
+    settings = json.loads(Path(path).read_text())
+    if settings.get("image_processor_type") != MIMImageProcessor.__name__:
         shutil.copyfile(path, folder / Path(path).name)
+    elif to == "transformers":
+        theirs(MIMImageProcessor.from_dict(settings)).save_pretrained(folder)
+    else:
+        code = MIMImageProcessor.__module__.rpartition(".")[2]
+        settings["auto_map"] = {"AutoImageProcessor": f"{code}.{MIMImageProcessor.__name__}"}
+        (folder / FILES[0]).write_text(json.dumps(settings, indent=2) + "\n")

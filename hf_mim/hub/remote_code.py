@@ -15,15 +15,17 @@ def write_remote_code(model: MIMPreTrainedModel, folder: Path, checkpoint) -> st
 
     Remote code must be a flat folder of modules that import each other by `from .name import`. `hf_mim/models` is one.
     """
-    modeling, method = Path(sys.modules[type(model).__module__].__file__), methods.of_config(model.config)
+    method = methods.of_config(model.config)
     roles = [role for roles in auto_classes.FILES.values() for role in roles.items()]
     classes = {auto: getattr(method, role) for auto, role in roles}
     model.config.auto_map = {
         auto: f"{cls.__module__.rpartition('.')[2]}.{cls.__name__}" for auto, cls in classes.items() if cls is not None
     }
     model.save_pretrained(folder)
-    for file in {str(modeling), *get_relative_import_files(modeling)}:
-        shutil.copyfile(file, folder / Path(file).name)
+    for cls in (type(model), method.image_processor_class):
+        code = Path(sys.modules[cls.__module__].__file__)
+        for file in {str(code), *get_relative_import_files(code)}:
+            shutil.copyfile(file, folder / Path(file).name)
     auto = next(auto for auto, cls in classes.items() if type(model) is cls)
     if auto == "AutoBackbone":  # it asks the Hub first, and fails for a folder
         auto = "AutoModel"

@@ -86,14 +86,23 @@ def timm_state(model: MIMPreTrainedModel) -> dict:
 
 
 def _images(config: MIMConfig, checkpoint) -> dict:
-    """How timm prepares images: as our image processor does, whole and resized. Without one: no mean and std."""
+    """How timm prepares images: as our image processor does. Without one: no mean and std.
+
+    Raises ValueError for images that are not of 8 bits, which timm's pipeline does not read.
+    """
     known = read_processor(checkpoint, config.num_channels)
+    if known and known.value_range:
+        raise ValueError(
+            "to must be remote-code: timm prepares 8-bit images, and those of this checkpoint have values in "
+            f"{known.value_range.as_list()}"
+        )
+    fraction = known.crop_fraction if known else None
     return {
         "input_size": [config.num_channels, *config.image_height_width],
         "fixed_input_size": True,
         "interpolation": "bicubic",
-        "crop_pct": 1.0,
-        "crop_mode": "squash",
+        "crop_pct": fraction or 1.0,
+        "crop_mode": "center" if fraction else "squash",
         **({"mean": known.mean, "std": known.std} if known else {}),
         "first_conv": "patch_embed.proj",
         "classifier": "head",
