@@ -33,8 +33,9 @@ def theirs(processor: MIMImageProcessor):
     """The image processor of transformers that does the same to 8-bit images, up to rounding.
 
     - The whole image: `ViTImageProcessor`.
-    - The central crop, for a square size: `CLIPImageProcessor`, which resizes first and then crops.
-    - For another size there is none: a `ViTImageProcessor`, and a warning that it stretches.
+    - The central crop, for a square size: `CLIPImageProcessor`. It resizes first and crops then, so that its crop may
+      lie half a pixel aside where the image is no square.
+    - The central crop, for another size: there is none, so a `ViTImageProcessor`, and a warning that it stretches.
 
     Raises:
         ValueError: images of another depth, which those of transformers take for 8-bit ones.

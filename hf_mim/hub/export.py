@@ -63,7 +63,7 @@ def export(checkpoint: str | Path, dest: str | Path, to: str, encoder: str | Non
     with new_folder(dest) as folder:
         how_to_load = WRITERS[to](model, folder, checkpoint).format(dest=dest)
         if to != "timm":  # its config.json says how images are prepared
-            copy_processor(checkpoint, folder)
+            write_processor(checkpoint, folder, to)
     return how_to_load
 
 

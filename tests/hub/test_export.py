@@ -12,16 +12,18 @@ import pytest
 import torch
 import torch.nn.functional as F
 from minihub import MiniHub
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from tiny import head_layers, make_model
 from transformers import AutoImageProcessor, AutoModel, AutoModelForPreTraining, ViTConfig, ViTModel
 
 import hf_mim
 from hf_mim.cli import main
-from hf_mim.data.processor import image_processor
+from hf_mim.data.processor import image_processor, theirs
 from hf_mim.hub import export as export_module
 from hf_mim.hub import key_tables
 from hf_mim.hub.export import export
+from hf_mim.models.pixels import ValueRange
 
 SIZES = dict(image_size=32, patch_size=8, hidden_size=48, num_attention_heads=3)
 OBLONG = dict(image_size=(24, 40), num_channels=4, intermediate_size=100, hidden_act="gelu_pytorch_tanh")
@@ -243,8 +245,29 @@ def test_a_folder_with_code_loads_as_ours_where_hf_mim_is_and_exports_again(root
 
 @pytest.mark.parametrize("form", ["transformers", "remote-code"])
 def test_the_image_processor_comes_along(root, form):
-    processor = AutoImageProcessor.from_pretrained(root / "mae-oblong" / form)
+    processor = AutoImageProcessor.from_pretrained(root / "mae-oblong" / form, trust_remote_code=True)
     assert list(processor.image_mean) == [0.4] * 4 and processor.size == {"height": 24, "width": 40}
+
+
+@pytest.mark.parametrize(("crop_fraction", "most"), [(1.0, 4), (0.8, 4), (None, 1)])
+def test_the_processor_of_transformers_gives_the_pixels_of_ours(crop_fraction, most):
+    """Theirs resizes and rounds before it crops, so a few grey levels apart; where its crop falls on whole pixels."""
+    ours = image_processor((32, 32), [0.0] * 3, [1.0] * 3, crop_fraction=crop_fraction)
+    noise = torch.rand(1, 3, 9, 13, generator=torch.Generator().manual_seed(0))
+    smooth = F.interpolate(noise * 255, (80, 120), mode="bicubic").clamp(0, 255)[0].permute(1, 2, 0)
+    image = Image.fromarray(smooth.to(torch.uint8).numpy())
+    found, expected = (p(image, return_tensors="pt")["pixel_values"] * 255 for p in (theirs(ours), ours))
+    assert (found - expected).abs().mean() < 1 and (found - expected).abs().max() <= most
+
+
+def test_a_processor_of_transformers_is_refused_for_images_of_another_depth(tmp_path):
+    mae().save_pretrained(tmp_path / "ours")
+    value_range = ValueRange((0.0,), (4095.0,), "uint16")
+    image_processor((32, 32), [0.4] * 3, [0.3] * 3, value_range).save_pretrained(tmp_path / "ours")
+    for form in ("transformers", "timm"):
+        with pytest.raises(ValueError, match=r"to must be remote-code: .* 8-bit images.* \[0, 4095\]"):
+            export(tmp_path / "ours", tmp_path / form, form)
+        assert not (tmp_path / form).exists()
 
 
 def test_timm_is_told_how_images_are_prepared_and_what_the_classes_are(root):
