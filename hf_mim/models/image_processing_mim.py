@@ -47,17 +47,24 @@ class MIMImageProcessor(BaseImageProcessor):
         self.image_mean, self.image_std = list(image_mean), list(image_std)
         self.value_range, self.pixel_type = None if value_range is None else list(value_range), pixel_type
 
-    def preprocess(self, images, return_tensors: str | None = None, **kwargs) -> BatchFeature:
-        """One image or a list of them → `pixel_values`."""
+    def preprocess(
+        self, images, return_tensors: str | None = None, input_data_format: str | None = None
+    ) -> BatchFeature:
+        """One image or a list of them → `pixel_values`.
+
+        input_data_format: "channels_first" or "channels_last", where the shape of an array does not tell.
+        """
         images = images if isinstance(images, list | tuple) else [images]
-        pixels = torch.stack([self._pixels(image) for image in images])
+        if input_data_format == "channels_first":
+            images = [np.moveaxis(np.asarray(image), 0, -1) for image in images]
+        pixels = torch.stack([self._pixels(image, input_data_format is not None) for image in images])
         return BatchFeature({"pixel_values": pixels}, tensor_type=return_tensors)
 
-    def _pixels(self, image) -> torch.Tensor:
+    def _pixels(self, image, channels_last: bool) -> torch.Tensor:
         num_channels = len(self.image_mean)
         image = image if isinstance(image, Image.Image) else np.asarray(image)
         crop = WholeImage() if self.crop_fraction is None else CenterCrop(self.crop_fraction)
-        pixels = crop_image(image, crop, (self.size["height"], self.size["width"]), num_channels)
+        pixels = crop_image(image, crop, (self.size["height"], self.size["width"]), num_channels, None, channels_last)
         value_range = self.value_range
         if value_range is not None:
             value_range = ValueRange.from_list(value_range, num_channels, self.pixel_type)

@@ -170,8 +170,12 @@ def exif_orientation(image: Image.Image) -> tuple[bool, bool, bool]:
     return orientation in (2, 3, 7, 8), orientation in (3, 4, 6, 7), orientation in (5, 6, 7, 8)
 
 
-def to_channels(image: Image.Image | np.ndarray, num_channels: int) -> Image.Image | np.ndarray:
+def to_channels(
+    image: Image.Image | np.ndarray, num_channels: int, channels_last: bool = False
+) -> Image.Image | np.ndarray:
     """The image with `num_channels` channels: PIL of mode L, LA, RGB or RGBA, or an array [h, w, C] in its own depth.
+
+    channels_last: an array is [h, w, C], whatever its shape says.
 
     Raises:
         ImageFormatError: the channels of the image cannot become `num_channels`.
@@ -179,7 +183,7 @@ def to_channels(image: Image.Image | np.ndarray, num_channels: int) -> Image.Ima
     if isinstance(image, Image.Image) and (image.mode.startswith("I") or image.mode == "F"):
         image = np.asarray(image)
     if isinstance(image, np.ndarray):
-        return _array_to_channels(image, num_channels)
+        return _array_to_channels(image, num_channels, channels_last)
     if num_channels not in MODES:
         raise ImageFormatError(f"num_channels={num_channels}, but the image has {len(image.getbands())} ({image.mode})")
     mode = MODES[num_channels]
@@ -188,13 +192,13 @@ def to_channels(image: Image.Image | np.ndarray, num_channels: int) -> Image.Ima
     return image if image.mode == mode else image.convert(mode)
 
 
-def _array_to_channels(array: np.ndarray, num_channels: int) -> np.ndarray:
+def _array_to_channels(array: np.ndarray, num_channels: int, channels_last: bool) -> np.ndarray:
     """[h, w], [h, w, C] or [C, h, w] of any numeric type -> [h, w, num_channels]."""
     if array.ndim == 2:
         array = array[..., None]
     if array.ndim != 3 or array.size == 0:
         raise ImageFormatError(f"an array image must be [h, w], [h, w, C] or [C, h, w], not {list(array.shape)}")
-    array = own_depth(_channels_last(array, num_channels))
+    array = own_depth(array if channels_last else _channels_last(array, num_channels))
     found = array.shape[2]
     if found == num_channels:
         return array
@@ -249,14 +253,15 @@ def own_depth(array: np.ndarray) -> np.ndarray:
 
 
 def crop_image(
-    image: Image.Image | np.ndarray, crop, size: tuple[int, int], num_channels: int, rng=None
+    image: Image.Image | np.ndarray, crop, size: tuple[int, int], num_channels: int, rng=None, channels_last=False
 ) -> torch.Tensor:
     """The image upright and cropped, in its own depth: [num_channels, h, w]. A JPEG may come undecoded.
 
     crop: `RandomCrop`, `CenterCrop` or `WholeImage`, or anything with their `box` and `exact`.
+    channels_last: an array is [h, w, C], whatever its shape says.
     """
     if isinstance(image, np.ndarray):
-        pixels = to_channels(image, num_channels)
+        pixels = to_channels(image, num_channels, channels_last)
         left, top, right, bottom = crop.box(pixels.shape[1], pixels.shape[0], size, rng)
         return _resize(pixels[top:bottom, left:right], size)
     flip_x, flip_y, swap = exif_orientation(image)
