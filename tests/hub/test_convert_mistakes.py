@@ -65,7 +65,7 @@ def test_what_is_printed_can_be_run(mae, run):
 
 def test_a_jepa_file_is_said_to_look_like_stop(tmp_path, run):
     _, out, _ = run(save_jepa(tmp_path / "jepa.pth", read("ijepa")[2]), "--set", "num_attention_heads=3")
-    assert "say --method stop" in out
+    assert "give --method stop" in out
 
 
 def test_a_method_that_is_said_is_not_doubted(tmp_path, run):
