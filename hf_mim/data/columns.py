@@ -30,7 +30,11 @@ def prepare_columns(dataset, image_column: str | None, label_column: str | None)
     dataset = dataset.rename_columns(renamed) if renamed else dataset
     if is_encoded(features[image_column]):
         dataset = dataset.cast_column("image", ImageFeature(decode=False))
-    return _with_class_ids(dataset, features[label_column], label_column) if label_column else dataset
+    dataset = _with_class_ids(dataset, features[label_column], label_column) if label_column else dataset
+    if is_array(features[image_column]) and isinstance(dataset, Dataset):  # as lists they would lose their type
+        kept = dict(columns=["image"], output_all_columns=True, dtype=features[image_column].dtype)
+        dataset = dataset.with_format("numpy", **kept)
+    return dataset
 
 
 def _find_image(features) -> str:

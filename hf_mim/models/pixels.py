@@ -307,17 +307,15 @@ def _to_tensor(pixels: np.ndarray) -> torch.Tensor:
 
 
 def _resize(pixels: np.ndarray, size: tuple[int, int]) -> torch.Tensor:
-    """[h, w, C] in `size`; whole numbers are rounded and clipped to their type."""
+    """[h, w, C] in `size`, within the values of its pixels; whole numbers are rounded."""
     part = _to_tensor(np.require(pixels, requirements="W"))  # torch warns of read-only memory
     if part.dtype.is_floating_point and not part.isfinite().all():
-        raise ImageFormatError("has values that are not finite; if they stand for no data, set --nodata nan")
+        raise ValueError("has values that are not finite")  # damage: such an image is left out and counted
     if part.dtype == torch.uint8:
         return F.interpolate(part[None], size, mode="bicubic", antialias=True)[0].contiguous()
     if part.shape[1:] == tuple(size):
         return part.contiguous()
-    precise = torch.float64 if part.dtype == torch.int32 else torch.float32
-    resized = F.interpolate(part[None].to(precise), size, mode="bicubic", antialias=True)[0]
-    if part.dtype.is_floating_point:
-        return resized.contiguous()
-    limits = torch.iinfo(part.dtype)
-    return resized.double().round().clamp(limits.min, limits.max).to(part.dtype).contiguous()
+    source = part[None].to(torch.float64 if part.dtype == torch.int32 else torch.float32)
+    resized = F.interpolate(source, size, mode="bicubic", antialias=True)[0]
+    resized = resized.clamp_(*source.aminmax())  # bicubic overshoots at edges, which 8 bits clip too
+    return (resized if part.dtype.is_floating_point else resized.round()).to(part.dtype).contiguous()

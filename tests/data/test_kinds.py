@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 import tifffile
 import torch
-from datasets import Dataset, Features
+from datasets import Array3D, Dataset, Features, Value
 from datasets import Image as ImageFeature
 from PIL import Image
 
-from hf_mim.data import CenterCrop, DeviceAugment, ImageDataset, ValueRange, WholeImage
+from hf_mim.data import CenterCrop, DeviceAugment, ImageDataset, ValueRange, WholeImage, load_images
 from hf_mim.data.decode import BrokenImage, decoding, open_image
 from hf_mim.data.processor import image_processor
 from hf_mim.models.pixels import ImageFormatError
@@ -166,3 +166,14 @@ def test_postscript_is_no_image():
     data = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 32 32\n%%EndComments\nshowpage\n"
     with pytest.raises(BrokenImage, match="^a.png: not an image, or of an unknown format"), decoding("a.png"):
         open_image(data)
+
+
+def test_array_columns_keep_their_type(tmp_path):
+    for kind in ("uint8", "uint16", "float32"):
+        arrays = [values(kind, 3, seed) for seed in range(4)]
+        features = Features(image=Array3D((HEIGHT, WIDTH, 3), kind), label=Value("int64"))
+        Dataset.from_dict({"image": arrays, "label": [0, 1, 0, 1]}, features).save_to_disk(tmp_path / kind)
+        about = dict(crop=WholeImage(), own_depth=True, value_range=a_range(kind, 3), labels=True)
+        sample = ImageDataset(load_images(tmp_path / kind), (HEIGHT, WIDTH), 3, **about)[3]
+        np.testing.assert_array_equal(sample["pixel_values"].permute(1, 2, 0).numpy(), arrays[3])
+        assert sample["labels"] == 1

@@ -343,6 +343,7 @@ def test_files_of_odd_content_make_a_card(folder):
 @pytest.mark.parametrize("channels", [1, 3, 5])
 def test_the_examples_run(channels, tmp_path, monkeypatch):
     import numpy as np
+    import tifffile
 
     from hf_mim.hub.export import export
 
@@ -350,7 +351,7 @@ def test_the_examples_run(channels, tmp_path, monkeypatch):
     folder = make_folder(tmp_path / "run", "stop_jepa", num_channels=channels, **statistics)
     monkeypatch.chdir(tmp_path)
     Image.linear_gradient("L").save("image.png")
-    np.save("image.npy", np.zeros((channels, 24, 24), dtype=np.uint8))
+    tifffile.imwrite("image.tif", np.zeros((24, 24, channels), dtype=np.uint8), photometric="minisblack")
     blocks = re.findall(r"```python\n(.*?)```", model_card(folder).text, re.DOTALL)
     assert len(blocks) == (3 if channels == 3 else 2)
     export(folder, tmp_path / "exported", to="remote-code")

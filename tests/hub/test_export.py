@@ -272,7 +272,7 @@ def test_a_processor_of_transformers_is_refused_for_images_of_another_depth(tmp_
 
 def test_timm_is_told_how_images_are_prepared_and_what_the_classes_are(root):
     config = json.loads((root / "linear-probe" / "timm" / "config.json").read_text())
-    images = {"mean": [0.4] * 3, "std": [0.3] * 3, "input_size": [3, 32, 32], "crop_pct": 1.0, "crop_mode": "squash"}
+    images = {"mean": [0.4] * 3, "std": [0.3] * 3, "input_size": [3, 32, 32], "crop_pct": 1.0, "crop_mode": "center"}
     assert config["pretrained_cfg"] | images == config["pretrained_cfg"]
     assert config["label_names"] == [f"LABEL_{i}" for i in range(5)]
 
