@@ -129,7 +129,7 @@ def _read(source, split: str, streaming: bool) -> tuple[Dataset | IterableDatase
     if isinstance(source, Dataset | IterableDataset):
         return source, Account()
     if isinstance(source, dict):  # DatasetDict is one
-        return _picked(source, split, "DatasetDict")
+        return _picked(source, split, type(source).__name__)
     if not isinstance(source, str | os.PathLike):
         raise ValueError(
             f"source must be a path, the name of a dataset, a Dataset or a DatasetDict, not a {type(source).__name__}"
@@ -313,6 +313,17 @@ def local_folder(source) -> Path | None:
     if isinstance(source, str | os.PathLike) and str(source).strip() and Path(source).expanduser().is_dir():
         return Path(source).expanduser()
     return None
+
+
+def same_source(one, other) -> bool:
+    """Whether two sources are one: the same object, or the same path or name, however it is written."""
+    paths = isinstance(one, str | os.PathLike), isinstance(other, str | os.PathLike)
+    return _real(one) == _real(other) if all(paths) else one is other
+
+
+def _real(source: str | os.PathLike) -> str:
+    path = Path(source).expanduser()
+    return str(path.resolve()) if path.exists() else str(source)
 
 
 def source_name(source) -> str:

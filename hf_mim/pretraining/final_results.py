@@ -12,7 +12,7 @@ from transformers import PreTrainedConfig, Trainer
 from hf_mim.data import CenterCrop, ImageDataset, load_images
 from hf_mim.data.images import Images
 from hf_mim.data.labelled import LabelledImages, labelled_only, match_names
-from hf_mim.data.sources import SplitNotFound, first_split, fixed_sample, source_name
+from hf_mim.data.sources import SplitNotFound, first_split, fixed_sample, same_source, source_name
 from hf_mim.evaluation.checkpoint import checkpoint_sha256
 from hf_mim.evaluation.encoder import FrozenEncoder, RawPixels
 from hf_mim.evaluation.features import FeatureExtractor
@@ -176,11 +176,14 @@ def find_test_split(run: RunArguments, labelled: bool = False) -> tuple[Dataset 
     Raises ValueError if the recipe names one that does not exist, or that has no labels although `labelled` asks for
     them.
     """
-    argument = "dataset" if run.test_dataset is None else "test_dataset"
-    named = run.test_dataset or run.test_split
+    own = run.test_dataset is None or same_source(run.test_dataset, run.dataset)
+    argument = "dataset" if own else "test_dataset"
+    named = run.test_split or not own
     splits = [run.test_split] if run.test_split else ["validation", "test", "train"]
-    if argument == "dataset":
+    if own:
         splits = [split for split in splits if split != run.train_split]
+    if not splits:
+        raise ValueError(f"test_split must be another split than {run.train_split}, which trains, or give test_dataset")
 
     def load(split):
         images = load_split(run, argument, split)
