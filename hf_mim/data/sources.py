@@ -24,6 +24,7 @@ from .columns import prepare_columns
 from .decode import BrokenImage, decoding, image_name, open_image
 from .digits import digits
 from .folders import IMAGE_EXTENSIONS, SIDE_FILES, TABLE_EXTENSIONS, canonical_split, image_splits, scan, table_splits
+from .tars import look_into, read_tars
 
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?(:[\w.-]+)?")
 _MAX_SHARDS = 64  # of a local source that is streamed
@@ -209,14 +210,37 @@ def _load_tables(
     splits, notes = table_splits([path for path, found in zip(paths, kinds, strict=True) if found == kind])
     if len(paths) == 1 and split == "train":
         splits = {"train": paths}  # whatever a single file is called, the user wants to train on it
-    chosen = pick_split(splits, split, folder)
+    within = kind == "webdataset" and list(splits) == ["train"]  # folders in the tars may tell splits
+    chosen = splits["train"] if within else pick_split(splits, split, folder)
     others = {name: f"{len(other):,} files" for name, other in splits.items() if other is not chosen}
-    taken = f"{len(chosen):,} {_extension(chosen[0])} file{'s' * (len(chosen) > 1)}"
-    files = [str(folder / path) for path in chosen]
+    account = Account("", others, left_out, notes)
+    files = [folder / path for path in chosen]
     with _naming_the_source(folder / paths[0] if len(paths) == 1 else folder):
-        dataset = datasets.load_dataset(kind, data_files={"train": files}, split="train", streaming=streaming)
-    taken += f", {len(dataset):,} images" if isinstance(dataset, Dataset) else ""
-    return dataset, Account(taken, others, left_out, notes)
+        if kind == "webdataset":
+            dataset = _read_tars(files, split if within else None, streaming, account)
+        else:
+            data_files = {"train": [str(file) for file in files]}
+            dataset = datasets.load_dataset(kind, data_files=data_files, split="train", streaming=streaming)
+    account.taken = f"{len(chosen):,} {_extension(chosen[0])} file{'s' * (len(chosen) > 1)}"
+    account.taken += f", {len(dataset):,} images" if isinstance(dataset, Dataset) else ""
+    return dataset, account
+
+
+def _read_tars(tars: list[Path], split: str | None, streaming: bool, account: Account) -> Dataset | IterableDataset:
+    """The images of these tars. If folders in them are named after splits, those of `split`; None takes the first."""
+    found = look_into(tars, peek=streaming)
+    splits = found.layout.splits
+    if not splits:
+        raise ValueError("it holds no images")
+    name = next(iter(splits))
+    if split is not None and not (len(tars) == len(splits) == 1 and split == "train"):
+        pick_split(splits, split, tars[0] if len(tars) == 1 else tars[0].parent)
+        name = next(other for other in splits if canonical_split(other) == canonical_split(split))
+    account.splits |= {f"{other} within": f"{len(splits[other]):,}" for other in splits if other != name}
+    account.left_out += found.layout.left_out
+    account.left_out += Counter({f".{kind} beside other images": count for kind, count in found.extra.items()})
+    account.notes += found.layout.notes
+    return read_tars(tars, found, name, streaming)
 
 
 def _extension(path: str) -> str:
