@@ -67,6 +67,11 @@ def split_of_folder(name: str) -> str | None:
     return found and _SPLIT_OF_WORD[found["word"]]
 
 
+def readable(name: str) -> str:
+    """The name itself if it is UTF-8; otherwise its other bytes are written as `\\xe9`."""
+    return os.fsencode(name).decode(errors="backslashreplace")
+
+
 def find_files(folder: Path, extensions) -> list[str]:
     """The files of `scan`, without what it leaves out."""
     return scan(folder, extensions)[0]

@@ -23,7 +23,16 @@ from hf_mim.files import listed
 from .columns import prepare_columns
 from .decode import BrokenImage, decoding, image_name, open_image
 from .digits import digits
-from .folders import IMAGE_EXTENSIONS, SIDE_FILES, TABLE_EXTENSIONS, canonical_split, image_splits, scan, table_splits
+from .folders import (
+    IMAGE_EXTENSIONS,
+    SIDE_FILES,
+    TABLE_EXTENSIONS,
+    canonical_split,
+    image_splits,
+    readable,
+    scan,
+    table_splits,
+)
 from .tars import look_into, read_tars
 
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?(:[\w.-]+)?")
@@ -187,17 +196,37 @@ def _load_folder(folder: Path, paths: list[str], split: str, left_out: Counter) 
     types = ", ".join(f"{count:,} {kind}" for kind, count in kinds.most_common())
     taken = f"{len(entries):,} images ({types})"
     account = Account(taken, others, left_out + layout.left_out, layout.notes)
-    files = [str(folder / path) for path, _ in entries]
+    dataset = image_files([str(folder / path) for path, _ in entries])
     # Names are collected from all splits, so that a class has the same id in each split. A folder "unlabeled" has none.
     known = [entries for name, entries in layout.splits.items() if name in ("train", "validation", "test")]
-    names = sorted({name for entries in known for _, name in entries if name is not None})
-    features = Features(image=ImageFeature(decode=False))
-    if all(name is None for _, name in entries) or len(names) < 2:
-        return Dataset.from_dict({"image": files}, features=features), account
-    ids = {name: number for number, name in enumerate(names)}
-    features["label"] = ClassLabel(names=names)
-    labels = [ids.get(name, -1) for _, name in entries]
-    return Dataset.from_dict({"image": files, "label": labels}, features=features), account
+    names = sorted({readable(name) for entries in known for _, name in entries if name is not None})
+    if len(names) > 1 and any(name is not None for _, name in entries):
+        ids = {name: number for number, name in enumerate(names)}
+        labels = [-1 if name is None else ids.get(readable(name), -1) for _, name in entries]
+        dataset = dataset.add_column("label", labels, feature=ClassLabel(names=names))
+    return dataset, account
+
+
+def image_files(files: list[str | None], column: str = "image") -> Dataset:
+    """A dataset with one column: these image files, undecoded. Only their paths are kept.
+
+    Arrow cannot hold a path that is not UTF-8. If there is such a path, the bytes of its file are read into a cache on
+    disk.
+    """
+    features = Features({column: ImageFeature(decode=False)})
+    if all(file is None or file.isprintable() or readable(file) == file for file in files):
+        return Dataset.from_dict({column: files}, features)
+    stamps = [0 if file is None or readable(file) == file else os.stat(file).st_mtime_ns for file in files]
+    rows = {"files": tuple(file and os.fsencode(file) for file in files), "stamps": tuple(stamps), "column": column}
+    return Dataset.from_generator(_file_rows, features, gen_kwargs=rows)
+
+
+def _file_rows(files: tuple[bytes | None, ...], stamps: tuple[int, ...], column: str):
+    """Rows of `image_files`. A change of `stamps`, the times of the files, makes datasets read them again."""
+    for file in files:
+        path = None if file is None else readable(os.fsdecode(file))
+        data = Path(os.fsdecode(file)).read_bytes() if file is not None and os.fsencode(path) != file else None
+        yield {column: None if file is None else {"bytes": data, "path": path}}
 
 
 def _load_tables(
@@ -355,4 +384,4 @@ def source_name(source) -> str:
     if not isinstance(source, str | os.PathLike):
         return f"a {type(source).__name__} in memory"
     path = Path(source).expanduser()
-    return path.resolve().name if path.exists() else str(source)
+    return readable(path.resolve().name) if path.exists() else str(source)

@@ -6,7 +6,9 @@ import pytest
 from PIL import Image
 
 from hf_mim.data import load_images
+from hf_mim.data.decode import open_image
 from hf_mim.data.folders import IMAGE_EXTENSIONS, image_splits, scan, split_of_folder, table_splits
+from hf_mim.data.masks import load_masks
 
 # Layout → (files, {split: {path: class}}, {what is left out: how many}).
 LAYOUTS = {
@@ -210,3 +212,24 @@ def test_a_line_tells_what_is_taken(tmp_path, caplog):
         "train; other splits: test (1), unlabeled (1); left out: 1 beside the folders of splits"
     ]
     assert not caplog.records
+
+
+def test_names_that_are_not_utf8_are_names_like_others(tmp_path):
+    draw(tmp_path, "a/1.png", "a/2.png", "b/1.png")
+    folder = os.fsencode(tmp_path)
+    os.rename(folder + b"/a/2.png", folder + b"/a/caf\xe9.png")
+    os.rename(folder + b"/b", folder + b"/\xfcber")
+    images = load_images(tmp_path)
+    assert images.features["label"].names == ["\\xfcber", "a"]
+    names = [os.path.relpath(row["image"]["path"], tmp_path) for row in images]
+    assert names == ["a/1.png", "a/caf\\xe9.png", "\\xfcber/1.png"]
+    levels = [open_image(row["image"]).getpixel((0, 0)) for row in images]
+    assert levels == [0, 1, 2] and images["label"][:] == [1, 1, 0]
+    Image.new("L", (8, 8), 9).save(folder + b"/a/caf\xe9.png", "png")
+    os.utime(folder + b"/a/caf\xe9.png", (1, 1))
+    assert open_image(load_images(tmp_path)[1]["image"]).getpixel((0, 0)) == 9  # no old copy from a cache
+    draw(tmp_path / "m", "images/1.png", "masks/1.png")
+    for part in (b"images", b"masks"):
+        os.rename(folder + b"/m/" + part + b"/1.png", folder + b"/m/" + part + b"/\xe9.png")
+    masked = load_masks(tmp_path / "m")
+    assert masked.read_mask(0).max() == 1 and open_image(masked.images[0]["image"]).getpixel((0, 0)) == 0
