@@ -7,6 +7,7 @@ even if the rest of the line has mistakes.
 
 import dataclasses
 import inspect
+import os
 from collections.abc import Callable, Iterable, Iterator
 from functools import cached_property
 from itertools import groupby
@@ -115,9 +116,14 @@ class Command(click.Command):
             super().parse_args(ctx, list(self._spelled_out(args)))
         except click.NoSuchOption as error:
             raise Mistake(self.unknown(error.option_name, args)) from None
-        ctx.args = list(ctx.params.pop("words"))
+        ctx.args = list(map(os.path.expanduser, ctx.params.pop("words")))
         self.check_words(ctx.command_path.removeprefix("hf-mim "), ctx.args)
-        ctx.params = {name: value for name, value in ctx.params.items() if value is not None}
+        # A shell expands ~ in `--name ~/x`, but not in `--name=~/x`.
+        ctx.params = {
+            name: os.path.expanduser(value) if isinstance(value, str) else value
+            for name, value in ctx.params.items()
+            if value is not None
+        }
         return ctx.args
 
     def _spelled_out(self, args: list[str]) -> Iterator[str]:

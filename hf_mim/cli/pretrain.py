@@ -110,6 +110,7 @@ def run(recipe: str | None = None, **given: str) -> int:
     from transformers.utils import logging
 
     from hf_mim.data import BrokenImagesError, ImageFormatError
+    from hf_mim.data.tars import DamagedTar
     from hf_mim.pretraining.guard import INTERRUPTED, NonFiniteError
     from hf_mim.pretraining.recipe import Recipe
     from hf_mim.pretraining.run import Pretraining, resume_command
@@ -122,7 +123,7 @@ def run(recipe: str | None = None, **given: str) -> int:
         if ended_by := pretraining():
             say(f"{ended_by.name} has ended the run after a step; {resume}")
             return INTERRUPTED
-    except (BrokenImagesError, ImageFormatError, NonFiniteError) as error:
+    except (BrokenImagesError, ImageFormatError, DamagedTar, NonFiniteError) as error:
         print(file=sys.stderr)  # ends the line with the progress bar
         return fail(one_line(error))
     except OSError as error:

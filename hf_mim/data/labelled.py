@@ -1,13 +1,16 @@
 """Labelled images for the protocols. Labels are checked on loading, then read only when a protocol asks for them."""
 
+import os
+
+import pyarrow.compute
 import torch
-from datasets import ClassLabel, Dataset, Features, IterableDataset
+from datasets import ClassLabel, Dataset, Features, Image, IterableDataset
 from torch import Tensor
 
 from hf_mim.files import listed
 
 from .images import Images
-from .sources import SplitNotFound, first_split, load_images, open_source, source_name
+from .sources import SplitNotFound, first_split, load_images, open_source, same_source, source_name
 from .splits import stratified_split
 
 HELD_OUT = 0.2  # of the training images, where a source has no test images
@@ -55,9 +58,11 @@ def load_labelled(
 
     train = load(source, source, train_split)
     test_from, name = source if test_source is None else test_source, f"{source_name(source)}, split {train_split}"
-    test, split = _open_test(test_from, test_split, train_split if str(test_from) == str(source) else None)
+    test, split = _open_test(test_from, test_split, train_split if same_source(test_from, source) else None)
     if test is not None:
-        test, test_name = match_names(load(test, test_from, split), train), f"{source_name(test_from)}, split {split}"
+        test, test_name = load(test, test_from, split), f"{source_name(test_from)}, split {split}"
+        check_apart(train, test)
+        test = match_names(test, train)
     else:
         kept, held = stratified_split(torch.tensor(train["label"][:]), HELD_OUT, seed=0)
         train, test, test_name = train.select(kept), train.select(held), f"a held-out fifth of {name}"
@@ -70,6 +75,8 @@ def _open_test(source, split: str | None, taken: str | None):
     """(test dataset, its split), or (None, None) if the source has no split but `taken`, which trains."""
     if split is not None and split == taken:
         raise ValueError(f"test_split must be another split than {taken}, which trains: of {source} or of another test")
+    if taken is not None and isinstance(source, Dataset):  # it has no splits: any name would give the training images
+        return None, None
     splits = [split] if split else [name for name in ("test", "validation", "train") if name != taken]
     try:
         return first_split(splits, lambda name: open_source(source, name))
@@ -92,6 +99,25 @@ def labelled_only(images: Dataset | IterableDataset, source="source", split: str
             "each class into a folder"
         )
     return images if len(known) == len(images) else images.select(known)
+
+
+def check_apart(train: Dataset, test: Dataset):
+    """Raise ValueError if files are among both, for example because one folder lies in the other."""
+    if common := sorted(_files(train) & _files(test)):
+        raise ValueError(
+            f"{len(common)} of the {len(test)} test images are training images too ({listed(common, 1)}); give other "
+            "images as test, or leave test out: then some are held out"
+        )
+
+
+def _files(images: Dataset) -> set[str]:
+    """The real paths of images that are files of their own."""
+    if isinstance(images.features["image"], Image) and images[0]["image"]["bytes"] is None:
+        column = images.select_columns("image").with_format("arrow")[:]["image"]
+        paths = [path for path in pyarrow.compute.struct_field(column, "path").to_pylist() if path]
+        folders = {folder: os.path.realpath(folder) for folder in set(map(os.path.dirname, paths))}
+        return {os.path.join(folders[os.path.dirname(path)], os.path.basename(path)) for path in paths}
+    return set()
 
 
 def match_names(test: Dataset, train: Dataset) -> Dataset:

@@ -17,7 +17,7 @@ from .columns import check_columns, check_holds_images, holds_images, is_encoded
 from .decode import BrokenImage, decoding, image_name, open_image, stored
 from .folders import IMAGE_EXTENSIONS, canonical_split, find_files
 from .images import Images
-from .sources import load_images, local_folder, open_source, pick_split, source_name
+from .sources import image_files, load_images, local_folder, open_source, pick_split, source_name
 
 IMAGE_FOLDERS = ("images", "image", "imgs", "img")
 MASK_FOLDERS = ("masks", "mask", "annotations", "annotation", "segmentations", "segmentation", "labels", "label")
@@ -98,7 +98,7 @@ def load_masks(
     if folder is not None and (splits := _image_and_mask_folders(folder)):
         images, masks = pick_split(splits, split, source)
         masks = [masks.get(key) for key in images]  # for a missing mask, MaskedImages raises with the image's name
-        return MaskedImages(path_column("image", list(images.values())), path_column("mask", masks), name)
+        return MaskedImages(image_files(list(images.values())), image_files(masks, "mask"), name)
     data = open_source(source, split)
     mask_column = _find_mask(data.features, mask_column, name)
     masks = data.select_columns([mask_column])
@@ -189,11 +189,6 @@ def _find_mask(features: Features, mask_column: str | None, name: str) -> str:
             return column
     known = ", ".join(features)
     raise ValueError(f"{name} has no masks: give a folder of images/ and masks/, or set mask_column to one of {known}")
-
-
-def path_column(column: str, paths: list[str | None]) -> Dataset:
-    """A dataset with one column: the images of these paths, undecoded."""
-    return Dataset.from_dict({column: paths}, Features({column: ImageFeature(decode=False)}))
 
 
 def _image_and_mask_folders(folder: Path) -> dict[str, tuple[dict[str, str], dict[str, str]]]:

@@ -9,8 +9,8 @@ import numpy as np
 from datasets import ClassLabel, Dataset
 
 from .folders import IMAGE_EXTENSIONS, find_files
-from .masks import IMAGE_FOLDERS, MASK_FOLDERS, MaskedImages, load_masks, path_column
-from .sources import first_split, local_folder, open_source, source_name
+from .masks import IMAGE_FOLDERS, MASK_FOLDERS, MaskedImages, load_masks
+from .sources import first_split, image_files, local_folder, open_source, source_name
 
 VOID = 255  # the id of pixels that are not scored, in DAVIS
 SEQUENCE_COLUMNS = ("sequence", "video", "clip", "label")
@@ -171,7 +171,7 @@ def _load_folders(source: Path, frame_folder: Path, split: str | None) -> Videos
     features = [str(frame_folder / frames[key]) for key in order]
     answers = [str(mask_folder / masks[key]) if key in masks else None for key in order]
     name = source_name(source) + ("" if listed is None else f", split {split or 'val'}")
-    return Videos(MaskedImages(path_column("image", features), path_column("mask", answers), name), names)
+    return Videos(MaskedImages(image_files(features), image_files(answers, "mask"), name), names)
 
 
 def _child(folder: Path, names: Sequence[str]) -> Path | None:

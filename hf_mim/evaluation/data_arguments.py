@@ -5,7 +5,7 @@ from typing import ClassVar
 
 from hf_mim.checks import least
 from hf_mim.data import CenterCrop, WholeImage
-from hf_mim.data.sources import fixed_sample, source_name
+from hf_mim.data.sources import fixed_sample, same_source, source_name
 
 
 @dataclass
@@ -99,7 +99,7 @@ class MaskedArguments(WholeArguments):
         from hf_mim.data.masks import load_masks
 
         columns = self.image_column, self.mask_column
-        if self.test in (None, self.dataset) and self.train_split == self.test_split:
+        if (self.test is None or same_source(self.test, self.dataset)) and self.train_split == self.test_split:
             raise ValueError(f"test_split must be another split than {self.train_split}, which trains, or give test")
         train = load_masks(self.dataset, self.train_split, *columns)
         test = load_masks(self.dataset if self.test is None else self.test, self.test_split, *columns)

@@ -2,8 +2,10 @@
 
 import platform
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from datasets import Dataset, IterableDataset
@@ -12,7 +14,7 @@ from transformers import PreTrainedConfig, Trainer
 from hf_mim.data import CenterCrop, ImageDataset, load_images
 from hf_mim.data.images import Images
 from hf_mim.data.labelled import LabelledImages, labelled_only, match_names
-from hf_mim.data.sources import SplitNotFound, first_split, fixed_sample, source_name
+from hf_mim.data.sources import SplitNotFound, first_split, fixed_sample, same_source, source_name
 from hf_mim.evaluation.checkpoint import checkpoint_sha256
 from hf_mim.evaluation.encoder import FrozenEncoder, RawPixels
 from hf_mim.evaluation.features import FeatureExtractor
@@ -27,13 +29,23 @@ from hf_mim.run_folder import HEALTH_RESULT, KNN_RESULT, TRAINING_RESULT, result
 HEALTH_IMAGES = 512
 
 
-def load_split(run: RunArguments, argument: str, split: str) -> Dataset | IterableDataset:
-    """A split of the run's `dataset` or `test_dataset`; its images are not decoded yet. Errors name the argument."""
+Tell = Callable[[str], Any] | None  # see `load_images`
+
+
+def load_split(run: RunArguments, argument: str, split: str, tell: Tell = None) -> Dataset | IterableDataset:
+    """A split of the run's `dataset` or `test_dataset`; its images are not decoded yet. Messages name the argument."""
+
+    def named(message) -> str:
+        return re.sub("^source|(?<= in )source", argument, str(message))
+
+    columns = run.image_column, run.label_column
     try:
-        return load_images(getattr(run, argument), split, run.streaming, run.image_column, run.label_column)
+        return load_images(
+            getattr(run, argument), split, run.streaming, *columns, tell and (lambda line: tell(named(line)))
+        )
     except ValueError as error:
         kind = SplitNotFound if isinstance(error, SplitNotFound) else ValueError
-        raise kind(re.sub("^source|(?<= in )source", argument, str(error))) from error
+        raise kind(named(error)) from error
 
 
 def labelled_sample(images: Dataset | IterableDataset, count: int, start: int = 0) -> Dataset:
@@ -66,7 +78,7 @@ class Readout:
     data: dict
 
     @classmethod
-    def find(cls, images, run: RunArguments) -> "Readout | None":
+    def find(cls, images, run: RunArguments, tell: Tell = None) -> "Readout | None":
         """The training split votes and a test split is classified. None if there are no labels.
 
         Without a test split, at most a fifth of the training images is classified and does not vote. The model has seen
@@ -74,7 +86,7 @@ class Readout:
         """
         if not _has_labels(images):
             return None
-        tested, split = find_test_split(run, labelled=True)
+        tested, split = find_test_split(run, labelled=True, tell=tell)
         own, num_tested = tested is not None, run.knn_test_images
         if isinstance(tested, Dataset) and isinstance(images, Dataset):
             tested = match_names(labelled_only(tested), images)
@@ -170,20 +182,25 @@ def health_record(model, augment, images, run: RunArguments, batch_size: int, fo
     return result
 
 
-def find_test_split(run: RunArguments, labelled: bool = False) -> tuple[Dataset | IterableDataset | None, str | None]:
+def find_test_split(
+    run: RunArguments, labelled: bool = False, tell: Tell = None
+) -> tuple[Dataset | IterableDataset | None, str | None]:
     """The test images and their split; (None, None) if the recipe names none and the dataset has none.
 
     Raises ValueError if the recipe names one that does not exist, or that has no labels although `labelled` asks for
     them.
     """
-    argument = "dataset" if run.test_dataset is None else "test_dataset"
-    named = run.test_dataset or run.test_split
+    own = run.test_dataset is None or same_source(run.test_dataset, run.dataset)
+    argument = "dataset" if own else "test_dataset"
+    named = run.test_split or not own
     splits = [run.test_split] if run.test_split else ["validation", "test", "train"]
-    if argument == "dataset":
+    if own:
         splits = [split for split in splits if split != run.train_split]
+    if not splits:
+        raise ValueError(f"test_split must be another split than {run.train_split}, which trains, or give test_dataset")
 
     def load(split):
-        images = load_split(run, argument, split)
+        images = load_split(run, argument, split, tell)
         if labelled and not _has_labels(images):
             wrong = f"{argument} must have labels, and split {split} of {getattr(run, argument)} has none"
             raise ValueError(wrong) if named else SplitNotFound(wrong)

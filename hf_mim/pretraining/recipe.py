@@ -172,7 +172,7 @@ class Recipe:
     def read(cls, path: str | Path | None, given: dict[str, Any]) -> "Recipe":
         """A recipe file, overridden by the settings `given`. With `resume` and no file, the one in `output_dir`."""
         if path is None and str(given.get("resume")).lower() == "true" and "output_dir" in given:
-            held = Path(given["output_dir"]) / RECIPE
+            held = Path(given["output_dir"]).expanduser() / RECIPE
             path = held if held.is_file() else None
         return cls.resolve(read_yaml(path) if path else {}, given)
 

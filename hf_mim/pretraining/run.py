@@ -6,6 +6,7 @@
 `hf_mim/run_folder.py` lists what is in the run folder afterwards. With `--push_to_hub` it is uploaded to the Hub.
 """
 
+import functools
 import math
 import os
 import shlex
@@ -28,6 +29,7 @@ from hf_mim.files import check_writable
 from hf_mim.models.pixels import EIGHT_BITS, ValueRange
 from hf_mim.pretraining.final_results import (
     Readout,
+    Tell,
     find_test_split,
     fixed_view,
     health_record,
@@ -55,15 +57,17 @@ class Pretraining:
         check_run_folder(self.folder, recipe)
         if run.max_image_pixels:
             os.environ[MAX_PIXELS_VARIABLE] = str(run.max_image_pixels)
+        # One line for each source, although the test images may be loaded twice.
+        tell = functools.cache(print if args.process_index == 0 else lambda line: None)
         with args.main_process_first(desc="loading the images"):
-            self.images = load_split(run, "dataset", run.train_split)
+            self.images = load_split(run, "dataset", run.train_split, tell)
             train_images = random_crops(self.images, run, config, args.seed)
             value_range, found = find_value_range(train_images, run.value_range, config.num_channels)
             train_images.value_range, run.value_range = value_range, value_range and value_range.as_list()
             self.augment = device_augment(recipe, train_images, config)
             train_images.value_range, train_images.own_depth = value_range or EIGHT_BITS, True
-            self.readout = Readout.find(self.images, run) if run.knn or run.probe_every else None
-            eval_images = None if args.eval_strategy == "no" else evaluation_images(run, config, value_range)
+            self.readout = Readout.find(self.images, run, tell) if run.knn or run.probe_every else None
+            eval_images = None if args.eval_strategy == "no" else evaluation_images(run, config, value_range, tell)
         if found and args.process_index == 0:
             print(found)
         steps = number_of_steps(args, train_images)
@@ -210,10 +214,10 @@ def random_crops(images, run: RunArguments, config: PreTrainedConfig, seed: int)
 
 
 def evaluation_images(
-    run: RunArguments, config: PreTrainedConfig, value_range: ValueRange | None
+    run: RunArguments, config: PreTrainedConfig, value_range: ValueRange | None, tell: Tell = None
 ) -> ImageDataset | ImageStream:
     """Test images in the size that the method trains on, for `eval_loss`."""
-    images, _ = find_test_split(run)
+    images, _ = find_test_split(run, tell=tell)
     if images is None:
         raise ValueError(f"eval_strategy needs test_dataset: {run.dataset} has no validation or test split")
     return fixed_view(images, config, run.knn_test_images, value_range, size=config.training_size)

@@ -2,6 +2,7 @@
 
 import contextlib
 import difflib
+import os
 import re
 import types
 from collections.abc import Iterable
@@ -154,7 +155,9 @@ def _as(value: Any, hint: Any) -> Any:
         value = yaml.load(value, YamlLoader) if isinstance(value, str) else value
     if kind is str and isinstance(value, int | float) and not isinstance(value, bool):
         value = str(value)
-    if kind in (str, dict) and isinstance(value, kind):
+    if kind is str and isinstance(value, str):
+        return os.path.expanduser(value)  # no shell has done it in YAML, nor in --name=~/x
+    if kind is dict and isinstance(value, dict):
         return value
     raise ValueError
 

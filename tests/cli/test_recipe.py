@@ -147,6 +147,15 @@ def test_an_argument_given_above_is_not_overruled_by_one_from_below(write):
     assert "max_steps" not in read_recipe([path, "--num_train_epochs", "2"]).training
 
 
+def test_a_tilde_is_the_home_in_files_and_in_options(write, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    recipe = Recipe.read(write("dataset: ~/pictures\ntest_dataset: ~/test"), {"output_dir": "~/run"})
+    assert (recipe.run.dataset, recipe.run.test_dataset) == (f"{tmp_path}/pictures", f"{tmp_path}/test")
+    assert recipe.training["output_dir"] == f"{tmp_path}/run"
+    _, values = pretrain.command.read(["--output_dir=~/run", "--dataset", "~/x~y"])
+    assert values == {"output_dir": f"{tmp_path}/run", "dataset": f"{tmp_path}/x~y"}
+
+
 def test_output_dir_defaults_to_a_folder_that_no_run_has(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert Recipe.resolve({"dataset": "a/my-photos.parquet"}).training["output_dir"] == "runs/my_photos_mae"

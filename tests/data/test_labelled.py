@@ -5,6 +5,7 @@ from datasets import ClassLabel, Dataset, Features, Value
 from datasets import Image as ImageFeature
 from PIL import Image
 
+from hf_mim.data.digits import png
 from hf_mim.data.labelled import LabelledImages, check_classes, load_labelled
 
 
@@ -84,6 +85,37 @@ def test_the_training_images_cannot_be_the_test_images(tmp_path):
             load_labelled("digits", test_source, test_split="train")
     train, test = load_labelled(source, source)  # the same folder: a fifth is held out, as without
     assert len(train) == 40 and len(test) == 10
+
+
+def test_the_same_folder_is_known_under_other_names(tmp_path, monkeypatch):
+    source = folder_of_classes(tmp_path / "pictures", {"cat": 20, "horse": 30})
+    (tmp_path / "link").symlink_to(source)
+    monkeypatch.chdir(tmp_path)
+    for other in ("pictures/", "./pictures", "pictures/../pictures", tmp_path / "link"):
+        train, test = load_labelled("pictures", other)
+        assert (len(train), len(test)) == (40, 10)
+        with pytest.raises(ValueError, match="test_split must be another split than train"):
+            load_labelled("pictures", other, test_split="train")
+
+
+def test_a_folder_within_the_training_images_is_no_test(tmp_path):
+    source = folder_of_classes(tmp_path / "pictures" / "a", {"cat": 2, "horse": 3})
+    folder_of_classes(tmp_path / "pictures" / "b", {"cat": 1, "horse": 1})
+    with pytest.raises(
+        ValueError, match="5 of the 5 test images are training images too .*; give other images as test"
+    ):
+        load_labelled(tmp_path / "pictures", source)
+
+
+def test_two_datasets_in_memory_are_told_apart():
+    one, other = rows([0, 1] * 10), rows([1, 0] * 10)
+    one, other = (
+        data.map(lambda row: {"image": {"bytes": png(Image.new("L", (8, 8))), "path": None}}) for data in (one, other)
+    )
+    train, test = load_labelled(one, other)
+    assert (len(train), len(test)) == (20, 20)
+    train, test = load_labelled(one, one)
+    assert (len(train), len(test)) == (16, 4)
 
 
 def test_a_test_split_that_cannot_be_read_is_an_error(tmp_path):

@@ -7,7 +7,7 @@ import tarfile
 
 import numpy as np
 import pytest
-from datasets import Array3D, ClassLabel, Dataset, DatasetDict, Features, IterableDataset, Value
+from datasets import Array3D, ClassLabel, Dataset, DatasetDict, Features, IterableDataset, IterableDatasetDict, Value
 from datasets import Image as ImageFeature
 from PIL import Image
 
@@ -196,6 +196,28 @@ def test_arrays_in_a_column_are_images():
     dataset = Dataset.from_dict({"bands": pixels}, features=Features(bands=Array3D((32, 32, 10), "uint8")))
     images = ImageDataset(load_images(dataset), 32, num_channels=10, crop=WholeImage())
     np.testing.assert_array_equal(images[1]["pixel_values"], pixels[1].transpose(2, 0, 1))
+
+
+def test_a_format_that_hides_columns_does_not_matter(tmp_path, table, pictures):
+    formatted = table.with_format("numpy", columns=["label"])
+    formatted.save_to_disk(tmp_path / "saved")
+    for source in (formatted, tmp_path / "saved", table.with_transform(lambda rows: {"other": rows["label"]})):
+        assert_same(contents(load_images(source)), pictures, [0, 1] * 3)
+    assert_same(contents(load_images(table.with_format("numpy").to_iterable_dataset())), pictures, [0, 1] * 3)
+
+
+def test_a_dictionary_of_datasets_gives_its_split(table, pictures):
+    both = DatasetDict(train=table, validation=table.select([4, 5]))
+    lines = []
+    assert_same(contents(load_images(both, tell=lines.append)), pictures, [0, 1] * 3)
+    assert lines == [
+        "source 'a DatasetDict in memory', split train: 6 images; 2 classes: cat, dog; other splits: validation (2)"
+    ]
+    assert_same(contents(load_images(both, "val")), pictures[4:], [0, 1])
+    streams = IterableDatasetDict({name: data.to_iterable_dataset() for name, data in both.items()})
+    assert_same(contents(load_images(streams, "validation")), pictures[4:], [0, 1])
+    assert raised(load_images, both, "test").endswith("it has train, validation")
+    assert "a Dataset or a DatasetDict, not a list" in raised(load_images, [table])
 
 
 def raised(function, *args, **kwargs) -> str:
