@@ -68,7 +68,8 @@ class RunArguments:
         test_dataset: images for the k-NN test; default: dataset
         test_split: split of test_dataset; default: validation or test, else training images are used
         image_column: the column of the images; default: found by its type
-        label_column: the column of the labels, which no method needs; default: found by its type
+        label_column: the column of the labels, which no method needs; default: found by its type; none: there are none,
+            for example where folders are patients
         streaming: read the images while training; needs max_steps
         shuffle_buffer: with streaming, images that each worker holds and draws from at random
         crop_scale: smallest and largest share of the image's area that a crop takes
