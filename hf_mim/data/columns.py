@@ -5,11 +5,15 @@ from datasets import Image as ImageFeature
 
 # A column of one of these names is preferred among several of its kind, or recognised if its type tells too little.
 IMAGE_NAMES = tuple("image img pixel_values picture photo jpg jpeg png webp tif tiff npy bytes".split())
+NO_LABELS = "none"  # as label_column: the images have none, whatever columns and folders there are
 LABEL_NAMES = ("label", "labels", "fine_label", "class", "cls", "target", "category", "y")
 
 
 def prepare_columns(dataset, image_column: str | None, label_column: str | None) -> Dataset | IterableDataset:
     """The dataset with only `image` (undecoded) and, where there are labels, `label` (class ids).
+
+    Args:
+        label_column: "none" leaves labels out.
 
     Raises:
         ValueError: a named column is not there, or no image column is found; the message lists the columns.
@@ -17,13 +21,15 @@ def prepare_columns(dataset, image_column: str | None, label_column: str | None)
     features = dataset.features
     if features is None:
         raise ValueError("the columns of this source cannot be known before it is read; load it with streaming=False")
+    labelled = label_column != NO_LABELS or NO_LABELS in features
+    label_column = label_column if labelled else None
     check_columns(features, image_column=image_column, label_column=label_column)
     image_column = image_column or _find_image(features)
     check_holds_images(features, "image_column", image_column)
     label_type = getattr(features[label_column], "dtype", "") if label_column else ""
     if "string" in label_type and isinstance(dataset, IterableDataset):
         raise ValueError(f"label_column={label_column!r} holds names; only streaming=False can turn them into ids")
-    label_column = label_column or _find_label(features, image_column)
+    label_column = label_column or (_find_label(features, image_column) if labelled else None)
     columns = {image_column: "image"} | ({label_column: "label"} if label_column else {})
     dataset = dataset.select_columns(list(columns))
     renamed = {old: new for old, new in columns.items() if old != new}
@@ -64,6 +70,8 @@ def _with_class_ids(dataset, feature, label_column: str):
     """The dataset with class ids instead of names. Ids follow the sorted order of the names."""
     if isinstance(feature, ClassLabel) or (_is_id_or_name(feature) and "int" in feature.dtype):
         return dataset
+    if feature == Value("bool"):
+        return dataset.cast_column("label", Value("int64"))
     if not _is_id_or_name(feature):
         raise ValueError(f"label_column={label_column!r} must hold class ids or names, not {feature}")
     if isinstance(dataset, IterableDataset):  # the names are known only when all rows are read
@@ -109,4 +117,4 @@ def is_array(feature) -> bool:
 
 
 def _is_id_or_name(feature) -> bool:
-    return isinstance(feature, Value) and ("int" in feature.dtype or "string" in feature.dtype)
+    return isinstance(feature, Value) and any(kind in feature.dtype for kind in ("int", "string", "bool"))

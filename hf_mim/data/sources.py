@@ -99,7 +99,7 @@ def load_images(
             folders or tables tell the split (`folders.py`); files without such a name are "train". Masks are left out.
         streaming: read during training instead of preparing everything first; returns an `IterableDataset`.
         image_column: default: the only image column, or among several the one called "image".
-        label_column: default: the class column, a column called "label", or the class folders.
+        label_column: default: the class column, a column called "label", or the class folders; "none" leaves them out.
         tell: is called with one line: what was taken, the splits, the classes, and what was left out. By default,
             there is a warning if something was left out.
 

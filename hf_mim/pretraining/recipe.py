@@ -39,6 +39,7 @@ OVERRULED_BY = {
 # Fields of TrainingArguments that would do nothing in a run of ours.
 NOT_OFFERED = {"do_train", "do_eval", "do_predict", "resume_from_checkpoint", "local_rank"}
 SECRET = {"hub_token"}
+OF_ONE_START = {"resume", "accept_changed_data"}  # these belong to one start of a run, not to its recipe
 # Defaults that decide the result of a run. recipe.yaml records them, so that a later version repeats the run.
 RECORDED = (
     "base_lr",
@@ -67,7 +68,8 @@ class RunArguments:
         test_dataset: images for the k-NN test; default: dataset
         test_split: split of test_dataset; default: validation or test, else training images are used
         image_column: the column of the images; default: found by its type
-        label_column: the column of the labels, which no method needs; default: found by its type
+        label_column: the column of the labels, which no method needs; default: found by its type; none: there are none,
+            for example where folders are patients
         streaming: read the images while training; needs max_steps
         shuffle_buffer: with streaming, images that each worker holds and draws from at random
         crop_scale: smallest and largest share of the image's area that a crop takes
@@ -87,6 +89,8 @@ class RunArguments:
         probe_images: images that vote in such a measurement, at most; a quarter as many are classified
         license: the checkpoint's license, for its card: apache-2.0, cc-by-nc-4.0, ...
         resume: continue the run in output_dir, with the settings in its recipe.yaml
+        dataset_fingerprint: the run itself writes it: what the files of dataset were; a resume compares it
+        accept_changed_data: with resume, go on although the images are others than before
     """
 
     method: str = "mae"
@@ -115,6 +119,8 @@ class RunArguments:
     probe_images: int = 2000
     license: str | None = None
     resume: bool = False
+    dataset_fingerprint: str | None = None
+    accept_changed_data: bool = False
 
     def __post_init__(self):
         methods.get(self.method)
@@ -230,7 +236,7 @@ class Recipe:
 
     def settings(self) -> dict[str, dict[str, Any]]:
         """Every setting that decides the run, by section. `Recipe.resolve` makes the same recipe from them."""
-        run = {name: value for name, value in vars(self.run).items() if value is not None and name != "resume"}
+        run = {name: value for name, value in vars(self.run).items() if value is not None and name not in OF_ONE_START}
         config = self.config()
         model = {name: getattr(config, name) for name in model_fields(self.run.method)}
         recorded = {name: getattr(MIMTrainingArguments, name, None) for name in RECORDED} | self.training

@@ -22,6 +22,7 @@ from transformers import AutoModelForPreTraining, PreTrainedConfig
 from hf_mim import methods
 from hf_mim.data import DeviceAugment, ImageDataset, ImageStream, RandomCrop, channel_statistics
 from hf_mim.data.decode import MAX_PIXELS_VARIABLE
+from hf_mim.data.fingerprint import absolute_source, changes, fingerprint
 from hf_mim.data.processor import image_processor
 from hf_mim.data.sources import fixed_sample
 from hf_mim.data.value_range import find_value_range
@@ -54,6 +55,8 @@ class Pretraining:
         config = recipe.config()
         args = training_arguments(recipe)
         self.folder = Path(args.output_dir)
+        run.dataset, run.test_dataset = absolute_source(run.dataset), absolute_source(run.test_dataset)
+        run.dataset_fingerprint = fingerprint(run.dataset)
         check_run_folder(self.folder, recipe)
         if run.max_image_pixels:
             os.environ[MAX_PIXELS_VARIABLE] = str(run.max_image_pixels)
@@ -186,6 +189,27 @@ def check_run_folder(folder: Path, recipe: Recipe):
     for name in model_fields(recipe.run.method):
         if getattr(old, name) != getattr(new, name):
             raise ValueError(f"{name} is {getattr(new, name)}, but the run in {folder} has {getattr(old, name)}")
+    check_same_data(before.run, recipe.run, folder)
+
+
+def check_same_data(before: RunArguments, now: RunArguments, folder: Path):
+    """Raise ValueError if a resume would go on with other images than those that the run in the folder has begun with.
+
+    Files that were only moved are the same. Of data on the Hub, only the name is compared.
+    """
+    one, other = before.dataset_fingerprint, now.dataset_fingerprint
+    difference = ""
+    if before.train_split != now.train_split:
+        difference = f"train_split is {now.train_split}, and was {before.train_split}"
+    elif one and other:
+        difference = changes(one, other)
+    elif before.dataset != now.dataset:
+        difference = f"it is {now.dataset}, and was {before.dataset}"
+    if difference and not now.accept_changed_data:
+        raise ValueError(
+            f"dataset {now.dataset} is not what the run in {folder} began with: {difference}; give the images of then, "
+            "or go on with --accept_changed_data true"
+        )
 
 
 def resume_command(folder: Path) -> str:

@@ -155,6 +155,34 @@ def test_a_resumed_run_ends_as_one_that_was_never_interrupted(tmp_path):
     assert not (broken / "results" / "knn.json").exists()
 
 
+def test_a_resume_on_other_images_is_refused_unless_it_is_accepted(tmp_path, capsys, monkeypatch):
+    for place in ("one", "two"):
+        (tmp_path / place / "photos").mkdir(parents=True)
+        for number in range(40):
+            Image.new("L", (32, 32), number).save(tmp_path / place / "photos" / f"{number:02}.png")
+    monkeypatch.chdir(tmp_path / "one")
+    run(*TINY_RUN, "--image_size", 32, "--save_steps", 2, "--dataset", "photos", "--output_dir", tmp_path / "run")
+    line = "dataset 'photos', split train: 40 images (40 .png); no labels"
+    assert capsys.readouterr().out.splitlines()[0] == line
+    recipe = read_yaml(tmp_path / "run" / "recipe.yaml")
+    assert recipe["dataset"] == str(tmp_path / "one" / "photos") and "accept_changed_data" not in recipe
+    shutil.rmtree(tmp_path / "run" / "checkpoint-4")
+    shutil.copytree(tmp_path / "run", tmp_path / "copy")
+    monkeypatch.chdir(tmp_path / "two")
+    run("--output_dir", tmp_path / "copy", "--resume", "--dataset", "photos")  # the same files at another place
+    Image.new("L", (32, 32)).save(tmp_path / "two" / "photos" / "more.png")
+    monkeypatch.chdir(tmp_path)
+    resume = "--output_dir", "run", "--resume", "--dataset", "two/photos"
+    capsys.readouterr()
+    assert fails_with(capsys, *resume) == (
+        f"dataset {tmp_path}/two/photos is not what the run in run began with: it had 40 files and has 41; give the "
+        "images of then, or go on with --accept_changed_data true"
+    )
+    assert "it is digits, and was" in fails_with(capsys, "--output_dir", "run", "--resume", "--dataset", "digits")
+    run(*resume, "--accept_changed_data", "true")
+    assert read_yaml(tmp_path / "run" / "recipe.yaml")["dataset_fingerprint"].startswith("41 files")
+
+
 @pytest.mark.parametrize("method", ["latent_mim", "stop_jepa"])
 def test_the_other_methods_fill_their_run_folders_and_load(tmp_path, method):
     folder = tmp_path / method

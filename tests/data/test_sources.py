@@ -191,6 +191,19 @@ def test_the_image_and_label_columns_are_found_whatever_they_are_called(table):
     assert found[0]["image"]["bytes"].startswith(b"\x89PNG")
 
 
+def test_labels_can_be_left_out_and_may_be_true_or_false(tmp_path, table, pictures):
+    assert load_images(table, label_column="none").column_names == ["image"]
+    for number, name in enumerate(["patient 1/a.png", "patient 2/a.png"]):
+        (tmp_path / name).parent.mkdir()
+        pictures[number].save(tmp_path / name)
+    lines = []
+    assert load_images(tmp_path, label_column="none", tell=lines.append).column_names == ["image"]
+    assert lines[0].endswith("2 images (2 .png); no labels")
+    ill = table.remove_columns("label").add_column("label", [True, False] * 3)
+    for source in (ill, ill.to_iterable_dataset()):
+        assert_same(contents(load_images(source)), pictures, [1, 0] * 3)
+
+
 def test_arrays_in_a_column_are_images():
     pixels = np.random.RandomState(0).randint(0, 256, (2, 32, 32, 10), dtype=np.uint8)
     dataset = Dataset.from_dict({"bands": pixels}, features=Features(bands=Array3D((32, 32, 10), "uint8")))
