@@ -55,7 +55,6 @@ class Pretraining:
         config = recipe.config()
         args = training_arguments(recipe)
         self.folder = Path(args.output_dir)
-        run.dataset, run.test_dataset = absolute_source(run.dataset), absolute_source(run.test_dataset)
         run.dataset_fingerprint = fingerprint(run.dataset)
         check_run_folder(self.folder, recipe)
         if run.max_image_pixels:
@@ -73,6 +72,8 @@ class Pretraining:
             eval_images = None if args.eval_strategy == "no" else evaluation_images(run, config, value_range, tell)
         if found and args.process_index == 0:
             print(found)
+        # From here on as in the recipe, which has to mean the same images in every working directory.
+        run.dataset, run.test_dataset = absolute_source(run.dataset), absolute_source(run.test_dataset)
         steps = number_of_steps(args, train_images)
         if steps > 0:
             check_warmup(args, steps)  # Trainer would find out only after it has begun
@@ -203,7 +204,7 @@ def check_same_data(before: RunArguments, now: RunArguments, folder: Path):
         difference = f"train_split is {now.train_split}, and was {before.train_split}"
     elif one and other:
         difference = changes(one, other)
-    elif before.dataset != now.dataset:
+    elif before.dataset != absolute_source(now.dataset):
         difference = f"it is {now.dataset}, and was {before.dataset}"
     if difference and not now.accept_changed_data:
         raise ValueError(

@@ -175,7 +175,7 @@ def test_a_resume_on_other_images_is_refused_unless_it_is_accepted(tmp_path, cap
     resume = "--output_dir", "run", "--resume", "--dataset", "two/photos"
     capsys.readouterr()
     assert fails_with(capsys, *resume) == (
-        f"dataset {tmp_path}/two/photos is not what the run in run began with: it had 40 files and has 41; give the "
+        "dataset two/photos is not what the run in run began with: it had 40 files and has 41; give the "
         "images of then, or go on with --accept_changed_data true"
     )
     assert "it is digits, and was" in fails_with(capsys, "--output_dir", "run", "--resume", "--dataset", "digits")
