@@ -339,8 +339,7 @@ def same_source(one, other) -> bool:
 
 
 def _real(source: str | os.PathLike) -> str:
-    path = Path(source).expanduser()
-    return str(path.resolve()) if path.exists() else str(source)
+    return str(path.resolve()) if (path := Path(source).expanduser()).exists() else str(source)
 
 
 def source_name(source) -> str:
