@@ -31,6 +31,7 @@ from hf_mim.models.configuration_vit import MIMConfig
 
 CONFIG = "config.json"
 RECIPE = "recipe.yaml"
+LOCAL = "_local.yaml"  # absolute paths of the recipe's data; like all names with a _ it is never uploaded
 TRAINER_STATE = "trainer_state.json"
 METRICS = "metrics.jsonl"
 CURVE = "loss.png"

@@ -17,9 +17,10 @@ from transformers import PreTrainedConfig
 
 from hf_mim import methods
 from hf_mim.checks import check_license, check_statistics, least
+from hf_mim.data.fingerprint import absolute_source
 from hf_mim.pretraining.settings import read_yaml, suggestion, to_type
 from hf_mim.pretraining.trainer import MIMTrainingArguments
-from hf_mim.run_folder import RECIPE
+from hf_mim.run_folder import LOCAL, RECIPE
 
 DEFAULTS = {
     "num_train_epochs": 100,
@@ -178,8 +179,7 @@ class Recipe:
     def read(cls, path: str | Path | None, given: dict[str, Any]) -> "Recipe":
         """A recipe file, overridden by the settings `given`. With `resume` and no file, the one in `output_dir`."""
         if path is None and str(given.get("resume")).lower() == "true" and "output_dir" in given:
-            held = Path(given["output_dir"]).expanduser() / RECIPE
-            path = held if held.is_file() else None
+            return cls.resolve(*held_settings(Path(given["output_dir"]).expanduser()), given)
         return cls.resolve(read_yaml(path) if path else {}, given)
 
     @classmethod
@@ -243,13 +243,30 @@ class Recipe:
         training = {name: value for name, value in recorded.items() if value is not None and name not in SECRET}
         return {title: _plain(section) for title, section in (("run", run), ("model", model), ("training", training))}
 
-    def save(self, path: Path):
-        """Write `settings` as a YAML file that `hf-mim pretrain` takes."""
+    def save(self, folder: Path):
+        """Write `settings` as a YAML file that `hf-mim pretrain` takes, and beside it where its local data are.
+
+        A resume keeps the names of the data as they were given first, because the recipe is uploaded.
+        """
+        settings, local = self.settings(), {}
+        before = held_settings(folder)
+        for name in ("dataset", "test_dataset"):
+            given = getattr(self.run, name)
+            if (path := absolute_source(given)) != given:
+                local[name] = path
+            elif len(before) == 2 and before[1].get(name) == given is not None:
+                settings["run"][name], local[name] = before[0][name], given
         sections = [
             f"# {title}\n" + "".join(yaml.dump({name: value}, Dumper=_ListsInline) for name, value in section.items())
-            for title, section in self.settings().items()
+            for title, section in settings.items()
         ]
-        Path(path).write_text("\n".join(sections))
+        (folder / RECIPE).write_text("\n".join(sections))
+        (folder / LOCAL).write_text(yaml.safe_dump(local, allow_unicode=True))
+
+
+def held_settings(folder: Path) -> list[dict[str, Any]]:
+    """What the run in a folder was started with: its recipe, then the absolute paths of its data."""
+    return [read_yaml(folder / name) for name in (RECIPE, LOCAL) if (folder / name).is_file()]
 
 
 def _typed(name: str, value: Any) -> Any:

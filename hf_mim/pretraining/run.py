@@ -38,8 +38,7 @@ from hf_mim.pretraining.final_results import (
     training_record,
 )
 from hf_mim.pretraining.probe import OnlineProbe
-from hf_mim.pretraining.recipe import Recipe, RunArguments, model_fields
-from hf_mim.pretraining.settings import read_yaml
+from hf_mim.pretraining.recipe import Recipe, RunArguments, held_settings, model_fields
 from hf_mim.pretraining.trainer import MIMTrainer, MIMTrainingArguments, check_warmup
 from hf_mim.run_folder import CARD, CURVE, RECIPE, RECONSTRUCTIONS, checkpoints, contents
 from hf_mim.visualize import plot_reconstructions, plot_training
@@ -72,8 +71,6 @@ class Pretraining:
             eval_images = None if args.eval_strategy == "no" else evaluation_images(run, config, value_range, tell)
         if found and args.process_index == 0:
             print(found)
-        # From here on as in the recipe, which has to mean the same images in every working directory.
-        run.dataset, run.test_dataset = absolute_source(run.dataset), absolute_source(run.test_dataset)
         steps = number_of_steps(args, train_images)
         if steps > 0:
             check_warmup(args, steps)  # Trainer would find out only after it has begun
@@ -106,7 +103,7 @@ class Pretraining:
         PartialState().wait_for_everyone()  # until every rank has looked into the folder
         if main:
             self.folder.mkdir(parents=True, exist_ok=True)
-            self.recipe.save(self.folder / RECIPE)
+            self.recipe.save(self.folder)
         trainer.train(resume_from_checkpoint=self.checkpoint)
         if trainer.guard.signal:
             return trainer.guard.signal
@@ -182,7 +179,7 @@ def check_run_folder(folder: Path, recipe: Recipe):
         return
     if RECIPE not in held:
         raise ValueError(f"output_dir {folder} holds no run to resume (no {RECIPE})")
-    before = Recipe.resolve(read_yaml(folder / RECIPE))
+    before = Recipe.resolve(*held_settings(folder))
     own, held_by = methods.get(recipe.run.method), methods.get(before.run.method)
     if own.config_class is not held_by.config_class:  # a variant differs only in settings, which are compared below
         raise ValueError(f"method is {recipe.run.method}, but the run in {folder} has {before.run.method}")
@@ -204,7 +201,7 @@ def check_same_data(before: RunArguments, now: RunArguments, folder: Path):
         difference = f"train_split is {now.train_split}, and was {before.train_split}"
     elif one and other:
         difference = changes(one, other)
-    elif before.dataset != absolute_source(now.dataset):
+    elif absolute_source(before.dataset) != absolute_source(now.dataset):
         difference = f"it is {now.dataset}, and was {before.dataset}"
     if difference and not now.accept_changed_data:
         raise ValueError(

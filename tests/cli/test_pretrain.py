@@ -164,11 +164,16 @@ def test_a_resume_on_other_images_is_refused_unless_it_is_accepted(tmp_path, cap
     run(*TINY_RUN, "--image_size", 32, "--save_steps", 2, "--dataset", "photos", "--output_dir", tmp_path / "run")
     line = "dataset 'photos', split train: 40 images (40 .png); no labels"
     assert capsys.readouterr().out.splitlines()[0] == line
-    recipe = read_yaml(tmp_path / "run" / "recipe.yaml")
-    assert recipe["dataset"] == str(tmp_path / "one" / "photos") and "accept_changed_data" not in recipe
+    recipe, local = (read_yaml(tmp_path / "run" / name) for name in ("recipe.yaml", "_local.yaml"))
+    assert recipe["dataset"] == "photos" and "accept_changed_data" not in recipe  # it may be uploaded
+    assert local == {"dataset": str(tmp_path / "one" / "photos")}
     shutil.rmtree(tmp_path / "run" / "checkpoint-4")
     shutil.copytree(tmp_path / "run", tmp_path / "copy")
     monkeypatch.chdir(tmp_path / "two")
+    shutil.copytree(tmp_path / "run", tmp_path / "again")
+    run("--output_dir", tmp_path / "again", "--resume")  # the same images, though another folder here has their name
+    recipe, local = (read_yaml(tmp_path / "again" / name) for name in ("recipe.yaml", "_local.yaml"))
+    assert recipe["dataset"] == "photos" and local["dataset"] == str(tmp_path / "one" / "photos")
     run("--output_dir", tmp_path / "copy", "--resume", "--dataset", "photos")  # the same files at another place
     Image.new("L", (32, 32)).save(tmp_path / "two" / "photos" / "more.png")
     monkeypatch.chdir(tmp_path)

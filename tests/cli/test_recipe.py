@@ -130,7 +130,7 @@ def test_every_recipe_is_valid_and_says_how_to_run_it(path):
 @pytest.mark.parametrize("method", METHODS)
 def test_a_saved_recipe_resolves_to_itself_and_lacks_nothing(tmp_path, method):
     recipe = Recipe.resolve({"method": method, "image_size": [32, 64], "learning_rate": 1e-3, "hub_token": "secret"})
-    recipe.save(tmp_path / "recipe.yaml")
+    recipe.save(tmp_path)
     again = Recipe.resolve(read_yaml(tmp_path / "recipe.yaml"))
     assert again.settings() == recipe.settings()
     assert again.config().to_json_string() == recipe.config().to_json_string()

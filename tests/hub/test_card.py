@@ -35,7 +35,7 @@ def make_folder(folder: Path, method: str = "mae", dataset: str = "owner/photos"
     settings = {"method": method, "dataset": dataset} | SMALL | settings
     recipe = Recipe.resolve(settings | {"output_dir": str(folder)})
     AutoModelForPreTraining.from_config(recipe.config()).save_pretrained(folder)
-    recipe.save(folder / "recipe.yaml")
+    recipe.save(folder)
     image_processor((24, 24), recipe.run.image_mean, recipe.run.image_std).save_pretrained(folder)
     state = {"global_step": 37, "log_history": [{"step": 1, "loss": 2.345}, {"step": 37, "loss": 1.234}]}
     state["log_history"].append({"train_runtime": 61.7, "train_samples_per_second": 88.9})
