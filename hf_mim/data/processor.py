@@ -29,7 +29,7 @@ def image_processor(image_size: tuple[int, int], mean, std, value_range: ValueRa
     )
 
 
-def theirs(processor: MIMImageProcessor):
+def transformers_processor(processor: MIMImageProcessor):
     """The image processor of transformers that does the same to 8-bit images, up to rounding.
 
     - The whole image: `ViTImageProcessor`.

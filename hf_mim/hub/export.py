@@ -10,7 +10,7 @@ from transformers.utils import cached_file
 
 import hf_mim
 from hf_mim.checks import one_of
-from hf_mim.data.processor import FILES, theirs
+from hf_mim.data.processor import FILES, transformers_processor
 from hf_mim.evaluation.checkpoint import LOADING_ERRORS, load_whole
 from hf_mim.files import check_destination, new_folder, one_line
 from hf_mim.hub.onnx import check_onnx, write_onnx
@@ -97,7 +97,7 @@ def write_processor(checkpoint: str | Path, folder: Path, to: str):
     if settings.get("image_processor_type") != MIMImageProcessor.__name__:
         shutil.copyfile(path, folder / Path(path).name)
     elif to == "transformers":
-        theirs(MIMImageProcessor.from_dict(settings)).save_pretrained(folder)
+        transformers_processor(MIMImageProcessor.from_dict(settings)).save_pretrained(folder)
     else:
         code = MIMImageProcessor.__module__.rpartition(".")[2]
         settings["auto_map"] = {"AutoImageProcessor": f"{code}.{MIMImageProcessor.__name__}"}

@@ -1,84 +1,18 @@
 """Cards tell what the files of a folder tell, and nothing else."""
 
 import json
-import math
 import re
-import shutil
-from pathlib import Path
-from urllib.parse import urlparse
 
 import pytest
 import yaml
+from card_folders import assert_links_resolve, assert_numbers_have_a_source, edit, make_folder, numbers, section
 from huggingface_hub import ModelCard
 from huggingface_hub.repocard_data import model_index_to_eval_results
-from PIL import Image
-from transformers import AutoModelForImageClassification, AutoModelForPreTraining, ViTConfig
 
 from hf_mim import methods
-from hf_mim.cli import main
-from hf_mim.data.processor import image_processor
-from hf_mim.evaluation.checkpoint import checkpoint_sha256
-from hf_mim.evaluation.result import Result
 from hf_mim.hub.card import TEMPLATE, model_card, write_card
 from hf_mim.hub.card_text import is_hub_name, scrubbed, shown
 from hf_mim.pretraining.recipe import Recipe
-from hf_mim.run_folder import read_config
-
-CARDS = Path(__file__).parents[2] / "model_cards"
-SMALL = {"image_size": 24, "patch_size": 4, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
-SMALL |= {"num_channels": 3, "image_mean": [0.41, 0.42, 0.43], "image_std": [0.21, 0.22, 0.23], "crop_scale": "0.37,1"}
-PICTURE_LIMIT = 150_000
-
-
-def make_folder(folder: Path, method: str = "mae", dataset: str = "owner/photos", **settings) -> Path:
-    """A run folder as `hf-mim pretrain` leaves it, without the run."""
-    settings = {"method": method, "dataset": dataset} | SMALL | settings
-    recipe = Recipe.resolve(settings | {"output_dir": str(folder)})
-    AutoModelForPreTraining.from_config(recipe.config()).save_pretrained(folder)
-    recipe.save(folder)
-    image_processor((24, 24), recipe.run.image_mean, recipe.run.image_std).save_pretrained(folder)
-    state = {"global_step": 37, "log_history": [{"step": 1, "loss": 2.345}, {"step": 37, "loss": 1.234}]}
-    state["log_history"].append({"train_runtime": 61.7, "train_samples_per_second": 88.9})
-    (folder / "trainer_state.json").write_text(json.dumps(state))
-    for name in ("loss.png", "reconstructions.png")[: 2 if method == "mae" else 1]:
-        Image.new("RGB", (8, 8)).save(folder / name)
-    local = {"local": dataset.startswith("/")}
-    about = {"checkpoint": str(folder), "checkpoint_sha256": checkpoint_sha256(folder), "device": "cpu (x86_64)"}
-    data = {"source": f"{dataset}, split train", "images": 4321}
-    test = {"source": f"{dataset}, split test", "images": 765}
-    scores = {"first_loss": 2.345, "steps": 37, "images_seen": 5920, "images_per_second": 95.95, "hours": 0.01714}
-    ran = {"processes": 3, "precision": "float32"}
-    results = {
-        "training": Result("pretrain", "loss", 1.234, ran, data | local, scores, seconds=61.7, **about),
-        "health": Result("health", "RankMe", 12.5, {}, data, table=[HEALTHY, ILL], notes=["Worry: b."], **about),
-        "knn": Result("knn", "accuracy", 0.4567, {"k": 19}, {"train": data, "test": test}, {"top5": 0.8765}, **about),
-    }
-    for name, result in results.items():
-        result.save(folder / "results" / f"{name}.json")
-    return folder
-
-
-HEALTHY = {"measure": "a", "value": 12.5, "untrained": 3.5, "worry": "no", "meaning": "below 0.15 | few"}
-ILL = HEALTHY | {"measure": "b", "worry": "yes"}
-
-
-@pytest.fixture(scope="module")
-def original(tmp_path_factory):
-    return make_folder(tmp_path_factory.mktemp("cards") / "photos_mae")
-
-
-@pytest.fixture
-def folder(original, tmp_path):
-    """A copy that may be changed."""
-    return shutil.copytree(original, tmp_path / original.name)
-
-
-def section(card: ModelCard, title: str) -> str:
-    return re.split(r"^##+ ", card.text.partition(f"# {title}\n")[2], flags=re.MULTILINE)[0]
-
-
-def edit(path: Path, **values):
-    path.write_text(json.dumps(json.loads(path.read_text()) | values))
 
 
 @pytest.mark.parametrize("method", methods.names())
@@ -105,44 +39,6 @@ def test_a_card_of_each_method_parses_and_cites_its_papers(method, tmp_path):
     assert "{" not in card.text.split("```bibtex")[0] and "\n\n\n" not in card.text
     assert_links_resolve(card, folder)
     assert_numbers_have_a_source(card, folder)
-
-
-def assert_links_resolve(card: ModelCard, folder: Path):
-    links = re.findall(r"\]\(([^)\s]+)\)", card.text)
-    assert links
-    for link in links:
-        if "://" in link:
-            address = urlparse(link)
-            assert address.scheme == "https" and re.fullmatch(r"[\w.-]+\.\w+", address.netloc), link
-        else:
-            path = (folder / link).resolve()
-            assert path.is_file() and path.is_relative_to(folder.resolve()), link
-
-
-def numbers(text: str) -> set[float]:
-    return {float(x) for x in re.findall(r"(?<![\w.])-?\d+(?:\.\d+)?(?:e[+-]?\d+)?(?!\w)", text)}
-
-
-def known_numbers(value) -> set[float]:
-    """All in a source, as they are and as a card may round them."""
-    if isinstance(value, dict):
-        return known_numbers([*value, *value.values()])
-    if isinstance(value, list):
-        return set().union(*map(known_numbers, value))
-    if isinstance(value, str):
-        return numbers(value)
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return set()
-    return {float(f"{value:{form}}") for form in (".4f", ".4g", ".6g", "") if math.isfinite(value)}
-
-
-def assert_numbers_have_a_source(card: ModelCard, folder: Path):
-    """Outside the examples and the citation, a card has the numbers of its sources; of its own only "in 0..1"."""
-    sources = [json.loads(path.read_text()) for path in [*folder.glob("*.json"), *folder.glob("results/*.json")]]
-    sources += [yaml.safe_load((folder / "recipe.yaml").read_text()), list(read_config(folder).training_size)]
-    told, limits = card.text.split("## How to load")[0], section(card, "Limits")
-    text = re.sub(r"\[[^]]*\]\(https:[^)]*\)|\]\([^)]*\)|in 0\.\.1", "", told + limits).replace(folder.name, "")
-    assert not (unknown := numbers(text) - known_numbers(sources)), f"{unknown} in the card are in none of its sources"
 
 
 def test_the_prose_of_the_template_has_no_number_of_its_own():
@@ -338,101 +234,3 @@ def test_files_of_odd_content_make_a_card(folder):
     assert "| First loss logged | low |" in card.text
     (folder / "trainer_state.json").write_text('{"log_history": 5}')
     assert "| First loss logged | not recorded |" in model_card(folder).text
-
-
-@pytest.mark.parametrize("channels", [1, 3, 5])
-def test_the_examples_run(channels, tmp_path, monkeypatch):
-    import numpy as np
-    import tifffile
-
-    from hf_mim.hub.export import export
-
-    statistics = {"image_mean": [0.4] * channels, "image_std": [0.2] * channels}
-    folder = make_folder(tmp_path / "run", "stop_jepa", num_channels=channels, **statistics)
-    monkeypatch.chdir(tmp_path)
-    Image.linear_gradient("L").save("image.png")
-    tifffile.imwrite("image.tif", np.zeros((24, 24, channels), dtype=np.uint8), photometric="minisblack")
-    blocks = re.findall(r"```python\n(.*?)```", model_card(folder).text, re.DOTALL)
-    assert len(blocks) == (3 if channels == 3 else 2)
-    export(folder, tmp_path / "exported", to="remote-code")
-    names = {}
-    for block in blocks:
-        exec(block, names)
-    assert names["output"].pooler_output.shape == (1, 32) and names["inputs"]["pixel_values"].shape[1] == channels
-    if channels == 3:
-        assert len(names["features"][0]) == 32
-
-
-def test_a_classifier_has_a_card_of_its_task(folder, tmp_path, monkeypatch):
-    model = AutoModelForImageClassification.from_pretrained(folder, num_labels=3)
-    model.save_pretrained(tmp_path / "classifier")
-    shutil.copy(folder / "preprocessor_config.json", tmp_path / "classifier")
-    card = model_card(tmp_path / "classifier")
-    assert card.data.pipeline_tag == "image-classification" and "An image classifier" in card.text
-    monkeypatch.chdir(tmp_path)
-    Image.linear_gradient("L").save("image.png")
-    names = {}
-    for block in re.findall(r"```python\n(.*?)```", card.text, re.DOTALL)[:2]:
-        exec(block, names)
-    assert len(names["labels"]) == 3
-
-
-def damage(folder, name, text):
-    (folder / name).write_text(text)
-
-
-@pytest.mark.parametrize(
-    "arguments, change, message",
-    [
-        ([], lambda folder: shutil.rmtree(folder), "checkpoint must be a folder with config.json"),
-        ([], lambda folder: (folder / "config.json").unlink(), "checkpoint must be a folder with config.json"),
-        ([], lambda folder: damage(folder, "config.json", "{"), "config.json cannot be read"),
-        ([], lambda folder: edit(folder / "config.json", hidden_size="wide"), "config.json cannot be read"),
-        ([], lambda folder: ViTConfig().save_pretrained(folder), "must be MAE, Latent MIM or StoP-JEPA"),
-        ([], lambda folder: damage(folder, "results/knn.json", "{"), "knn.json holds no result"),
-        ([], lambda folder: damage(folder, "recipe.yaml", "a: [1"), "recipe.yaml cannot be read"),
-        ([], lambda folder: damage(folder, "recipe.yaml", "license: [a]"), "license must be an identifier"),
-        ([], lambda folder: edit(folder / "results/knn.json", data=None), "knn.json holds no result: data is"),
-        (
-            [],
-            lambda folder: damage(folder, "trainer_state.json", "[]"),
-            "trainer_state.json must hold names and values",
-        ),
-        (["--license", "Free for all"], lambda folder: None, "license must be an identifier"),
-        (["--licence", "mit"], lambda folder: None, "card has no option licence"),
-        (["another"], lambda folder: None, "card needs one CHECKPOINT"),
-        (["--license"], lambda folder: None, "license needs a value"),
-    ],
-)
-def test_a_mistake_is_one_line_and_nothing_is_written(folder, capsys, arguments, change, message):
-    change(folder)
-    assert main(["card", str(folder), *arguments]) == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("error: ") and message in line
-    assert not (folder / "README.md").exists()
-
-
-def test_the_command_writes_the_card(folder, capsys):
-    assert main(["card", str(folder), "--license", "mit", "--repo_id", "me/photos"]) == 0
-    text = (folder / "README.md").read_text()
-    assert "license: mit" in text and 'from_pretrained("me/photos")' in text and "\n# photos\n" in text
-    assert str(folder / "README.md") in capsys.readouterr().out and not list(folder.glob("*.part"))
-
-
-PUBLISHED = sorted(path.parent.name for path in CARDS.glob("*/README.md"))
-
-
-@pytest.mark.parametrize("name", PUBLISHED)
-def test_a_card_of_this_repository_is_what_its_files_say(name):
-    folder = CARDS / name
-    card = ModelCard.load(folder / "README.md")
-    assert card.content.strip() == model_card(folder).content.strip()
-    assert_links_resolve(card, folder)
-    assert_numbers_have_a_source(card, folder)
-    assert all(path.stat().st_size < PICTURE_LIMIT for path in folder.glob("*.png"))
-
-
-def test_the_list_of_cards_is_complete_and_the_template_is_the_one_in_use():
-    listed = re.findall(r"\]\((\w+)/README\.md\)", (CARDS / "README.md").read_text())
-    assert sorted(listed) == PUBLISHED and len(PUBLISHED) >= 4
-    assert (CARDS / "template.md").read_text() == TEMPLATE.read_text()

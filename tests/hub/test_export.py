@@ -1,109 +1,26 @@
 """Exported checkpoints give our features in a process that cannot import hf_mim, and come back bit for bit."""
 
-import importlib.util
 import json
 import os
 import subprocess
 import sys
-from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+from exported import CASES, INSTALLED, ONLY, forms, mae
 from minihub import MiniHub
-from PIL import Image
 from safetensors.torch import load_file, save_file
-from tiny import head_layers, make_model
-from transformers import AutoImageProcessor, AutoModel, AutoModelForPreTraining, ViTConfig, ViTModel
+from transformers import AutoImageProcessor, AutoModel, AutoModelForPreTraining
 
 import hf_mim
 from hf_mim.cli import main
-from hf_mim.data.processor import image_processor, theirs
+from hf_mim.data.processor import image_processor
 from hf_mim.hub import export as export_module
 from hf_mim.hub import key_tables
 from hf_mim.hub.export import export
 from hf_mim.models.pixels import ValueRange
-
-SIZES = dict(image_size=32, patch_size=8, hidden_size=48, num_attention_heads=3)
-OBLONG = dict(image_size=(24, 40), num_channels=4, intermediate_size=100, hidden_act="gelu_pytorch_tanh")
-
-
-def make(method, kind="pretraining", **options):
-    return make_model(method, kind, **SIZES | head_layers(method, 2) | options)
-
-
-mae, latent_mim, stop_jepa = (partial(make, method) for method in ("mae", "latent_mim", "stop_jepa"))
-
-
-# name: (the model, what transformers has for it)
-CASES = {
-    "mae": (lambda: mae(), "ViTMAEForPreTraining"),
-    "mae-oblong": (lambda: mae(**OBLONG), "ViTModel"),
-    "mae-oblong-patches": (lambda: mae(patch_size=(8, 4), pooling="cls"), "ViTModel"),
-    "mae-without-cls": (lambda: mae(use_cls_token=False), "IJepaModel"),
-    "mae-encoder": (lambda: mae("encoder"), "ViTModel"),
-    "latent_mim": (lambda: latent_mim(), "ViTModel"),
-    "latent_mim-oblong": (lambda: latent_mim(**OBLONG), "ViTModel"),
-    "stop_jepa": (lambda: stop_jepa(), "IJepaModel"),
-    "stop_jepa-oblong": (lambda: stop_jepa(**OBLONG, position_embedding="learned"), "IJepaModel"),
-    "cls-classifier": (
-        lambda: mae("classifier", pooling="cls", num_labels=5),
-        "ViTForImageClassification",
-    ),
-    "linear-probe": (
-        lambda: mae("classifier", pooling="cls", head_batch_norm=True, num_labels=5),
-        "ViTForImageClassification",
-    ),
-    "mean-classifier": (lambda: stop_jepa("classifier", num_labels=5), "IJepaForImageClassification"),
-    "fine-tuned": (lambda: latent_mim("classifier", pool_before_norm=True, num_labels=5), None),
-}
-# Forms that take long to load, or to write, have one case or two of each method.
-ONLY = {
-    "onnx": ("linear-probe", "latent_mim-oblong", "stop_jepa"),
-    "remote-code": ("mae", "mae-oblong", "latent_mim", "stop_jepa-oblong", "fine-tuned"),
-}
-INSTALLED = {
-    "onnx": all(importlib.util.find_spec(name) for name in ("onnx", "onnxscript", "onnxruntime")),
-    "real timm": all(importlib.util.find_spec(name) for name in ("timm", "torchvision")),
-}
-
-
-def filled(model, seed=0):
-    """Every tensor random, so that none can be left out or taken for another unnoticed."""
-    generator = torch.Generator().manual_seed(seed)
-    for tensor in [*model.parameters(), *model.buffers()]:
-        if tensor.is_floating_point() and tensor.ndim:
-            tensor.data = tensor + 0.1 * torch.rand(tensor.shape, generator=generator)
-    return model.eval()
-
-
-def forms(name):
-    all_forms = ("transformers", "timm", "real timm", "remote-code", "onnx")
-    possible = [form for form in all_forms if form != "transformers" or CASES[name][1]]
-    return [form for form in possible if name in ONLY.get(form, CASES)]
-
-
-@pytest.fixture(scope="module")
-def models():
-    return {name: filled(make()) for name, (make, _) in CASES.items()}
-
-
-@pytest.fixture(scope="module")
-def root(models, once):
-    """Every case as a checkpoint `NAME/ours`, and its exports `NAME/FORM`."""
-    return once("exports", lambda root: write_exports(models, root))
-
-
-def write_exports(models, root):
-    for name, model in models.items():
-        model.save_pretrained(root / name / "ours")
-        channels = model.config.num_channels
-        processor = image_processor(model.config.image_height_width, [0.4] * channels, [0.3] * channels)
-        processor.save_pretrained(root / name / "ours")
-        for form in forms(name):
-            if INSTALLED.get(form, True) and form != "real timm":
-                export(root / name / "ours", root / name / form, form)
 
 
 @pytest.fixture(scope="module")
@@ -249,17 +166,6 @@ def test_the_image_processor_comes_along(root, form):
     assert list(processor.image_mean) == [0.4] * 4 and processor.size == {"height": 24, "width": 40}
 
 
-@pytest.mark.parametrize(("crop_fraction", "most"), [(1.0, 4), (0.8, 4), (None, 1)])
-def test_the_processor_of_transformers_gives_the_pixels_of_ours(crop_fraction, most):
-    """Theirs resizes and rounds before it crops, so a few grey levels apart; where its crop falls on whole pixels."""
-    ours = image_processor((32, 32), [0.0] * 3, [1.0] * 3, crop_fraction=crop_fraction)
-    noise = torch.rand(1, 3, 9, 13, generator=torch.Generator().manual_seed(0))
-    smooth = F.interpolate(noise * 255, (80, 120), mode="bicubic").clamp(0, 255)[0].permute(1, 2, 0)
-    image = Image.fromarray(smooth.to(torch.uint8).numpy())
-    found, expected = (p(image, return_tensors="pt")["pixel_values"] * 255 for p in (theirs(ours), ours))
-    assert (found - expected).abs().mean() < 1 and (found - expected).abs().max() <= most
-
-
 def test_a_processor_of_transformers_is_refused_for_images_of_another_depth(tmp_path):
     mae().save_pretrained(tmp_path / "ours")
     value_range = ValueRange((0.0,), (4095.0,), "uint16")
@@ -303,108 +209,6 @@ def test_an_export_that_fails_half_way_leaves_nothing(root, tmp_path, monkeypatc
     monkeypatch.setattr(export_module, "check_onnx", lambda: None)
     with pytest.raises(OSError, match="no space"):
         export(root / "mae" / "ours", tmp_path / "dest", form)
-    assert not list(tmp_path.iterdir())
-
-
-def fails(capsys, *words) -> str:
-    """The one line that a mistaken command gives."""
-    assert main(["export", *map(str, words)]) == 2
-    out, err = capsys.readouterr()
-    assert out == "" and err.startswith("error: ") and err.count("\n") == 1
-    return err
-
-
-@pytest.fixture
-def others(tmp_path_factory, root):
-    """Folders that cannot be exported."""
-    folder = tmp_path_factory.mktemp("others")
-    ViTModel(ViTConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, image_size=32)).save_pretrained(
-        folder / "vit"
-    )
-    ours = root / "mae" / "ours"
-    for name in ("lacking", "truncated", "mistyped", "deeper", "shallower", "many-channels"):
-        (folder / name).mkdir()
-        for path in ours.iterdir():
-            (folder / name / path.name).write_bytes(path.read_bytes())
-    state = load_file(ours / "model.safetensors")
-    del state["encoder.norm.weight"]
-    save_file(state, folder / "lacking" / "model.safetensors", {"format": "pt"})
-    weights = (ours / "model.safetensors").read_bytes()
-    (folder / "truncated" / "model.safetensors").write_bytes(weights[: len(weights) // 2])
-    config = json.loads((ours / "config.json").read_text())
-    config = {key: value for key, value in config.items() if "out_" not in key}  # of the backbone, by depth
-    for name, change in (
-        ("mistyped", {"hidden_size": "wide"}),
-        ("deeper", {"num_hidden_layers": 3}),
-        ("shallower", {"num_hidden_layers": 1}),
-        ("many-channels", {"num_channels": 10}),
-    ):
-        (folder / name / "config.json").write_text(json.dumps(config | change))
-    return folder
-
-
-@pytest.mark.parametrize(
-    ("folder", "message"),
-    [
-        ("vit", "must be of a model of hf_mim, and it is of ViTModel (vit)"),
-        ("lacking", "lacks 1 weights of its model, such as encoder.norm.weight"),
-        ("truncated", "truncated cannot be read"),
-        ("mistyped", "hidden_size"),
-        ("deeper", "lacks 12 weights of its model, such as encoder.layers.2."),
-        ("shallower", "has no place in its config for 12 weights of its model, such as encoder.layers.1."),
-        ("many-channels", "has other shapes than its config for 3 weights of its model, such as decoder.head.bias"),
-        ("absent", "absent cannot be read"),
-    ],
-)
-def test_a_checkpoint_that_is_not_ours_or_not_whole_is_one_line(others, tmp_path, capsys, folder, message):
-    assert message in fails(capsys, others / folder, tmp_path / "dest", "--to", "timm")
-    assert not list(tmp_path.iterdir())
-
-
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        (["--to", "tensorflow"], "to must be one of transformers, timm, remote-code, onnx, not 'tensorflow'"),
-        ([], "export needs --to transformers, timm, remote-code or onnx"),
-        (["--to"], "to needs a value"),
-        (["--to", "timm", "--size", "3"], "export has no option size; there is to and encoder"),
-        (["--to", "timm", "--encoder", "both"], "encoder must be one of online, target, not 'both'"),
-        (["--to", "timm", "--encoder", "target"], "MAEForPreTraining has only one"),
-        (["--to", "timm", "more"], "export needs CHECKPOINT and DEST, not"),
-    ],
-)
-def test_a_mistaken_command_is_one_line(root, tmp_path, capsys, words, message):
-    assert message in fails(capsys, root / "mae" / "ours", tmp_path / "dest", *words)
-    assert not list(tmp_path.iterdir())
-
-
-def test_a_destination_that_holds_something_is_left_alone(root, tmp_path, capsys):
-    (tmp_path / "dest").mkdir()
-    (tmp_path / "dest" / "thesis.tex").write_text("years of work")
-    assert "dest holds something already" in fails(capsys, root / "mae" / "ours", tmp_path / "dest", "--to", "timm")
-    assert [path.name for path in (tmp_path / "dest").iterdir()] == ["thesis.tex"]
-
-
-@pytest.mark.parametrize(
-    ("to", "model", "message"),
-    [
-        ("transformers", lambda: mae("classifier", pooling="mean"), "reads the CLS token, and this"),
-        ("transformers", lambda: stop_jepa("classifier", pool_before_norm=True), "pools normalised tokens"),
-        ("timm", lambda: mae(layer_norm_eps=1e-5), "timm's ViT has layer_norm_eps 1e-06, and this checkpoint 1e-05"),
-        ("timm", lambda: mae(hidden_act="xielu"), "timm's ViT has no hidden_act xielu"),
-    ],
-)
-def test_what_a_form_cannot_hold_is_one_line_that_says_why(tmp_path, capsys, to, model, message):
-    model().save_pretrained(tmp_path / "ours")
-    assert message in fails(capsys, tmp_path / "ours", tmp_path / "dest", "--to", to)
-    assert [path.name for path in tmp_path.iterdir()] == ["ours"]
-
-
-def test_onnx_without_its_packages_is_one_line_that_names_the_extra(root, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    assert "onnx and onnxscript: pip install hf-mim[onnx]" in fails(
-        capsys, root / "mae" / "ours", tmp_path / "dest", "--to", "onnx"
-    )
     assert not list(tmp_path.iterdir())
 
 
