@@ -41,7 +41,7 @@ def plot_training(log_history: list[dict], path: str | Path):
 
 
 def plot_reconstructions(model, images, augment: DeviceAugment, path: str | Path, seed: int = 0):
-    """Draw original, masked image and reconstruction, a column for each of the images, uint8 `[B, C, H, W]`.
+    """Draw original, masked image and reconstruction, a column for each of the images `[B, C, H, W]`, of any depth.
 
     `model` needs `reconstruct` (MAE). The first three channels are shown as RGB, or the first as grey if there are
     fewer than three.
@@ -49,10 +49,12 @@ def plot_reconstructions(model, images, augment: DeviceAugment, path: str | Path
     with seeded(seed, images.device):  # the masks are drawn on the CPU, so that they are the same for every device
         masks = model.draw_masks(len(images), model.config.grid_size, "cpu")
     masks = {name: value.to(images.device) for name, value in masks.items()}
-    reconstruction, mask = model.reconstruct(augment.normalize(images), **masks)
+    normalized = augment.normalize(images)
+    reconstruction, mask = model.reconstruct(normalized, **masks)
+    original = augment.denormalize(normalized)
     rows = {
-        "original": images,
-        "masked": images.masked_fill(mask, 128),
+        "original": original,
+        "masked": original.masked_fill(mask, 128),
         "reconstruction": augment.denormalize(reconstruction),
     }
     height, width = images.shape[2:]

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_mim.checks import share
-from hf_mim.models.pixels import LUMINANCE, ValueRange, scale
+from hf_mim.models.pixels import LUMINANCE, ValueRange, scale, scale_and_shift
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -55,10 +55,9 @@ class DeviceAugment(nn.Module):
         self.grayscale_probability = grayscale_probability if len(mean) == 3 else 0.0  # one channel is grey already
         self.blur_probability = blur_probability
         self.blur_sigma = tuple(blur_sigma)
-        mean, std = torch.tensor(mean, dtype=torch.float64), torch.tensor(std, dtype=torch.float64)
-        # (x / 255 - mean) / std = x * scale + shift
-        self.register_buffer("scale", (1 / (255 * std)).float().view(1, -1, 1, 1), persistent=False)
-        self.register_buffer("shift", (-mean / std).float().view(1, -1, 1, 1), persistent=False)
+        scale, shift = scale_and_shift(mean, std)
+        self.register_buffer("scale", scale[None], persistent=False)
+        self.register_buffer("shift", shift[None], persistent=False)
         self.value_range = value_range
         if value_range is not None:
             offset, factor = value_range.offset_and_factor()

@@ -1,4 +1,4 @@
-"""Torch datasets over image columns: one decode and one crop in the worker, to `[C, h, w]`.
+"""Torch datasets over image columns. The worker decodes and crops each image once, to `[C, h, w]`.
 
 A crop depends on (seed, epoch, image) alone, not on what was drawn before: a resumed run, or one with another number of
 workers, sees the same crops. In the same way, augmentation on the device depends on the `augment_key` of an image. An
@@ -66,10 +66,17 @@ class _Images:
         self.value_range, self.own_depth = value_range, own_depth
         self.identified = False
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
+        self._begin(images)
 
     def set_epoch(self, epoch: int):
         """From now on, give the crops of this epoch. Running workers follow."""
         self._epoch.fill_(int(epoch))
+
+    def in_range(self, value_range: ValueRange | None, own_depth: bool = False):
+        """A view of the same images with another `value_range` and `own_depth`."""
+        images = copy.copy(self)
+        images.value_range, images.own_depth = value_range, own_depth
+        return images
 
     def identify(self):
         """A view of the same images. Its samples also have a `name`, and an `augment_key` for `DeviceAugment`."""
@@ -111,8 +118,7 @@ class ImageDataset(_Images, torch.utils.data.Dataset):
         ValueError: at once, if columns are missing or the first image cannot be converted to `num_channels`.
     """
 
-    def __init__(self, images: Dataset, size, num_channels: int = 3, *args, **kwargs):
-        super().__init__(images, size, num_channels, *args, **kwargs)
+    def _begin(self, images: Dataset):
         if len(images) == 0:
             raise ValueError("images is empty")
         feature = images.features["image"]
@@ -158,7 +164,7 @@ class ImageDataset(_Images, torch.utils.data.Dataset):
         return image_name(value, f"image {index}")
 
     def num_images(self) -> int:
-        """Of how many images `num_broken` are broken."""
+        """The number of images from which the share of broken ones is taken."""
         return len(self)
 
     def num_broken(self) -> int:
@@ -181,8 +187,7 @@ class ImageStream(_Images, torch.utils.data.IterableDataset):
     images are left out. The arguments are those of `ImageDataset`.
     """
 
-    def __init__(self, images: IterableDataset, size, num_channels: int = 3, *args, **kwargs):
-        super().__init__(images, size, num_channels, *args, **kwargs)
+    def _begin(self, images: IterableDataset):
         # One row for each worker, so that no two write the same place.
         self._seen = torch.zeros(_MAX_WORKERS, dtype=torch.int64).share_memory_()
         self._broken = torch.zeros(_MAX_WORKERS, dtype=torch.int64).share_memory_()

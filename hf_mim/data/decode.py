@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image, JpegImagePlugin, UnidentifiedImageError
 
 from hf_mim.files import one_line
-from hf_mim.models.pixels import ImageFormatError
+from hf_mim.models.pixels import ImageFormatError, exif_orientation, upright
 
 from .tiff import is_plain_tiff, is_tiff, read_tiff
 
@@ -107,7 +107,7 @@ def _open_bytes(data: bytes, num_channels: int | None) -> Image.Image | np.ndarr
         ) from None
     check_pixels(*image.size)
     if data.startswith(_PNG) and data[24] == 16 and data[25] in (2, 4, 6):  # bits of a channel; colour, or with alpha
-        return _read_deep_png(data, num_channels)
+        return upright(_read_deep_png(data, num_channels), *exif_orientation(image))
     if image.format == "JPEG2000" and image.mode != "I;16" and _jpeg2000_bits(data) > 8:
         raise ImageFormatError("a JPEG 2000 image of more than 8 bits in several channels; save it as TIFF")
     if not isinstance(image, JpegImagePlugin.JpegImageFile):

@@ -11,7 +11,7 @@ from datasets import Dataset, Features
 from datasets import Image as ImageFeature
 from PIL import Image, JpegImagePlugin, UnidentifiedImageError
 
-from hf_mim.models.pixels import ImageFormatError, exif_orientation
+from hf_mim.models.pixels import ImageFormatError, exif_orientation, upright
 
 from .columns import check_columns, check_holds_images, holds_images, is_encoded
 from .decode import BrokenImage, decoding, image_name, open_image, stored
@@ -131,9 +131,7 @@ def read_mask_ids(value, name: str = "the mask") -> np.ndarray:
                 raise ImageFormatError(f"a mask must be integers [h, w], not {mask.dtype} {list(mask.shape)}")
         else:
             _check_holds_ids(mask)
-            flip_x, flip_y, swap = exif_orientation(mask)
-            ids = np.asarray(mask)[:: -1 if flip_y else 1, :: -1 if flip_x else 1]
-            ids = ids.T if swap else ids
+            ids = upright(np.asarray(mask), *exif_orientation(mask))
     return np.ascontiguousarray(ids, np.uint8 if ids.dtype.kind in "bu" and ids.dtype.itemsize == 1 else np.int64)
 
 

@@ -195,7 +195,7 @@ def _extension(name: str) -> str:
 
 
 def _members(tar: str | Path, most: int | None, read: bool) -> Iterator[tuple[str, bytes]]:
-    """(name, content) of the regular files. Of an image, the content is read only if it is asked for.
+    """(name, content) of the regular files. The content of an image is read only if `read` is true; else it is empty.
 
     What macOS adds ("._7.jpg", "__MACOSX/") and hidden files are left out.
     """

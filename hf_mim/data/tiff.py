@@ -6,10 +6,10 @@ from collections.abc import Callable
 import numpy as np
 from PIL import TiffImagePlugin
 
-from hf_mim.models.pixels import ImageFormatError
+from hf_mim.models.pixels import ImageFormatError, turns, upright
 
-_BITS, _PHOTOMETRIC, _SAMPLES, _EXTRA_SAMPLES, _SAMPLE_FORMAT = 258, 262, 277, 338, 339
-_PLANAR, _GREY, _RGB, _PALETTE, _CMYK, _YCBCR, _LAB = 284, (0, 1), 2, 3, 5, 6, 8
+_BITS, _PHOTOMETRIC, _ORIENTATION, _SAMPLES, _EXTRA_SAMPLES, _SAMPLE_FORMAT = 258, 262, 274, 277, 338, 339
+_GREY, _RGB, _PALETTE, _CMYK, _YCBCR, _LAB = (0, 1), 2, 3, 5, 6, 8
 _ALPHA = (1, 2)  # associated and unassociated
 
 
@@ -43,7 +43,7 @@ def is_plain_tiff(data: bytes) -> bool:
 
 
 def read_tiff(data: bytes, num_channels: int | None, check_size: Callable[[int, int], None]) -> np.ndarray:
-    """The first page as [h, w, bands], in the file's own number type.
+    """The first page, upright, as [h, w, bands] in the file's own number type.
 
     - What the file calls alpha is left out, but where all samples together are `num_channels`.
     - Pages of one band each (a stack, as microscopes write it) are the bands of one image if they are `num_channels`.
@@ -60,18 +60,17 @@ def read_tiff(data: bytes, num_channels: int | None, check_size: Callable[[int, 
             page = file.pages[0]
             check_size(page.imagewidth, page.imagelength)
             alike = [p for p in file.pages if (p.shape, p.dtype) == (page.shape, page.dtype)]
-            if page.samplesperpixel == 1 and len(alike) == num_channels:
-                return np.stack([p.asarray() for p in alike], axis=-1)
-            image = page.asarray()
+            is_stack = page.samplesperpixel == 1 and len(alike) == num_channels
+            image = np.stack([p.asarray() for p in alike], axis=-1) if is_stack else page.asarray()
+            turned = turns(page.tags.valueof(_ORIENTATION, 1))
     except tifffile.TiffFileError as error:
         raise ValueError(str(error)) from error
     except ValueError as error:
         if "imagecodecs" in str(error):
             raise ImageFormatError(f"{error}: pip install hf-mim[tiff]") from None
         raise
-    if image.ndim == 2:
-        return image[..., None]
-    if page.planarconfig == tifffile.PLANARCONFIG.SEPARATE:
+    if page.samplesperpixel > 1 and page.planarconfig == tifffile.PLANARCONFIG.SEPARATE:
         image = np.moveaxis(image, 0, -1)
+    image = upright(image if image.ndim == 3 else image[..., None], *turned)
     has_alpha = page.extrasamples and page.extrasamples[-1] in _ALPHA
     return image[..., :-1] if has_alpha and image.shape[-1] != num_channels else image

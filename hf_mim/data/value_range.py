@@ -3,8 +3,6 @@
 No rule looks at the brightest pixel, of one image or of all: what one hot pixel decides is not reproducible.
 """
 
-import copy
-
 import torch
 from torch import Tensor
 
@@ -19,10 +17,10 @@ _FEW_LEVELS = 64
 
 
 def find_value_range(images, given: list[float] | None, num_channels: int) -> tuple[ValueRange | None, str | None]:
-    """(the range, a line that says what was found). Of 8-bit images without a given range, (None, None).
+    """(the range, a line that says what was found); (None, None) for 8-bit images if no range is given.
 
     - uint16: from 0 to the least 2^k - 1 that only a thousandth of the values exceed, the same for all bands.
-    - Floats that lie in 0..1, whole numbers of 32 bits that lie in 0..255: these limits.
+    - Floats that lie in 0..1, other whole numbers that lie in 0..255, but for a thousandth at either end: these limits.
     - All else: from the lowest to the highest thousandth of the values, for each band.
 
     Args:
@@ -34,8 +32,7 @@ def find_value_range(images, given: list[float] | None, num_channels: int) -> tu
         ValueError: `given` has a wrong length.
     """
     fixed = None if given is None else ValueRange.from_list(given, num_channels)
-    images = copy.copy(images)
-    images.own_depth, images.value_range = True, None
+    images = images.in_range(None, own_depth=True)
     found = _types(sampled(images.identify(), _PROBES, seed=0))
     if fixed is None and len(found) > 1:
         raise ImageFormatError(
@@ -75,10 +72,10 @@ def _measured(values: Tensor, kind: str) -> ValueRange:
     if (low == high).all():
         raise ImageFormatError(f"the images hold one value, {low[0].item():g}; give value_range if that is right")
     least, most = low.min().item(), high.max().item()
-    limit = {"float32": 1, "int32": 255, "int16": 255}.get(kind)
     if kind == "uint16":
         return ValueRange((0.0,), (float(2 ** max(8, int(most).bit_length()) - 1),))
-    if limit is not None and least >= 0 and values.max() <= limit:
+    limit = 1 if kind == "float32" else 255
+    if 0 <= least and most <= limit:
         return ValueRange((0.0,), (float(limit),))
     equal = low == high  # a band that never varies: any range of it is right
     return ValueRange(tuple(low.tolist()), tuple((high + equal).tolist()))

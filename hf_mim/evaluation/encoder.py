@@ -301,7 +301,8 @@ class RawPixels:
         self.normalize = DeviceAugment(self.mean, self.std).eval()
 
     def describe(self) -> dict:
-        return {"weights": self.name, "image_size": self.image_size, "mean": self.mean, "std": self.std}
+        about = {"weights": self.name, "image_size": self.image_size, "mean": self.mean, "std": self.std}
+        return about | {"value_range": None if self.value_range is None else self.value_range.as_list()}
 
     preprocess = FrozenEncoder.preprocess
 

@@ -8,7 +8,7 @@ from PIL import Image
 from transformers import BatchFeature
 from transformers.image_processing_utils import BaseImageProcessor
 
-from .pixels import CenterCrop, ValueRange, WholeImage, crop_image, scale_pixels
+from .pixels import CenterCrop, ValueRange, WholeImage, crop_image, scale_and_shift, scale_pixels
 
 
 class MIMImageProcessor(BaseImageProcessor):
@@ -54,21 +54,21 @@ class MIMImageProcessor(BaseImageProcessor):
 
         input_data_format: "channels_first" or "channels_last", where the shape of an array does not tell.
         """
+        if input_data_format not in (None, "channels_first", "channels_last"):
+            raise ValueError(f"input_data_format must be channels_first or channels_last, not {input_data_format!r}")
         images = images if isinstance(images, list | tuple) else [images]
+        images = [image if isinstance(image, Image.Image) else np.asarray(image) for image in images]
         if input_data_format == "channels_first":
-            images = [np.moveaxis(np.asarray(image), 0, -1) for image in images]
+            images = [np.moveaxis(image, 0, -1) if isinstance(image, np.ndarray) else image for image in images]
         pixels = torch.stack([self._pixels(image, input_data_format is not None) for image in images])
         return BatchFeature({"pixel_values": pixels}, tensor_type=return_tensors)
 
-    def _pixels(self, image, channels_last: bool) -> torch.Tensor:
+    def _pixels(self, image: Image.Image | np.ndarray, channels_last: bool) -> torch.Tensor:
         num_channels = len(self.image_mean)
-        image = image if isinstance(image, Image.Image) else np.asarray(image)
         crop = WholeImage() if self.crop_fraction is None else CenterCrop(self.crop_fraction)
         pixels = crop_image(image, crop, (self.size["height"], self.size["width"]), num_channels, None, channels_last)
         value_range = self.value_range
         if value_range is not None:
             value_range = ValueRange.from_list(value_range, num_channels, self.pixel_type)
-        pixels = scale_pixels(pixels, value_range).to(torch.float32)
-        # As in training: (x / 255 - mean) / std, as one product and one sum in float32.
-        mean, std = (torch.tensor(v, dtype=torch.float64).view(-1, 1, 1) for v in (self.image_mean, self.image_std))
-        return pixels * (1 / (255 * std)).float() + (-mean / std).float()
+        factor, shift = scale_and_shift(self.image_mean, self.image_std)
+        return scale_pixels(pixels, value_range).float() * factor + shift

@@ -31,7 +31,7 @@ _EXIF_ORIENTATION = 0x0112
 # The decoder's shrinking filters less well than the resize. With a margin of 1, some crops differ by 6 grey levels on
 # average; with 1.5, the worst of 1000 differs by 3.6.
 DRAFT_MARGIN = 1.5
-# Depths that stay as they are, and the values that a type is taken to have where nobody says: int16 has none.
+# The types of pixels, and the values that each is taken to have if no range is given. For int16, one must be given.
 TYPE_RANGES = {"uint8": (0, 255), "uint16": (0, 65535), "int16": None, "int32": (0, 255), "float32": (0, 1)}
 
 Box = tuple[int, int, int, int]  # left, top, right, bottom in pixels, as in PIL
@@ -77,10 +77,10 @@ def centred(width: int, height: int, aspect: float, fraction: float = 1.0) -> Bo
 
 @dataclass(frozen=True)
 class ValueRange:
-    """Which values of the images are black and white, for all bands or for each.
+    """The values of the images that become 0 and 1, for all bands together or for each band.
 
     low, high: one value, or one for each band.
-    pixel_type: what the images have it for ("uint16"), where it was measured; others are then refused.
+    pixel_type: the type of the images for which it was measured ("uint16"); images of other types are refused.
     """
 
     low: tuple[float, ...]
@@ -94,7 +94,7 @@ class ValueRange:
 
     @classmethod
     def from_list(cls, values, num_channels: int, pixel_type: str | None = None) -> "ValueRange":
-        """From `low, high`, or so for each band: [l, h, l, h, ...]."""
+        """From [low, high], or from [low, high, low, high, ...] with a pair for each band."""
         if len(values) not in (2, 2 * num_channels):
             raise ValueError(
                 f"value_range must be low,high, or such a pair for each of the {num_channels} channels "
@@ -103,7 +103,7 @@ class ValueRange:
         return cls(tuple(map(float, values[::2])), tuple(map(float, values[1::2])), pixel_type)
 
     def as_list(self) -> list[float]:
-        """[low, high] or so for each band; whole numbers as such."""
+        """[low, high], or such a pair for each band one after the other. Whole numbers are ints."""
         values = [value for pair in zip(self.low, self.high, strict=False) for value in pair]
         return [int(value) if value == int(value) else value for value in values]
 
@@ -130,6 +130,12 @@ def type_name(pixels: Tensor) -> str:
     return str(pixels.dtype).removeprefix("torch.")
 
 
+def scale_and_shift(mean, std) -> tuple[Tensor, Tensor]:
+    """float32 [C, 1, 1] each: x * scale + shift = (x / 255 - mean) / std, for pixels x in 0..255."""
+    mean, std = (torch.tensor(values, dtype=torch.float64).view(-1, 1, 1) for values in (mean, std))
+    return (1 / (255 * std)).float(), (-mean / std).float()
+
+
 def scale(pixels: Tensor, offset: Tensor, factor: Tensor) -> Tensor:
     """[..., C, h, w] of any depth -> float32 in 0..255; values beyond the range are clipped."""
     # In place: on a CPU, fresh memory costs more than the arithmetic.
@@ -140,7 +146,8 @@ def scale_pixels(pixels: Tensor, value_range: ValueRange | None) -> Tensor:
     """[..., C, h, w] of any depth -> uint8, or float32 in 0..255: by the range, or else by that of the type.
 
     Raises:
-        ImageFormatError: the image has another type than the range, or without one values that `TYPE_RANGES` has not.
+        ImageFormatError: the image has another type than the range; or there is no range, and values lie outside of
+            the one that `TYPE_RANGES` has for the type.
     """
     name = type_name(pixels)
     if value_range is not None:
@@ -167,7 +174,19 @@ def exif_orientation(image: Image.Image) -> tuple[bool, bool, bool]:
         orientation = image.getexif().get(_EXIF_ORIENTATION, 1)
     except (SyntaxError, ValueError, struct.error):  # the picture may be intact though its EXIF block is damaged
         orientation = 1
+    return turns(orientation)
+
+
+def turns(orientation: int) -> tuple[bool, bool, bool]:
+    """As `exif_orientation`, for the value of the tag."""
     return orientation in (2, 3, 7, 8), orientation in (3, 4, 6, 7), orientation in (5, 6, 7, 8)
+
+
+def upright(array: np.ndarray, flip_x: bool, flip_y: bool, swap: bool) -> np.ndarray:
+    """The stored array [h, w, ...], turned."""
+    if flip_x or flip_y:  # a copy, because torch takes no array that runs backwards
+        array = np.ascontiguousarray(array[:: -1 if flip_y else 1, :: -1 if flip_x else 1])
+    return array.swapaxes(0, 1) if swap else array
 
 
 def to_channels(
@@ -198,7 +217,7 @@ def _array_to_channels(array: np.ndarray, num_channels: int, channels_last: bool
         array = array[..., None]
     if array.ndim != 3 or array.size == 0:
         raise ImageFormatError(f"an array image must be [h, w], [h, w, C] or [C, h, w], not {list(array.shape)}")
-    array = own_depth(array if channels_last else _channels_last(array, num_channels))
+    array = as_pixels(array if channels_last else _channels_last(array, num_channels))
     found = array.shape[2]
     if found == num_channels:
         return array
@@ -211,9 +230,9 @@ def _array_to_channels(array: np.ndarray, num_channels: int, channels_last: bool
 
 
 def _channels_last(array: np.ndarray, num_channels: int) -> np.ndarray:
-    """[h, w, C] or [C, h, w] -> [h, w, C]. The channels are the side that has the count asked for.
+    """[h, w, C] or [C, h, w] -> [h, w, C]. The channels are the side of length `num_channels`.
 
-    Where neither has, they are the side of 1 or 3, which can become 3 or 1.
+    If there is none and `num_channels` is 3 or 1, they are the side of length 1 or 3, which can be converted.
     """
     first, last = array.shape[0], array.shape[2]
     counts = (num_channels,) if num_channels in (first, last) else {1: (3,), 3: (1,)}.get(num_channels, ())
@@ -229,7 +248,7 @@ def _channels_last(array: np.ndarray, num_channels: int) -> np.ndarray:
     return array if sides[1] else array.transpose(1, 2, 0)
 
 
-def own_depth(array: np.ndarray) -> np.ndarray:
+def as_pixels(array: np.ndarray) -> np.ndarray:
     """A numeric array as uint8, uint16, int16, int32 or float32, whichever holds its type; in native byte order.
 
     Raises:
@@ -243,8 +262,7 @@ def own_depth(array: np.ndarray) -> np.ndarray:
     if kind not in "iu":
         raise ImageFormatError(f"an array image must be numeric, not {array.dtype}")
     if size < 4:
-        name = f"{array.dtype.name}" if array.dtype.name != "int8" else "int16"
-        return array.astype(name, copy=False)
+        return array.astype("int16" if array.dtype == np.int8 else array.dtype.name, copy=False)
     if size == 8 or kind == "u":
         limits = np.iinfo(np.int32)
         if array.min() < limits.min or array.max() > limits.max:
@@ -275,10 +293,8 @@ def crop_image(
     if flip_y:
         top, bottom = height - bottom, height - top
     pixels = _crop_stored(image, (left, top, right, bottom), size, num_channels, exact=crop.exact)
-    if flip_x or flip_y:
-        axes = [axis for axis, flip in ((2, flip_x), (1, flip_y)) if flip]
-        pixels = torch.from_numpy(np.flip(pixels.numpy(), axes).copy())  # torch flips no uint16
-    return (pixels.transpose(1, 2) if swap else pixels).contiguous()
+    turned = upright(pixels.permute(1, 2, 0).numpy(), flip_x, flip_y, swap)  # by numpy: torch flips no uint16
+    return _to_tensor(turned).contiguous()
 
 
 def draft_reduction(box: Box, size: tuple[int, int]) -> int:

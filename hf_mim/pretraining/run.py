@@ -64,9 +64,10 @@ class Pretraining:
             self.images = load_split(run, "dataset", run.train_split, tell)
             train_images = random_crops(self.images, run, config, args.seed)
             value_range, found = find_value_range(train_images, run.value_range, config.num_channels)
-            train_images.value_range, run.value_range = value_range, value_range and value_range.as_list()
-            self.augment = device_augment(recipe, train_images, config)
-            train_images.value_range, train_images.own_depth = value_range or EIGHT_BITS, True
+            if value_range is not None:
+                run.value_range = value_range.as_list()
+            self.augment = device_augment(recipe, train_images.in_range(value_range), config)
+            train_images = train_images.in_range(value_range or EIGHT_BITS, own_depth=True)
             self.readout = Readout.find(self.images, run, tell) if run.knn or run.probe_every else None
             eval_images = None if args.eval_strategy == "no" else evaluation_images(run, config, value_range, tell)
         if found and args.process_index == 0:
@@ -193,7 +194,7 @@ def check_run_folder(folder: Path, recipe: Recipe):
 def check_same_data(before: RunArguments, now: RunArguments, folder: Path):
     """Raise ValueError if a resume would go on with other images than those that the run in the folder has begun with.
 
-    Files that were only moved are the same. Of data on the Hub, only the name is compared.
+    Files that were only moved count as the same. For data on the Hub, only the name is compared.
     """
     one, other = before.dataset_fingerprint, now.dataset_fingerprint
     difference = ""
@@ -224,15 +225,15 @@ def number_of_steps(args: MIMTrainingArguments, images: ImageDataset | ImageStre
 
 
 def random_crops(images, run: RunArguments, config: PreTrainedConfig, seed: int) -> ImageDataset | ImageStream:
-    """Random crops in the size that the method trains on. A stream is shuffled within a buffer."""
+    """Random crops in the size that the method trains on, in their own depth. A stream is shuffled within a buffer."""
     try:
         crop = RandomCrop(run.crop_scale, run.crop_ratio)
     except ValueError as error:
         raise ValueError(f"crop_{error}") from None
     if isinstance(images, Dataset):
-        return ImageDataset(images, config.training_size, config.num_channels, crop, seed=seed)
+        return ImageDataset(images, config.training_size, config.num_channels, crop, seed=seed, own_depth=True)
     images = images.shuffle(seed=seed, buffer_size=run.shuffle_buffer)
-    return ImageStream(images, config.training_size, config.num_channels, crop, seed=seed)
+    return ImageStream(images, config.training_size, config.num_channels, crop, seed=seed, own_depth=True)
 
 
 def evaluation_images(

@@ -13,7 +13,7 @@ from PIL import Image
 
 from hf_mim.data.crop import WholeImage, crop_rng, load_crop
 from hf_mim.data.decode import BrokenImage, decoding
-from hf_mim.models.pixels import ImageFormatError, ValueRange, own_depth, scale_pixels
+from hf_mim.models.pixels import ImageFormatError, ValueRange, as_pixels, scale_pixels
 
 COLOUR = np.array([[[250, 10, 30], [0, 200, 100]], [[5, 6, 7], [90, 90, 240]]], dtype=np.uint8)
 GREY = np.array([[0, 100], [180, 255]], dtype=np.uint8)
@@ -192,7 +192,7 @@ def test_without_a_value_range_values_are_scaled_from_the_whole_range_of_their_t
 
 @pytest.mark.parametrize("values", [[-1.0, 0.5], [0, 1.05], np.int16([0, 5]), [0, 256], [-1, 0]])
 def test_values_that_their_type_does_not_have_are_refused_and_a_range_is_proposed(values):
-    pixels = torch.as_tensor(own_depth(np.array(values)))[None, None]
+    pixels = torch.as_tensor(as_pixels(np.array(values)))[None, None]
     with pytest.raises(ImageFormatError, match="; give value_range, such as"):
         scale_pixels(pixels, None)
 
@@ -200,7 +200,7 @@ def test_values_that_their_type_does_not_have_are_refused_and_a_range_is_propose
 @pytest.mark.parametrize("values", [[1j, 0], ["a", "b"], [0, 2**40]])
 def test_arrays_that_are_no_pixels_are_refused(values):
     with pytest.raises(ImageFormatError):
-        own_depth(np.array(values))
+        as_pixels(np.array(values))
 
 
 def test_a_value_range_scales_each_band_and_clips():

@@ -4,6 +4,8 @@ The expected pixels are the array that was written.
 """
 
 import io
+import struct
+import zlib
 
 import imagecodecs
 import numpy as np
@@ -61,6 +63,11 @@ CONTAINERS = {
     "npy, channels first": (lambda a: npy(np.moveaxis(a, -1, 0)), ["uint8", "uint16", "float32"], [1, 3, 13]),
     "tiff": (lambda a: tiff(a, **SEVEN), ["uint8", "uint16", "int16", "float32"], [1, 2, 3, 4, 13]),
     "tiff rgb": (lambda a: tiff(a, photometric="rgb"), ["uint8", "uint16", "float32"], [3]),
+    "planar rgb tiff": (
+        lambda a: tiff(np.moveaxis(a, -1, 0).copy(), planarconfig="separate", photometric="rgb"),
+        ["uint8", "uint16"],
+        [3],
+    ),
     "planar tiff": (planar, ["uint8", "uint16", "int16", "float32"], [2, 3, 4, 13]),
     "tiff of a near infrared band": (
         lambda a: tiff(a, photometric="rgb", extrasamples=["unspecified"]),
@@ -131,6 +138,31 @@ def test_a_resize_keeps_the_depth(kind):
     expected = ramp[0, :, 0].astype(np.float64).reshape(200, 2).mean(axis=1)
     assert len(np.unique(pixels)) == 200
     assert np.abs(pixels[2:-2] - expected[2:-2]).max() <= 0.51
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("form", ["tiff", "png"])
+def test_images_of_16_bits_are_turned_upright_as_those_of_8_bits(form, orientation):
+    """PIL turns the picture of 8 bits; the same values, 257 times as large, have to be turned in the same way."""
+    array = values("uint8", 3)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    file = io.BytesIO()
+    if form == "tiff":
+        deep = tiff(array * np.uint16(257), photometric="rgb", extratags=[(274, "H", 1, orientation, True)])
+        Image.fromarray(array).save(file, "TIFF", tiffinfo={0x0112: orientation})
+    else:
+        Image.fromarray(array).save(file, "PNG", exif=exif)
+        chunk = b"eXIf" + exif.tobytes().removeprefix(b"Exif\0\0")
+        chunk = struct.pack(">I", len(chunk) - 4) + chunk + struct.pack(">I", zlib.crc32(chunk))
+        plain = imagecodecs.png_encode(array * np.uint16(257))
+        deep = plain[:33] + chunk + plain[33:]  # behind the signature and IHDR
+    size = (WIDTH, HEIGHT) if orientation > 4 else (HEIGHT, WIDTH)
+    about = dict(crop=WholeImage(), own_depth=True)
+    found, expected = (
+        ImageDataset(dataset(data), size, 3, **about)[0]["pixel_values"] for data in (deep, file.getvalue())
+    )
+    np.testing.assert_array_equal(found.numpy(), expected.numpy() * np.uint16(257))
 
 
 def test_alpha_is_left_out_only_where_the_file_says_so():
