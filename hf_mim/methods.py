@@ -12,6 +12,7 @@ import dataclasses
 import difflib
 import importlib
 import importlib.util
+import inspect
 import logging
 import os
 import re
@@ -106,6 +107,11 @@ class Method:
     def predicts_pixels(self) -> bool:
         """Whether the pretraining model can show a reconstruction."""
         return hasattr(self.pretraining_class, "reconstruct")
+
+    @property
+    def takes_nodata(self) -> bool:
+        """Whether the pretraining model can leave pixels without data out of its loss."""
+        return "valid_pixels" in inspect.signature(self.pretraining_class.forward).parameters
 
     @property
     def card_text(self) -> str:

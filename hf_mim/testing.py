@@ -165,6 +165,29 @@ def check_low_precision(method, make):
     claim(bool(torch.isfinite(output.loss)), "the loss must be finite under bfloat16 autocast")
 
 
+def check_pixels_without_data(method, make):
+    """Only for a method that takes `valid_pixels`; without it, `--nodata` is refused."""
+    if not method.takes_nodata:
+        return
+    model = make().train()
+    images = images_for(model)
+    plain = seeded_pass(model, images).loss
+    valid = torch.ones_like(images, dtype=torch.bool)
+    torch.manual_seed(2)
+    whole = model(images, valid_pixels=valid).loss
+    claim(torch.allclose(whole, plain, rtol=1e-5), "valid_pixels that are all True must not change the loss")
+    valid[0] = False
+    torch.manual_seed(2)
+    alone = model(images * valid, valid_pixels=valid).loss
+    claim(bool(torch.isfinite(alone)), "the loss must be finite if an image holds no data")
+    torch.manual_seed(2)
+    output = model(images * 0, valid_pixels=torch.zeros_like(valid))
+    output.loss.backward()
+    gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+    finite = bool(torch.isfinite(output.loss)) and all(bool(x.isfinite().all()) for x in gradients)
+    claim(finite, "loss and gradients must be finite if no pixel of a batch has data")
+
+
 CHECKS = (
     check_classes,
     check_encoder_is_never_masked,
@@ -174,4 +197,5 @@ CHECKS = (
     check_training_calls,
     check_save_and_load,
     check_low_precision,
+    check_pixels_without_data,
 )

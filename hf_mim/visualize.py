@@ -44,12 +44,14 @@ def plot_reconstructions(model, images, augment: DeviceAugment, path: str | Path
     """Draw original, masked image and reconstruction, a column for each of the images `[B, C, H, W]`, of any depth.
 
     `model` needs `reconstruct` (MAE). The first three channels are shown as RGB, or the first as grey if there are
-    fewer than three.
+    fewer than three. Pixels without data have the mean colour.
     """
     with seeded(seed, images.device):  # the masks are drawn on the CPU, so that they are the same for every device
         masks = model.draw_masks(len(images), model.config.grid_size, "cpu")
     masks = {name: value.to(images.device) for name, value in masks.items()}
     normalized = augment.normalize(images)
+    if augment.nodata:
+        masks["valid_pixels"] = ~images.isnan()
     reconstruction, mask = model.reconstruct(normalized, **masks)
     original = augment.denormalize(normalized)
     rows = {

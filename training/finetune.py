@@ -49,20 +49,20 @@ def main():
     parser.set_defaults(output_dir="runs/finetuned", eval_strategy="epoch", save_strategy="epoch", save_total_limit=1)
     ours, args, rest = parser.parse_args_into_dataclasses()
 
-    # The checkpoint's image processor gives size, mean and std. The data workers crop the images and give uint8.
+    # The checkpoint's image processor gives size, mean and std. The data workers crop the images.
     encoder = FrozenEncoder.load(rest.checkpoint, ours.image_size, device="cpu")
     with args.main_process_first(desc="loading the images"):
         train, test = load_labelled(ours.dataset, ours.test_dataset)
     classes = train.class_names or [str(number) for number in range(int(train.read_labels().max()) + 1)]
     train_images = training_images(train.images, encoder, magnitude=ours.randaugment_magnitude, seed=args.seed)
-    test_images = ImageDataset(test.images, encoder.image_size, encoder.num_channels, CenterCrop(), labels=True)
+    about = dict(labels=True, value_range=encoder.value_range, keep_empty=True)
+    test_images = ImageDataset(test.images, encoder.image_size, encoder.num_channels, CenterCrop(), **about)
 
     set_seed(args.seed)
     model = load_classifier(rest.checkpoint, classes, ours.drop_path, ours.blocks)
     # Flip, normalisation, erasing, mixup and CutMix run on the device before the model. The loss comes with them.
-    augment = MixAugment(
-        encoder.mean, encoder.std, ours.mixup, ours.cutmix, ours.label_smoothing, ours.random_erase, ours.flip
-    )
+    mixing = ours.mixup, ours.cutmix, ours.label_smoothing, ours.random_erase, ours.flip
+    augment = MixAugment(encoder.mean, encoder.std, *mixing, nodata=encoder.has_nodata)
     # A plain Trainer, with AdamW and layer-wise learning rates.
     trainer = make_trainer(
         model, args, augment, train_images, eval_dataset=test_images, compute_metrics=compute_metrics

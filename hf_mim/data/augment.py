@@ -17,6 +17,7 @@ class DeviceAugment(nn.Module):
     """Pixels [B, C, h, w] on the device -> flipped, greyed, blurred, normalised float32 [B, C, h, w].
 
     Pixels are uint8, or float32 in 0..255. With a `value_range` they come in their own depth, and it scales them first.
+    Pixels without data come as NaN. They reach no other pixel, and become 0, the mean of their channel.
 
     Flip alone is the recipe of MAE and Latent MIM; StoP (arXiv 2308.00566) adds grayscale and blur. If keys are given,
     int64 [B], the key of an image decides what is done to it, whatever else is in the batch. Without keys, torch's
@@ -28,6 +29,7 @@ class DeviceAugment(nn.Module):
         grayscale_probability: of replacing the three channels by their luminance (.299, .587, .114).
         blur_probability: of a Gaussian blur whose standard deviation, in pixels, is drawn uniformly from `blur_sigma`.
         value_range: what the values of the images are scaled from; values beyond it are clipped.
+        nodata: whether there may be pixels without data; default: if the value_range says so.
     """
 
     def __init__(
@@ -39,6 +41,7 @@ class DeviceAugment(nn.Module):
         blur_probability: float = 0.0,
         blur_sigma: tuple[float, float] = (0.1, 2.0),
         value_range: ValueRange | None = None,
+        nodata: bool = False,
     ):
         super().__init__()
         if not mean or len(mean) != len(std):
@@ -59,6 +62,7 @@ class DeviceAugment(nn.Module):
         self.register_buffer("scale", scale[None], persistent=False)
         self.register_buffer("shift", shift[None], persistent=False)
         self.value_range = value_range
+        self.nodata = nodata or (value_range is not None and value_range.nodata is not None)
         if value_range is not None:
             offset, factor = value_range.offset_and_factor()
             self.register_buffer("offset", offset, persistent=False)
@@ -66,6 +70,14 @@ class DeviceAugment(nn.Module):
         self.register_buffer("luminance", torch.tensor(LUMINANCE).view(1, -1, 1, 1), persistent=False)
 
     def forward(self, pixel_values: Tensor, keys: Tensor | None = None) -> Tensor:
+        return self.with_valid(pixel_values, keys)[0]
+
+    def with_valid(self, pixel_values: Tensor, keys: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """(what `forward` gives; where there are data, bool [B, C, h, w], or None for images without such pixels)."""
+        images = self._augmented(pixel_values, keys)
+        return self._normalize(images), ~images.isnan() if self.nodata else None
+
+    def _augmented(self, pixel_values: Tensor, keys: Tensor | None) -> Tensor:
         def uniform(stream: int) -> Tensor:
             if keys is None:
                 return torch.rand(len(pixel_values), device=pixel_values.device)
@@ -84,16 +96,17 @@ class DeviceAugment(nn.Module):
             else:
                 pixel_values = torch.where(chosen, pixel_values.flip(-1), pixel_values)
         if not self.training or not (self.grayscale_probability or self.blur_probability):
-            return self._normalize(pixel_values)
+            return pixel_values
         images = pixel_values.float()
         if self.grayscale_probability:
             grey = (images * self.luminance.to(images.device)).sum(1, keepdim=True)
             images = torch.where(chosen_of(1, self.grayscale_probability), grey, images)
         if self.blur_probability:
             low, high = self.blur_sigma
-            blurred = gaussian_blur(images, low + (high - low) * uniform(2))
+            blur = blur_valid if self.nodata else gaussian_blur
+            blurred = blur(images, low + (high - low) * uniform(2))
             images = torch.where(chosen_of(3, self.blur_probability), blurred, images)
-        return self._normalize(images)
+        return images
 
     def normalize(self, pixel_values: Tensor) -> Tensor:
         """(x / 255 - mean) / std, for x in 0..255 or scaled to it from `value_range`, [B, C, h, w], as float32."""
@@ -113,7 +126,8 @@ class DeviceAugment(nn.Module):
         if self.scale.device != pixel_values.device:
             self.to(pixel_values.device)
         # In place: on a CPU, fresh memory costs more than the arithmetic.
-        return pixel_values.to(torch.float32, copy=True).mul_(self.scale).add_(self.shift)
+        images = pixel_values.to(torch.float32, copy=True).mul_(self.scale).add_(self.shift)
+        return images.nan_to_num_(nan=0.0) if self.nodata else images
 
     def denormalize(self, pixel_values: Tensor) -> Tensor:
         """The inverse of `normalize`, rounded and clipped to uint8."""
@@ -160,6 +174,13 @@ def gaussian_blur(images: Tensor, sigma: Tensor) -> Tensor:
         return rows @ images.float() @ columns.mT
 
 
+def blur_valid(images: Tensor, sigma: Tensor) -> Tensor:
+    """As `gaussian_blur`, but each pixel is the weighted mean of the valid pixels around it. NaN stays where it is."""
+    valid = ~images.isnan()
+    sums, weights = (gaussian_blur(x, sigma) for x in (torch.where(valid, images, 0), valid.float()))
+    return torch.where(valid, sums / weights, torch.nan)
+
+
 def _blur_matrix(side: int, sigma: Tensor) -> Tensor:
     """[B, side, side]; row i holds the weights of a Gaussian centred on pixel i. The softmax normalises them."""
     places = torch.arange(side, device=sigma.device, dtype=torch.float32)
@@ -177,9 +198,11 @@ def channel_statistics(
     total = square = count = 0
     for sample in sampled(images, num_images, seed):
         pixels = sample["pixel_values"].to(torch.float64).flatten(1) / 255
-        total, square, count = total + pixels.sum(1), square + pixels.square().sum(1), count + pixels.shape[1]
-    if not count:
+        valid, pixels = ~pixels.isnan(), pixels.nan_to_num_(nan=0.0)  # NaN: pixels without data
+        total, square, count = total + pixels.sum(1), square + pixels.square().sum(1), count + valid.sum(1)
+    if isinstance(count, int):
         raise ValueError("images has no image to take the channels' mean and std from")
+    count = count.clamp(min=1)
     mean = total / count
     # At least 1 / 255, because normalising divides by it and a channel may be constant.
     std = (square / count - mean.square()).clamp(min=0).sqrt().clamp(min=1 / 255)
@@ -187,7 +210,7 @@ def channel_statistics(
 
 
 def sampled(images, num_images: int, seed: int) -> Iterator[dict]:
-    """So many samples of an `ImageDataset`, drawn at random; of an `ImageStream`, the first."""
+    """So many samples of an `ImageDataset` or rows of a `Dataset`, drawn at random; of a stream, the first."""
     if not hasattr(images, "__len__"):
         return islice(images, num_images)
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))

@@ -4,7 +4,7 @@ from datasets import Array2D, Array3D, ClassLabel, Dataset, IterableDataset, Val
 from datasets import Image as ImageFeature
 
 # A column of one of these names is preferred among several of its kind, or recognised if its type tells too little.
-IMAGE_NAMES = tuple("image img pixel_values picture photo jpg jpeg png webp tif tiff npy bytes".split())
+IMAGE_NAMES = tuple("image img pixel_values picture photo jpg jpeg png webp tif tiff npy npz bytes".split())
 NO_LABELS = "none"  # as label_column: the images have none, whatever columns and folders there are
 LABEL_NAMES = ("label", "labels", "fine_label", "class", "cls", "target", "category", "y")
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from hf_mim.models.pixels import Box, CenterCrop, WholeImage, centred, crop_image
+from hf_mim.models.pixels import Box, CenterCrop, ValueRange, WholeImage, centred, crop_image
 
 from .decode import open_image
 
@@ -53,9 +53,18 @@ class RandomCrop:
         return centred(width, height, nearest)
 
 
-def load_crop(value, crop, size: tuple[int, int], num_channels: int, rng: random.Random) -> Tensor:
+def load_crop(
+    value,
+    crop,
+    size: tuple[int, int],
+    num_channels: int,
+    rng: random.Random,
+    value_range: ValueRange | None = None,
+    keep_empty: bool = True,
+) -> Tensor:
     """Decode one value of an image column, upright, and crop it: [num_channels, h, w], in its own depth.
 
-    crop: `RandomCrop`, `CenterCrop` or `WholeImage`, or anything with their `box` and `exact`.
+    The arguments are those of `crop_image`.
     """
-    return crop_image(open_image(value, num_channels), crop, size, num_channels, rng)
+    image = open_image(value, num_channels)
+    return crop_image(image, crop, size, num_channels, rng, value_range=value_range, keep_empty=keep_empty)

@@ -19,15 +19,19 @@ from torch.utils.data import get_worker_info
 from transformers import default_data_collator
 
 from hf_mim.checks import least
-from hf_mim.models.pixels import ValueRange, scale_pixels
+from hf_mim.models.nodata import EmptyImage, as_text
+from hf_mim.models.pixels import ImageFormatError, ValueRange, scale_pixels, type_name
 
 from .crop import RandomCrop, crop_rng, load_crop
 from .decode import BrokenImage, decoding, image_name, stored
+from .nodata import check_tag
 
 logger = logging.getLogger(__name__)
 
 MAX_BROKEN = 0.01  # a run stops if a larger share of images is broken
-_MAX_REPLACEMENTS = 64
+_MAX_REPLACEMENTS = 64  # broken images in a row
+_MAX_EMPTY = 1024  # images without data in a row
+_BROKEN, _EMPTY = 1, 2
 _MAX_WORKERS = 256
 _NAMES_BYTES = 4096  # for each worker of a stream
 _MIN_STREAMED = 1000  # after fewer images than this, one broken image would look like a large share
@@ -50,6 +54,7 @@ class _Images:
         seed=0,
         value_range: ValueRange | None = None,
         own_depth=False,
+        keep_empty=False,
     ):
         self.size = (size, size) if isinstance(size, int) else tuple(size)
         if len(self.size) != 2 or min(self.size) < 1:
@@ -63,8 +68,8 @@ class _Images:
                     raise ValueError(f"images has no column {column!r} but {known}; load_images finds and names it")
         self.images, self.num_channels, self.labels, self.seed = images, num_channels, labels, seed
         self.crop = RandomCrop() if crop is None else crop
-        self.value_range, self.own_depth = value_range, own_depth
-        self.identified = False
+        self.value_range, self.own_depth, self.keep_empty = value_range, own_depth, keep_empty
+        self.identified = self.checks_tags = False
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
         self._begin(images)
 
@@ -84,14 +89,23 @@ class _Images:
         images.identified = True
         return images
 
+    def check_tags(self):
+        """A view of the same images. A TIFF is refused if GDAL's tag has another nodata value than `value_range`."""
+        images = copy.copy(self)
+        images.checks_tags = True
+        return images
+
     def _sample(self, value, label, epoch: int, key: int, name: str) -> dict:
-        rng = crop_rng(self.seed, epoch, key)
+        rng, value_range = crop_rng(self.seed, epoch, key), self.value_range
+        nodata = None if value_range is None else value_range.nodata
         with decoding(name):
-            pixels = load_crop(value, self.crop, self.size, self.num_channels, rng)
+            if self.checks_tags:
+                check_tag(value, nodata)
+            pixels = load_crop(value, self.crop, self.size, self.num_channels, rng, value_range, self.keep_empty)
             if not self.own_depth:
-                pixels = scale_pixels(pixels, self.value_range)
-            elif self.value_range is not None:
-                self.value_range.check(pixels)
+                pixels = scale_pixels(pixels, value_range)
+            elif value_range is not None and nodata is None:
+                value_range.check(type_name(pixels))
             sample = {"pixel_values": pixels}
         if self.identified:
             sample |= {"augment_key": rng.getrandbits(63), "name": name}
@@ -112,7 +126,9 @@ class ImageDataset(_Images, torch.utils.data.Dataset):
         seed: of the crops; see `set_epoch`.
         value_range: what the values of the images are scaled from, to float32 in 0..255. Without, 8-bit pixels are
             uint8, and others are scaled from the whole range of their type (see `TYPE_RANGES`).
-        own_depth: leave the scaling to `DeviceAugment`, on the device: pixels come in the images' own depth.
+        own_depth: leave the scaling to `DeviceAugment`, on the device: pixels come in the images' own depth. If the
+            range has `nodata`, they are float32, and NaN where there are no data.
+        keep_empty: take images without any data too. By default, another image takes their place.
 
     Raises:
         ValueError: at once, if columns are missing or the first image cannot be converted to `num_channels`.
@@ -143,20 +159,26 @@ class ImageDataset(_Images, torch.utils.data.Dataset):
         ]
 
     def _sample_or_other(self, index: int, value, label) -> dict:
-        """The sample of this image. A broken image is replaced by another, which its index and the epoch determine."""
-        first, rng = index, None
-        for _ in range(_MAX_REPLACEMENTS):
+        """The sample of this image. A broken or empty image is replaced by another, which its index and the epoch
+        determine."""
+        first, rng, broken = index, None, 0
+        for _ in range(_MAX_EMPTY):
             if not self._broken[index]:
                 try:
                     return self._sample(value, label, int(self._epoch), index, self.name(index, value))
                 except BrokenImage as error:
-                    self._broken[index] = 1
+                    self._broken[index] = _BROKEN
                     logger.warning("Skipped a broken image: %s", error)
+                except EmptyImage:
+                    self._broken[index] = _EMPTY
+            broken += int(self._broken[index] == _BROKEN)
+            if broken == _MAX_REPLACEMENTS:
+                raise BrokenImagesError(_broken_message(self.num_broken(), len(self), self.broken(limit=5)))
             rng = rng or crop_rng(self.seed, int(self._epoch), -1 - first)
             index = int(rng.random() * len(self))
             row = self.images[index]
             value, label = row["image"], row["label"] if self.labels else None
-        raise BrokenImagesError(_broken_message(self.num_broken(), len(self), self.broken(limit=5)))
+        raise ImageFormatError(_empty_message(self.num_empty(), self.value_range))
 
     def name(self, index: int, value=None) -> str:
         """The file name of an image, or "image 12" if the source gives no names."""
@@ -169,11 +191,15 @@ class ImageDataset(_Images, torch.utils.data.Dataset):
 
     def num_broken(self) -> int:
         """How many images have been found broken so far, by all workers."""
-        return int(self._broken.sum(dtype=torch.int64))
+        return int((self._broken == _BROKEN).sum())
+
+    def num_empty(self) -> int:
+        """How many images without any data have been found so far, by all workers. Each was replaced by another."""
+        return int((self._broken == _EMPTY).sum())
 
     def broken_indices(self) -> list[int]:
         """Which images have been found broken so far. Each was replaced by another."""
-        return self._broken.nonzero().flatten().tolist()
+        return (self._broken == _BROKEN).nonzero().flatten().tolist()
 
     def broken(self, limit: int | None = None) -> list[str]:
         """The names of the first `limit` broken images."""
@@ -191,6 +217,7 @@ class ImageStream(_Images, torch.utils.data.IterableDataset):
         # One row for each worker, so that no two write the same place.
         self._seen = torch.zeros(_MAX_WORKERS, dtype=torch.int64).share_memory_()
         self._broken = torch.zeros(_MAX_WORKERS, dtype=torch.int64).share_memory_()
+        self._empty = torch.zeros(_MAX_WORKERS, dtype=torch.int64).share_memory_()
         self._names = torch.zeros(_MAX_WORKERS, _NAMES_BYTES, dtype=torch.uint8).share_memory_()
 
     @property
@@ -218,6 +245,7 @@ class ImageStream(_Images, torch.utils.data.IterableDataset):
         worker = info.id if info else 0
         images = split_dataset_by_node(self.images, rank=0, world_size=1)  # a copy, whose epoch may be set
         images.set_epoch(epoch)
+        empty_in_a_row = 0
         for position, row in enumerate(images, start=1):
             if position <= skip:
                 continue
@@ -231,6 +259,13 @@ class ImageStream(_Images, torch.utils.data.IterableDataset):
                 self._remember(worker, name)
                 check_broken(self)  # a stream of broken images alone never gives a batch after which to check
                 continue
+            except EmptyImage:
+                self._empty[worker] += 1
+                empty_in_a_row += 1
+                if empty_in_a_row == _MAX_EMPTY:  # a stream of empty images never gives a batch either
+                    raise ImageFormatError(_empty_message(empty_in_a_row, self.value_range)) from None
+                continue
+            empty_in_a_row = 0
             yield position, sample
 
     def _remember(self, worker: int, name: str):
@@ -246,6 +281,10 @@ class ImageStream(_Images, torch.utils.data.IterableDataset):
     def num_broken(self) -> int:
         """How many images have been found broken so far, by all workers."""
         return int(self._broken.sum())
+
+    def num_empty(self) -> int:
+        """How many images without any data have been left out so far, by all workers."""
+        return int(self._empty.sum())
 
     def broken(self, limit: int | None = None) -> list[str]:
         """The names of the first `limit` broken images. If there are many, not all names are kept."""
@@ -272,6 +311,13 @@ def collate(samples: list[dict]) -> dict:
 def _broken_message(broken: int, total: int, names: list[str]) -> str:
     more = f" and {broken - len(names)} more" if broken > len(names) else ""
     return f"{broken} of {total} images cannot be decoded; repair or remove them: {', '.join(names)}{more}"
+
+
+def _empty_message(count: int, value_range: ValueRange) -> str:
+    return (
+        f"all of {count:,} images that were read hold no data: each of their pixels is nodata "
+        f"({as_text(value_range.nodata)}); give another nodata, or leave such images out"
+    )
 
 
 def _checksum(value) -> int:

@@ -5,13 +5,15 @@ import functools
 import io
 import os
 import struct
+import zipfile
 import zlib
 
 import numpy as np
 from PIL import Image, JpegImagePlugin, UnidentifiedImageError
 
-from hf_mim.files import one_line
-from hf_mim.models.pixels import ImageFormatError, exif_orientation, upright
+from hf_mim.files import listed, one_line
+from hf_mim.models.orientation import exif_orientation, upright
+from hf_mim.models.pixels import ImageFormatError
 
 from .tiff import is_plain_tiff, is_tiff, read_tiff
 
@@ -22,7 +24,7 @@ _FORMATS = "PNG JPEG MPO WEBP BMP GIF TIFF PPM JPEG2000 AVIF ICO TGA PCX DDS QOI
 MAX_PIXELS_VARIABLE, MAX_PIXELS = "HF_MIM_MAX_IMAGE_PIXELS", 178_956_970
 # What decoders raise on damaged bytes. PIL's plugins do not catch ValueError, IndexError and the like.
 _DECODE_ERRORS = (OSError, EOFError, SyntaxError, ValueError, TypeError, LookupError, ArithmeticError)
-_DECODE_ERRORS += (struct.error, zlib.error, RuntimeError, MemoryError)
+_DECODE_ERRORS += (struct.error, zlib.error, zipfile.BadZipFile, RuntimeError, MemoryError)
 _PNG = b"\x89PNG\r\n\x1a\n"
 
 
@@ -95,6 +97,8 @@ def _max_pixels() -> int:
 def _open_bytes(data: bytes, num_channels: int | None) -> Image.Image | np.ndarray:
     if data.startswith(b"\x93NUMPY"):
         return _read_npy(data)
+    if data.startswith(b"PK\x03\x04"):
+        return _read_npz(data, num_channels)
     if is_tiff(data) and not is_plain_tiff(data):
         return read_tiff(data, num_channels, check_pixels)
     if _max_pixels() > MAX_PIXELS:
@@ -123,13 +127,46 @@ def _pil_formats() -> list[str]:
 
 
 def _read_npy(data: bytes) -> np.ndarray:
-    file = io.BytesIO(data)
+    _read_header(io.BytesIO(data), len(data))
+    return np.load(io.BytesIO(data), allow_pickle=False)
+
+
+def _read_header(file, size: int) -> tuple[int, ...]:
+    """The shape in the header of a .npy file of `size` bytes. Raises ValueError if the array would be longer."""
     version = np.lib.format.read_magic(file)
     read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
     shape, _, dtype = read(file)
-    if int(np.prod(shape, dtype=object)) * dtype.itemsize > len(data) - file.tell():
+    if int(np.prod(shape, dtype=object)) * dtype.itemsize > size - file.tell():
         raise ValueError(f"its header says {list(shape)} of {dtype}, and the file ends before")
-    return np.load(io.BytesIO(data), allow_pickle=False)
+    return shape
+
+
+def _read_npz(data: bytes, num_channels: int | None) -> np.ndarray:
+    """The only array of the archive, or the one that is called `image` or `arr_0`.
+
+    Raises ImageFormatError for several arrays without such a name, and for more values than an image may have: a few
+    bytes can hold gigabytes of zeros.
+    """
+    with zipfile.ZipFile(io.BytesIO(data)) as archive:
+        members = {name.removesuffix(".npy"): name for name in archive.namelist() if name.endswith(".npy")}
+        chosen = next((name for name in ("image", "arr_0", *members) if name in members), None)
+        if chosen is None:
+            raise ValueError("the .npz file holds no array")
+        if len(members) > 1 and chosen not in ("image", "arr_0"):
+            raise ImageFormatError(
+                f"the .npz file holds several arrays, {listed(list(members))}; call the one that is the image `image`"
+            )
+        about = archive.getinfo(members[chosen])
+        if about.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+            raise ValueError("the .npz file has a compression that numpy does not write")
+        with archive.open(about) as file:
+            shape = _read_header(file, about.file_size)
+        sides = sorted(shape)
+        check_pixels(*([1, 1] + sides)[-2:])
+        if int(np.prod(shape, dtype=object)) > _max_pixels() * max(4, num_channels or 4):
+            raise ImageFormatError(f"an array image must be [h, w], [h, w, C] or [C, h, w], not {list(shape)}")
+        with archive.open(about) as file:
+            return np.lib.format.read_array(file, allow_pickle=False)
 
 
 def _read_deep_png(data: bytes, num_channels: int | None) -> np.ndarray:

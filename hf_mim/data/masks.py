@@ -11,7 +11,8 @@ from datasets import Dataset, Features
 from datasets import Image as ImageFeature
 from PIL import Image, JpegImagePlugin, UnidentifiedImageError
 
-from hf_mim.models.pixels import ImageFormatError, exif_orientation, upright
+from hf_mim.models.orientation import exif_orientation, upright
+from hf_mim.models.pixels import ImageFormatError
 
 from .columns import check_columns, check_holds_images, holds_images, is_encoded
 from .decode import BrokenImage, decoding, image_name, open_image, stored

@@ -91,14 +91,17 @@ class MixAugment(nn.Module):
         label_smoothing: s in [0, 1).
         random_erase: probability of erasing a part of an image.
         flip: probability of a left-right flip.
+        nodata: whether pixels without data may come, as NaN; they become 0.
     """
 
-    def __init__(self, mean, std, mixup=0.8, cutmix=1.0, label_smoothing=0.1, random_erase=0.25, flip=0.5):
+    def __init__(
+        self, mean, std, mixup=0.8, cutmix=1.0, label_smoothing=0.1, random_erase=0.25, flip=0.5, nodata=False
+    ):
         super().__init__()
         least(0, mixup=mixup, cutmix=cutmix)
         share("[0, 1)", label_smoothing=label_smoothing)
         share(random_erase=random_erase)
-        self.normalize = DeviceAugment(mean, std, flip_probability=flip)
+        self.normalize = DeviceAugment(mean, std, flip_probability=flip, nodata=nodata)
         self.mixup, self.cutmix, self.label_smoothing, self.erase = mixup, cutmix, label_smoothing, random_erase
         self.weight = 1.0  # λ of the last batch, for `loss`
 

@@ -26,6 +26,7 @@ def image_processor(image_size: tuple[int, int], mean, std, value_range: ValueRa
         crop_fraction=crop_fraction,
         value_range=None if value_range is None else value_range.as_list(),
         pixel_type=None if value_range is None else value_range.pixel_type,
+        nodata=None if value_range is None else value_range.nodata,
     )
 
 
@@ -40,6 +41,11 @@ def transformers_processor(processor: MIMImageProcessor):
     Raises:
         ValueError: images of another depth, which those of transformers take for 8-bit ones.
     """
+    if processor.nodata is not None:
+        raise ValueError(
+            f"to must be remote-code or onnx: image processors of transformers know no pixels without data, and those "
+            f"of this checkpoint have nodata {processor.nodata}"
+        )
     if processor.value_range is not None:
         raise ValueError(
             f"to must be remote-code: image processors of transformers take 8-bit images, and those of this checkpoint "
@@ -103,7 +109,11 @@ def read_processor(checkpoint: str | Path, num_channels: int) -> InputSpec | Non
         raise ValueError(f"the image processor of {checkpoint} has {len(mean)} channels, its encoder {num_channels}")
     value_range = settings.get("value_range")
     if value_range is not None:
-        value_range = ValueRange.from_list(value_range, num_channels, settings.get("pixel_type"))
+        nodata = settings.get("nodata")
+        if not (nodata in (None, "nan") or isinstance(nodata, int | float)):
+            raise ValueError(f"the image processor of {checkpoint} must have a number or nan as nodata, not {nodata!r}")
+        nodata = None if nodata is None else float(nodata)
+        value_range = ValueRange.from_list(value_range, num_channels, settings.get("pixel_type"), nodata)
     mean, std = ([x / (255 * factor) for x in values] for values in (mean, std))
     return InputSpec(mean, std, _size(settings, checkpoint), value_range, settings.get("crop_fraction"))
 

@@ -116,7 +116,9 @@ class RandAugmentedImages(ImageDataset):
     def _sample(self, value, label, epoch: int, key: int, name: str) -> dict:
         sample = super()._sample(value, label, epoch, key, name)
         if sample["pixel_values"].dtype != torch.uint8:
-            raise ImageFormatError(f"{name}: RandAugment takes 8-bit images; set --randaugment_magnitude 0")
+            raise ImageFormatError(
+                f"{name}: RandAugment takes 8-bit images without nodata; set --randaugment_magnitude 0"
+            )
         pixels = sample["pixel_values"].permute(1, 2, 0).numpy()
         image = Image.fromarray(pixels[..., 0] if self.num_channels == 1 else pixels)
         # It has its own random numbers: with those of the crop, the operation would depend on the crop's size.

@@ -6,7 +6,8 @@ from collections.abc import Callable
 import numpy as np
 from PIL import TiffImagePlugin
 
-from hf_mim.models.pixels import ImageFormatError, turns, upright
+from hf_mim.models.orientation import turns, upright
+from hf_mim.models.pixels import ImageFormatError
 
 _BITS, _PHOTOMETRIC, _ORIENTATION, _SAMPLES, _EXTRA_SAMPLES, _SAMPLE_FORMAT = 258, 262, 274, 277, 338, 339
 _GREY, _RGB, _PALETTE, _CMYK, _YCBCR, _LAB = (0, 1), 2, 3, 5, 6, 8

@@ -3,12 +3,18 @@
 No rule looks at the brightest pixel, of one image or of all: what one hot pixel decides is not reproducible.
 """
 
+from dataclasses import dataclass
+
+import numpy as np
 import torch
 from torch import Tensor
 
-from hf_mim.models.pixels import ImageFormatError, ValueRange, type_name
+from hf_mim.models.nodata import as_text
+from hf_mim.models.pixels import EIGHT_BITS, ImageFormatError, ValueRange, as_pixels
 
 from .augment import sampled
+from .decode import BrokenImage, decoding, image_name, open_image
+from .nodata import check_possible
 
 _IMAGES, _PROBES = 1024, 16  # measured where any image is not of 8 bits; opened to see whether one is
 _PIXELS = 1024  # of each image and band
@@ -24,51 +30,97 @@ def find_value_range(images, given: list[float] | None, num_channels: int) -> tu
     - All else: from the lowest to the highest thousandth of the values, for each band.
 
     Args:
-        images: an `ImageDataset`, or an `ImageStream`, of which the first images are taken.
+        images: an `ImageDataset`, or an `ImageStream`, of which the first images are taken. If its `value_range` has
+            `nodata`, the result has it too, pixels without data do not count, and a second line counts them.
         given: low, high, or such a pair for each band.
 
     Raises:
         ImageFormatError: images of several depths and no range, or nothing but one value.
-        ValueError: `given` has a wrong length.
+        ValueError: `given` has a wrong length; no image can hold `nodata`.
     """
     fixed = None if given is None else ValueRange.from_list(given, num_channels)
-    images = images.in_range(None, own_depth=True)
-    found = _types(sampled(images.identify(), _PROBES, seed=0))
+    found, lines = _types(images), []
     if fixed is None and len(found) > 1:
         raise ImageFormatError(
             f"the images have several depths, {' and '.join(f'{kind} ({name})' for kind, name in found.items())}; "
             "convert them to one, or give the value_range that holds for all"
         )
-    kind = next(iter(found))
-    if fixed is None and kind == "uint8":
-        return None, None
-    values, count = _values(sampled(images, _IMAGES, seed=0))
-    value_range = fixed or _measured(values, kind)
-    if len(found) == 1:
-        value_range = ValueRange(value_range.low, value_range.high, kind)
-    return value_range, _line(value_range, kind if len(found) == 1 else "several depths", values, count, fixed is None)
+    kind = next(iter(found)) if len(found) == 1 else None
+    nodata = None if images.value_range is None else images.value_range.nodata
+    if nodata is not None:
+        check_possible(nodata, found)
+        if nodata != nodata and "float32" not in found:
+            nodata, lines = None, ["nodata: none, because whole numbers are never NaN; GDAL_NODATA tags are ignored"]
+    if fixed is None and kind == "uint8" and nodata is None:
+        return None, "\n".join(lines) or None
+    images = images.in_range(None if nodata is None else images.value_range, own_depth=True)
+    values, counts = _values(sampled(images, _IMAGES, seed=0))
+    value_range = fixed or (EIGHT_BITS if kind == "uint8" else _measured(values, kind))
+    value_range = ValueRange(value_range.low, value_range.high, kind, nodata)
+    lines.insert(0, _line(value_range, kind or "several depths", values, counts.images, fixed is None))
+    if nodata is not None:
+        lines.append(counts.line(nodata, images))
+    return value_range, "\n".join(lines)
 
 
-def _types(samples) -> dict[str, str]:
-    """Type → the name of an image that has it."""
-    found = {}
-    for sample in samples:
-        found.setdefault(type_name(sample["pixel_values"]), sample["name"])
+def _types(images) -> dict[str, str]:
+    """Type → the name of an image that has it, of a few images. They are read as they are, NaN and all."""
+    found, read = {}, 0
+    for row in sampled(images.images, _IMAGES, seed=0):
+        name = image_name(row["image"], "an image")
+        try:
+            with decoding(name):
+                found.setdefault(_type_of(open_image(row["image"], images.num_channels)), name)
+        except BrokenImage:
+            continue  # it is counted when the images are sampled
+        if (read := read + 1) == _PROBES:
+            break
     return found
 
 
-def _values(samples) -> tuple[Tensor, int]:
-    """(values [C, n] of some pixels of each image, sorted; the number of images)."""
-    parts = []
+def _type_of(image) -> str:
+    is_deep = isinstance(image, np.ndarray) or image.mode.startswith("I") or image.mode == "F"
+    return as_pixels(np.asarray(image)).dtype.name if is_deep else "uint8"
+
+
+@dataclass
+class _Counts:
+    """Images that were measured; those with pixels without data; the share of these pixels, summed over images."""
+
+    images: int = 0
+    touched: int = 0
+    share: float = 0.0
+
+    def line(self, nodata: float, images) -> str:
+        share = 100 * self.share / self.images
+        line = f"nodata: {share:.{1 if share >= 0.1 or not share else 4}f} % of the pixels, in {self.touched:,} of "
+        line += f"{self.images:,} images ({as_text(nodata)}{', by GDAL_NODATA tags' if images.checks_tags else ''})"
+        if empty := images.num_empty():
+            line += f"; {empty:,} images hold no data at all and are left out"
+        return line
+
+
+def _values(samples) -> tuple[Tensor, _Counts]:
+    """(values [C, n] of some pixels of each image, sorted, NaN last; how many have no data)."""
+    parts, counts = [], _Counts()
     for sample in samples:
         pixels = sample["pixel_values"].flatten(1).float()
+        missing = pixels.isnan().float().mean().item()
+        counts.images += 1
+        counts.touched += missing > 0
+        counts.share += missing
         parts.append(pixels[:, :: max(1, pixels.shape[1] // _PIXELS)])
-    return torch.cat(parts, dim=1).sort(dim=1).values, len(parts)
+    if not parts:
+        raise ImageFormatError("no image of the dataset holds data")
+    return torch.cat(parts, dim=1).sort(dim=1).values, counts
 
 
 def _measured(values: Tensor, kind: str) -> ValueRange:
-    tail = int(values.shape[1] * _TAIL)
-    low, high = values[:, tail], values[:, -1 - tail]
+    count = (~values.isnan()).sum(dim=1)
+    if not count.all():
+        raise ImageFormatError(f"band {int(count.argmin()) + 1} holds no data in any image; give value_range")
+    tail = (count * _TAIL).long()
+    low, high = (values.gather(1, place[:, None])[:, 0] for place in (tail, count - 1 - tail))
     if (low == high).all():
         raise ImageFormatError(f"the images hold one value, {low[0].item():g}; give value_range if that is right")
     least, most = low.min().item(), high.max().item()
@@ -83,15 +135,14 @@ def _measured(values: Tensor, kind: str) -> ValueRange:
 
 def _line(value_range: ValueRange, kind: str, values: Tensor, count: int, measured: bool) -> str:
     low, high = torch.tensor(value_range.low)[:, None], torch.tensor(value_range.high)[:, None]
-    used = value_range.as_list()
+    used, valid = value_range.as_list(), ~values.isnan()
+    data = values[valid]
     scaled = f"{used[0]:,}..{used[1]:,}" if len(used) == 2 else "a range of each band"
     listed = ",".join(f"{value:.6g}" for value in used)
-    line = (
-        f"pixels: {kind}, {values.min().item():,.6g}..{values.max().item():,.6g} over {count:,} images → scaled from "
-    )
+    line = f"pixels: {kind}, {data.min().item():,.6g}..{data.max().item():,.6g} over {count:,} images → scaled from "
     line += f"{scaled}; change it with --value_range {listed}" if measured else f"{scaled}, as given"
-    if outside := ((values < low) | (values > high)).float().mean().item():
+    if outside := ((values < low) | (values > high))[valid].float().mean().item():
         line += f"; {outside:.2%} of the values lie outside and are clipped"
-    if (levels := len(values.clamp(low, high).unique())) < _FEW_LEVELS:
+    if (levels := len(values.clamp(low, high)[valid].unique())) < _FEW_LEVELS:
         line += f"; WARNING: only {levels} levels of the data are used"
     return line

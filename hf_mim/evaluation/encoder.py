@@ -111,7 +111,7 @@ class FrozenEncoder:
         self.image_size = self.native_size if image_size is None else pair(image_size)
         if len(self.mean) != self.num_channels or len(self.std) != self.num_channels:
             raise ValueError(f"image_mean and image_std must have {self.num_channels} values, not {mean}, {std}")
-        self.normalize = DeviceAugment(self.mean, self.std).eval()
+        self.normalize = DeviceAugment(self.mean, self.std, nodata=self.has_nodata).eval()
         self._check_size()
 
     @classmethod
@@ -137,6 +137,11 @@ class FrozenEncoder:
     @property
     def device(self) -> torch.device:
         return next(self.model.parameters()).device
+
+    @property
+    def has_nodata(self) -> bool:
+        """Whether images may have pixels without data."""
+        return self.value_range is not None and self.value_range.nodata is not None
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -173,7 +178,7 @@ class FrozenEncoder:
             "image_size": self.image_size,
             "mean": self.mean,
             "std": self.std,
-            "value_range": None if self.value_range is None else self.value_range.as_list(),
+            **described(self.value_range),
             "dtype": str(self.dtype),
             "device": self.device.type,
         }
@@ -184,7 +189,7 @@ class FrozenEncoder:
         return image_processor(self.image_size, self.mean, self.std, self.value_range, fraction)
 
     def preprocess(self, pixel_values: Tensor) -> Tensor:
-        """`[B, C, h, w]`, uint8 or float32 in 0..255 → normalised float32 on the encoder's device."""
+        """`[B, C, h, w]`, uint8 or float32 in 0..255 (NaN: no data) → normalised float32 on the encoder's device."""
         return self.normalize(pixel_values.to(self.device, non_blocking=True))
 
     def check(self, spec: FeatureSpec):
@@ -284,6 +289,12 @@ class FrozenEncoder:
         self.num_prefix_tokens, self.width = tokens.shape[1] - patches, tokens.shape[2]
 
 
+def described(value_range: ValueRange | None) -> dict:
+    """What decides how an image's values are scaled."""
+    about = {"value_range": None if value_range is None else value_range.as_list()}
+    return about if value_range is None or value_range.nodata is None else about | {"nodata": str(value_range.nodata)}
+
+
 class RawPixels:
     """No encoder, for comparison: the features are the normalised pixels, averaged down to 32×32 where there are more.
 
@@ -298,12 +309,13 @@ class RawPixels:
         self.patch_size, self.num_channels = image_size, len(self.mean)
         self.side = min(32, image_size[0]), min(32, image_size[1])
         self.width = self.num_channels * self.side[0] * self.side[1]
-        self.normalize = DeviceAugment(self.mean, self.std).eval()
+        self.normalize = DeviceAugment(self.mean, self.std, nodata=self.has_nodata).eval()
 
     def describe(self) -> dict:
         about = {"weights": self.name, "image_size": self.image_size, "mean": self.mean, "std": self.std}
-        return about | {"value_range": None if self.value_range is None else self.value_range.as_list()}
+        return about | described(self.value_range)
 
+    has_nodata = FrozenEncoder.has_nodata
     preprocess = FrozenEncoder.preprocess
 
     def check(self, spec: FeatureSpec):

@@ -149,7 +149,8 @@ class _Decoded(Dataset):
     def _decode(self, row: int, value) -> tuple[Tensor, bool]:
         try:
             with decoding(image_name(value, f"image {row}")):
-                pixels = load_crop(value, self.crop, self.size, self.num_channels, crop_rng(0, 0, row))
+                rng = crop_rng(0, 0, row)
+                pixels = load_crop(value, self.crop, self.size, self.num_channels, rng, self.value_range)
                 return scale_pixels(pixels, self.value_range), True
         except BrokenImage:
             return torch.zeros(self.num_channels, *self.size, dtype=torch.uint8), False

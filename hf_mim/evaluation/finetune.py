@@ -208,11 +208,13 @@ class Finetune:
         train_images = training_images(train.images, encoder, *crop)
         unlabelled = test.images.select_columns("image")
         about = encoder.image_size, encoder.num_channels, extract.crop
-        test_images = ImageDataset(unlabelled, *about, value_range=encoder.value_range)
+        test_images = ImageDataset(unlabelled, *about, value_range=encoder.value_range, keep_empty=True)
         with seeded(self.seed, encoder.device), tempfile.TemporaryDirectory() as folder:
             model = load_classifier(encoder.name, classes, self.drop_path, self.blocks, encoder.is_untrained)
             args = self._arguments(folder, encoder.device, extract.num_workers, not extract.progress)
-            trainer = make_trainer(model, args, self._augment(encoder.mean, encoder.std), train_images)
+            trainer = make_trainer(
+                model, args, self._augment(encoder.mean, encoder.std, encoder.has_nodata), train_images
+            )
             trainer.remove_callback(PrinterCallback)
             if trainer.pop_callback(ProgressCallback) is not None:
                 trainer.add_callback(LossOnBar())
@@ -246,8 +248,9 @@ class Finetune:
             disable_tqdm=silent,
         )
 
-    def _augment(self, mean, std) -> MixAugment:
-        return MixAugment(mean, std, self.mixup, self.cutmix, self.label_smoothing, self.random_erase, self.flip)
+    def _augment(self, mean, std, nodata: bool = False) -> MixAugment:
+        mixing = self.mixup, self.cutmix, self.label_smoothing, self.random_erase, self.flip
+        return MixAugment(mean, std, *mixing, nodata=nodata)
 
     def _result(self, trainer: Trainer, logits: torch.Tensor, train, test) -> Result:
         """The result. Only here are the test labels read."""

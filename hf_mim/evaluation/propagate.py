@@ -211,8 +211,9 @@ class Propagate:
 
         def load(value) -> Tensor:
             with decoding(image_name(value, "a frame")):
-                pixels = load_crop(value, WholeImage(), size, encoder.num_channels, crop_rng(0, 0, 0))
-                return scale_pixels(pixels, encoder.value_range)
+                value_range = encoder.value_range
+                pixels = load_crop(value, WholeImage(), size, encoder.num_channels, crop_rng(0, 0, 0), value_range)
+                return scale_pixels(pixels, value_range)
 
         with ThreadPoolExecutor(max(1, extract.num_workers)) as pool:
             for start in range(0, len(frames), batch):

@@ -9,6 +9,7 @@ from hf_mim.data.processor import read_processor
 from hf_mim.hub import key_tables
 from hf_mim.models.configuration_vit import MIMConfig
 from hf_mim.models.heads import ClassificationHead
+from hf_mim.models.nodata import as_text
 from hf_mim.models.vit import MIMPreTrainedModel
 
 # Names of activations, transformers' → timm's.
@@ -91,6 +92,11 @@ def _images(config: MIMConfig, checkpoint) -> dict:
     Raises ValueError for images that are not of 8 bits, which timm's pipeline does not read.
     """
     known = read_processor(checkpoint, config.num_channels)
+    if known and known.value_range and known.value_range.nodata is not None:
+        raise ValueError(
+            "to must be remote-code or onnx: timm knows no pixels without data, and the images of this checkpoint have "
+            f"nodata {as_text(known.value_range.nodata)}"
+        )
     if known and known.value_range:
         raise ValueError(
             "to must be remote-code: timm prepares 8-bit images, and those of this checkpoint have values in "

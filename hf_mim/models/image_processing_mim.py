@@ -25,6 +25,8 @@ class MIMImageProcessor(BaseImageProcessor):
         value_range: [low, high], or such a pair for each channel: the values that become 0 and 1; values beyond are
             clipped. None: the whole range of the image's type, 0..255 or 0..65535, and 0..1 for floats.
         pixel_type: the type that images must have, "uint16"; None: any.
+        nodata: the value of pixels without data in the image's own depth, a number or "nan"; those that are not finite
+            then have none either. They become 0, the mean of their channel. None: all pixels have data.
 
     Raises:
         ImageFormatError: a ValueError: an image of other channels, another type, or values without a known range.
@@ -40,12 +42,16 @@ class MIMImageProcessor(BaseImageProcessor):
         crop_fraction: float | None = None,
         value_range: Sequence[float] | None = None,
         pixel_type: str | None = None,
+        nodata: float | str | None = None,
         **kwargs,
     ):
         super().__init__(**kwargs)
         self.size, self.crop_fraction = dict(size), crop_fraction
         self.image_mean, self.image_std = list(image_mean), list(image_std)
         self.value_range, self.pixel_type = None if value_range is None else list(value_range), pixel_type
+        self.nodata = "nan" if nodata is not None and float(nodata) != float(nodata) else nodata  # JSON has no NaN
+        if nodata is not None and value_range is None:
+            raise ValueError(f"value_range must be given with nodata {nodata}; it is 0,255 for 8-bit images")
 
     def preprocess(
         self, images, return_tensors: str | None = None, input_data_format: str | None = None
@@ -66,9 +72,12 @@ class MIMImageProcessor(BaseImageProcessor):
     def _pixels(self, image: Image.Image | np.ndarray, channels_last: bool) -> torch.Tensor:
         num_channels = len(self.image_mean)
         crop = WholeImage() if self.crop_fraction is None else CenterCrop(self.crop_fraction)
-        pixels = crop_image(image, crop, (self.size["height"], self.size["width"]), num_channels, None, channels_last)
         value_range = self.value_range
         if value_range is not None:
-            value_range = ValueRange.from_list(value_range, num_channels, self.pixel_type)
+            nodata = None if self.nodata is None else float(self.nodata)
+            value_range = ValueRange.from_list(value_range, num_channels, self.pixel_type, nodata)
+        size = self.size["height"], self.size["width"]
+        pixels = crop_image(image, crop, size, num_channels, None, channels_last, value_range)
         factor, shift = scale_and_shift(self.image_mean, self.image_std)
-        return scale_pixels(pixels, value_range).float() * factor + shift
+        pixels = scale_pixels(pixels, value_range).float() * factor + shift
+        return pixels if self.nodata is None else pixels.nan_to_num(nan=0.0)

@@ -12,7 +12,7 @@ from transformers.utils.generic import can_return_tuple
 from .configuration_latent_mim import LatentMIMConfig
 from .decoders import CrossAttentionLayer
 from .heads import BackboneHead, ClassificationHead
-from .losses import normalized_l2, patch_discrimination, standardize
+from .losses import masked_sum, mean_over, normalized_l2, patch_discrimination, standardize
 from .masking import gather, split_at_random
 from .positions import PositionEmbeddings
 from .signals import error_over_constant, spread, target_signals
@@ -46,11 +46,23 @@ def patchify_with_gap(
     return patches.reshape(batch, rows * columns, -1)
 
 
-def mean_pairwise_cosine(tokens: torch.Tensor) -> torch.Tensor:
+def mean_pairwise_cosine(tokens: torch.Tensor, valid: torch.Tensor | None = None) -> torch.Tensor:
     """Mean cosine over all pairs of tokens `[B, K, D]` of an image, averaged over the batch: 1/K for orthogonal tokens,
-    1 for equal ones. A token and itself are a pair too, as in the released code."""
+    1 for equal ones. A token and itself are a pair too, as in the released code. Only `valid [B, K]` tokens count."""
     # The mean over pairs of unit vectors is the squared length of their mean.
-    return F.normalize(tokens, dim=-1).mean(dim=1).square().sum(dim=-1).mean()
+    units = F.normalize(tokens, dim=-1)
+    if valid is None:
+        return units.mean(dim=1).square().sum(dim=-1).mean()
+    means = masked_sum(units, valid[..., None], 1) / valid.sum(dim=1, keepdim=True).clamp(min=1)
+    return mean_over(means.square().sum(dim=-1), valid.any(dim=1))
+
+
+def log_of_choices(targets: torch.Tensor, valid: torch.Tensor | None) -> torch.Tensor | float:
+    """ln of the number of targets `[B, K, D]` among which a prediction chooses; the mean over the `valid [B, K]`."""
+    if valid is None:
+        return math.log(targets.shape[1])
+    choices = valid.sum(dim=1, keepdim=True).clamp(min=1).log().expand(valid.shape)
+    return mean_over(choices, valid)
 
 
 class LatentMIMPreTrainedModel(MIMPreTrainedModel):
@@ -182,17 +194,18 @@ class LatentMIMForPreTraining(TargetNetworkMixin, LatentMIMPreTrainedModel):
         masks = self.draw_masks(len(pixel_values), grid, pixel_values.device, patch_offsets=patch_offsets, **given)
         return patchify_with_gap(pixel_values, patch_size, masks["patch_offsets"], gap), grid, masks
 
-    def loss(self, predictions, targets, visible):
-        """The loss and its parts; predictions, targets `[B, Nm, D]` and visible latents `[B, Nv, D]` are float32."""
+    def loss(self, predictions, targets, visible, valid=None):
+        """The loss and its parts; predictions, targets `[B, Nm, D]` and visible latents `[B, Nv, D]` are float32. Only
+        `valid [B, Nm]` targets count."""
         if self.config.loss_type == "patch_discrimination":
-            loss = patch_discrimination(predictions, targets, self.config.temperature)
+            loss = patch_discrimination(predictions, targets, self.config.temperature, valid)
             # Constant predictions are standardised to 0. They find their targets by chance: 2 · temperature · ln Nm.
-            error = loss.detach() / (2 * self.config.temperature * math.log(targets.shape[1]))
+            error = loss.detach() / (2 * self.config.temperature * log_of_choices(targets, valid))
         else:
-            loss = normalized_l2(predictions, targets)
-            error = error_over_constant(predictions, standardize(targets))
+            loss = normalized_l2(predictions, targets, valid)
+            error = error_over_constant(predictions, standardize(targets), valid)
         similarities = {
-            "similarity_predictions": mean_pairwise_cosine(predictions),
+            "similarity_predictions": mean_pairwise_cosine(predictions, valid),
             "similarity_visible": mean_pairwise_cosine(visible),
         }
         metrics = {self.config.loss_type: loss.detach()} | {k: v.detach() for k, v in similarities.items()}
@@ -204,7 +217,7 @@ class LatentMIMForPreTraining(TargetNetworkMixin, LatentMIMPreTrainedModel):
 
     @can_return_tuple
     def forward(
-        self, pixel_values, context_ids=None, target_ids=None, patch_offsets=None, noise=None
+        self, pixel_values, context_ids=None, target_ids=None, patch_offsets=None, noise=None, valid_pixels=None
     ) -> LatentMIMOutput:
         """Predict the target network's latents of masked patches.
 
@@ -213,21 +226,26 @@ class LatentMIMForPreTraining(TargetNetworkMixin, LatentMIMPreTrainedModel):
             context_ids, target_ids: `[B, Nv]` visible and `[B, Nm]` masked patches, raster indices; drawn if absent.
             patch_offsets: `[B, gh, gw, 2]` row and column of each patch in its cell; drawn from {0..gap-1} if absent.
             noise: `[B, N]`; the patches with the smallest noise stay visible. Drawn if absent.
+            valid_pixels: bool `[B, C, H, W]`, False for pixels without data, which are 0 in `pixel_values`. Patches
+                without any data are no targets. Default: all have data.
         """
         given = {"context_ids": context_ids, "target_ids": target_ids, "noise": noise}
         patches, grid, masks = self.draw(pixel_values, patch_offsets, **given)
         context_ids, target_ids = masks["context_ids"], masks["target_ids"]
-        num_prefix = self.config.num_prefix_tokens
+        num_prefix, valid = self.config.num_prefix_tokens, None
+        if valid_pixels is not None:
+            cut = self.config.patch_height_width, masks["patch_offsets"], self.config.patch_gap
+            valid = gather(patchify_with_gap(valid_pixels, *cut).any(dim=-1), target_ids)
         with torch.no_grad():
             targets = self.target_encoder.encode(gather(patches, target_ids), grid, target_ids)[:, num_prefix:]
             targets = self.target_projector(targets).float()
         latents = self.projector(self.encoder.encode(gather(patches, context_ids), grid, context_ids))
         predictions = self.decoder(latents, grid, context_ids, target_ids)
         with torch.autocast(pixel_values.device.type, enabled=False):  # logits of bfloat16 would be off by 1 %
-            loss, metrics = self.loss(predictions.float(), targets, latents[:, num_prefix:].float())
-        metrics["similarity_targets"] = mean_pairwise_cosine(targets)
+            loss, metrics = self.loss(predictions.float(), targets, latents[:, num_prefix:].float(), valid)
+        metrics["similarity_targets"] = mean_pairwise_cosine(targets, valid)
         metrics["feature_std"] = spread(latents[:, num_prefix:])
-        metrics |= target_signals(targets, target_ids, patches.shape[1])
+        metrics |= target_signals(targets, target_ids, patches.shape[1], valid)
         return LatentMIMOutput(loss=loss, predictions=predictions, targets=targets, metrics=metrics, **masks)
 
 

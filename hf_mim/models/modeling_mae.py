@@ -3,13 +3,12 @@
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from transformers.utils.generic import can_return_tuple
 
 from .configuration_mae import MAEConfig
 from .decoders import PixelDecoder
 from .heads import BackboneHead, ClassificationHead
-from .losses import standardize
+from .losses import mean_and_variance, mean_squared_error, standardize
 from .masking import gather, split_at_random
 from .signals import spread
 from .vit import MIMPreTrainedModel, PretrainingOutput, ViTEncoder, are_ids_absent, unpatchify
@@ -52,13 +51,15 @@ class MAEForPreTraining(MAEPreTrainedModel):
         return {"context_ids": context_ids, "target_ids": target_ids}
 
     @can_return_tuple
-    def forward(self, pixel_values, context_ids=None, target_ids=None, noise=None) -> MAEOutput:
+    def forward(self, pixel_values, context_ids=None, target_ids=None, noise=None, valid_pixels=None) -> MAEOutput:
         """Reconstruct masked patches.
 
         Args:
             pixel_values: normalised images `[B, C, H, W]`.
             context_ids, target_ids: `[B, Nv]` visible and `[B, Nm]` masked patches, raster indices; drawn if absent.
             noise: `[B, N]`; the patches with the smallest noise stay visible. Drawn if absent.
+            valid_pixels: bool `[B, C, H, W]`, False for pixels without data, which are 0 in `pixel_values` and left out
+                of the loss. Default: all have data.
         """
         patches, grid = self.encoder.cut(pixel_values)
         given = {"context_ids": context_ids, "target_ids": target_ids, "noise": noise}
@@ -66,32 +67,37 @@ class MAEForPreTraining(MAEPreTrainedModel):
         context_ids, target_ids = masks["context_ids"], masks["target_ids"]
         latents = self.encoder.encode(gather(patches, context_ids), grid, context_ids)
         predictions = self.decoder(latents, grid, context_ids, target_ids)
-        targets = gather(patches, target_ids).float()
+        targets, valid = gather(patches, target_ids).float(), self.valid_values(valid_pixels, target_ids)
         if self.config.norm_pix_loss:
-            targets = standardize(targets)
+            targets = standardize(targets, valid)
         return MAEOutput(
-            loss=F.mse_loss(predictions.float(), targets),
+            loss=mean_squared_error(predictions.float(), targets, valid),
             predictions=predictions,
             targets=targets,
             metrics={"feature_std": spread(latents[:, self.config.num_prefix_tokens :])},
             **masks,
         )
 
+    def valid_values(self, valid_pixels, target_ids):
+        """Which values of the targets have data, bool `[B, Nm, P]`; None: all."""
+        return None if valid_pixels is None else gather(self.encoder.cut(valid_pixels)[0], target_ids)
+
     @torch.no_grad()
-    def reconstruct(self, pixel_values, **masks) -> tuple[torch.Tensor, torch.Tensor]:
+    def reconstruct(self, pixel_values, valid_pixels=None, **masks) -> tuple[torch.Tensor, torch.Tensor]:
         """Mask normalised images `[B, C, H, W]` and fill the masked patches with the model's predictions.
 
         `masks` are the ids or the noise of `forward`, drawn if absent. Returns the reconstruction `[B, C, H, W]`
         (float32, normalised as the images) and the mask `[B, 1, H, W]`, True where masked. Visible patches show the
         true pixels. With `norm_pix_loss` the model predicts standardised patches, so each gets the mean and variance of
-        the true patch.
+        the true patch, of its `valid_pixels`.
         """
-        output = self(pixel_values, **masks)
+        output = self(pixel_values, valid_pixels=valid_pixels, **masks)
         patches, grid = self.encoder.cut(pixel_values.float())
         predictions = output.predictions.float()
         if self.config.norm_pix_loss:
-            masked = gather(patches, output.target_ids)
-            predictions = predictions * (masked.var(-1, keepdim=True) + 1e-6).sqrt() + masked.mean(-1, keepdim=True)
+            masked, valid = gather(patches, output.target_ids), self.valid_values(valid_pixels, output.target_ids)
+            mean, variance = mean_and_variance(masked, valid)
+            predictions = predictions * (variance + 1e-6).sqrt() + mean
         places = output.target_ids[..., None].expand_as(predictions)
         images = patches.scatter(1, places, predictions)
         mask = torch.zeros_like(patches).scatter(1, places, 1.0)

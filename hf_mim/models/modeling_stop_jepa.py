@@ -14,6 +14,7 @@ from transformers.utils.generic import can_return_tuple
 from .configuration_stop_jepa import StopJepaConfig
 from .heads import BackboneHead, ClassificationHead
 from .linear_layers import bias_of, input_dtype, product_without_bias
+from .losses import smooth_l1
 from .masking import gather, sample_multi_block
 from .positions import PositionEmbeddings
 from .signals import error_over_constant, spread, target_signals
@@ -146,7 +147,13 @@ class StopJepaForPreTraining(TargetNetworkMixin, StopJepaPreTrainedModel):
 
     @can_return_tuple
     def forward(
-        self, pixel_values, context_ids=None, target_ids=None, position_noise=None, context_noise=None
+        self,
+        pixel_values,
+        context_ids=None,
+        target_ids=None,
+        position_noise=None,
+        context_noise=None,
+        valid_pixels=None,
     ) -> StopJepaOutput:
         """Predict the target encoder's tokens in the target blocks.
 
@@ -155,6 +162,8 @@ class StopJepaForPreTraining(TargetNetworkMixin, StopJepaPreTrainedModel):
             context_ids, target_ids: `[B, Nc]` context and `[B, M, Nt]` target patches, raster indices; drawn if absent.
             position_noise: `[B, M, Nt, D]` for the masked tokens, σ applied; drawn if absent and the config has it.
             context_noise: the same for the context tokens, `[B, M, Nc, D]`.
+            valid_pixels: bool `[B, C, H, W]`, False for pixels without data, which are 0 in `pixel_values`. Patches
+                without any data are no targets. Default: all have data.
         """
         patches, grid = self.encoder.cut(pixel_values)
         given = {"context_ids": context_ids, "target_ids": target_ids}
@@ -166,15 +175,19 @@ class StopJepaForPreTraining(TargetNetworkMixin, StopJepaPreTrainedModel):
             tokens = F.layer_norm(tokens.float(), tokens.shape[-1:])
             targets = gather(tokens, target_ids.flatten(1)).unflatten(1, target_ids.shape[1:])
         features = self.encoder.encode(gather(patches, context_ids), grid, context_ids)
+        valid, valid_targets = None, None
+        if valid_pixels is not None:
+            valid = self.encoder.cut(valid_pixels)[0].any(dim=-1)  # [B, N]
+            valid_targets = gather(valid, target_ids.flatten(1)).unflatten(1, target_ids.shape[1:])
         noise = masks.get("position_noise"), masks.get("context_noise")
         predictions = self.predictor(features, grid, context_ids, target_ids, *noise)
         return StopJepaOutput(
-            loss=F.smooth_l1_loss(predictions.float(), targets),
+            loss=smooth_l1(predictions.float(), targets, valid_targets),
             predictions=predictions,
             targets=targets,
-            metrics=target_signals(tokens)
+            metrics=target_signals(tokens, valid=valid)
             | {
-                "error_over_constant": error_over_constant(predictions, targets),
+                "error_over_constant": error_over_constant(predictions, targets, valid_targets),
                 "feature_std": spread(features),
                 "context_share": targets.new_full((), context_ids.shape[1] / patches.shape[1]),
             },

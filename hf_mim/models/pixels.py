@@ -8,6 +8,7 @@ Training, evaluation and the image processor all call `crop_image`, so that they
 - Grey becomes 3 channels by replication; colour becomes 1 channel by luminance, .299 R + .587 G + .114 B.
 - Any other number of channels must be `num_channels`.
 - EXIF orientation is applied.
+- If a value stands for pixels without data, the image becomes float32, with NaN there (`nodata.py`).
 
 The resize is bicubic with antialiasing, as PIL's. There are two ways:
 - At full resolution the box has whole pixels. It is sliced, then resized by torch's kernel. For uint8 this equals PIL's
@@ -16,7 +17,6 @@ The resize is bicubic with antialiasing, as PIL's. There are two ways:
   between pixels, so PIL resizes it: `resize(box=..., reducing_gap=2)`.
 """
 
-import struct
 from dataclasses import dataclass
 
 import numpy as np
@@ -25,9 +25,11 @@ import torch.nn.functional as F
 from PIL import Image, JpegImagePlugin
 from torch import Tensor
 
+from .nodata import EmptyImage, blanked, resize_valid
+from .orientation import exif_orientation, upright
+
 MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}  # what PIL itself can convert to
 LUMINANCE = (0.299, 0.587, 0.114)
-_EXIF_ORIENTATION = 0x0112
 # The decoder's shrinking filters less well than the resize. With a margin of 1, some crops differ by 6 grey levels on
 # average; with 1.5, the worst of 1000 differs by 3.6.
 DRAFT_MARGIN = 1.5
@@ -81,11 +83,13 @@ class ValueRange:
 
     low, high: one value, or one for each band.
     pixel_type: the type of the images for which it was measured ("uint16"); images of other types are refused.
+    nodata: the value of pixels without data, in the images' own depth; NaN: only those that are not finite.
     """
 
     low: tuple[float, ...]
     high: tuple[float, ...]
     pixel_type: str | None = None
+    nodata: float | None = None
 
     def __post_init__(self):
         pairs = list(zip(self.low, self.high, strict=True))
@@ -93,14 +97,14 @@ class ValueRange:
             raise ValueError(f"value_range must be pairs of numbers, the smaller first, not {self.as_list()}")
 
     @classmethod
-    def from_list(cls, values, num_channels: int, pixel_type: str | None = None) -> "ValueRange":
+    def from_list(cls, values, num_channels: int, pixel_type=None, nodata=None) -> "ValueRange":
         """From [low, high], or from [low, high, low, high, ...] with a pair for each band."""
         if len(values) not in (2, 2 * num_channels):
             raise ValueError(
                 f"value_range must be low,high, or such a pair for each of the {num_channels} channels "
                 f"({2 * num_channels} numbers), not {len(values)} numbers"
             )
-        return cls(tuple(map(float, values[::2])), tuple(map(float, values[1::2])), pixel_type)
+        return cls(tuple(map(float, values[::2])), tuple(map(float, values[1::2])), pixel_type, nodata)
 
     def as_list(self) -> list[float]:
         """[low, high], or such a pair for each band one after the other. Whole numbers are ints."""
@@ -112,9 +116,8 @@ class ValueRange:
         low, high = (torch.tensor(values, dtype=torch.float64).view(-1, 1, 1) for values in (self.low, self.high))
         return low.float(), (255 / (high - low)).float()
 
-    def check(self, pixels: Tensor):
-        """Raise ImageFormatError for an image of another depth than the range was measured on."""
-        found = type_name(pixels)
+    def check(self, found: str):
+        """Raise ImageFormatError for an image of another type than the range was measured on."""
         if self.pixel_type not in (None, found):
             raise ImageFormatError(
                 f"the image is {found}, and the value range {self.as_list()} was measured on {self.pixel_type}; "
@@ -137,7 +140,7 @@ def scale_and_shift(mean, std) -> tuple[Tensor, Tensor]:
 
 
 def scale(pixels: Tensor, offset: Tensor, factor: Tensor) -> Tensor:
-    """[..., C, h, w] of any depth -> float32 in 0..255; values beyond the range are clipped."""
+    """[..., C, h, w] of any depth -> float32 in 0..255; values beyond the range are clipped, and NaN stays."""
     # In place: on a CPU, fresh memory costs more than the arithmetic.
     return pixels.to(torch.float32, copy=True).sub_(offset).mul_(factor).clamp_(0, 255)
 
@@ -151,7 +154,8 @@ def scale_pixels(pixels: Tensor, value_range: ValueRange | None) -> Tensor:
     """
     name = type_name(pixels)
     if value_range is not None:
-        value_range.check(pixels)
+        if value_range.nodata is None:  # else `crop_image` has checked it, and it is float32 now
+            value_range.check(name)
         return scale(pixels, *value_range.offset_and_factor())
     if name == "uint8":
         return pixels
@@ -166,35 +170,13 @@ def scale_pixels(pixels: Tensor, value_range: ValueRange | None) -> Tensor:
     return scale(pixels, *ValueRange(known[:1], known[1:]).offset_and_factor())
 
 
-def exif_orientation(image: Image.Image) -> tuple[bool, bool, bool]:
-    """(flip x, flip y, swap axes): whether to do each of these, in this order, to make the stored image upright."""
-    if not image.info.keys() & {"exif", "xmp", "XML:com.adobe.xmp", "Raw profile type exif"}:
-        return False, False, False
-    try:
-        orientation = image.getexif().get(_EXIF_ORIENTATION, 1)
-    except (SyntaxError, ValueError, struct.error):  # the picture may be intact though its EXIF block is damaged
-        orientation = 1
-    return turns(orientation)
-
-
-def turns(orientation: int) -> tuple[bool, bool, bool]:
-    """As `exif_orientation`, for the value of the tag."""
-    return orientation in (2, 3, 7, 8), orientation in (3, 4, 6, 7), orientation in (5, 6, 7, 8)
-
-
-def upright(array: np.ndarray, flip_x: bool, flip_y: bool, swap: bool) -> np.ndarray:
-    """The stored array [h, w, ...], turned."""
-    if flip_x or flip_y:  # a copy, because torch takes no array that runs backwards
-        array = np.ascontiguousarray(array[:: -1 if flip_y else 1, :: -1 if flip_x else 1])
-    return array.swapaxes(0, 1) if swap else array
-
-
 def to_channels(
-    image: Image.Image | np.ndarray, num_channels: int, channels_last: bool = False
+    image: Image.Image | np.ndarray, num_channels: int, channels_last=False, value_range: ValueRange | None = None
 ) -> Image.Image | np.ndarray:
     """The image with `num_channels` channels: PIL of mode L, LA, RGB or RGBA, or an array [h, w, C] in its own depth.
 
     channels_last: an array is [h, w, C], whatever its shape says.
+    value_range: if it has `nodata`, an array becomes float32, with NaN there.
 
     Raises:
         ImageFormatError: the channels of the image cannot become `num_channels`.
@@ -202,7 +184,7 @@ def to_channels(
     if isinstance(image, Image.Image) and (image.mode.startswith("I") or image.mode == "F"):
         image = np.asarray(image)
     if isinstance(image, np.ndarray):
-        return _array_to_channels(image, num_channels, channels_last)
+        return _array_to_channels(image, num_channels, channels_last, value_range)
     if num_channels not in MODES:
         raise ImageFormatError(f"num_channels={num_channels}, but the image has {len(image.getbands())} ({image.mode})")
     mode = MODES[num_channels]
@@ -211,13 +193,16 @@ def to_channels(
     return image if image.mode == mode else image.convert(mode)
 
 
-def _array_to_channels(array: np.ndarray, num_channels: int, channels_last: bool) -> np.ndarray:
+def _array_to_channels(array: np.ndarray, num_channels: int, channels_last: bool, value_range) -> np.ndarray:
     """[h, w], [h, w, C] or [C, h, w] of any numeric type -> [h, w, num_channels]."""
     if array.ndim == 2:
         array = array[..., None]
     if array.ndim != 3 or array.size == 0:
         raise ImageFormatError(f"an array image must be [h, w], [h, w, C] or [C, h, w], not {list(array.shape)}")
     array = as_pixels(array if channels_last else _channels_last(array, num_channels))
+    if value_range is not None and value_range.nodata is not None:  # before bands are mixed
+        value_range.check(array.dtype.name)
+        array = blanked(array, value_range.nodata)
     found = array.shape[2]
     if found == num_channels:
         return array
@@ -271,17 +256,31 @@ def as_pixels(array: np.ndarray) -> np.ndarray:
 
 
 def crop_image(
-    image: Image.Image | np.ndarray, crop, size: tuple[int, int], num_channels: int, rng=None, channels_last=False
+    image: Image.Image | np.ndarray,
+    crop,
+    size: tuple[int, int],
+    num_channels: int,
+    rng=None,
+    channels_last=False,
+    value_range: ValueRange | None = None,
+    keep_empty=True,
 ) -> torch.Tensor:
     """The image upright and cropped, in its own depth: [num_channels, h, w]. A JPEG may come undecoded.
 
     crop: `RandomCrop`, `CenterCrop` or `WholeImage`, or anything with their `box` and `exact`.
     channels_last: an array is [h, w, C], whatever its shape says.
+    value_range: see `to_channels`.
+    keep_empty: False raises `EmptyImage` for an image without any data.
     """
+    has_nodata = value_range is not None and value_range.nodata is not None
+    if has_nodata and isinstance(image, Image.Image):
+        image, channels_last = _unmixed(image, num_channels), True
     if isinstance(image, np.ndarray):
-        pixels = to_channels(image, num_channels, channels_last)
+        pixels = to_channels(image, num_channels, channels_last, value_range)
+        if has_nodata and not keep_empty and np.isnan(pixels).all():
+            raise EmptyImage
         left, top, right, bottom = crop.box(pixels.shape[1], pixels.shape[0], size, rng)
-        return _resize(pixels[top:bottom, left:right], size)
+        return _resize(pixels[top:bottom, left:right], size, has_nodata)
     flip_x, flip_y, swap = exif_orientation(image)
     width, height = image.size
     # The box is chosen on the upright picture and moved to the stored one, because turning the small crop is cheap.
@@ -295,6 +294,15 @@ def crop_image(
     pixels = _crop_stored(image, (left, top, right, bottom), size, num_channels, exact=crop.exact)
     turned = upright(pixels.permute(1, 2, 0).numpy(), flip_x, flip_y, swap)  # by numpy: torch flips no uint16
     return _to_tensor(turned).contiguous()
+
+
+def _unmixed(image: Image.Image, num_channels: int) -> np.ndarray:
+    """A PIL image upright, [h, w] or [h, w, C], before colour becomes grey: a single band may be without data."""
+    turned = exif_orientation(image)
+    if num_channels in (1, 3):
+        num_channels = 1 if image.mode in ("1", "L", "LA") else 3
+    is_deep = image.mode.startswith("I") or image.mode == "F"
+    return upright(np.array(image if is_deep else to_channels(image, num_channels)), *turned)
 
 
 def draft_reduction(box: Box, size: tuple[int, int]) -> int:
@@ -322,11 +330,15 @@ def _to_tensor(pixels: np.ndarray) -> torch.Tensor:
     return torch.from_numpy(pixels if pixels.ndim == 3 else pixels[..., None]).permute(2, 0, 1)
 
 
-def _resize(pixels: np.ndarray, size: tuple[int, int]) -> torch.Tensor:
-    """[h, w, C] in `size`, within the values of its pixels; whole numbers are rounded."""
+def _resize(pixels: np.ndarray, size: tuple[int, int], has_nodata: bool = False) -> torch.Tensor:
+    """[h, w, C] in `size`, within the values of its pixels; whole numbers are rounded. NaN needs `has_nodata`."""
     part = _to_tensor(np.require(pixels, requirements="W"))  # torch warns of read-only memory
     if part.dtype.is_floating_point and not part.isfinite().all():
-        raise ValueError("has values that are not finite")  # damage: such an image is left out and counted
+        if not has_nodata:
+            raise ImageFormatError(
+                "has values that are not finite; pretrain with --nodata nan if they are pixels without data"
+            )
+        return resize_valid(part, size)
     if part.dtype == torch.uint8:
         return F.interpolate(part[None], size, mode="bicubic", antialias=True)[0].contiguous()
     if part.shape[1:] == tuple(size):

@@ -131,8 +131,10 @@ class Readout:
         return result
 
 
-def training_record(trainer: Trainer, run: RunArguments, images) -> Result:
+def training_record(trainer: Trainer, run: RunArguments, images, nodata: str | None = None) -> Result:
     """`results/training.json`: what the training took and how its loss changed, over all parts of a resumed run.
+
+    nodata: how many pixels have no data, in words.
 
     Only the seconds of training steps count: not evaluating, probing and saving, nor the time between two parts.
     """
@@ -142,6 +144,7 @@ def training_record(trainer: Trainer, run: RunArguments, images) -> Result:
     name = torch.get_device_module(args.device).get_device_name() if args.device.type == "cuda" else platform.machine()
     about = {"source": f"{source_name(run.dataset)}, split {run.train_split}"}
     about |= {"images": len(images)} if isinstance(images, Dataset) else {}
+    about |= {"nodata": nodata} if nodata else {}
     about["local"] = Path(run.dataset).expanduser().exists()  # tells a folder owner/name from a dataset on the Hub
     result = Result(
         "pretrain",

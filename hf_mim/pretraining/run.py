@@ -23,10 +23,12 @@ from hf_mim import methods
 from hf_mim.data import DeviceAugment, ImageDataset, ImageStream, RandomCrop, channel_statistics
 from hf_mim.data.decode import MAX_PIXELS_VARIABLE
 from hf_mim.data.fingerprint import absolute_source, changes, fingerprint
+from hf_mim.data.nodata import tag_nodata
 from hf_mim.data.processor import image_processor
 from hf_mim.data.sources import fixed_sample
 from hf_mim.data.value_range import find_value_range
 from hf_mim.files import check_writable
+from hf_mim.models.nodata import as_text
 from hf_mim.models.pixels import EIGHT_BITS, ValueRange
 from hf_mim.pretraining.final_results import (
     Readout,
@@ -62,16 +64,15 @@ class Pretraining:
         tell = functools.cache(print if args.process_index == 0 else lambda line: None)
         with args.main_process_first(desc="loading the images"):
             self.images = load_split(run, "dataset", run.train_split, tell)
-            train_images = random_crops(self.images, run, config, args.seed)
-            value_range, found = find_value_range(train_images, run.value_range, config.num_channels)
-            if value_range is not None:
-                run.value_range = value_range.as_list()
+            train_images, value_range, found = measured_crops(recipe, self.images, config, args.seed)
             self.augment = device_augment(recipe, train_images.in_range(value_range), config)
             train_images = train_images.in_range(value_range or EIGHT_BITS, own_depth=True)
             self.readout = Readout.find(self.images, run, tell) if run.knn or run.probe_every else None
             eval_images = None if args.eval_strategy == "no" else evaluation_images(run, config, value_range, tell)
         if found and args.process_index == 0:
             print(found)
+        has_nodata = value_range is not None and value_range.nodata is not None
+        self.nodata = found.rpartition("nodata: ")[2] if has_nodata else None
         steps = number_of_steps(args, train_images)
         if steps > 0:
             check_warmup(args, steps)  # Trainer would find out only after it has begun
@@ -143,7 +144,7 @@ class Pretraining:
         """Measure what the training took, the health of the features and, if there are labels, their k-NN accuracy."""
         trainer, run = self.trainer, self.recipe.run
         batch_size = trainer.args.per_device_eval_batch_size
-        training_record(trainer, run, self.images)
+        training_record(trainer, run, self.images, self.nodata)
         try:
             health_record(model, self.augment, self.images, run, batch_size, self.folder)
         except ValueError as error:  # the features are not finite, or too many images are broken
@@ -230,10 +231,37 @@ def random_crops(images, run: RunArguments, config: PreTrainedConfig, seed: int)
         crop = RandomCrop(run.crop_scale, run.crop_ratio)
     except ValueError as error:
         raise ValueError(f"crop_{error}") from None
+    about = dict(crop=crop, seed=seed, own_depth=True)
+    if run.nodata is not None:
+        about["value_range"] = ValueRange((0.0,), (1.0,), nodata=run.nodata)  # its ends are measured later
     if isinstance(images, Dataset):
-        return ImageDataset(images, config.training_size, config.num_channels, crop, seed=seed, own_depth=True)
+        return ImageDataset(images, config.training_size, config.num_channels, **about)
     images = images.shuffle(seed=seed, buffer_size=run.shuffle_buffer)
-    return ImageStream(images, config.training_size, config.num_channels, crop, seed=seed, own_depth=True)
+    return ImageStream(images, config.training_size, config.num_channels, **about)
+
+
+def measured_crops(
+    recipe: Recipe, images, config: PreTrainedConfig, seed: int
+) -> tuple[ImageDataset | ImageStream, ValueRange | None, str | None]:
+    """(`random_crops`, their value range, lines that say what was found). The recipe gets what was not given.
+
+    Raises ValueError for pixels without data if the method cannot leave them out.
+    """
+    run, method = recipe.run, methods.get(recipe.run.method)
+    given = run.nodata is not None
+    if not given:
+        run.nodata = tag_nodata(images)
+    crops = random_crops(images, run, config, seed)
+    crops = crops if given else crops.check_tags()
+    value_range, found = find_value_range(crops, run.value_range, config.num_channels)
+    if value_range is not None:
+        run.value_range = value_range.as_list()
+        if value_range.nodata is not None and not method.takes_nodata:
+            raise ValueError(
+                f"nodata {as_text(value_range.nodata)} needs a method whose forward takes valid_pixels, and "
+                f"{method.name} has none (docs/new_method.md); --nodata nan ignores GDAL_NODATA tags of whole numbers"
+            )
+    return crops, value_range, found
 
 
 def evaluation_images(

@@ -70,7 +70,8 @@ class MIMTrainer(CheckpointTrainer, HubTrainer, Trainer):
             an `ImageStream`, over and over. All ranks read any other stream in full, and take turns with its batches.
         augment: called on the device with a batch, uint8 `[B, C, h, w]`; returns what the model takes, float
             `[B, C, H, W]`. A module follows the model's train and eval mode. A `DeviceAugment` also gets the images'
-            keys, so that what it does to an image does not depend on the batch. None: `pixel_values` are float already.
+            keys, so that what it does to an image does not depend on the batch. If it has `nodata`, the model also gets
+            `valid_pixels`. None: `pixel_values` are float already.
         kwargs: as for `transformers.Trainer`. With an `eval_dataset`, every `eval_loss` is measured on the same masks.
 
     Raises:
@@ -122,15 +123,21 @@ class MIMTrainer(CheckpointTrainer, HubTrainer, Trainer):
         if isinstance(self.augment, nn.Module):
             self.augment.train(model.training)
         if self.augment is not None:
-            keyed = (keys,) if isinstance(self.augment, DeviceAugment) else ()
             with torch.no_grad():
-                inputs["pixel_values"] = self.augment(inputs["pixel_values"], *keyed)
+                inputs |= self._augmented(inputs["pixel_values"], keys)
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True)
         if model.training:
             self.means.add(outputs["metrics"] | {"loss": loss})
             self.guard.watch(loss, inputs["pixel_values"], outputs["predictions"], names)
             self.throughput.images += len(inputs["pixel_values"]) * self.args.world_size
         return (loss, outputs) if return_outputs else loss
+
+    def _augmented(self, pixel_values, keys) -> dict[str, torch.Tensor]:
+        """`pixel_values` as the model takes them, and `valid_pixels` if there may be pixels without data."""
+        if not isinstance(self.augment, DeviceAugment):
+            return {"pixel_values": self.augment(pixel_values)}
+        images, valid = self.augment.with_valid(pixel_values, keys)
+        return {"pixel_values": images} | ({} if valid is None else {"valid_pixels": valid})
 
     def training_step(self, *args, **kwargs):
         loss = super().training_step(*args, **kwargs)
@@ -148,7 +155,8 @@ class MIMTrainer(CheckpointTrainer, HubTrainer, Trainer):
         return self.guard.grad_norm
 
     def log(self, logs, start_time=None):
-        """Adds to the loss: means of the model's metrics over steps and ranks, speed, skipped steps, broken images."""
+        """Adds to the loss: means of the model's metrics over steps and ranks, speed, skipped steps, broken images and
+        images without data."""
         if "loss" in logs:
             logs |= self.means.pop(self.accelerator)
             logs |= self.throughput.read(self.args.device)
@@ -156,6 +164,8 @@ class MIMTrainer(CheckpointTrainer, HubTrainer, Trainer):
                 logs["skipped_steps"] = self.guard.skipped
             if broken := hasattr(self.train_dataset, "num_broken") and self.train_dataset.num_broken():
                 logs["broken_images"] = broken  # found by this process
+            if empty := hasattr(self.train_dataset, "num_empty") and self.train_dataset.num_empty():
+                logs["empty_images"] = empty
         logs.pop("total_flos", None)
         super().log(logs, start_time)
 

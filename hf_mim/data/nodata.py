@@ -1,0 +1,134 @@
+"""The value of pixels without data: what TIFF files say by GDAL's tag, and whether it fits the run."""
+
+import io
+import struct
+
+import torch
+from datasets import Dataset
+
+from hf_mim.models.nodata import as_text, is_possible
+from hf_mim.models.pixels import ImageFormatError
+
+from .augment import sampled
+from .decode import BrokenImage, decoding, image_name, stored
+from .tiff import is_tiff
+
+_BITS, _SAMPLE_FORMAT, _GDAL_NODATA = 258, 339, 42113
+_KINDS = {1: "uint", 2: "int", 3: "float"}  # of the tag SampleFormat
+_PROBES, _SAMPLE = 16, 1024  # images that are opened to see whether there are TIFFs; TIFFs whose tags are read
+
+
+def gdal_nodata(value) -> float | None:
+    """GDAL's nodata value of an image, from its tag; None if it is no TIFF, has no tag, or cannot hold the value.
+
+    value: one value of an image column. Only the first directory of the file is read.
+    """
+    value = stored(value)
+    if not isinstance(value, str | bytes):
+        return None
+    with open(value, "rb") if isinstance(value, str) else io.BytesIO(value) as file:
+        if not is_tiff(head := file.read(16)):
+            return None
+        tags = _read_tags(file, head)
+    if _GDAL_NODATA not in tags:
+        return None
+    try:
+        nodata = float(tags[_GDAL_NODATA].split(b"\0")[0])
+    except ValueError:
+        return None
+    kind = f"{_KINDS.get(tags.get(_SAMPLE_FORMAT, 1), 'float')}{tags.get(_BITS, 8)}"
+    return nodata if kind not in ("uint8", "uint16", "int8", "int16") or is_possible(nodata, kind) else None
+
+
+def _read_tags(file, head: bytes) -> dict:
+    """Of the first directory of a TIFF or BigTIFF: bits and format of the first sample, and the text of GDAL's tag."""
+    order, is_big = "<" if head[:2] == b"II" else ">", head[2:4] in (b"+\0", b"\0+")
+    place, number, size = ("Q", "Q", 8) if is_big else ("I", "H", 4)
+
+    def read(form: str, at: int) -> tuple:
+        file.seek(at)
+        return struct.unpack(order + form, file.read(struct.calcsize(order + form)))
+
+    (start,) = read(place, 8 if is_big else 4)
+    (count,) = read(number, start)
+    tags = {}
+    for entry in range(count):
+        at = start + struct.calcsize(number) + entry * (4 + 2 * size)
+        tag, _, length = read(f"HH{place}", at)
+        if tag not in (_BITS, _SAMPLE_FORMAT, _GDAL_NODATA):
+            continue
+        is_text = tag == _GDAL_NODATA
+        at += 4 + size
+        if length * (1 if is_text else 2) > size:
+            (at,) = read(place, at)
+        tags[tag] = read(f"{min(length, 64)}s", at)[0] if is_text else read("H", at)[0]
+    return tags
+
+
+def tag_nodata(images) -> float | None:
+    """The nodata value that the tags of a random sample of the files give; None if no file has one.
+
+    images: a `datasets.Dataset` of undecoded images, or an `IterableDataset`, of which the first images are read.
+
+    Raises:
+        ImageFormatError: the files have several values.
+    """
+    found = {}
+    for row in _rows(images):
+        name = image_name(row["image"], "an image")
+        try:
+            with decoding(name):
+                nodata = gdal_nodata(row["image"])
+        except BrokenImage:
+            continue  # it is counted when it is read
+        if nodata is not None:
+            found.setdefault(as_text(nodata), (nodata, name))
+    if len(found) > 1:
+        listed = " and ".join(f"{text} ({name})" for text, (_, name) in found.items())
+        raise ImageFormatError(
+            f"the files have several values in their GDAL_NODATA tags, {listed}; convert them to one, or give the one "
+            f"that holds for all: --nodata {next(iter(found))}"
+        )
+    return next((nodata for nodata, _ in found.values()), None)
+
+
+def _rows(images):
+    """The rows in which tags are looked for: a few, and many more if there is a TIFF among them."""
+    tiffs = False
+    for number, row in enumerate(sampled(images, _SAMPLE if isinstance(images, Dataset) else _PROBES, seed=0)):
+        if number >= _PROBES and not tiffs:
+            return
+        tiffs = tiffs or _is_tiff(row["image"])
+        yield row
+
+
+def _is_tiff(value) -> bool:
+    value = stored(value)
+    if isinstance(value, str):
+        return value.lower().endswith((".tif", ".tiff"))
+    return isinstance(value, bytes) and is_tiff(value)
+
+
+def check_tag(value, nodata: float | None):
+    """Raise ImageFormatError if an image's tag has another nodata value than the run, which has begun without the
+    option."""
+    tag = gdal_nodata(value)
+    if tag is None:
+        return
+    text, began = as_text(tag), "none" if nodata is None else as_text(nodata)
+    if text != began:
+        raise ImageFormatError(
+            f"its GDAL_NODATA tag is {text}, and the run has begun with {began}; give --nodata {text} if it holds for "
+            "all images, or --nodata nan to ignore the tags"
+        )
+
+
+def check_possible(nodata: float, kinds: dict[str, str]):
+    """Raise ValueError if images of none of these types (type → the name of an image) can hold the number."""
+    if nodata == nodata and not any(is_possible(nodata, kind) for kind in kinds):
+        kind, name = next(iter(kinds.items()))
+        limits = torch.iinfo(getattr(torch, kind))
+        raise ValueError(
+            f"nodata must be a whole number in {limits.min:,}..{limits.max:,} for images of {kind} ({name}), "
+            f"not {as_text(nodata)}"
+        )
