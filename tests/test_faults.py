@@ -18,7 +18,7 @@ from tiny import make_model
 from tiny_runs import AtEachStep, Images, arguments, image_column
 
 from hf_mim.cli import main
-from hf_mim.data import DeviceAugment, ImageDataset, load_images
+from hf_mim.data import DeviceAugment, ImageDataset, ImageFormatError, WholeImage, load_images
 from hf_mim.pretraining.callbacks import MetricsFile
 from hf_mim.pretraining.checkpoints import checkpoints, is_whole, newest_whole
 from hf_mim.pretraining.trainer import MIMTrainer
@@ -169,19 +169,31 @@ def test_a_killed_worker_ends_the_run_by_75_and_a_line(tmp_path):
     assert newest_whole(run) is not None
 
 
-def test_a_nan_in_an_image_and_a_file_that_cannot_be_read_are_left_out_by_the_workers(tmp_path, caplog):
+def test_files_that_cannot_be_read_are_left_out_by_the_workers(tmp_path, caplog):
     for index in range(200):
         Image.fromarray(np.full((24, 24), index, np.uint8)).save(tmp_path / f"{index:03}.png")
-    values = np.full((24, 24), 0.5, np.float32)
-    values[3, 4] = np.nan
-    for name, content in (("nan.npy", values), ("inf.npy", np.where(np.isnan(values), np.inf, values))):
-        np.save(tmp_path / name, content)
+    for name in ("a.npy", "b.png"):
+        (tmp_path / name).write_bytes(b"no image")
     images = ImageDataset(load_images(str(tmp_path)), size=24)
     args = arguments(tmp_path / "run", max_steps=51, dataloader_num_workers=2, logging_steps=51)
     trainer = MIMTrainer(make_model("mae"), args, images, augment=DeviceAugment())
     trainer.train()
-    assert sorted(Path(name).name for name in images.broken()) == ["inf.npy", "nan.npy"]
+    assert sorted(Path(name).name for name in images.broken()) == ["a.npy", "b.png"]
     assert trainer.state.log_history[-2]["broken_images"] == 2 and trainer.guard.skipped == 0
+
+
+def test_a_nan_that_only_a_worker_finds_ends_the_run_with_its_name_and_the_option(tmp_path):
+    """It is no damage: a mask of clouds, for example. Only the user knows."""
+    for index in range(16):
+        values = np.full((24, 24, 3), index / 16, np.float32)
+        values[3, 4] = np.nan if index == 9 else 0.5
+        np.save(tmp_path / f"{index}.npy", values)
+    images = ImageDataset(load_images(str(tmp_path)), size=24, crop=WholeImage())
+    args = arguments(tmp_path / "run", max_steps=8, dataloader_num_workers=2)
+    trainer = MIMTrainer(make_model("mae"), args, images, augment=DeviceAugment())
+    with pytest.raises(ImageFormatError, match=r"9.npy: has values that are not finite; pretrain with --nodata nan"):
+        trainer.train()
+    assert images.num_broken() == 0
 
 
 # ---- the clock

@@ -72,6 +72,14 @@ def test_it_is_measured_like_any_other(run, capsys):
     assert json.loads((run / "results" / "knn.json").read_text())["scores"].keys() == {"untrained", "raw pixels"}
 
 
+def test_pixels_without_data_are_refused_because_its_loss_would_count_them(module, tmp_path, capsys):
+    options = ["--nodata", "0", "--output_dir", str(tmp_path / "run"), *SMALL.split()]
+    assert main(["pretrain", "--method", "mean_mim", *options]) == 2
+    error = capsys.readouterr().err
+    assert "nodata 0 needs a method whose forward takes valid_pixels, and mean_mim has none" in error
+    assert not (tmp_path / "run").exists()
+
+
 def test_its_own_option_is_an_option_of_the_command_line(module, capsys):
     assert main(["pretrain", "--method", "mean_mim", "--mask_ratio", "often"]) == 2
     assert "mask_ratio must be a number, not 'often'" in capsys.readouterr().err

@@ -1,5 +1,8 @@
 """`hf-mim pretrain` on images that are not of 8 bits: their depth is kept from the file to the features."""
 
+import json
+import re
+
 import numpy as np
 import pytest
 import tifffile
@@ -22,11 +25,21 @@ KINDS = {
     "decibels": (2, "float32", -30, 5, [], "pixels: float32, -", None),
     "decibels of a given range": (2, "float32", -30, 5, ["--value_range", "-30,5"], "pixels: float32, -", (-30, 5)),
     "signed": (1, "int16", -1024, 3000, [], "pixels: int16, -", None),
+    "decibels with stripes of NaN": (2, "float32", -30, 5, ["--nodata", "nan"], "pixels: float32, -30", None),
+    "a tag of GDAL's": (1, "int16", -1024, 3000, [], "pixels: int16, -1,02", None),
+    "8 bits with black for no data": (3, "uint8", 9, 250, ["--nodata", "0"], "pixels: uint8, ", (0, 255)),
+}
+# kind → (the value of pixels without data, the tag of the files)
+NODATA = {
+    "decibels with stripes of NaN": (np.nan, None),
+    "a tag of GDAL's": (-9999, "-9999"),
+    "8 bits with black for no data": (0, None),
 }
 
 
-def scenes(folder, bands, kind, low, high):
-    """Smooth waves, two classes, no squares."""
+def scenes(folder, bands, kind, low, high, nodata=None, tag=None):
+    """Smooth waves, two classes, no squares; with `nodata`, half of them have a stripe of it."""
+    extra = [] if tag is None else [(42113, "s", 0, tag, True)]
     random = np.random.default_rng(0)
     y, x = (side[..., None] / 24 for side in np.mgrid[0:24, 0:40])
     for number in range(20):
@@ -34,18 +47,26 @@ def scenes(folder, bands, kind, low, high):
         path.parent.mkdir(parents=True, exist_ok=True)
         wave = np.sin(x * random.uniform(1, 9, bands) + y * random.uniform(1, 9, bands) + random.uniform(0, 6, bands))
         pixels = (low + (high - low) * (wave + 1) / 2).astype(kind)
+        if nodata is not None and number % 4 < 2:
+            pixels[:, 10:18] = nodata
         pixels, layout = (pixels, "contig") if bands > 1 else (pixels[..., 0], None)
-        tifffile.imwrite(path, pixels, photometric="minisblack", planarconfig=layout, compression="zlib")
+        about = dict(photometric="minisblack", planarconfig=layout, compression="zlib", extratags=extra)
+        tifffile.imwrite(path, pixels, **about)
     return folder
 
 
 @pytest.mark.parametrize("name", KINDS)
 def test_a_run_keeps_the_depth_and_the_image_processor_gives_its_features(name, tmp_path, capsys):
     bands, kind, low, high, options, line, ends = KINDS[name]
-    source, folder = scenes(tmp_path / "scenes", bands, kind, low, high), tmp_path / "run"
+    nodata, tag = NODATA.get(name, (None, None))
+    source, folder = scenes(tmp_path / "scenes", bands, kind, low, high, nodata, tag), tmp_path / "run"
     batch = ["--per_device_train_batch_size", 8, "--num_channels", bands]
     run("--dataset", source, *SMALL, *OPTIONS, *batch, *options, "--output_dir", folder)
-    (told,) = [text for text in capsys.readouterr().out.splitlines() if text.startswith("pixels: ")]
+    lines = capsys.readouterr().out.splitlines()
+    (told,) = [text for text in lines if text.startswith("pixels: ")]
+    counted = [text for text in lines if text.startswith("nodata: ")]
+    assert len(counted) == (nodata is not None)
+    assert str(read_yaml(folder / "recipe.yaml").get("nodata")) == str(None if nodata is None else float(nodata))
     assert told.startswith(line) and (ends is None or f"from {ends[0]:,}..{ends[1]:,}" in told)
     recorded = read_yaml(folder / "recipe.yaml")["value_range"]
     assert len(recorded) == (2 * bands if ends is None else 2) and (ends is None or tuple(recorded) == ends)
@@ -59,6 +80,11 @@ def test_a_run_keeps_the_depth_and_the_image_processor_gives_its_features(name, 
     with torch.no_grad():
         used = model(**processor(arrays, return_tensors="pt")).pooler_output
     assert torch.cosine_similarity(torch.as_tensor(measured), used).min() > 0.999999
+    if nodata is not None:
+        share, _, touched = counted[0].removeprefix("nodata: ").partition(" % of the pixels, in ")
+        assert 1 < float(share) < 15 and touched.split(" of 20 images (")[0].isdigit()
+        assert ("GDAL_NODATA" in touched) == (tag is not None)
+        assert (processor(arrays, return_tensors="pt")["pixel_values"] == 0).float().mean() > 0.05
 
 
 def test_a_resume_keeps_the_range_that_was_measured(tmp_path, capsys):
@@ -78,3 +104,44 @@ def test_files_of_several_depths_are_one_line_before_anything_is_written(tmp_pat
     assert main(["pretrain", "--dataset", str(source), *map(str, options)]) == 2
     assert "error: the images have several depths, uint" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("method", ["latent_mim", "stop_jepa"])
+def test_a_run_of_every_method_leaves_pixels_without_data_out(method, tmp_path):
+    source, folder = scenes(tmp_path / "scenes", 1, "float32", -30, 5, np.nan), tmp_path / "run"
+    options = "--image_size 32 --patch_size 4 --max_steps 2 --dataloader_num_workers 0 --num_channels 1 --knn false"
+    batch = ["--per_device_train_batch_size", 8, "--logging_steps", 1, "--blur_probability", 0.5]
+    run(
+        "--method",
+        method,
+        "--dataset",
+        source,
+        *SMALL,
+        *options.split(),
+        *batch,
+        "--nodata",
+        "nan",
+        "--output_dir",
+        folder,
+    )
+    log = json.loads((folder / "trainer_state.json").read_text())["log_history"]
+    assert all(np.isfinite(entry["loss"]) for entry in log if "loss" in entry)
+    record = json.loads((folder / "results" / "training.json").read_text())
+    assert record["data"]["nodata"].endswith(" of 20 images (nan)")
+
+
+@pytest.mark.parametrize(
+    ("nodata", "kind", "options", "message"),
+    [
+        (np.nan, "float32", [], r"error: .*\.tif: has values that are not finite; pretrain with --nodata nan"),
+        (0, "uint8", ["--nodata", 300], "error: nodata must be a whole number in 0..255 for images of uint8 "),
+        (0, "uint8", ["--nodata", "inf"], "error: nodata must be a number or nan"),
+        (0, "uint8", ["--nodata", "black"], "error: nodata must be a number or none, not 'black'"),
+    ],
+)
+def test_a_wrong_nodata_is_one_line_before_anything_is_written(nodata, kind, options, message, tmp_path, capsys):
+    source = scenes(tmp_path / "scenes", 1, kind, 1, 9, nodata)
+    batch = ["--per_device_train_batch_size", 8, "--num_channels", 1, "--output_dir", tmp_path / "run"]
+    words = ["--dataset", source, *SMALL, *OPTIONS, *batch, *options]
+    assert main(["pretrain", *map(str, words)]) == 2
+    assert re.search(message, capsys.readouterr().err) and not (tmp_path / "run").exists()

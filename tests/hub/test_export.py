@@ -176,6 +176,19 @@ def test_a_processor_of_transformers_is_refused_for_images_of_another_depth(tmp_
         assert not (tmp_path / form).exists()
 
 
+def test_a_processor_of_others_is_refused_for_images_with_pixels_without_data(tmp_path):
+    mae().save_pretrained(tmp_path / "ours")
+    value_range = ValueRange((0.0,), (255.0,), "uint8", nodata=0.0)
+    image_processor((32, 32), [0.4] * 3, [0.3] * 3, value_range).save_pretrained(tmp_path / "ours")
+    for form in ("transformers", "timm"):
+        with pytest.raises(ValueError, match=r"to must be remote-code or onnx: .* nodata 0"):
+            export(tmp_path / "ours", tmp_path / form, form)
+        assert not (tmp_path / form).exists()
+    export(tmp_path / "ours", tmp_path / "code", "remote-code")
+    processor = AutoImageProcessor.from_pretrained(tmp_path / "code", trust_remote_code=True)
+    assert processor.nodata == 0 and (tmp_path / "code" / "nodata.py").exists()
+
+
 def test_timm_is_told_how_images_are_prepared_and_what_the_classes_are(root):
     config = json.loads((root / "linear-probe" / "timm" / "config.json").read_text())
     images = {"mean": [0.4] * 3, "std": [0.3] * 3, "input_size": [3, 32, 32], "crop_pct": 1.0, "crop_mode": "center"}
