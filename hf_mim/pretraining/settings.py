@@ -33,6 +33,7 @@ BROUGHT = {
     "batch_size": ["per_device_train_batch_size"],
     "blr": ["base_lr"],
     "ckpt": ["resume"],
+    "data": ["dataset"],
     "data_dir": ["dataset"],
     "data_path": ["dataset"],
     "device": ["use_cpu"],

@@ -46,13 +46,12 @@ def tiff(array, tag=None, **options) -> bytes:
 # ---- resizing
 
 
-def test_a_pixel_of_a_resized_image_is_nodata_if_less_than_half_of_its_weight_is_valid():
-    """Four columns become two, so that the kernel is symmetric about the middle of a pair. By its weights, worked out
-    by hand for bicubic with a = -.5 and twice the width: positions -1.5, -.5, .5, 1.5, … from the centre."""
+@pytest.mark.parametrize("width", [8, 7, 5])
+def test_a_pixel_of_a_resized_image_is_nodata_if_less_than_half_of_its_weight_is_valid(width):
+    """By the weights of the bicubic kernel (a = -.5), worked out by hand. 16 columns to 8 has exact halves."""
 
     def kernel(x):
-        x = abs(x) / 2
-        a = -0.5
+        x, a = abs(x) * width / 16, -0.5
         near = (a + 2) * x**3 - (a + 3) * x**2 + 1
         return near if x < 1 else a * (x**3 - 5 * x**2 + 8 * x - 4) if x < 2 else 0.0
 
@@ -60,13 +59,13 @@ def test_a_pixel_of_a_resized_image_is_nodata_if_less_than_half_of_its_weight_is
     for first_missing in range(4, 12):
         known = np.arange(16) < first_missing
         expected = []
-        for centre in np.arange(8) * 2 + 1.0:
+        for centre in (np.arange(width) + 0.5) * 16 / width:
             weights = np.array([kernel(place + 0.5 - centre) for place in range(16)])
             weights /= weights.sum()
             share = weights[known].sum()
             expected.append((weights * row)[known].sum() / share if share > 0.4999 else np.nan)
         pixels = torch.from_numpy(np.where(known, row, np.nan)).float().expand(1, 2, 16).clone()
-        found = resize_valid(pixels, (2, 8))[0, 0].numpy()
+        found = resize_valid(pixels, (2, width))[0, 0].numpy()
         np.testing.assert_array_equal(np.isnan(found), np.isnan(expected))
         np.testing.assert_allclose(found, np.clip(expected, 3, row[known].max()), rtol=1e-5)
 
