@@ -21,14 +21,15 @@ def plot_training(log_history: list[dict], path: str | Path):
     panels = [("loss", ["loss"], None), ("feature spread\n(0: collapse)", spreads, 0)]
     panels += [("probe: k-NN\naccuracy", ["probe_knn"], None), ("probe: RankMe", ["probe_rank_me"], 0)]
     logged = {name for entry in log_history for name in entry}
-    panels = [panel for panel in panels if logged & set(panel[1])]
+    panels = [panel for panel in panels if logged & set(panel[1])] or [("no loss was logged", ["loss"], None)]
     figure = Figure(figsize=(7, 1.4 + 1.8 * len(panels)), layout="constrained")
     heights = [2 if names == ["loss"] else 1 for _, names, _ in panels]
     axes = figure.subplots(len(panels), sharex=True, squeeze=False, height_ratios=heights)[:, 0]
     for ax, (label, names, bottom) in zip(axes, panels, strict=True):
         for name, color in zip(names, COLORS if len(names) == 1 else COLORS[1:], strict=False):
             points = [(entry["step"], entry[name]) for entry in log_history if name in entry]
-            ax.plot(*zip(*points, strict=True), color=color, linewidth=1.5, label=name)
+            steps, values = zip(*points, strict=True) if points else ((), ())
+            ax.plot(steps, values, color=color, linewidth=1.5, label=name)
         if len(names) > 1:
             ax.legend(frameon=False, labelcolor=INK)
         ax.set_ylabel(label)

@@ -15,7 +15,7 @@ from transformers import TrainerCallback
 
 from hf_mim.data import DeviceAugment, ImageDataset, ImageStream
 from hf_mim.pretraining.checkpoints import checkpoints
-from hf_mim.pretraining.guard import INTERRUPTED
+from hf_mim.pretraining.signals import INTERRUPTED
 from hf_mim.pretraining.trainer import MIMTrainer
 
 STEPS = 60

@@ -12,6 +12,7 @@ from hf_mim.data import DeviceAugment, ImageDataset
 from hf_mim.pretraining.checkpoints import is_whole
 from hf_mim.pretraining.guard import NonFiniteError
 from hf_mim.pretraining.trainer import MIMTrainer, ScalarMeans
+from hf_mim.run_folder import checkpoints
 
 SHARED = dict(max_steps=4, logging_steps=1, train_sampling_strategy="sequential")
 
@@ -118,15 +119,45 @@ def test_gradients_that_the_device_reports_as_infinite_name_the_images_of_the_st
     assert all(torch.isfinite(value).all() for value in snapshot(model))
 
 
-def test_too_many_in_a_row_stop_the_run_and_keep_the_last_good_checkpoint(tmp_path):
-    settings = dict(save_strategy="steps", save_steps=1, max_skipped_steps=2)
+def names_of_checkpoints(folder):
+    return [path.name for path in checkpoints(folder)]
+
+
+def test_too_many_in_a_row_stop_the_run_and_name_the_last_checkpoint_that_gave_a_finite_loss(tmp_path):
+    settings = dict(save_strategy="steps", save_steps=1, max_skipped_steps=2, save_total_limit=1)
     with pytest.raises(NonFiniteError) as error:
-        train(tmp_path, broken=range(4, 16), **settings)
+        train(tmp_path, broken=range(8, 16), **settings)  # step 2 is good, but whether its weights are is not known
     text = str(error.value)
-    assert text.startswith("2 steps in a row, up to step 3, had a loss or a gradient that is not finite")
-    assert f"the last good checkpoint is {tmp_path / 'checkpoint-2'}" in text
+    assert text.startswith("2 steps in a row, up to step 4, had a loss or a gradient that is not finite")
+    assert f"the last good checkpoint is {tmp_path / 'checkpoint-1'}. " in text
     assert "lower base_lr" in text and "\n" not in text
-    assert is_whole(tmp_path / "checkpoint-2")
+    assert names_of_checkpoints(tmp_path) == ["checkpoint-2", "checkpoint-1"]
+    assert is_whole(tmp_path / "checkpoint-1")
+
+
+def test_a_run_that_never_gave_a_second_finite_loss_has_no_good_checkpoint(tmp_path):
+    with pytest.raises(NonFiniteError, match=r"checkpoint is none \(checkpoint-1 has given no finite loss yet\)"):
+        train(tmp_path, broken=range(4, 16), save_strategy="steps", save_steps=1, max_skipped_steps=2)
+
+
+def test_no_checkpoint_is_saved_at_a_skipped_step_but_at_the_next_good_one(tmp_path, caplog):
+    train(tmp_path, broken=[5], save_strategy="steps", save_steps=2, max_steps=4)
+    assert names_of_checkpoints(tmp_path) == ["checkpoint-4", "checkpoint-3"]
+    assert "No checkpoint is saved at step 2, because it was skipped" in caplog.text
+
+
+def test_a_checkpoint_replaces_the_one_before_it_once_its_weights_have_given_a_finite_loss(tmp_path):
+    held, model = [], make_model("mae")
+    args = arguments(tmp_path, **SHARED | dict(save_strategy="steps", save_steps=2, save_total_limit=1, max_steps=6))
+    look = AtEachStep(lambda *_: held.append(names_of_checkpoints(tmp_path)))
+    MIMTrainer(model, args, Images(model), callbacks=[look]).train()
+    assert held[4] == ["checkpoint-4", "checkpoint-2"] and held[5] == ["checkpoint-4"]
+    assert names_of_checkpoints(tmp_path) == ["checkpoint-6"]
+
+
+def test_a_run_that_ends_in_skipped_steps_says_so(tmp_path, caplog):
+    train(tmp_path, broken=range(12, 16))
+    assert "The last 1 steps of the run were skipped: its weights are those after step 3" in caplog.text
 
 
 def test_skipped_steps_that_are_not_in_a_row_stop_nothing(tmp_path):

@@ -17,6 +17,7 @@ from hf_mim.cli.errors import Mistake, fail, say, told_in_one_line
 from hf_mim.cli.options import Menu
 from hf_mim.methods import load_module
 from hf_mim.pretraining.settings import suggestion
+from hf_mim.pretraining.signals import INTERRUPTED, Ended, ended_at_once
 
 COMMANDS = [module.command for module in (pretrain, evaluate, convert, export, card)]
 TEXT = """
@@ -48,11 +49,15 @@ program = Menu("hf-mim", refuse, TEXT, params=[VERSION], commands=COMMANDS, subc
 def main(argv: list[str] | None = None) -> int:
     """Run a command and return the exit status."""
     try:
-        arguments, modules = split_imports(sys.argv[1:] if argv is None else argv)
-        with told_in_one_line("nothing was written"):
-            for module in modules:
-                load_module(module)
-        return program.main(arguments, "hf-mim", standalone_mode=False) or 0
+        with ended_at_once():
+            arguments, modules = split_imports(sys.argv[1:] if argv is None else argv)
+            with told_in_one_line("nothing was written"):
+                for module in modules:
+                    load_module(module)
+            return program.main(arguments, "hf-mim", standalone_mode=False) or 0
+    except Ended as ended:
+        say(f"{ended.signal.name} has ended the command; the same command starts it again")
+        return INTERRUPTED
     except click.exceptions.Exit as status:
         return status.exit_code
     except click.Abort:  # ^C while click parsed the command

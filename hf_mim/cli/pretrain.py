@@ -111,9 +111,11 @@ def run(recipe: str | None = None, **given: str) -> int:
 
     from hf_mim.data import BrokenImagesError, ImageFormatError
     from hf_mim.data.tars import DamagedTar
-    from hf_mim.pretraining.guard import INTERRUPTED, NonFiniteError
+    from hf_mim.lock import LockedError
+    from hf_mim.pretraining.guard import NonFiniteError
     from hf_mim.pretraining.recipe import Recipe
     from hf_mim.pretraining.run import Pretraining, resume_command
+    from hf_mim.pretraining.signals import INTERRUPTED, NoImagesError
 
     logging.disable_progress_bar()  # those of loading and saving; the training shows its own
     with told_in_one_line("nothing was written"):
@@ -121,14 +123,17 @@ def run(recipe: str | None = None, **given: str) -> int:
     resume = f"resume with: {resume_command(pretraining.folder)}"
     try:
         if ended_by := pretraining():
-            say(f"{ended_by.name} has ended the run after a step; {resume}")
+            say(f"{ended_by.name} has ended the run; {resume}")
             return INTERRUPTED
-    except (BrokenImagesError, ImageFormatError, DamagedTar, NonFiniteError) as error:
+    except (BrokenImagesError, ImageFormatError, DamagedTar, LockedError, NonFiniteError) as error:
         print(file=sys.stderr)  # ends the line with the progress bar
         return fail(one_line(error))
     except OSError as error:
         print(file=sys.stderr)
         return fail(f"{one_line(error)}; {resume}")
+    except NoImagesError as error:
+        print(f"\nerror: {error}; {resume}", file=sys.stderr)  # perhaps on another rank than the first
+        return INTERRUPTED
     except RuntimeError as error:
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would raise again for each dead worker
         if "DataLoader worker" not in str(error):

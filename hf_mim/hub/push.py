@@ -14,6 +14,7 @@ from huggingface_hub.utils import _http
 from transformers.trainer_utils import HubStrategy
 from transformers.utils import logging
 
+from hf_mim.files import replacing
 from hf_mim.hub.card import write_card
 from hf_mim.run_folder import CHECKPOINT
 
@@ -117,7 +118,8 @@ class HubTrainer:
             return
         for pattern in MODEL_FILES:
             for path in Path(checkpoint_folder).glob(pattern):
-                shutil.copy(path, self.args.output_dir)
+                with replacing(Path(self.args.output_dir) / path.name) as aside:
+                    shutil.copy(path, aside)
         self.save_state()
         self.create_model_card()
         try:

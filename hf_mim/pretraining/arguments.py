@@ -33,6 +33,7 @@ class MIMTrainingArguments(ProcessArguments):
         max_grad_norm: Gradient norm to clip to; 0: no clipping.
         bf16: Mixed precision in bfloat16; default: if the GPU has it, unless fp16 is given.
         max_skipped_steps: Steps in a row without a finite loss and gradient after which the run stops.
+        data_timeout: Seconds without images, after the first ones, until the run ends.
         stop_on_collapse: End the run when its features collapse, instead of only a warning.
         logging_steps: Steps from one log to the next (below 1: as a share of the run).
         logging_first_step: Log the first step too.
@@ -60,6 +61,7 @@ class MIMTrainingArguments(ProcessArguments):
     max_grad_norm: float = 0.0
     bf16: bool | None = None
     max_skipped_steps: int = 10
+    data_timeout: float = 1800
     stop_on_collapse: bool = False
 
     logging_steps: float = 50
@@ -119,6 +121,7 @@ class MIMTrainingArguments(ProcessArguments):
         for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
             least(1, **{name: getattr(self, name)})
         least(1, max_skipped_steps=self.max_skipped_steps)
+        positive(data_timeout=self.data_timeout)
         least(0, dataloader_num_workers=self.dataloader_num_workers)
         if self.max_steps == 0 or self.max_steps < -1:
             raise ValueError(f"max_steps must be at least 1, or -1 for num_train_epochs, got {self.max_steps}")

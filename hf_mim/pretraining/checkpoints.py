@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from hf_mim.files import sha256
-from hf_mim.run_folder import MANIFEST, STAGING, checkpoints
+from hf_mim.run_folder import MANIFEST, STAGING, checkpoints, step_of
 
 
 def write_manifest(folder: Path, **about):
@@ -39,21 +39,28 @@ def check(folder: str | Path, hashes: bool = True) -> dict:
     folder = Path(folder)
     try:
         manifest = json.loads((folder / MANIFEST).read_text())
-        files = manifest["files"].items()
+        files = [(name, about["bytes"], about["sha256"]) for name, about in manifest["files"].items()]
     except FileNotFoundError:
         raise ValueError(f"has no {MANIFEST}") from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise ValueError(f"has a damaged {MANIFEST}") from None
-    for name, expected in files:
+    for name, size, _ in files:
         path = folder / name
         if not path.is_file():
             raise ValueError(f"lacks {name}")
-        if path.stat().st_size != expected["bytes"]:
-            raise ValueError(f"has {path.stat().st_size} of {expected['bytes']} bytes of {name}")
-    for name, expected in files if hashes else ():
-        if sha256(folder / name) != expected["sha256"]:
+        if path.stat().st_size != size:
+            raise ValueError(f"has {path.stat().st_size} of {size} bytes of {name}")
+    for name, _, expected in files if hashes else ():
+        if sha256(folder / name) != expected:
             raise ValueError(f"has other bytes in {name} than were saved")
     return manifest
+
+
+def lacking(folder: Path) -> list[str]:
+    """What a resume needs and a checkpoint does not have: the state of the optimizer and of the schedule."""
+    names = {path.name for path in folder.iterdir()}
+    found = {"optimizer": any(name.startswith("optimizer") for name in names), "scheduler": "scheduler.pt" in names}
+    return [part for part, there in found.items() if not there]
 
 
 def is_whole(folder: str | Path, hashes: bool = True) -> bool:
@@ -65,9 +72,17 @@ def is_whole(folder: str | Path, hashes: bool = True) -> bool:
     return True
 
 
-def newest_whole(run_folder: str | Path, tell: Callable[[str], None] = lambda line: None) -> Path | None:
-    """The latest whole checkpoint, None if there is none. `tell` is called for each damaged one, with the reason."""
+def newest_whole(
+    run_folder: str | Path, tell: Callable[[str], None] = lambda line: None, up_to: int | None = None
+) -> Path | None:
+    """The latest whole checkpoint, None if there is none.
+
+    tell: called for each damaged one, with the reason.
+    up_to: only those of this step and of earlier ones.
+    """
     for folder in checkpoints(run_folder):
+        if up_to is not None and step_of(folder) > up_to:
+            continue
         try:
             check(folder)
         except (ValueError, OSError) as error:
@@ -88,13 +103,18 @@ def commit(staged: Path, final: Path):
     _flush_folder(final.parent)
 
 
-def rotate(run_folder: str | Path, limit: int | None, keep: str | None = None):
-    """Delete all checkpoints but the `limit` latest whole ones and `keep`. If none is whole, delete nothing."""
+def rotate(run_folder: str | Path, limit: int | None, keep: str | None = None, proved: int | None = None):
+    """Delete all checkpoints but the `limit` latest whole ones, `keep`, and the latest whole one up to step `proved`.
+
+    If none is whole, delete nothing.
+    """
     if not limit or limit < 0:
         return
     found = checkpoints(run_folder)
     whole = [folder for folder in found if is_whole(folder, hashes=False)]
     kept = {folder.name for folder in whole[:limit]} | ({Path(keep).name} if keep else set())
+    if proved is not None:
+        kept |= {folder.name for folder in [folder for folder in whole if step_of(folder) <= proved][:1]}
     for folder in found if whole else ():
         if folder.name not in kept:
             _remove(folder)

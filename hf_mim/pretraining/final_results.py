@@ -27,6 +27,7 @@ from hf_mim.pretraining.recipe import RunArguments
 from hf_mim.run_folder import HEALTH_RESULT, KNN_RESULT, TRAINING_RESULT, result_path
 
 HEALTH_IMAGES = 512
+PRECISIONS = {"no": "float32", "bf16": "bfloat16", "fp16": "float16", "fp8": "float8"}
 
 
 Tell = Callable[[str], Any] | None  # see `load_images`
@@ -153,7 +154,7 @@ def training_record(trainer: Trainer, run: RunArguments, images, nodata: str | N
         settings={
             "method": run.method,
             "processes": args.world_size,
-            "precision": "bfloat16" if args.bf16 else "float16" if args.fp16 else "float32",
+            "precision": PRECISIONS[trainer.accelerator.mixed_precision],  # it may be set from outside
             "images_per_step": args.images_per_step,
             "seed": args.seed,
         },

@@ -5,8 +5,8 @@ The votes of all ranks are added on the device, and there the optimizer obeys th
 `LAG` steps later, so that no step waits for the device. All ranks read the same sums at the same step.
 """
 
-import contextlib
 import logging
+import multiprocessing
 import os
 import signal
 import threading
@@ -19,11 +19,11 @@ from transformers import TrainerCallback
 
 from hf_mim.files import listed
 from hf_mim.pretraining.checkpoints import newest_whole
+from hf_mim.pretraining.signals import Listener
 
 logger = logging.getLogger(__name__)
 
 LAG = 2  # steps between a vote on an accelerator and the host's reading of it
-INTERRUPTED = 75  # EX_TEMPFAIL, the exit status of a run that a signal has ended: start it again
 
 
 class NonFiniteError(ValueError):
@@ -64,12 +64,17 @@ class StepGuard(TrainerCallback):
     optimizer, the host waits for it at each step.
     """
 
-    def __init__(self, trainer, max_skipped: int):
-        self.trainer, self.max_skipped = trainer, max_skipped
+    def __init__(self, trainer, args):
+        self.trainer, self.max_skipped = trainer, args.max_skipped_steps
+        self.listener = Listener(args.data_timeout)
+        self.begin()
+
+    def begin(self):
+        """Forget what an earlier training has seen."""
         self.skipped = 0  # steps that this process has skipped
         self.in_a_row = 0  # steps skipped since the last good one
+        self.proved = -1  # the last step after which the weights gave a finite loss and gradient
         self.signal: signal.Signals | None = None  # the one that has ended the run
-        self._asked: signal.Signals | None = None
         self._pending: deque[Votes] = deque()
         self.skip, self.grad_norm = None, None
 
@@ -85,7 +90,8 @@ class StepGuard(TrainerCallback):
 
     def on_pre_optimizer_step(self, args, state, control, optimizer=None, **kwargs):
         total = torch.stack(self._losses).sum() + full_tensor(self.grad_norm)
-        votes = torch.stack([(~torch.isfinite(total)).float(), total.new_full((), float(self._asked is not None))])
+        asked = total.new_full((), float(self.listener.asked is not None))
+        votes = torch.stack([(~torch.isfinite(total)).float(), asked])
         votes = self.trainer.accelerator.reduce(votes, "sum")
         self.skip = votes[0].clamp(max=1)
         if self.trainer.accelerator.scaler is None:  # a loss scaler skips the step by itself
@@ -100,9 +106,21 @@ class StepGuard(TrainerCallback):
         while len(self._pending) > lag:
             self._judge(self._pending.popleft(), args, control)
 
+    def settle(self):
+        """Read the votes of all steps so far. Every rank has to call it, because one may find that the run must end."""
+        while self._pending:
+            self._judge(self._pending.popleft(), self.trainer.args, self.trainer.control)
+
     def on_train_end(self, args, state, control, optimizer=None, **kwargs):
         while self._pending:
             self._judge(self._pending.popleft(), args)  # too late to stop
+        if not self.in_a_row:
+            self.trainer.after_step(True, state.global_step)
+        else:
+            logger.warning(
+                f"The last {self.in_a_row} steps of the run were skipped: its weights are those after step "
+                f"{state.global_step - self.in_a_row}, and they gave no finite loss"
+            )
         if optimizer is not None and hasattr(optimizer.optimizer, "found_inf"):
             del optimizer.optimizer.found_inf
 
@@ -114,44 +132,27 @@ class StepGuard(TrainerCallback):
             logger.warning(
                 f"Step {votes.step + 1} is skipped, because its loss or its gradient is not finite; {votes.images()}"
             )
+        else:
+            self.proved = votes.step
+        self.trainer.after_step(not skipped, votes.step)
         if self.in_a_row >= self.max_skipped:
-            last = newest_whole(args.output_dir)
+            last, saved = newest_whole(args.output_dir, up_to=self.proved), newest_whole(args.output_dir)
+            none = f"none ({saved.name} has given no finite loss yet)" if saved else "none yet"
             raise NonFiniteError(
                 f"{self.in_a_row} steps in a row, up to step {votes.step + 1}, had a loss or a gradient that is not "
-                f"finite; the last good checkpoint is {last or 'none yet'}. Try a lower base_lr, longer warmup_steps, "
+                f"finite; the last good checkpoint is {last or none}. Try a lower base_lr, longer warmup_steps, "
                 f"max_grad_norm 1{', bf16 in place of fp16' if args.fp16 else ''}, and look at the images named above"
             )
         if stop and control is not None:
-            self.signal = self._asked or signal.SIGTERM  # or: another rank was told to stop
+            self.signal = self.listener.asked or signal.SIGTERM  # or: another rank was told to stop
             control.should_save = control.should_training_stop = True
             control.should_evaluate = False
-
-    @contextlib.contextmanager
-    def signals(self):
-        """Inside, SIGTERM and SIGINT end the run after the current step, with a checkpoint; a second SIGINT at once."""
-        self.signal = self._asked = None
-        self.skipped = self.in_a_row = 0
-        self._pending.clear()
-        if threading.current_thread() is not threading.main_thread():
-            yield  # only the main thread may set handlers
-            return
-
-        def ask(number, frame):
-            if self._asked == number == signal.SIGINT:
-                raise KeyboardInterrupt
-            self._asked = signal.Signals(number)
-
-        before = {number: signal.signal(number, ask) for number in (signal.SIGTERM, signal.SIGINT)}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
 
 
 def leave_signals_to_the_main_process(worker: int):
     """For `DataLoader.worker_init_fn`. A scheduler signals the workers too, but the last step still needs them."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
     if hasattr(signal, "sigwaitinfo"):  # Linux
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
         threading.Thread(target=_end_with_the_main_process, daemon=True).start()
@@ -159,7 +160,8 @@ def leave_signals_to_the_main_process(worker: int):
 
 def _end_with_the_main_process():
     """End this worker when the SIGTERM comes from the main process, which ends its workers in this way."""
-    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+    main = multiprocessing.parent_process().pid  # with a fork server, os.getppid() is the server
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != main:
         pass
     os._exit(0)
 

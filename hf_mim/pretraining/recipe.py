@@ -19,6 +19,7 @@ from transformers import PreTrainedConfig
 from hf_mim import methods
 from hf_mim.checks import check_license, check_statistics, least
 from hf_mim.data.fingerprint import absolute_source
+from hf_mim.files import replacing
 from hf_mim.pretraining.settings import read_yaml, suggestion, to_type
 from hf_mim.pretraining.trainer import MIMTrainingArguments
 from hf_mim.run_folder import LOCAL, RECIPE
@@ -56,6 +57,26 @@ RECORDED = (
     "gradient_accumulation_steps",
     "seed",
 )
+
+
+# What must stay as it is when a run is resumed, beside the model's settings and the images. All else takes effect.
+FIXED = (
+    "train_split",
+    "image_column",
+    "streaming",
+    "shuffle_buffer",
+    "image_mean",
+    "image_std",
+    "value_range",
+    "nodata",
+    "seed",
+    "data_seed",
+    "optim",
+    "optim_args",
+    "dataloader_drop_last",
+    "train_sampling_strategy",
+)
+END = "# end of the recipe"  # a recipe without this line is cut off
 
 
 @dataclass
@@ -266,13 +287,24 @@ class Recipe:
             f"# {title}\n" + "".join(yaml.dump({name: value}, Dumper=_ListsInline) for name, value in section.items())
             for title, section in settings.items()
         ]
-        (folder / RECIPE).write_text("\n".join(sections))
-        (folder / LOCAL).write_text(yaml.safe_dump(local, allow_unicode=True))
+        texts = {LOCAL: yaml.safe_dump(local, allow_unicode=True), RECIPE: "\n".join([*sections, f"{END}\n"])}
+        for name, text in texts.items():
+            with replacing(folder / name) as aside:
+                aside.write_text(text)
 
 
 def held_settings(folder: Path) -> list[dict[str, Any]]:
-    """What the run in a folder was started with: its recipe, then the absolute paths of its data."""
-    return [read_yaml(folder / name) for name in (RECIPE, LOCAL) if (folder / name).is_file()]
+    """What the run in a folder was started with: its recipe, then the absolute paths of its data.
+
+    Raises ValueError for a recipe that is cut off: the run would go on with defaults in place of what is lost.
+    """
+    found = [read_yaml(folder / name) for name in (RECIPE, LOCAL) if (folder / name).is_file()]
+    if found and END not in (folder / RECIPE).read_text().splitlines():
+        raise ValueError(
+            f"{folder / RECIPE} is cut off, or was written by hand: its last line must be {END!r}; to begin again from "
+            "it, give it as the recipe, with another output_dir"
+        )
+    return found
 
 
 def _typed(name: str, value: Any) -> Any:

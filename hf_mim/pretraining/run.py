@@ -6,12 +6,15 @@
 `hf_mim/run_folder.py` lists what is in the run folder afterwards. With `--push_to_hub` it is uploaded to the Hub.
 """
 
+import contextlib
+import dataclasses
 import functools
 import math
 import os
 import shlex
 import signal
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import PartialState
@@ -28,6 +31,7 @@ from hf_mim.data.processor import image_processor
 from hf_mim.data.sources import fixed_sample
 from hf_mim.data.value_range import find_value_range
 from hf_mim.files import check_writable
+from hf_mim.lock import check_unlocked, locked
 from hf_mim.models.nodata import as_text
 from hf_mim.models.pixels import EIGHT_BITS, ValueRange
 from hf_mim.pretraining.final_results import (
@@ -40,8 +44,9 @@ from hf_mim.pretraining.final_results import (
     training_record,
 )
 from hf_mim.pretraining.probe import OnlineProbe
-from hf_mim.pretraining.recipe import Recipe, RunArguments, held_settings, model_fields
-from hf_mim.pretraining.trainer import MIMTrainer, MIMTrainingArguments, check_warmup
+from hf_mim.pretraining.recipe import FIXED, Recipe, RunArguments, held_settings, model_fields
+from hf_mim.pretraining.signals import Ended, ended_at_once
+from hf_mim.pretraining.trainer import MIMTrainer, MIMTrainingArguments, check_shared_memory, check_warmup
 from hf_mim.run_folder import CARD, CURVE, RECIPE, RECONSTRUCTIONS, checkpoints, contents
 from hf_mim.visualize import plot_reconstructions, plot_training
 
@@ -57,7 +62,7 @@ class Pretraining:
         args = training_arguments(recipe)
         self.folder = Path(args.output_dir)
         run.dataset_fingerprint = fingerprint(run.dataset)
-        check_run_folder(self.folder, recipe)
+        check_run_folder(self.folder, recipe, print if args.process_index == 0 else lambda line: None)
         if run.max_image_pixels:
             os.environ[MAX_PIXELS_VARIABLE] = str(run.max_image_pixels)
         # One line for each source, although the test images may be loaded twice.
@@ -76,6 +81,8 @@ class Pretraining:
         steps = number_of_steps(args, train_images)
         if steps > 0:
             check_warmup(args, steps)  # Trainer would find out only after it has begun
+        if isinstance(train_images, ImageStream):  # for other images the trainer checks it
+            check_shared_memory(args, config.num_channels * math.prod(config.training_size))
         if "logging_steps" not in recipe.training:
             args.logging_steps = min(args.logging_steps, max(1, steps // 20))  # a short run needs a curve too
         set_seed(args.seed)
@@ -100,21 +107,30 @@ class Pretraining:
         self.checkpoint = self.trainer.checkpoint_to_resume(resumes)
 
     def __call__(self) -> signal.Signals | None:
-        """Train, fill the run folder and print the results. Returns the signal that ended the training, if one did."""
+        """Train, fill the run folder and print the results. Returns the signal that ended the run, if one did.
+
+        Raises LockedError if another process writes into the run folder.
+        """
         trainer, main = self.trainer, self.trainer.is_world_process_zero()
         PartialState().wait_for_everyone()  # until every rank has looked into the folder
-        if main:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            self.recipe.save(self.folder)
-        trainer.train(resume_from_checkpoint=self.checkpoint)
-        if trainer.guard.signal:
-            return trainer.guard.signal
-        trainer.save_model(_internal_call=True)  # not pushed yet: the card is still to come
-        trainer.save_state()
-        if main:
-            self.finish()
-        if trainer.args.push_to_hub:
-            trainer.push_to_hub()
+        with contextlib.ExitStack() as stack:
+            if main:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                stack.enter_context(locked(self.folder, "output_dir", print))
+                self.recipe.save(self.folder)
+            trainer.train(resume_from_checkpoint=self.checkpoint)
+            if trainer.guard.signal:
+                return trainer.guard.signal
+            try:
+                with ended_at_once():
+                    trainer.save_model(_internal_call=True)  # not pushed yet: the card is still to come
+                    trainer.save_state()
+                    if main:
+                        self.finish()
+                    if trainer.args.push_to_hub:
+                        trainer.push_to_hub()
+            except Ended as error:
+                return error.signal
         return None
 
     def finish(self):
@@ -166,11 +182,12 @@ def training_arguments(recipe: Recipe) -> MIMTrainingArguments:
     return MIMTrainingArguments(**settings)
 
 
-def check_run_folder(folder: Path, recipe: Recipe):
+def check_run_folder(folder: Path, recipe: Recipe, say: Tell = print):
     """Raise ValueError if the folder cannot be written, or if it holds another run than the recipe's."""
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"output_dir must be a folder, and {folder} is a file")
     check_writable(folder, "output_dir")
+    check_unlocked(folder, "output_dir", say)
     held = contents(folder)
     if not recipe.run.resume:
         if held:
@@ -189,7 +206,17 @@ def check_run_folder(folder: Path, recipe: Recipe):
     for name in model_fields(recipe.run.method):
         if getattr(old, name) != getattr(new, name):
             raise ValueError(f"{name} is {getattr(new, name)}, but the run in {folder} has {getattr(old, name)}")
+    old, new = every_setting(before), every_setting(recipe)
+    for name in FIXED:
+        if repr(old[name]) != repr(new[name]):  # nan is not equal to nan
+            raise ValueError(f"{name} is {new[name]}, but the run in {folder} has {old[name]}")
     check_same_data(before.run, recipe.run, folder)
+
+
+def every_setting(recipe: Recipe) -> dict[str, Any]:
+    """Name → value of the settings of run and training, with the defaults of those that are not given."""
+    defaults = {f.name: f.default for f in dataclasses.fields(MIMTrainingArguments)}
+    return defaults | vars(recipe.run) | recipe.training
 
 
 def check_same_data(before: RunArguments, now: RunArguments, folder: Path):
@@ -199,9 +226,7 @@ def check_same_data(before: RunArguments, now: RunArguments, folder: Path):
     """
     one, other = before.dataset_fingerprint, now.dataset_fingerprint
     difference = ""
-    if before.train_split != now.train_split:
-        difference = f"train_split is {now.train_split}, and was {before.train_split}"
-    elif one and other:
+    if one and other:
         difference = changes(one, other)
     elif absolute_source(before.dataset) != absolute_source(now.dataset):
         difference = f"it is {now.dataset}, and was {before.dataset}"

@@ -10,9 +10,9 @@ from safetensors import SafetensorError
 from transformers.utils import logging
 
 from hf_mim.data.stream import EndlessStream
-from hf_mim.files import one_line
+from hf_mim.files import one_line, replacing
 from hf_mim.pretraining import checkpoints
-from hf_mim.run_folder import CHECKPOINT, MANIFEST, STAGING, TRAINER_STATE
+from hf_mim.run_folder import CHECKPOINT, MANIFEST, STAGING, TRAINER_STATE, step_of
 
 logger = logging.get_logger(__name__)
 
@@ -25,6 +25,8 @@ class CheckpointTrainer:
 
     endless_stream: EndlessStream | None = None  # set if the training data are a stream
     _staging = False
+    _save_owed = False  # a checkpoint was not saved, because its step was skipped
+    _unproved: Path | None = None  # the last checkpoint, until its weights have given a finite loss
     _resumed_from: str | None = None
 
     # ---- save
@@ -34,6 +36,11 @@ class CheckpointTrainer:
         return str(Path(folder) / STAGING) if self._staging else folder
 
     def _save_checkpoint(self, model, trial):
+        self.guard.settle()
+        self._save_owed = bool(self.guard.in_a_row and not self.guard.signal)
+        if self._save_owed:  # these weights may be what gives no finite loss
+            logger.warning(f"No checkpoint is saved at step {self.state.global_step}, because it was skipped")
+            return
         run_folder, name = Path(self._get_output_dir(trial)), f"{CHECKPOINT}{self.state.global_step}"
         staged = run_folder / STAGING / name
         if self.args.should_save:
@@ -57,11 +64,25 @@ class CheckpointTrainer:
             logger.warning(f"{name} could not be saved ({failures[0]}); the run goes on, and {left}")
             return
         if self.args.push_to_hub:
-            self._push_from_checkpoint(str(run_folder / name))
-        if self.args.should_save:  # after the push, which waits for the upload of an older checkpoint
-            limit, best = self.args.save_total_limit, self.state.best_model_checkpoint
-            for failure in _failures(lambda: checkpoints.rotate(run_folder, limit, best)):
+            for failure in _failures(lambda: self._push_from_checkpoint(str(run_folder / name))):
+                logger.warning(f"{name} could not be uploaded ({failure}); the run goes on")
+        self._unproved = run_folder / name
+        self._rotate(run_folder, self.guard.proved)  # after the push, which waits for the upload of an older checkpoint
+
+    def _rotate(self, run_folder: Path, proved: int | None = None):
+        """Delete older checkpoints, but not the last one whose weights have given a finite loss."""
+        if self.args.should_save:
+            about = run_folder, self.args.save_total_limit, self.state.best_model_checkpoint, proved
+            for failure in _failures(lambda: checkpoints.rotate(*about)):
                 logger.warning(f"older checkpoints could not be deleted: {failure}")
+
+    def after_step(self, finite: bool, step: int):
+        """`guard` calls this when it knows whether the weights after `step` steps gave a finite loss and gradient."""
+        if finite and self._unproved is not None and step >= step_of(self._unproved):
+            self._rotate(self._unproved.parent)
+            self._unproved = None
+        if finite and self._save_owed:
+            self.control.should_save = True
 
     def _push_from_checkpoint(self, checkpoint_folder: str):
         if not self._staging:  # Trainer calls this before the checkpoint has its name
@@ -84,6 +105,12 @@ class CheckpointTrainer:
         about = {"step": state.global_step, "processes": args.world_size}
         checkpoints.write_manifest(staged, **about, images_per_step=args.images_per_step, seed=args.seed)
         checkpoints.commit(staged, final)
+
+    def save_state(self):
+        """As Trainer's. The file is the old or the new one, never half of it."""
+        if self.is_world_process_zero():
+            with replacing(Path(self.args.output_dir) / TRAINER_STATE) as aside:
+                self.state.save_to_json(str(aside))
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False):
         """As Trainer's. In the run folder a file is the old or the new one, never half of it; a sharded model is saved
@@ -144,6 +171,11 @@ class CheckpointTrainer:
         folder = Path(asked)
         if not folder.is_dir():
             raise ValueError(f"resume_from_checkpoint must be a checkpoint's folder, and there is none at {folder}")
+        if missing := checkpoints.lacking(folder):
+            raise ValueError(
+                f"resume_from_checkpoint: {folder} has no {' and no '.join(missing)} (save_only_model leaves them "
+                "out), so the run cannot go on from it; resume from another checkpoint, or begin a new run"
+            )
         if not (folder / MANIFEST).exists():
             logger.warning(f"{folder} has no {MANIFEST}, so nothing can tell whether it is whole")
             return str(folder)
@@ -151,6 +183,8 @@ class CheckpointTrainer:
             manifest = checkpoints.check(folder)
         except ValueError as error:
             raise ValueError(f"resume_from_checkpoint: {folder} {error}") from None
+        if manifest.get("seed", args.seed) != args.seed:
+            raise ValueError(f"seed must stay {manifest['seed']}, as in {folder}, got {args.seed}")
         if manifest.get("images_per_step", args.images_per_step) != args.images_per_step:
             raise ValueError(
                 f"per_device_train_batch_size × gradient_accumulation_steps × processes must stay "

@@ -7,6 +7,7 @@ checkpoints that are whole or absent (`saving.py`).
 """
 
 import functools
+import os
 import sys
 
 import torch
@@ -28,6 +29,7 @@ from hf_mim.pretraining.callbacks import MetricsFile, MIMProgress, TargetUpdate,
 from hf_mim.pretraining.collapse import CollapseAlarm
 from hf_mim.pretraining.guard import StepGuard, leave_signals_to_the_main_process
 from hf_mim.pretraining.saving import CheckpointTrainer
+from hf_mim.pretraining.signals import SHARED_MEMORY, Ended, NoImagesError, free_shared_memory
 from hf_mim.trainer_utils import BrokenImages, DatasetEpoch, StepSeeds, decayed_parameters, seeded
 
 
@@ -93,7 +95,7 @@ class MIMTrainer(CheckpointTrainer, HubTrainer, Trainer):
         self.model_accepts_loss_kwargs = False
         self.augment = augment.to(args.device) if isinstance(augment, nn.Module) else augment
         self.means, self.throughput = ScalarMeans(), Throughput()
-        self.guard = StepGuard(self, args.max_skipped_steps)
+        self.guard = StepGuard(self, args)
         for_data = DatasetEpoch(train_dataset), BrokenImages(train_dataset)
         for_step = StepSeeds(), self.guard, TargetUpdate(self.guard), WeightDecay()
         for callback in (*for_data, *for_step, self.throughput, MetricsFile()):
@@ -107,15 +109,25 @@ class MIMTrainer(CheckpointTrainer, HubTrainer, Trainer):
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
         """As Trainer's. True resumes from the newest whole checkpoint, a path from the checkpoint there.
 
-        After a SIGTERM or SIGINT it saves a checkpoint and returns; `guard.signal` is then that signal.
+        After a SIGTERM, SIGHUP or SIGINT it saves a checkpoint and returns; `guard.signal` is then that signal.
 
         Raises:
             ValueError: there is no such whole checkpoint, or it was made with another number of images per step.
             NonFiniteError: the loss or the gradient was not finite in `max_skipped_steps` steps in a row.
+            NoImagesError: no images came for `data_timeout` seconds.
         """
         checkpoint = self.checkpoint_to_resume(resume_from_checkpoint)
-        with self.guard.signals():
-            return super().train(resume_from_checkpoint=checkpoint, **kwargs)
+        self.guard.begin()
+        with self.guard.listener.listening():
+            try:
+                return super().train(resume_from_checkpoint=checkpoint, **kwargs)
+            except (Ended, NoImagesError) as error:  # in a wait for images: the weights are those after a whole step
+                if self.args.world_size == 1 and self.state.global_step > self._initial_global_step:
+                    self._save_checkpoint(self.model, None)
+                self.callback_handler.on_train_end(self.args, self.state, self.control)
+                if isinstance(error, NoImagesError):
+                    raise
+                self.guard.signal = error.signal
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         inputs = {name: value for name, value in inputs.items() if name != "labels"}
@@ -145,7 +157,7 @@ class MIMTrainer(CheckpointTrainer, HubTrainer, Trainer):
 
     def get_batch_samples(self, *args, **kwargs):
         try:
-            with self.throughput.waits():
+            with self.throughput.waits(), self.guard.listener.waiting():
                 return super().get_batch_samples(*args, **kwargs)
         except (ConnectionError, EOFError) as error:  # some dead workers; for others torch raises a RuntimeError
             raise RuntimeError(f"DataLoader worker or its source has gone: {error}") from error
@@ -197,6 +209,20 @@ class MIMTrainer(CheckpointTrainer, HubTrainer, Trainer):
             self._created_lr_scheduler = True
         return self.lr_scheduler
 
+    def _load_optimizer_and_scheduler(self, checkpoint):
+        """As Trainer's, but learning rate and betas are those that are given now, not those of the checkpoint."""
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is None or not self._created_lr_scheduler:
+            return
+        args, scheduler = self.args, getattr(self.lr_scheduler, "scheduler", self.lr_scheduler)
+        scheduler.base_lrs = [args.learning_rate] * len(self.optimizer.param_groups)
+        rates = [rate(scheduler.last_epoch) * args.learning_rate for rate in scheduler.lr_lambdas]
+        for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
+            group |= {"lr": rate, "initial_lr": args.learning_rate}
+            group |= {"betas": (args.adam_beta1, args.adam_beta2)} if "betas" in group else {}
+            group |= {"eps": args.adam_epsilon} if "eps" in group else {}
+        scheduler._last_lr = rates
+
     def get_train_dataloader(self):
         """As Trainer's. An ImageStream is read without end, from the place that the checkpoint holds."""
         if isinstance(self.train_dataset, ImageStream):
@@ -237,6 +263,7 @@ class MIMTrainer(CheckpointTrainer, HubTrainer, Trainer):
     def _init_training_state(self, max_steps, *args, **kwargs):
         """(epochs, batches of this epoch) that are done. A stream is at its place already, and skips none."""
         done = super()._init_training_state(max_steps, *args, **kwargs)
+        self.state.compute_steps(self.args, max_steps)  # as they are given now, not as the checkpoint has them
         if self.state.global_step >= max_steps:
             return sys.maxsize, 0  # Trainer would make one step too many
         return (0, 0) if isinstance(self.train_dataset, ImageStream) else done
@@ -270,6 +297,24 @@ def check_data(args: MIMTrainingArguments, train_dataset):
         raise ValueError(
             f"train_dataset must give 'pixel_values', got {sorted(sample)}; hf_mim.data.ImageDataset makes them"
         )
+    else:
+        check_shared_memory(args, sample["pixel_values"].nbytes)
+
+
+def check_shared_memory(args: MIMTrainingArguments, bytes_per_image: int):
+    """Raise ValueError if the batches that wait between workers and trainer do not fit into shared memory.
+
+    A worker that finds no room there loses its batch, and the training waits for it without end.
+    """
+    free, workers = free_shared_memory(), args.dataloader_num_workers
+    batches = workers * (args.dataloader_prefetch_factor or 2) * int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    if free is None or (needed := batches * args.per_device_train_batch_size * bytes_per_image) <= free:
+        return
+    raise ValueError(
+        f"dataloader_num_workers must be smaller than {workers}, or 0: {batches} batches take up to "
+        f"{needed / 2**20:.0f} MiB of shared memory, and {SHARED_MEMORY} has {free / 2**20:.0f} MiB free (docker run "
+        "--shm-size sets it)"
+    )
 
 
 def check_warmup(args: MIMTrainingArguments, steps: int):
