@@ -25,6 +25,8 @@ import torch.nn.functional as F
 from PIL import Image, JpegImagePlugin
 from torch import Tensor
 
+from .crops import Box
+
 MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}  # what PIL itself can convert to
 LUMINANCE = (0.299, 0.587, 0.114)
 _EXIF_ORIENTATION = 0x0112
@@ -34,45 +36,9 @@ DRAFT_MARGIN = 1.5
 # The types of pixels, and the values that each is taken to have if no range is given. For int16, one must be given.
 TYPE_RANGES = {"uint8": (0, 255), "uint16": (0, 65535), "int16": None, "int32": (0, 255), "float32": (0, 1)}
 
-Box = tuple[int, int, int, int]  # left, top, right, bottom in pixels, as in PIL
-
 
 class ImageFormatError(ValueError):
     """An intact image that cannot become what the config asks for. The user has to fix this, so it is never skipped."""
-
-
-@dataclass(frozen=True)
-class CenterCrop:
-    """The central part with the target's aspect, for evaluation. `fraction` .875 is "resize to 256, crop 224"."""
-
-    fraction: float = 1.0
-    exact = True  # a JPEG is decoded at full size
-
-    def __post_init__(self):
-        if not 0 < self.fraction <= 1:
-            raise ValueError(f"fraction must lie in (0, 1], not {self.fraction}")
-
-    def box(self, width: int, height: int, size: tuple[int, int], rng=None) -> Box:
-        return centred(width, height, size[1] / size[0], self.fraction)
-
-
-@dataclass(frozen=True)
-class WholeImage:
-    """The whole image, stretched to the target, as transformers' `ViTImageProcessor` does."""
-
-    exact = True
-    fraction = 1.0
-
-    def box(self, width: int, height: int, size: tuple[int, int], rng=None) -> Box:
-        return 0, 0, width, height
-
-
-def centred(width: int, height: int, aspect: float, fraction: float = 1.0) -> Box:
-    """The largest centred box of this aspect, with its sides multiplied by `fraction`."""
-    w = max(1, round(min(width, height * aspect) * fraction))
-    h = max(1, round(min(height, width / aspect) * fraction))
-    left, top = round((width - w) / 2), round((height - h) / 2)
-    return left, top, left + w, top + h
 
 
 @dataclass(frozen=True)
@@ -275,7 +241,7 @@ def crop_image(
 ) -> torch.Tensor:
     """The image upright and cropped, in its own depth: [num_channels, h, w]. A JPEG may come undecoded.
 
-    crop: `RandomCrop`, `CenterCrop` or `WholeImage`, or anything with their `box` and `exact`.
+    crop: `RandomCrop`, `NativeCrop`, `CenterCrop`, `CenterWindow` or `WholeImage`, or anything with `box` and `exact`.
     channels_last: an array is [h, w, C], whatever its shape says.
     """
     if isinstance(image, np.ndarray):
@@ -327,10 +293,10 @@ def _resize(pixels: np.ndarray, size: tuple[int, int]) -> torch.Tensor:
     part = _to_tensor(np.require(pixels, requirements="W"))  # torch warns of read-only memory
     if part.dtype.is_floating_point and not part.isfinite().all():
         raise ValueError("has values that are not finite")  # damage: such an image is left out and counted
-    if part.dtype == torch.uint8:
-        return F.interpolate(part[None], size, mode="bicubic", antialias=True)[0].contiguous()
     if part.shape[1:] == tuple(size):
         return part.contiguous()
+    if part.dtype == torch.uint8:
+        return F.interpolate(part[None], size, mode="bicubic", antialias=True)[0].contiguous()
     source = part[None].to(torch.float64 if part.dtype == torch.int32 else torch.float32)
     resized = F.interpolate(source, size, mode="bicubic", antialias=True)[0]
     resized = resized.clamp_(*source.aminmax())  # bicubic overshoots at edges, which 8 bits clip too

@@ -6,6 +6,7 @@
 `hf_mim/run_folder.py` lists what is in the run folder afterwards. With `--push_to_hub` it is uploaded to the Hub.
 """
 
+import contextlib
 import functools
 import math
 import os
@@ -20,8 +21,9 @@ from datasets import Dataset
 from transformers import AutoModelForPreTraining, PreTrainedConfig
 
 from hf_mim import methods
-from hf_mim.data import DeviceAugment, ImageDataset, ImageStream, RandomCrop, channel_statistics
-from hf_mim.data.decode import MAX_PIXELS_VARIABLE
+from hf_mim.data import DeviceAugment, ImageDataset, ImageStream, NativeCrop, RandomCrop, channel_statistics
+from hf_mim.data.crop import image_size
+from hf_mim.data.decode import MAX_PIXELS_VARIABLE, BrokenImage, decoding, image_name
 from hf_mim.data.fingerprint import absolute_source, changes, fingerprint
 from hf_mim.data.processor import image_processor
 from hf_mim.data.sources import fixed_sample
@@ -31,6 +33,7 @@ from hf_mim.models.pixels import EIGHT_BITS, ValueRange
 from hf_mim.pretraining.final_results import (
     Readout,
     Tell,
+    central_crop,
     find_test_split,
     fixed_view,
     health_record,
@@ -44,6 +47,7 @@ from hf_mim.run_folder import CARD, CURVE, RECIPE, RECONSTRUCTIONS, checkpoints,
 from hf_mim.visualize import plot_reconstructions, plot_training
 
 NUM_PICTURES = 8
+NUM_SIZES = 1024  # images whose sizes are read
 
 
 class Pretraining:
@@ -63,6 +67,7 @@ class Pretraining:
         with args.main_process_first(desc="loading the images"):
             self.images = load_split(run, "dataset", run.train_split, tell)
             train_images = random_crops(self.images, run, config, args.seed)
+            windows = None if run.crop_pixels is None else check_windows(self.images, train_images)
             value_range, found = find_value_range(train_images, run.value_range, config.num_channels)
             if value_range is not None:
                 run.value_range = value_range.as_list()
@@ -70,8 +75,9 @@ class Pretraining:
             train_images = train_images.in_range(value_range or EIGHT_BITS, own_depth=True)
             self.readout = Readout.find(self.images, run, tell) if run.knn or run.probe_every else None
             eval_images = None if args.eval_strategy == "no" else evaluation_images(run, config, value_range, tell)
-        if found and args.process_index == 0:
-            print(found)
+        if args.process_index == 0:
+            for line in filter(None, (found, windows)):
+                print(line)
         steps = number_of_steps(args, train_images)
         if steps > 0:
             check_warmup(args, steps)  # Trainer would find out only after it has begun
@@ -87,7 +93,12 @@ class Pretraining:
             augment=self.augment,
             # It is saved with each checkpoint, so that each can be evaluated.
             processing_class=image_processor(
-                config.image_height_width, run.image_mean, run.image_std, value_range, crop_fraction=1.0
+                config.image_height_width,
+                run.image_mean,
+                run.image_std,
+                value_range,
+                crop_fraction=(part := central_crop(run, config)).fraction,
+                crop_pixels=getattr(part, "pixels", None),
             ),
         )
         if run.probe_every:
@@ -135,7 +146,7 @@ class Pretraining:
         """Draw the training curve and, if the model predicts pixels, reconstructions."""
         plot_training(self.trainer.state.log_history, self.folder / CURVE)
         if hasattr(model, "reconstruct"):
-            view = fixed_view(self.images, model.config, NUM_PICTURES, self.augment.value_range)
+            view = fixed_view(self.images, model.config, NUM_PICTURES, self.recipe.run, self.augment.value_range)
             images = torch.stack([sample["pixel_values"] for sample in view]).to(model.device)
             plot_reconstructions(model, images, self.augment, self.folder / RECONSTRUCTIONS)
 
@@ -226,14 +237,50 @@ def number_of_steps(args: MIMTrainingArguments, images: ImageDataset | ImageStre
 
 def random_crops(images, run: RunArguments, config: PreTrainedConfig, seed: int) -> ImageDataset | ImageStream:
     """Random crops in the size that the method trains on, in their own depth. A stream is shuffled within a buffer."""
-    try:
-        crop = RandomCrop(run.crop_scale, run.crop_ratio)
-    except ValueError as error:
-        raise ValueError(f"crop_{error}") from None
+    height, width = config.training_size
+    if run.rotate90 and height != width:
+        raise ValueError(
+            f"rotate90 must be false for crops of {height} x {width} pixels: only square ones can be turned"
+        )
+    if run.crop_pixels is not None:
+        crop = NativeCrop(run.crop_pixels)
+        if abs(crop.pixels[0] * width - crop.pixels[1] * height) >= max(height, width):  # more than rounding
+            right = f"{crop.pixels[0]},{round(crop.pixels[0] * width / height)}"
+            raise ValueError(
+                f"crop_pixels must have the proportions of the input, {height} x {width}, not "
+                f"{crop.pixels[0]},{crop.pixels[1]}; {right} would be right"
+            )
+    else:
+        try:
+            crop = RandomCrop(run.crop_scale, run.crop_ratio)
+        except ValueError as error:
+            raise ValueError(f"crop_{error}") from None
     if isinstance(images, Dataset):
         return ImageDataset(images, config.training_size, config.num_channels, crop, seed=seed, own_depth=True)
     images = images.shuffle(seed=seed, buffer_size=run.shuffle_buffer)
     return ImageStream(images, config.training_size, config.num_channels, crop, seed=seed, own_depth=True)
+
+
+def check_windows(images, crops: ImageDataset | ImageStream) -> str:
+    """A line that says how the windows are cut, and how many images of a sample are smaller than they are.
+
+    Raises ValueError if all images of the sample are smaller.
+    """
+    crop, sizes = crops.crop, []
+    for row in fixed_sample(images, NUM_SIZES):
+        with contextlib.suppress(BrokenImage), decoding(image_name(row["image"], "an image")):
+            sizes.append(image_size(row["image"], crops.num_channels))
+    smaller = sum(crop.is_larger(*size) for size in sizes)
+    if sizes and smaller == len(sizes):
+        fits = max(min(height, width) for width, height in sizes)
+        raise ValueError(
+            f"crop_pixels {','.join(map(str, crop.pixels))} must fit into an image, and all {len(sizes):,} that were "
+            f"looked at are smaller in a side; a square of {fits} fits into one"
+        )
+    resized = "not resized" if crop.pixels == crops.size else "resized to {} x {}".format(*crops.size)
+    line = "crops: windows of {} x {} pixels, ".format(*crop.pixels) + resized
+    count = f"{smaller:,} of {len(sizes):,} images are smaller"
+    return f"{line}; {count}, and their largest such part is enlarged" if smaller else f"{line}; {count}"
 
 
 def evaluation_images(
@@ -243,7 +290,7 @@ def evaluation_images(
     images, _ = find_test_split(run, tell=tell)
     if images is None:
         raise ValueError(f"eval_strategy needs test_dataset: {run.dataset} has no validation or test split")
-    return fixed_view(images, config, run.knn_test_images, value_range, size=config.training_size)
+    return fixed_view(images, config, run.knn_test_images, run, value_range, size=config.training_size)
 
 
 def device_augment(recipe: Recipe, images: ImageDataset | ImageStream, config: PreTrainedConfig) -> DeviceAugment:
@@ -261,4 +308,7 @@ def device_augment(recipe: Recipe, images: ImageDataset | ImageStream, config: P
         run.blur_probability,
         run.blur_sigma,
         images.value_range,
+        vertical_flip_probability=run.vertical_flip_probability,
+        rotate90=run.rotate90,
+        color_jitter=run.color_jitter,
     )
