@@ -155,6 +155,7 @@ def training_record(trainer: Trainer, run: RunArguments, images) -> Result:
     args, state, folder = trainer.args, trainer.state, Path(trainer.args.output_dir)
     losses = [entry["loss"] for entry in state.log_history if "loss" in entry]
     seconds = sum(entry.get("seconds", 0) for entry in state.log_history) + trainer.throughput.seconds
+    waiting = sum(entry.get("data_wait_seconds", 0) for entry in state.log_history) + trainer.throughput.waiting
     name = torch.get_device_module(args.device).get_device_name() if args.device.type == "cuda" else platform.machine()
     about = {"source": f"{source_name(run.dataset)}, split {run.train_split}"}
     about |= {"images": len(images)} if isinstance(images, Dataset) else {}
@@ -177,6 +178,7 @@ def training_record(trainer: Trainer, run: RunArguments, images) -> Result:
             "images_seen": state.global_step * args.images_per_step,
             "images_per_second": state.global_step * args.images_per_step / seconds,
             "hours": seconds / 3600,
+            "data_wait_share": waiting / seconds,
         },
         checkpoint=folder.name,
         checkpoint_sha256=checkpoint_sha256(folder),

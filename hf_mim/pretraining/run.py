@@ -43,6 +43,7 @@ from hf_mim.pretraining.final_results import (
 from hf_mim.pretraining.probe import OnlineProbe
 from hf_mim.pretraining.recipe import Recipe, RunArguments, held_settings, model_fields
 from hf_mim.pretraining.trainer import MIMTrainer, MIMTrainingArguments, check_warmup
+from hf_mim.pretraining.waiting import WaitingAdvice, advice
 from hf_mim.run_folder import CARD, CURVE, RECIPE, RECONSTRUCTIONS, checkpoints, contents
 from hf_mim.visualize import plot_reconstructions, plot_training
 
@@ -101,6 +102,8 @@ class Pretraining:
                 crop_pixels=getattr(part, "pixels", None),
             ),
         )
+        about = self.images, run, args, config.training_size, config.num_channels
+        self.trainer.add_callback(WaitingAdvice(functools.partial(advice, *about)))
         if run.probe_every:
             samples = self.readout.sample(run.probe_images, run.probe_images // 4) if self.readout else None
             samples = samples or (None, fixed_sample(self.images, run.probe_images // 4))
@@ -154,7 +157,8 @@ class Pretraining:
         """Measure what the training took, the health of the features and, if there are labels, their k-NN accuracy."""
         trainer, run = self.trainer, self.recipe.run
         batch_size = trainer.args.per_device_eval_batch_size
-        training_record(trainer, run, self.images)
+        record = training_record(trainer, run, self.images)
+        print(f"\nThe training waited {record.scores['data_wait_share']:.1%} of its time for images.")
         try:
             health_record(model, self.augment, self.images, run, batch_size, self.folder)
         except ValueError as error:  # the features are not finite, or too many images are broken
