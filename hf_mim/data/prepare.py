@@ -100,8 +100,8 @@ class Prepare:
         least(0, num_workers=self.num_workers)
         check_destination(self.dest)
         source, dest = Path(self.source).expanduser().resolve(), Path(self.dest).resolve()
-        if source.exists() and (dest.is_relative_to(source) or source.is_relative_to(dest)):
-            raise ValueError(f"DEST must lie outside of SOURCE, and not hold it: {self.dest} and {self.source}")
+        if source.exists() and dest.is_relative_to(source):
+            raise ValueError(f"DEST must lie outside of SOURCE, and {self.dest} lies in {self.source}")
         self.tasks, self.prepared = [], Prepared()
         self._find()
         if not self.tasks:

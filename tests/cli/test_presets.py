@@ -1,4 +1,4 @@
-"""The recipes for kinds of images: prepared, pretrained for a few steps, measured, as their pages in docs/ say."""
+"""The recipes for kinds of images: prepared and pretrained for a few steps, as their pages in docs/ say."""
 
 import re
 from pathlib import Path
@@ -37,13 +37,12 @@ def scene(folder, index, side, bands, kind):
 )
 def test_a_preset_runs_on_what_was_prepared(tmp_path, monkeypatch, capsys, name, source, tile, bands, kind, more):
     monkeypatch.chdir(tmp_path)
-    for index in range(3):
+    for index in range(2):
         scene(Path(source), index, tile + 8, bands, kind)
     assert main(["prepare", source, "tiles", "--tile", str(tile), "--num_workers", "0"]) == 0
     run(RECIPES / f"{name}.yaml", "--dataset", "tiles", *more, *SMALL.split(), "--output_dir", "run")
     size = read_recipe([str(RECIPES / f"{name}.yaml"), "--dataset", "tiles"]).config().image_size
-    assert f"windows of {size} x {size} pixels, not resized; 0 of 12 images are smaller" in capsys.readouterr().out
-    assert main("evaluate health run --dataset tiles --cache none".split()) == 0
+    assert f"windows of {size} x {size} pixels, not resized; 0 of 8 images are smaller" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("name", ["histology", "satellite", "inspection"])

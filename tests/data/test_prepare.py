@@ -238,7 +238,7 @@ def test_an_image_that_needs_an_option_ends_it_and_nothing_is_left(tmp_path, cap
         ("in out --tile 0", "tile must be at least 1, not 0"),
         ("in out --tile x", "tile must be a whole number, not 'x'"),
         ("in full --tile 8", "DEST must be a new folder, and full holds something already"),
-        ("in in/out --tile 8", "DEST must lie outside of SOURCE, and not hold it: in/out and in"),
+        ("in in/out --tile 8", "DEST must lie outside of SOURCE, and in/out lies in in"),
         ("full/in full --tile 8", "DEST must be a new folder, and full holds something already"),
         ("nothing_here out --tile 8", "source 'nothing_here'"),
         ("empty out --tile 8", "source 'empty' holds no images"),
