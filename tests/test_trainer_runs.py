@@ -9,7 +9,7 @@ from tiny_runs import Images, Stream, arguments, assert_same_weights, flip_at_ra
 from torch import nn
 from transformers import TrainingArguments
 
-from hf_mim.data import BrokenImagesError, DeviceAugment, ImageDataset, ImageStream
+from hf_mim.data import BrokenImagesError, DeviceAugment, ImageDataset, ImageStream, NativeCrop, RandomCrop
 from hf_mim.pretraining.trainer import MIMTrainer
 
 # ---- evaluation
@@ -79,11 +79,15 @@ def test_resumed_training_equals_uninterrupted_training_to_the_bit(tmp_path, met
     assert losses[0] == losses[1] and len(losses[0]) == 1
 
 
-def test_resume_is_exact_with_random_crops_in_workers(tmp_path):
+NO_UP = dict(rotate90=True, vertical_flip_probability=0.5, color_jitter=0.2)
+
+
+@pytest.mark.parametrize(("crop", "more"), [(RandomCrop(), {}), (NativeCrop(20), NO_UP)])
+def test_resume_is_exact_with_random_crops_in_workers(tmp_path, crop, more):
     def run(**kwargs):
-        images = ImageDataset(image_column(20), size=24)  # 5 steps an epoch
+        images = ImageDataset(image_column(20), size=24, crop=crop)  # 5 steps an epoch
         args = arguments(tmp_path, max_steps=9, save_strategy="steps", save_steps=7, dataloader_num_workers=2)
-        trainer = MIMTrainer(make_model("mae"), args, images, augment=DeviceAugment())
+        trainer = MIMTrainer(make_model("mae"), args, images, augment=DeviceAugment(**more))
         trainer.train(**kwargs)
         return trainer.model
 
@@ -98,7 +102,7 @@ def test_an_image_is_augmented_alike_in_batches_of_any_size(tmp_path):
         )
         sizes = dict(per_device_train_batch_size=batch_size, max_steps=16 // batch_size)
         args = arguments(tmp_path, train_sampling_strategy="sequential", **sizes)
-        augment = DeviceAugment(grayscale_probability=0.5, blur_probability=0.5)
+        augment = DeviceAugment(grayscale_probability=0.5, blur_probability=0.5, **NO_UP)
         MIMTrainer(model, args, ImageDataset(image_column(16), size=24), augment=augment).train()
         return torch.stack(seen)
 

@@ -4,7 +4,7 @@
 from hf_mim.models.pixels import ImageFormatError, ValueRange
 
 from .augment import IMAGENET_MEAN, IMAGENET_STD, DeviceAugment, channel_statistics, gaussian_blur
-from .crop import CenterCrop, RandomCrop, WholeImage
+from .crop import CenterCrop, CenterWindow, NativeCrop, RandomCrop, WholeImage
 from .dataset import BrokenImagesError, ImageDataset, ImageStream, check_broken
 from .digits import digits
 from .scenes import scenes

@@ -1,6 +1,6 @@
 """Augmentation on the device, a whole batch at a time: no loop over images, no wait for the device."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
 
 import torch
@@ -14,7 +14,7 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
 class DeviceAugment(nn.Module):
-    """Pixels [B, C, h, w] on the device -> flipped, greyed, blurred, normalised float32 [B, C, h, w].
+    """Pixels [B, C, h, w] on the device -> turned, flipped, jittered, greyed, blurred, normalised float32 [B, C, h, w].
 
     Pixels are uint8, or float32 in 0..255. With a `value_range` they come in their own depth, and it scales them first.
     Pixels without data come as NaN. They reach no other pixel, and become 0, the mean of their channel.
@@ -29,6 +29,13 @@ class DeviceAugment(nn.Module):
         grayscale_probability: of replacing the three channels by their luminance (.299, .587, .114).
         blur_probability: of a Gaussian blur whose standard deviation, in pixels, is drawn uniformly from `blur_sigma`.
         value_range: what the values of the images are scaled from; values beyond it are clipped.
+        vertical_flip_probability: of an upside-down flip.
+        rotate90: turn each image by 0, 90, 180 or 270 degrees, each as likely; the images must be square.
+        color_jitter: S in [0, 1]. For each image and channel, a gain g is drawn uniformly from 1 - S..1 + S and an
+            offset o from -S..S. With x scaled to 0..1 and m the channel's `mean`, x becomes m + g (x - m) + o, clipped
+            to 0..1.
+
+    Images are turned first, then flipped upside down, then left to right.
         nodata: whether there may be pixels without data; default: if the value_range says so.
     """
 
@@ -41,6 +48,9 @@ class DeviceAugment(nn.Module):
         blur_probability: float = 0.0,
         blur_sigma: tuple[float, float] = (0.1, 2.0),
         value_range: ValueRange | None = None,
+        vertical_flip_probability: float = 0.0,
+        rotate90: bool = False,
+        color_jitter: float = 0.0,
         nodata: bool = False,
     ):
         super().__init__()
@@ -49,7 +59,8 @@ class DeviceAugment(nn.Module):
         if min(std) <= 0:
             raise ValueError(f"std must be positive, not {list(std)}")
         share(flip_probability=flip_probability, grayscale_probability=grayscale_probability)
-        share(blur_probability=blur_probability)
+        share(blur_probability=blur_probability, vertical_flip_probability=vertical_flip_probability)
+        share(color_jitter=color_jitter)
         if grayscale_probability and len(mean) not in (1, 3):
             raise ValueError(f"grayscale_probability must be 0 for images of {len(mean)} channels, not 3 or 1")
         if not 0 < blur_sigma[0] <= blur_sigma[1]:
@@ -58,6 +69,8 @@ class DeviceAugment(nn.Module):
         self.grayscale_probability = grayscale_probability if len(mean) == 3 else 0.0  # one channel is grey already
         self.blur_probability = blur_probability
         self.blur_sigma = tuple(blur_sigma)
+        self.vertical_flip_probability, self.rotate90 = vertical_flip_probability, rotate90
+        self.color_jitter = color_jitter
         scale, shift = scale_and_shift(mean, std)
         self.register_buffer("scale", scale[None], persistent=False)
         self.register_buffer("shift", shift[None], persistent=False)
@@ -67,6 +80,9 @@ class DeviceAugment(nn.Module):
             offset, factor = value_range.offset_and_factor()
             self.register_buffer("offset", offset, persistent=False)
             self.register_buffer("factor", factor, persistent=False)
+        self.register_buffer(
+            "centre", 255 * torch.tensor(mean, dtype=torch.float32).view(1, -1, 1, 1), persistent=False
+        )
         self.register_buffer("luminance", torch.tensor(LUMINANCE).view(1, -1, 1, 1), persistent=False)
 
     def forward(self, pixel_values: Tensor, keys: Tensor | None = None) -> Tensor:
@@ -87,17 +103,14 @@ class DeviceAugment(nn.Module):
             return (uniform(stream) < probability).view(-1, 1, 1, 1)
 
         pixel_values = self._scaled(pixel_values)
-        if self.training and self.flip_probability:
-            chosen = chosen_of(0, self.flip_probability)
-            if pixel_values.dtype == torch.uint8:
-                # x + chosen * (flipped - x): exact in uint8, modulo 256, and on a CPU 7 times as fast as torch.where
-                chosen = chosen.to(torch.uint8)
-                pixel_values = pixel_values.flip(-1).sub_(pixel_values).mul_(chosen).add_(pixel_values)
-            else:
-                pixel_values = torch.where(chosen, pixel_values.flip(-1), pixel_values)
-        if not self.training or not (self.grayscale_probability or self.blur_probability):
+        if not self.training:
+            return pixel_values
+        pixel_values = self._turned(pixel_values, uniform)
+        if not (self.grayscale_probability or self.blur_probability or self.color_jitter):
             return pixel_values
         images = pixel_values.float()
+        if self.color_jitter:
+            images = self._jittered(images, keys)
         if self.grayscale_probability:
             grey = (images * self.luminance.to(images.device)).sum(1, keepdim=True)
             images = torch.where(chosen_of(1, self.grayscale_probability), grey, images)
@@ -107,6 +120,38 @@ class DeviceAugment(nn.Module):
             blurred = blur(images, low + (high - low) * uniform(2))
             images = torch.where(chosen_of(3, self.blur_probability), blurred, images)
         return images
+
+    def _turned(self, images: Tensor, uniform: Callable[[int], Tensor]) -> Tensor:
+        """Rotations and flips of each image: its pixels in other places, so that they stay exact."""
+        across, upside_down = None, None  # which images are flipped
+        if self.flip_probability:
+            across = uniform(0) < self.flip_probability
+        if self.vertical_flip_probability:
+            upside_down = uniform(5) < self.vertical_flip_probability
+        if self.rotate90:
+            if images.shape[-1] != images.shape[-2]:
+                raise ValueError(f"rotate90 needs square images, not {images.shape[-2]} x {images.shape[-1]}")
+            # k quarter turns to the left: a transposition if k is odd, then up-down if k is 1 or 2, across if 2 or 3.
+            quarters = (uniform(4) * 4).floor()
+            images = _chosen(quarters % 2 == 1, images.mT.clone(memory_format=torch.contiguous_format), images)
+            turned_up, turned_across = (quarters == 1) | (quarters == 2), quarters >= 2
+            upside_down = turned_up if upside_down is None else turned_up ^ upside_down
+            across = turned_across if across is None else turned_across ^ across
+        if upside_down is not None:
+            images = _chosen(upside_down, images.flip(-2), images)
+        return images if across is None else _chosen(across, images.flip(-1), images)
+
+    def _jittered(self, images: Tensor, keys: Tensor | None) -> Tensor:
+        """Random contrast and brightness of each channel: see `color_jitter`. float, in 0..255."""
+        batch, channels = images.shape[:2]
+        if keys is None:
+            gain, offset = torch.rand(2, batch, channels, device=images.device)
+        else:
+            streams = 2 * torch.arange(channels, device=images.device)
+            gain, offset = (keyed_uniform(keys[:, None], first + streams) for first in (8, 9))
+        gain, offset = ((2 * x[..., None, None] - 1) * self.color_jitter for x in (gain, offset))
+        centre = self.centre.to(images.device)
+        return (centre + (1 + gain) * (images - centre) + 255 * offset).clamp_(0, 255)
 
     def normalize(self, pixel_values: Tensor) -> Tensor:
         """(x / 255 - mean) / std, for x in 0..255 or scaled to it from `value_range`, [B, C, h, w], as float32."""
@@ -141,17 +186,28 @@ class DeviceAugment(nn.Module):
         return (-shift * std).tolist(), std.tolist()
 
 
-def keyed_uniform(keys: Tensor, stream: int) -> Tensor:
+def _chosen(chosen: Tensor, changed: Tensor, images: Tensor) -> Tensor:
+    """For each image [B, ...] the changed one, a copy, where it is chosen, bool [B]."""
+    chosen = chosen.view(-1, 1, 1, 1)
+    if images.dtype == torch.uint8:
+        # x + chosen * (changed - x): exact in uint8, modulo 256, and on a CPU 7 times as fast as torch.where
+        return changed.sub_(images).mul_(chosen.to(torch.uint8)).add_(images)
+    return torch.where(chosen, changed, images)
+
+
+def keyed_uniform(keys: Tensor, stream: int | Tensor) -> Tensor:
     """A number in [0, 1) for each key, int64 [B] -> float32 [B]: the same on every device and in every batch.
 
-    Streams are independent. Keys are mixed by SplitMix64's finaliser (Steele, Lea, Flood: "Fast splittable pseudorandom
-    number generators", OOPSLA 2014), on integers that wrap around.
+    With several streams, int64 [C], and keys [B, 1], float32 [B, C]. Streams are independent. Keys are mixed by
+    SplitMix64's finaliser (Steele, Lea, Flood: "Fast splittable pseudorandom number generators", OOPSLA 2014), on
+    integers that wrap around.
     """
 
     def shifted(x: Tensor, bits: int) -> Tensor:
         return (x >> bits) & ((1 << (64 - bits)) - 1)  # the shift of an int64 alone would copy the sign bit
 
-    x = keys + _signed(0x9E3779B97F4A7C15 * (stream + 1))
+    gamma = 0x9E3779B97F4A7C15
+    x = keys + (_signed(gamma * (stream + 1)) if isinstance(stream, int) else _signed(gamma) * (stream + 1))
     x = (x ^ shifted(x, 30)) * _signed(0xBF58476D1CE4E5B9)
     x = (x ^ shifted(x, 27)) * _signed(0x94D049BB133111EB)
     return shifted(x ^ shifted(x, 31), 40).float() / (1 << 24)

@@ -121,7 +121,7 @@ class ImageDataset(_Images, torch.utils.data.Dataset):
         images: a `datasets.Dataset` from `load_images`.
         size: of the crops, an int or (height, width).
         num_channels: images of other modes are converted, see `decode.py`.
-        crop: `RandomCrop` (default), `CenterCrop` or `WholeImage`.
+        crop: `RandomCrop` (default), `NativeCrop`, `CenterCrop`, `CenterWindow` or `WholeImage`.
         labels: whether samples have the `label` of the column too.
         seed: of the crops; see `set_epoch`.
         value_range: what the values of the images are scaled from, to float32 in 0..255. Without, 8-bit pixels are

@@ -81,6 +81,17 @@ def open_image(value, num_channels: int | None = None) -> Image.Image | np.ndarr
     return np.asarray(value)
 
 
+def header_size(value) -> tuple[int, int] | None:
+    """(width, height) of an encoded image, upright, from its header; None if PIL does not know the format."""
+    value = stored(value)
+    if not isinstance(value, str | bytes):
+        return None
+    with contextlib.suppress(UnidentifiedImageError, Image.DecompressionBombError):
+        with Image.open(value if isinstance(value, str) else io.BytesIO(value), formats=_pil_formats()) as image:
+            return image.size[::-1] if exif_orientation(image)[2] else image.size
+    return None
+
+
 def check_pixels(width: int, height: int):
     """Raise ImageFormatError for an image that is too large to be decoded at once."""
     if width * height > _max_pixels():

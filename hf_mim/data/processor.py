@@ -17,13 +17,16 @@ logger = logging.getLogger(__name__)
 FILES = ("preprocessor_config.json", "processor_config.json")
 
 
-def image_processor(image_size: tuple[int, int], mean, std, value_range: ValueRange | None = None, crop_fraction=1.0):
+def image_processor(
+    image_size: tuple[int, int], mean, std, value_range: ValueRange | None = None, crop_fraction=1.0, crop_pixels=None
+):
     """A `MIMImageProcessor` that does to an image what evaluation does: see there."""
     return MIMImageProcessor(
         size={"height": image_size[0], "width": image_size[1]},
         image_mean=mean,
         image_std=std,
         crop_fraction=crop_fraction,
+        crop_pixels=crop_pixels,
         value_range=None if value_range is None else value_range.as_list(),
         pixel_type=None if value_range is None else value_range.pixel_type,
         nodata=None if value_range is None else value_range.nodata,
@@ -37,6 +40,7 @@ def transformers_processor(processor: MIMImageProcessor):
     - The central crop, for a square size: `CLIPImageProcessor`. It resizes first and crops then, so that its crop may
       lie half a pixel aside where the image is no square.
     - The central crop, for another size: there is none, so a `ViTImageProcessor`, and a warning that it stretches.
+    - A central window of native pixels: there is none, so the central crop, and a warning that it has another scale.
 
     Raises:
         ValueError: images of another depth, which those of transformers take for 8-bit ones.
@@ -53,6 +57,9 @@ def transformers_processor(processor: MIMImageProcessor):
         )
     height, width = processor.size["height"], processor.size["width"]
     num_channels, fraction = len(processor.image_mean), processor.crop_fraction
+    if processor.crop_pixels is not None:
+        warn_of_scale(processor.crop_pixels)
+        fraction = 1.0
     about = dict(image_mean=processor.image_mean, image_std=processor.image_std, resample=3)  # bicubic
     about |= dict(do_convert_rgb=num_channels == 3, do_resize=num_channels <= 4)  # PIL resizes no more channels
     with quiet():  # importing them warns that torchvision is missing; they then work with PIL
@@ -66,15 +73,26 @@ def transformers_processor(processor: MIMImageProcessor):
         return ViTImageProcessor(size=processor.size, **about)
 
 
+def warn_of_scale(crop_pixels):
+    """Say that another library's processor shrinks an image of which this checkpoint takes a window."""
+    logger.warning(
+        "the checkpoint takes windows of %s x %s pixels, and images are shrunk there: cut them", *crop_pixels
+    )
+
+
 @dataclass
 class InputSpec:
-    """Mean and std of each channel for pixels in [0, 1]; what else is known: (height, width), value range, crop."""
+    """Mean and std of each channel for pixels in [0, 1]; what else is known: (height, width), value range, crop.
+
+    crop_pixels: (height, width) of the central window that belongs to `size`.
+    """
 
     mean: list[float]
     std: list[float]
     size: tuple[int, int] | None
     value_range: ValueRange | None = None
     crop_fraction: float | None = None
+    crop_pixels: tuple[int, int] | None = None
 
 
 def read_processor(checkpoint: str | Path, num_channels: int) -> InputSpec | None:
@@ -115,7 +133,9 @@ def read_processor(checkpoint: str | Path, num_channels: int) -> InputSpec | Non
         nodata = None if nodata is None else float(nodata)
         value_range = ValueRange.from_list(value_range, num_channels, settings.get("pixel_type"), nodata)
     mean, std = ([x / (255 * factor) for x in values] for values in (mean, std))
-    return InputSpec(mean, std, _size(settings, checkpoint), value_range, settings.get("crop_fraction"))
+    window = settings.get("crop_pixels")
+    size, window = _size(settings, checkpoint), None if window is None else _pair(window, checkpoint, "crop_pixels")
+    return InputSpec(mean, std, size, value_range, settings.get("crop_fraction"), window)
 
 
 def _size(settings: dict, checkpoint: str) -> tuple[int, int] | None:
@@ -126,7 +146,11 @@ def _size(settings: dict, checkpoint: str) -> tuple[int, int] | None:
         size = (size.get("height"), size.get("width")) if "height" in size else None
     if size is None:
         return None
+    return _pair(size, checkpoint, "size")
+
+
+def _pair(size, checkpoint: str, name: str) -> tuple[int, int]:
     pair = tuple(size) if isinstance(size, list | tuple) else (size, size)
     if len(pair) != 2 or not all(isinstance(side, int) and side > 0 for side in pair):
-        raise ValueError(f"the image processor of {checkpoint} must have whole numbers above 0 as size, not {size!r}")
+        raise ValueError(f"the image processor of {checkpoint} must have whole numbers above 0 as {name}, not {size!r}")
     return pair

@@ -4,7 +4,8 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from hf_mim.checks import least
-from hf_mim.data import CenterCrop, WholeImage
+from hf_mim.data import CenterCrop, CenterWindow, WholeImage
+from hf_mim.data.crop import window_pixels
 from hf_mim.data.sources import fixed_sample, same_source, source_name
 
 
@@ -13,16 +14,26 @@ class CropArguments:
     """Images of which the encoder sees the central crop.
 
     Args:
-        crop_fraction: side of the central crop / shorter side of the image; .875 in papers at 224 pixels
+        crop_fraction: side of the central crop / shorter side of the image; .875 in papers at 224 pixels; default: 1,
+            or the crop_pixels of the checkpoint
+        crop_pixels: side, or height,width, of the central window; default: that of a checkpoint which was pretrained
+            with crop_pixels
     """
 
-    crop_fraction: float = 1.0
+    crop_fraction: float | None = None
+    crop_pixels: int | list[int] | None = None
 
     def __post_init__(self):
         self.crop()
 
     def crop(self):
-        """How an image is cropped to the encoder's size."""
+        """How an image is cropped to the encoder's size; None: as the checkpoint says."""
+        if self.crop_pixels is not None:
+            if self.crop_fraction is not None:
+                raise ValueError("crop_pixels cannot be given together with crop_fraction; give one of them")
+            return CenterWindow(window_pixels(self.crop_pixels))
+        if self.crop_fraction is None:
+            return None
         try:
             return CenterCrop(self.crop_fraction)
         except ValueError as error:

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hf_mim.data import IMAGENET_MEAN, IMAGENET_STD, DeviceAugment, WholeImage
+from hf_mim.data import IMAGENET_MEAN, IMAGENET_STD, CenterCrop, CenterWindow, DeviceAugment, WholeImage
 from hf_mim.data.processor import InputSpec, image_processor, read_processor
 from hf_mim.evaluation.checkpoint import blocks_of, image_model, load_encoder
 from hf_mim.files import one_line
@@ -78,6 +78,7 @@ class FrozenEncoder:
         name: the checkpoint, for results.
         dtype: float32, or bfloat16 for autocast.
         value_range: what the values of the images are scaled from; default: the whole range of their type.
+        crop: which part of an image it sees unless one asks for another; default: `CenterCrop()`.
 
     Attributes: `image_size`, `patch_size`, `grid` (rows, columns), `num_channels`, `width` (D), `num_layers`,
     `num_prefix_tokens` (CLS, registers), `norm` (the final norm), `device`, `is_untrained` (see `untrained`).
@@ -95,9 +96,10 @@ class FrozenEncoder:
         name: str | None = None,
         dtype=torch.float32,
         value_range: ValueRange | None = None,
+        crop=None,
     ):
         model = image_model(model)
-        self.value_range = value_range
+        self.value_range, self.crop = value_range, CenterCrop() if crop is None else crop
         self.model, self.name, self.dtype, self.is_untrained = model.eval(), name, dtype, False
         self.mean, self.std = list(mean), list(std)
         config = getattr(model, "config", None)
@@ -131,8 +133,11 @@ class FrozenEncoder:
         known = known or InputSpec(IMAGENET_MEAN, IMAGENET_STD, None)
         mean, std = (known.mean, known.std) if mean is None else (mean, std)
         device = device or (torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu")
-        size = known.size if image_size is None else image_size
-        return cls(model.to(device), mean, std, size, checkpoint, dtype, known.value_range)
+        size, crop = known.size if image_size is None else image_size, None
+        if known.crop_pixels is not None:  # at another size, the window follows, so that the scale stays
+            sides = zip(known.crop_pixels, pair(size), known.size, strict=True)
+            crop = CenterWindow(tuple(max(1, round(pixels * new / old)) for pixels, new, old in sides))
+        return cls(model.to(device), mean, std, size, checkpoint, dtype, known.value_range, crop)
 
     @property
     def device(self) -> torch.device:
@@ -165,7 +170,7 @@ class FrozenEncoder:
                 table = model.embeddings.position_embeddings.data  # transformers leaves it zero
                 side = model.config.image_size // model.config.patch_size
                 table.copy_(sincos_table((side, side), table.shape[-1], num_prefix_tokens=1))
-        about = self.mean, self.std, self.image_size, self.name, self.dtype, self.value_range
+        about = self.mean, self.std, self.image_size, self.name, self.dtype, self.value_range, self.crop
         encoder = FrozenEncoder(model.to(self.device), *about)
         encoder.is_untrained = True
         return encoder
@@ -184,9 +189,9 @@ class FrozenEncoder:
         }
 
     def image_processor(self, crop) -> MIMImageProcessor:
-        """One that makes of an image what `preprocess` is given after `crop`, a `CenterCrop` or `WholeImage`."""
-        fraction = None if isinstance(crop, WholeImage) else crop.fraction
-        return image_processor(self.image_size, self.mean, self.std, self.value_range, fraction)
+        """One that makes of an image what `preprocess` is given after `crop`, as `FeatureExtractor` takes it."""
+        part = None if isinstance(crop, WholeImage) else crop.fraction, getattr(crop, "pixels", None)
+        return image_processor(self.image_size, self.mean, self.std, self.value_range, *part)
 
     def preprocess(self, pixel_values: Tensor) -> Tensor:
         """`[B, C, h, w]`, uint8 or float32 in 0..255 (NaN: no data) → normalised float32 on the encoder's device."""
@@ -303,8 +308,10 @@ class RawPixels:
 
     name, num_layers, num_prefix_tokens, grid, dtype = "raw pixels", 1, 0, (1, 1), torch.float32
 
-    def __init__(self, mean, std, image_size: tuple[int, int], device="cpu", value_range: ValueRange | None = None):
-        self.value_range = value_range
+    def __init__(
+        self, mean, std, image_size: tuple[int, int], device="cpu", value_range: ValueRange | None = None, crop=None
+    ):
+        self.value_range, self.crop = value_range, CenterCrop() if crop is None else crop
         self.mean, self.std, self.image_size, self.device = list(mean), list(std), image_size, torch.device(device)
         self.patch_size, self.num_channels = image_size, len(self.mean)
         self.side = min(32, image_size[0]), min(32, image_size[1])

@@ -3,7 +3,7 @@
 import dataclasses
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
-from hf_mim.data import BrokenImagesError, CenterCrop
+from hf_mim.data import BrokenImagesError
 from hf_mim.data.crop import crop_rng, load_crop
 from hf_mim.data.dataset import MAX_BROKEN
 from hf_mim.data.decode import BrokenImage, decoding, image_name
@@ -33,7 +33,7 @@ class FeatureExtractor:
         encoder: makes the features.
         batch_size, num_workers: of the extraction; they do not change the features.
         cache: folder in which features are kept; None: they stay in memory.
-        crop: how an image is resized to the encoder's size: `CenterCrop` or `WholeImage`.
+        crop: what is resized to the encoder's size: `CenterCrop`, `CenterWindow`, `WholeImage`; default: its own crop.
         progress: show a bar.
     """
 
@@ -41,8 +41,11 @@ class FeatureExtractor:
     batch_size: int = 64
     num_workers: int = 0
     cache: Path | None = None
-    crop: object = field(default_factory=CenterCrop)
+    crop: object | None = None
     progress: bool = True
+
+    def __post_init__(self):
+        self.crop = self.encoder.crop if self.crop is None else self.crop
 
     def replace(self, **changes) -> "FeatureExtractor":
         """The same with other arguments."""

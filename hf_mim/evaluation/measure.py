@@ -134,8 +134,9 @@ def measure(protocol, extract: FeatureExtractor, splits: tuple, checkpoint: str 
         "dtype": str(encoder.dtype).removeprefix("torch."),
         "image_mean": encoder.mean,
         "image_std": encoder.std,
-        "crop_fraction": extract.crop.fraction,
     }
+    window = getattr(extract.crop, "pixels", None)
+    about |= {"crop_fraction": extract.crop.fraction} if window is None else {"crop_pixels": list(window)}
     offered = option_types(type(protocol))
     result.settings |= {name: value for name, value in about.items() if name in offered}
     result.settings["untrained"] = encoder.is_untrained

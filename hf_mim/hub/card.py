@@ -170,6 +170,9 @@ def _augmentation(recipe: dict) -> dict[str, str]:
     for name in ("flip_probability", "grayscale_probability", "blur_probability"):
         value = recipe.get(name, NOT_RECORDED)
         told[name] = shown(str(value)) if value else ""
+    for name in ("vertical_flip_probability", "rotate90", "color_jitter", "crop_pixels"):  # older recipes lack them
+        value = recipe.get(name)
+        told[name] = (_size(value) if name == "crop_pixels" else shown(str(value))) if value else ""
     return told if recipe else {}
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from safetensors.torch import save_file
 
-from hf_mim.data.processor import read_processor
+from hf_mim.data.processor import read_processor, warn_of_scale
 from hf_mim.hub import key_tables
 from hf_mim.models.configuration_vit import MIMConfig
 from hf_mim.models.heads import ClassificationHead
@@ -103,6 +103,9 @@ def _images(config: MIMConfig, checkpoint) -> dict:
             f"{known.value_range.as_list()}"
         )
     fraction = known.crop_fraction if known else None
+    if known and known.crop_pixels:
+        warn_of_scale(known.crop_pixels)
+        fraction = 1.0
     return {
         "input_size": [config.num_channels, *config.image_height_width],
         "fixed_input_size": True,

@@ -8,7 +8,8 @@ from PIL import Image
 from transformers import BatchFeature
 from transformers.image_processing_utils import BaseImageProcessor
 
-from .pixels import CenterCrop, ValueRange, WholeImage, crop_image, scale_and_shift, scale_pixels
+from .crops import CenterCrop, CenterWindow, WholeImage
+from .pixels import ValueRange, crop_image, scale_and_shift, scale_pixels
 
 
 class MIMImageProcessor(BaseImageProcessor):
@@ -22,6 +23,7 @@ class MIMImageProcessor(BaseImageProcessor):
         image_mean, image_std: of each channel, for pixels scaled to [0, 1].
         crop_fraction: of the image's shorter side (by the size's aspect) in the central crop; None: the whole image,
             stretched.
+        crop_pixels: [height, width] in pixels of the image: the central window that is taken, instead of a fraction.
         value_range: [low, high], or such a pair for each channel: the values that become 0 and 1; values beyond are
             clipped. None: the whole range of the image's type, 0..255 or 0..65535, and 0..1 for floats.
         pixel_type: the type that images must have, "uint16"; None: any.
@@ -40,6 +42,7 @@ class MIMImageProcessor(BaseImageProcessor):
         image_mean: Sequence[float],
         image_std: Sequence[float],
         crop_fraction: float | None = None,
+        crop_pixels: Sequence[int] | None = None,
         value_range: Sequence[float] | None = None,
         pixel_type: str | None = None,
         nodata: float | str | None = None,
@@ -47,6 +50,7 @@ class MIMImageProcessor(BaseImageProcessor):
     ):
         super().__init__(**kwargs)
         self.size, self.crop_fraction = dict(size), crop_fraction
+        self.crop_pixels = None if crop_pixels is None else list(crop_pixels)
         self.image_mean, self.image_std = list(image_mean), list(image_std)
         self.value_range, self.pixel_type = None if value_range is None else list(value_range), pixel_type
         self.nodata = "nan" if nodata is not None and float(nodata) != float(nodata) else nodata  # JSON has no NaN
@@ -69,15 +73,20 @@ class MIMImageProcessor(BaseImageProcessor):
         pixels = torch.stack([self._pixels(image, input_data_format is not None) for image in images])
         return BatchFeature({"pixel_values": pixels}, tensor_type=return_tensors)
 
+    def crop(self) -> CenterCrop | CenterWindow | WholeImage:
+        """Which part of an image is taken."""
+        if self.crop_pixels is not None:
+            return CenterWindow(tuple(self.crop_pixels))
+        return WholeImage() if self.crop_fraction is None else CenterCrop(self.crop_fraction)
+
     def _pixels(self, image: Image.Image | np.ndarray, channels_last: bool) -> torch.Tensor:
         num_channels = len(self.image_mean)
-        crop = WholeImage() if self.crop_fraction is None else CenterCrop(self.crop_fraction)
         value_range = self.value_range
         if value_range is not None:
             nodata = None if self.nodata is None else float(self.nodata)
             value_range = ValueRange.from_list(value_range, num_channels, self.pixel_type, nodata)
         size = self.size["height"], self.size["width"]
-        pixels = crop_image(image, crop, size, num_channels, None, channels_last, value_range)
+        pixels = crop_image(image, self.crop(), size, num_channels, None, channels_last, value_range)
         factor, shift = scale_and_shift(self.image_mean, self.image_std)
         pixels = scale_pixels(pixels, value_range).float() * factor + shift
         return pixels if self.nodata is None else pixels.nan_to_num(nan=0.0)

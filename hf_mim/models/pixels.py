@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from PIL import Image, JpegImagePlugin
 from torch import Tensor
 
+from .crops import Box
 from .nodata import EmptyImage, blanked, resize_valid
 from .orientation import exif_orientation, upright
 
@@ -36,45 +37,9 @@ DRAFT_MARGIN = 1.5
 # The types of pixels, and the values that each is taken to have if no range is given. For int16, one must be given.
 TYPE_RANGES = {"uint8": (0, 255), "uint16": (0, 65535), "int16": None, "int32": (0, 255), "float32": (0, 1)}
 
-Box = tuple[int, int, int, int]  # left, top, right, bottom in pixels, as in PIL
-
 
 class ImageFormatError(ValueError):
     """An intact image that cannot become what the config asks for. The user has to fix this, so it is never skipped."""
-
-
-@dataclass(frozen=True)
-class CenterCrop:
-    """The central part with the target's aspect, for evaluation. `fraction` .875 is "resize to 256, crop 224"."""
-
-    fraction: float = 1.0
-    exact = True  # a JPEG is decoded at full size
-
-    def __post_init__(self):
-        if not 0 < self.fraction <= 1:
-            raise ValueError(f"fraction must lie in (0, 1], not {self.fraction}")
-
-    def box(self, width: int, height: int, size: tuple[int, int], rng=None) -> Box:
-        return centred(width, height, size[1] / size[0], self.fraction)
-
-
-@dataclass(frozen=True)
-class WholeImage:
-    """The whole image, stretched to the target, as transformers' `ViTImageProcessor` does."""
-
-    exact = True
-    fraction = 1.0
-
-    def box(self, width: int, height: int, size: tuple[int, int], rng=None) -> Box:
-        return 0, 0, width, height
-
-
-def centred(width: int, height: int, aspect: float, fraction: float = 1.0) -> Box:
-    """The largest centred box of this aspect, with its sides multiplied by `fraction`."""
-    w = max(1, round(min(width, height * aspect) * fraction))
-    h = max(1, round(min(height, width / aspect) * fraction))
-    left, top = round((width - w) / 2), round((height - h) / 2)
-    return left, top, left + w, top + h
 
 
 @dataclass(frozen=True)
@@ -267,7 +232,7 @@ def crop_image(
 ) -> torch.Tensor:
     """The image upright and cropped, in its own depth: [num_channels, h, w]. A JPEG may come undecoded.
 
-    crop: `RandomCrop`, `CenterCrop` or `WholeImage`, or anything with their `box` and `exact`.
+    crop: `RandomCrop`, `NativeCrop`, `CenterCrop`, `CenterWindow` or `WholeImage`, or anything with `box` and `exact`.
     channels_last: an array is [h, w, C], whatever its shape says.
     value_range: see `to_channels`.
     keep_empty: False raises `EmptyImage` for an image without any data.
@@ -339,10 +304,10 @@ def _resize(pixels: np.ndarray, size: tuple[int, int], has_nodata: bool = False)
                 "has values that are not finite; pretrain with --nodata nan if they are pixels without data"
             )
         return resize_valid(part, size)
-    if part.dtype == torch.uint8:
-        return F.interpolate(part[None], size, mode="bicubic", antialias=True)[0].contiguous()
     if part.shape[1:] == tuple(size):
         return part.contiguous()
+    if part.dtype == torch.uint8:
+        return F.interpolate(part[None], size, mode="bicubic", antialias=True)[0].contiguous()
     source = part[None].to(torch.float64 if part.dtype == torch.int32 else torch.float32)
     resized = F.interpolate(source, size, mode="bicubic", antialias=True)[0]
     resized = resized.clamp_(*source.aminmax())  # bicubic overshoots at edges, which 8 bits clip too

@@ -78,12 +78,13 @@ class Throughput(TrainerCallback):
     def read(self, device: torch.device) -> dict[str, float]:
         """The numbers since the last call. `images_per_second` is for all processes together, the rest for this one.
 
-        `seconds` of training, and `data_wait_seconds` among them; `device_memory_gib` is the peak on the device, in
-        GiB. On a CPU, `memory_gib` is what the process holds now.
+        `seconds` of training, `data_wait_seconds` among them, and their share `data_wait_share`; `device_memory_gib` is
+        the peak on the device, in GiB. On a CPU, `memory_gib` is what the process holds now.
         """
         self._lap()
         found = {"images_per_second": self.images / self.seconds}
         found |= {"seconds": self.seconds, "data_wait_seconds": self.waiting}
+        found["data_wait_share"] = self.waiting / self.seconds
         if device.type == "cpu":
             found["memory_gib"] = psutil.Process().memory_info().rss / 2**30
         else:

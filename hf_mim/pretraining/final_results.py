@@ -11,7 +11,8 @@ import torch
 from datasets import Dataset, IterableDataset
 from transformers import PreTrainedConfig, Trainer
 
-from hf_mim.data import CenterCrop, ImageDataset, load_images
+from hf_mim.data import CenterCrop, CenterWindow, ImageDataset, load_images
+from hf_mim.data.crop import window_pixels
 from hf_mim.data.images import Images
 from hf_mim.data.labelled import LabelledImages, labelled_only, match_names
 from hf_mim.data.sources import SplitNotFound, first_split, fixed_sample, same_source, source_name
@@ -56,11 +57,24 @@ def labelled_sample(images: Dataset | IterableDataset, count: int, start: int = 
     return labelled_only(fixed_sample(images, count, start))
 
 
-def fixed_view(images, config: PreTrainedConfig, count: int, value_range: ValueRange | None, size=None) -> ImageDataset:
-    """Centred crops of a fixed sample, in their own depth. `size` is by default the one that the encoder sees."""
-    size = size or config.image_height_width
+def central_crop(run: RunArguments, config: PreTrainedConfig, size=None) -> CenterCrop | CenterWindow:
+    """The part of an image that is measured and drawn, for an input of `size`: by default that of the encoder.
+
+    After a training on native windows it is the central window that gives `size` the scale of the training.
+    """
+    if run.crop_pixels is None:
+        return CenterCrop()
+    sides = zip(window_pixels(run.crop_pixels), size or config.image_height_width, config.training_size, strict=True)
+    return CenterWindow(tuple(max(1, round(pixels * new / old)) for pixels, new, old in sides))
+
+
+def fixed_view(
+    images, config: PreTrainedConfig, count: int, run: RunArguments, value_range: ValueRange | None, size=None
+) -> ImageDataset:
+    """Central crops of a fixed sample, in their own depth. `size` is by default the one that the encoder sees."""
     about = dict(value_range=value_range or EIGHT_BITS, own_depth=True)
-    return ImageDataset(fixed_sample(images, count), size, config.num_channels, CenterCrop(), **about)
+    crop, size = central_crop(run, config, size), size or config.image_height_width
+    return ImageDataset(fixed_sample(images, count), size, config.num_channels, crop, **about)
 
 
 @dataclass
@@ -70,6 +84,7 @@ class Readout:
     start: the shuffled training images from here on vote.
     most: the most images that vote, and that are classified.
     data: which images they are, for the result.
+    run: says which part of an image is seen.
     """
 
     train_images: Dataset | IterableDataset
@@ -77,6 +92,7 @@ class Readout:
     start: int
     most: tuple[int, int]
     data: dict
+    run: RunArguments
 
     @classmethod
     def find(cls, images, run: RunArguments, tell: Tell = None) -> "Readout | None":
@@ -100,7 +116,7 @@ class Readout:
             "test": f"{source_name(run.test_dataset or run.dataset)}, split {split}",
             "test_images_seen_in_pretraining": not own,
         }
-        return cls(images, tested, 0 if own else num_tested, (run.knn_train_images, num_tested), data)
+        return cls(images, tested, 0 if own else num_tested, (run.knn_train_images, num_tested), data, run)
 
     def sample(self, train: int, test: int) -> tuple[LabelledImages, LabelledImages]:
         """At most `train` labelled images to vote and `test` to be classified, and no more than `most`."""
@@ -111,12 +127,12 @@ class Readout:
     def measure(self, model, untrained, augment, batch_size: int, folder: Path) -> Result:
         """Measure the trained encoder, the untrained one and raw pixels. Prints and saves the result."""
         train, test = self.sample(*self.most)
-        normalization, value_range = augment.statistics(), augment.value_range
-        size = model.config.image_height_width
+        normalization, size = augment.statistics(), model.config.image_height_width
+        sees = dict(value_range=augment.value_range, crop=central_crop(self.run, model.config))
         encoders = {
-            "trained": FrozenEncoder(model.base_model, *normalization, name=str(folder), value_range=value_range),
-            "untrained": FrozenEncoder(untrained.base_model, *normalization, name="untrained", value_range=value_range),
-            "raw pixels": RawPixels(*normalization, size, model.device, value_range),
+            "trained": FrozenEncoder(model.base_model, *normalization, name=str(folder), **sees),
+            "untrained": FrozenEncoder(untrained.base_model, *normalization, name="untrained", **sees),
+            "raw pixels": RawPixels(*normalization, size, model.device, **sees),
         }
         protocol = KNN(k=min(20, len(train)))
         extractors = {name: FeatureExtractor(encoder, batch_size, progress=False) for name, encoder in encoders.items()}
@@ -142,6 +158,7 @@ def training_record(trainer: Trainer, run: RunArguments, images, nodata: str | N
     args, state, folder = trainer.args, trainer.state, Path(trainer.args.output_dir)
     losses = [entry["loss"] for entry in state.log_history if "loss" in entry]
     seconds = sum(entry.get("seconds", 0) for entry in state.log_history) + trainer.throughput.seconds
+    waiting = sum(entry.get("data_wait_seconds", 0) for entry in state.log_history) + trainer.throughput.waiting
     name = torch.get_device_module(args.device).get_device_name() if args.device.type == "cuda" else platform.machine()
     about = {"source": f"{source_name(run.dataset)}, split {run.train_split}"}
     about |= {"images": len(images)} if isinstance(images, Dataset) else {}
@@ -165,6 +182,7 @@ def training_record(trainer: Trainer, run: RunArguments, images, nodata: str | N
             "images_seen": state.global_step * args.images_per_step,
             "images_per_second": state.global_step * args.images_per_step / seconds,
             "hours": seconds / 3600,
+            "data_wait_share": waiting / seconds,
         },
         checkpoint=folder.name,
         checkpoint_sha256=checkpoint_sha256(folder),
@@ -178,7 +196,8 @@ def training_record(trainer: Trainer, run: RunArguments, images, nodata: str | N
 def health_record(model, augment, images, run: RunArguments, batch_size: int, folder: Path) -> Result:
     """`results/health.json`: health of the features of training images, beside an untrained encoder's. No labels."""
     sample = Images(fixed_sample(images, HEALTH_IMAGES), f"{source_name(run.dataset)}, split {run.train_split}")
-    encoder = FrozenEncoder(model.base_model, *augment.statistics(), name=str(folder), value_range=augment.value_range)
+    sees = dict(value_range=augment.value_range, crop=central_crop(run, model.config))
+    encoder = FrozenEncoder(model.base_model, *augment.statistics(), name=str(folder), **sees)
     extract = FeatureExtractor(encoder, batch_size, progress=False)
     result = measure(Health(num_images=HEALTH_IMAGES), extract, (sample,), folder)
     result.save(result_path(folder, HEALTH_RESULT))

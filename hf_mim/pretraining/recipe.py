@@ -18,6 +18,7 @@ from transformers import PreTrainedConfig
 
 from hf_mim import methods
 from hf_mim.checks import check_license, check_statistics, least
+from hf_mim.data.crop import window_pixels
 from hf_mim.data.fingerprint import absolute_source
 from hf_mim.files import replacing
 from hf_mim.pretraining.settings import read_yaml, suggestion, to_type
@@ -37,6 +38,9 @@ OVERRULED_BY = {
     "size": ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"),
     "base_lr": ("learning_rate",),
     "num_train_epochs": ("max_steps",),
+    "crop_pixels": ("crop_scale", "crop_ratio"),
+    "crop_scale": ("crop_pixels",),
+    "crop_ratio": ("crop_pixels",),
 }
 
 # Fields of TrainingArguments that would do nothing in a run of ours.
@@ -97,7 +101,13 @@ class RunArguments:
         shuffle_buffer: with streaming, images that each worker holds and draws from at random
         crop_scale: smallest and largest share of the image's area that a crop takes
         crop_ratio: smallest and largest width / height of a crop, relative to that of image_size
+        crop_pixels: side, or height,width: each crop is a window of so many pixels of the image at a random place,
+            resized only if the model's input has another size; instead of crop_scale and crop_ratio
         flip_probability: probability of a left-right flip
+        vertical_flip_probability: probability of an upside-down flip, for images without an "up"
+        rotate90: turn each image by a random multiple of 90 degrees; square crops only
+        color_jitter: strength S of random contrast and brightness of each channel: a gain within 1 - S..1 + S, and an
+            offset within -S..S of the range of values
         grayscale_probability: probability that an image turns grey
         blur_probability: probability of a Gaussian blur
         blur_sigma: smallest and largest standard deviation of the blur, in pixels
@@ -129,7 +139,11 @@ class RunArguments:
     shuffle_buffer: int = 1000
     crop_scale: tuple[float, float] = (0.2, 1.0)
     crop_ratio: tuple[float, float] = (0.75, 1.3333)
+    crop_pixels: int | tuple[int, int] | None = None
     flip_probability: float = 0.5
+    vertical_flip_probability: float = 0.0
+    rotate90: bool = False
+    color_jitter: float = 0.0
     grayscale_probability: float = 0.0
     blur_probability: float = 0.0
     blur_sigma: tuple[float, float] = (0.1, 2.0)
@@ -152,6 +166,8 @@ class RunArguments:
         methods.get(self.method)
         if not self.dataset:
             raise ValueError('dataset must be given: a folder, files, the name of a dataset on the Hub, or "digits"')
+        if self.crop_pixels is not None:
+            window_pixels(self.crop_pixels)
         check_statistics(self.image_mean, self.image_std)
         check_license(self.license)
         if self.nodata is not None and math.isinf(self.nodata):
@@ -216,6 +232,9 @@ class Recipe:
         Raises ValueError for an unknown argument and for a value of the wrong type.
         """
         layers = [{name: _typed(name, value) for name, value in layer.items()} for layer in layers]
+        for layer in layers:
+            if layer.get("crop_pixels") and (others := {"crop_scale", "crop_ratio"} & layer.keys()):
+                raise ValueError(f"crop_pixels cannot be given together with {min(others)}; give one of them")
         given = {name: value for layer in layers for name, value in layer.items()}
         method = methods.get(given.get("method", RunArguments.method))
         of_the_model = model_fields(method.name)
@@ -263,7 +282,8 @@ class Recipe:
 
     def settings(self) -> dict[str, dict[str, Any]]:
         """Every setting that decides the run, by section. `Recipe.resolve` makes the same recipe from them."""
-        run = {name: value for name, value in vars(self.run).items() if value is not None and name not in OF_ONE_START}
+        unused = OF_ONE_START | ({"crop_scale", "crop_ratio"} if self.run.crop_pixels else set())
+        run = {name: value for name, value in vars(self.run).items() if value is not None and name not in unused}
         config = self.config()
         model = {name: getattr(config, name) for name in model_fields(self.run.method)}
         recorded = {name: getattr(MIMTrainingArguments, name, None) for name in RECORDED} | self.training

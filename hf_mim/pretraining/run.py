@@ -19,34 +19,32 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from accelerate.utils import set_seed
-from datasets import Dataset
-from transformers import AutoModelForPreTraining, PreTrainedConfig
+from transformers import AutoModelForPreTraining
 
 from hf_mim import methods
-from hf_mim.data import DeviceAugment, ImageDataset, ImageStream, RandomCrop, channel_statistics
+from hf_mim.data import ImageDataset, ImageStream
 from hf_mim.data.decode import MAX_PIXELS_VARIABLE
 from hf_mim.data.fingerprint import absolute_source, changes, fingerprint
-from hf_mim.data.nodata import tag_nodata
 from hf_mim.data.processor import image_processor
 from hf_mim.data.sources import fixed_sample
-from hf_mim.data.value_range import find_value_range
 from hf_mim.files import check_writable
 from hf_mim.lock import check_unlocked, locked
-from hf_mim.models.nodata import as_text
-from hf_mim.models.pixels import EIGHT_BITS, ValueRange
+from hf_mim.models.pixels import EIGHT_BITS
 from hf_mim.pretraining.final_results import (
     Readout,
     Tell,
-    find_test_split,
+    central_crop,
     fixed_view,
     health_record,
     load_split,
     training_record,
 )
+from hf_mim.pretraining.images import check_windows, device_augment, evaluation_images, measured_crops
 from hf_mim.pretraining.probe import OnlineProbe
 from hf_mim.pretraining.recipe import FIXED, Recipe, RunArguments, held_settings, model_fields
 from hf_mim.pretraining.signals import Ended, ended_at_once
 from hf_mim.pretraining.trainer import MIMTrainer, MIMTrainingArguments, check_shared_memory, check_warmup
+from hf_mim.pretraining.waiting import WaitingAdvice, advice
 from hf_mim.run_folder import CARD, CURVE, RECIPE, RECONSTRUCTIONS, checkpoints, contents
 from hf_mim.visualize import plot_reconstructions, plot_training
 
@@ -70,12 +68,14 @@ class Pretraining:
         with args.main_process_first(desc="loading the images"):
             self.images = load_split(run, "dataset", run.train_split, tell)
             train_images, value_range, found = measured_crops(recipe, self.images, config, args.seed)
+            windows = None if run.crop_pixels is None else check_windows(self.images, train_images)
             self.augment = device_augment(recipe, train_images.in_range(value_range), config)
             train_images = train_images.in_range(value_range or EIGHT_BITS, own_depth=True)
             self.readout = Readout.find(self.images, run, tell) if run.knn or run.probe_every else None
             eval_images = None if args.eval_strategy == "no" else evaluation_images(run, config, value_range, tell)
-        if found and args.process_index == 0:
-            print(found)
+        if args.process_index == 0:
+            for line in filter(None, (found, windows)):
+                print(line)
         has_nodata = value_range is not None and value_range.nodata is not None
         self.nodata = found.rpartition("nodata: ")[2] if has_nodata else None
         steps = number_of_steps(args, train_images)
@@ -95,9 +95,16 @@ class Pretraining:
             augment=self.augment,
             # It is saved with each checkpoint, so that each can be evaluated.
             processing_class=image_processor(
-                config.image_height_width, run.image_mean, run.image_std, value_range, crop_fraction=1.0
+                config.image_height_width,
+                run.image_mean,
+                run.image_std,
+                value_range,
+                crop_fraction=(part := central_crop(run, config)).fraction,
+                crop_pixels=getattr(part, "pixels", None),
             ),
         )
+        about = self.images, run, args, config.training_size, config.num_channels
+        self.trainer.add_callback(WaitingAdvice(functools.partial(advice, *about)))
         if run.probe_every:
             samples = self.readout.sample(run.probe_images, run.probe_images // 4) if self.readout else None
             samples = samples or (None, fixed_sample(self.images, run.probe_images // 4))
@@ -152,7 +159,7 @@ class Pretraining:
         """Draw the training curve and, if the model predicts pixels, reconstructions."""
         plot_training(self.trainer.state.log_history, self.folder / CURVE)
         if hasattr(model, "reconstruct"):
-            view = fixed_view(self.images, model.config, NUM_PICTURES, self.augment.value_range)
+            view = fixed_view(self.images, model.config, NUM_PICTURES, self.recipe.run, self.augment.value_range)
             images = torch.stack([sample["pixel_values"] for sample in view]).to(model.device)
             plot_reconstructions(model, images, self.augment, self.folder / RECONSTRUCTIONS)
 
@@ -160,7 +167,8 @@ class Pretraining:
         """Measure what the training took, the health of the features and, if there are labels, their k-NN accuracy."""
         trainer, run = self.trainer, self.recipe.run
         batch_size = trainer.args.per_device_eval_batch_size
-        training_record(trainer, run, self.images, self.nodata)
+        record = training_record(trainer, run, self.images, self.nodata)
+        print(f"\nThe training waited {record.scores['data_wait_share']:.1%} of its time for images.")
         try:
             health_record(model, self.augment, self.images, run, batch_size, self.folder)
         except ValueError as error:  # the features are not finite, or too many images are broken
@@ -248,70 +256,3 @@ def number_of_steps(args: MIMTrainingArguments, images: ImageDataset | ImageStre
         return args.max_steps
     batches = len(images) // (args.per_device_train_batch_size * args.world_size)
     return math.ceil(args.num_train_epochs * max(1, math.ceil(batches / args.gradient_accumulation_steps)))
-
-
-def random_crops(images, run: RunArguments, config: PreTrainedConfig, seed: int) -> ImageDataset | ImageStream:
-    """Random crops in the size that the method trains on, in their own depth. A stream is shuffled within a buffer."""
-    try:
-        crop = RandomCrop(run.crop_scale, run.crop_ratio)
-    except ValueError as error:
-        raise ValueError(f"crop_{error}") from None
-    about = dict(crop=crop, seed=seed, own_depth=True)
-    if run.nodata is not None:
-        about["value_range"] = ValueRange((0.0,), (1.0,), nodata=run.nodata)  # its ends are measured later
-    if isinstance(images, Dataset):
-        return ImageDataset(images, config.training_size, config.num_channels, **about)
-    images = images.shuffle(seed=seed, buffer_size=run.shuffle_buffer)
-    return ImageStream(images, config.training_size, config.num_channels, **about)
-
-
-def measured_crops(
-    recipe: Recipe, images, config: PreTrainedConfig, seed: int
-) -> tuple[ImageDataset | ImageStream, ValueRange | None, str | None]:
-    """(`random_crops`, their value range, lines that say what was found). The recipe gets what was not given.
-
-    Raises ValueError for pixels without data if the method cannot leave them out.
-    """
-    run, method = recipe.run, methods.get(recipe.run.method)
-    given = run.nodata is not None
-    if not given:
-        run.nodata = tag_nodata(images)
-    crops = random_crops(images, run, config, seed)
-    crops = crops if given else crops.check_tags()
-    value_range, found = find_value_range(crops, run.value_range, config.num_channels)
-    if value_range is not None:
-        run.value_range = value_range.as_list()
-        if value_range.nodata is not None and not method.takes_nodata:
-            raise ValueError(
-                f"nodata {as_text(value_range.nodata)} needs a method whose forward takes valid_pixels, and "
-                f"{method.name} has none (docs/new_method.md); --nodata nan ignores GDAL_NODATA tags of whole numbers"
-            )
-    return crops, value_range, found
-
-
-def evaluation_images(
-    run: RunArguments, config: PreTrainedConfig, value_range: ValueRange | None, tell: Tell = None
-) -> ImageDataset | ImageStream:
-    """Test images in the size that the method trains on, for `eval_loss`."""
-    images, _ = find_test_split(run, tell=tell)
-    if images is None:
-        raise ValueError(f"eval_strategy needs test_dataset: {run.dataset} has no validation or test split")
-    return fixed_view(images, config, run.knn_test_images, value_range, size=config.training_size)
-
-
-def device_augment(recipe: Recipe, images: ImageDataset | ImageStream, config: PreTrainedConfig) -> DeviceAugment:
-    """Augmentation and normalisation. If mean and std are not given, they are measured and put into the recipe."""
-    run = recipe.run
-    if run.image_mean is None:
-        run.image_mean, run.image_std = ([round(x, 4) for x in values] for values in channel_statistics(images))
-    if len(run.image_mean) != config.num_channels:
-        raise ValueError(f"image_mean must have {config.num_channels} values (num_channels), not {run.image_mean}")
-    return DeviceAugment(
-        run.image_mean,
-        run.image_std,
-        run.flip_probability,
-        run.grayscale_probability,
-        run.blur_probability,
-        run.blur_sigma,
-        images.value_range,
-    )

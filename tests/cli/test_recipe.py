@@ -14,7 +14,9 @@ from hf_mim.pretraining.settings import read_yaml, to_type
 from hf_mim.pretraining.trainer import MIMTrainingArguments
 
 METHODS = methods.names()
+PRESETS = ("histology", "inspection", "satellite")  # for kinds of images, see test_presets.py
 RECIPES = sorted((Path(__file__).parents[2] / "training" / "recipes").glob("*.yaml"))
+RECIPES = [path for path in RECIPES if path.stem not in PRESETS]
 
 
 @pytest.fixture

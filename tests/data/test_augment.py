@@ -6,6 +6,7 @@ import torch
 
 from hf_mim.data import DeviceAugment, ImageDataset, WholeImage, channel_statistics, digits, gaussian_blur
 from hf_mim.data.augment import IMAGENET_MEAN, IMAGENET_STD, keyed_uniform
+from hf_mim.models.pixels import ValueRange
 
 
 @pytest.fixture
@@ -100,7 +101,8 @@ def test_draws_follow_the_default_generator(batch):
 
 
 def test_eval_only_normalises(batch):
-    augment = DeviceAugment(flip_probability=1, grayscale_probability=1, blur_probability=1).eval()
+    more = dict(vertical_flip_probability=1, rotate90=True, color_jitter=1)
+    augment = DeviceAugment(flip_probability=1, grayscale_probability=1, blur_probability=1, **more).eval()
     assert torch.equal(augment(batch), augment.normalize(batch))
 
 
@@ -124,11 +126,82 @@ def test_other_channel_counts_are_flipped_blurred_and_normalised(channels):
         augment(torch.zeros(1, 3, 8, 8, dtype=torch.uint8))
 
 
+# ---- images without an up
+
+
+def left_where(found, before, how):
+    """bool [B]: where the image [C, h, w] is what numpy makes of it by `how`."""
+    expected = np.stack([how(image) for image in before.numpy()])
+    return torch.from_numpy((found.round().numpy() == expected).all((1, 2, 3)))
+
+
+@pytest.mark.parametrize("kind", [torch.uint8, torch.float32])
+def test_images_are_turned_as_numpys_rot90_each_quarter_as_often(kind):
+    images = torch.from_numpy(np.random.RandomState(0).randint(0, 256, (4000, 2, 3, 3), dtype=np.uint8)).to(kind)
+    augment = DeviceAugment((0, 0), (1 / 255,) * 2, flip_probability=0, rotate90=True)
+    before, found = images.clone(), augment(images, torch.arange(4000))
+    shares = [left_where(found, before, lambda x, k=k: np.rot90(x, k, (1, 2))).float().mean() for k in range(4)]
+    assert sum(shares) == pytest.approx(1) and all(abs(share - 0.25) < 0.03 for share in shares)
+    assert torch.equal(images, before)
+
+
+def test_turns_and_flips_together_are_turned_then_flipped_each_by_its_own_draw(batch):
+    images, keys = batch[:, :, :, :12], torch.arange(64) * 7919
+    options = dict(rotate90=True, flip_probability=0.5, vertical_flip_probability=0.5)
+    alone = [plain(**{name: value})(images, keys) for name, value in options.items()]
+    quarters = torch.stack([left_where(alone[0], images, lambda x, k=k: np.rot90(x, k, (1, 2))) for k in range(4)])
+    across, upside_down = ((x.round() != images).flatten(1).any(1) for x in alone[1:])
+    expected = []
+    for image, k, h, v in zip(images.numpy(), quarters.int().argmax(0), across, upside_down, strict=True):
+        image = np.rot90(image, int(k), (1, 2))
+        image = np.flip(image, 1) if v else image
+        expected.append(np.flip(image, 2) if h else image)
+    np.testing.assert_array_equal(plain(**options)(images, keys).round().numpy(), np.stack(expected))
+
+
+def test_an_upside_down_flip_follows_its_probability_and_is_exact(batch):
+    found = plain(vertical_flip_probability=0.3)(batch.repeat(50, 1, 1, 1), torch.arange(3200))
+    flipped = left_where(found, batch.repeat(50, 1, 1, 1), lambda x: x[:, ::-1])
+    same = left_where(found, batch.repeat(50, 1, 1, 1), lambda x: x)
+    assert (flipped ^ same).all() and abs(flipped.float().mean() - 0.3) < 0.03
+
+
+def test_jitter_is_a_gain_around_the_mean_and_an_offset_for_each_image_and_channel():
+    """A channel with the three values m - d, m, m + d tells its gain and offset."""
+    strength, mean, levels = 0.2, (0.4, 0.5, 0.6, 0.45, 0.55), 0.1
+    images = torch.tensor(mean)[None, :, None, None] + levels * torch.tensor([-1.0, 0.0, 1.0])
+    images = 255 * images.expand(3000, 5, 1, 3)
+    augment = DeviceAugment(mean, (1.0,) * 5, flip_probability=0, color_jitter=strength)
+    found = augment(images, torch.arange(3000))[:, :, 0]  # x / 255 - mean
+    offset, gain = found[..., 1], (found[..., 2] - found[..., 0]) / (2 * levels)
+    torch.testing.assert_close(found[..., 0], offset - gain * levels, atol=1e-5, rtol=0)
+    for draws, centre in ((gain, 1), (offset, 0)):
+        assert (draws - centre).abs().max() <= strength + 1e-5
+        assert abs(draws.mean() - centre) < 0.01 and abs(draws.std() - strength / 3**0.5) < 0.005
+    drawn = torch.cat([gain, offset], dim=1).T
+    assert (torch.corrcoef(drawn) - torch.eye(10)).abs().max() < 0.08  # 4 standard errors
+    assert plain(color_jitter=1)(torch.zeros(50, 3, 2, 2, dtype=torch.uint8)).min() == 0  # clipped
+
+
+def test_jitter_comes_after_the_value_range():
+    deep, keys = torch.randint(0, 4096, (8, 2, 6, 6)).to(torch.float32), torch.arange(8)
+    augment = DeviceAugment((0.5,) * 2, (0.3,) * 2, color_jitter=0.3, value_range=ValueRange((0.0,), (4095.0,)))
+    scaled = DeviceAugment((0.5,) * 2, (0.3,) * 2, color_jitter=0.3)(deep * (255 / 4095), keys)
+    torch.testing.assert_close(augment(deep.to(torch.uint16), keys), scaled)
+
+
+def test_only_square_images_are_turned(batch):
+    with pytest.raises(ValueError, match="rotate90 needs square images, not 12 x 20"):
+        plain(rotate90=True)(batch)
+
+
 def test_impossible_augmentation_is_refused_by_name():
     for options, word in (
         (dict(flip_probability=2), "flip_probability"),
         (dict(blur_probability=-1), "blur_probability"),
         (dict(blur_sigma=(0, 1)), "blur_sigma"),
+        (dict(vertical_flip_probability=2), "vertical_flip_probability"),
+        (dict(color_jitter=-0.1), "color_jitter"),
         (dict(mean=(0.5,), std=(0.5, 0.5)), "mean and std"),
         (dict(mean=(0.5,), std=(0,)), "std"),
         (dict(mean=(0.5,) * 10, std=(0.5,) * 10, grayscale_probability=0.2), "grayscale_probability"),
@@ -149,11 +222,13 @@ def test_channel_statistics_are_those_of_the_pixels():
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_the_device_is_never_waited_for(batch):
-    augment = DeviceAugment(grayscale_probability=0.2, blur_probability=0.5).cuda()
-    batch = batch.cuda()
+    more = dict(vertical_flip_probability=0.5, rotate90=True, color_jitter=0.2)
+    augment = DeviceAugment(grayscale_probability=0.2, blur_probability=0.5, **more).cuda()
+    batch = batch[..., :12].cuda()
     torch.cuda.set_sync_debug_mode("error")
     try:
         augment(batch)
+        augment(batch, torch.arange(len(batch), device="cuda"))
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
@@ -172,9 +247,10 @@ def splitmix64(state: int) -> int:
 
 def test_keyed_numbers_are_those_of_splitmix64():
     keys = [0, 1, -1, 2**62 + 12345, -(2**63)]
-    for stream in range(4):
+    several = keyed_uniform(torch.tensor(keys)[:, None], torch.arange(40))
+    for stream in range(40):
         expected = [(splitmix64(key + 0x9E3779B97F4A7C15 * (stream + 1)) >> 40) / 2**24 for key in keys]
-        assert keyed_uniform(torch.tensor(keys), stream).tolist() == expected
+        assert keyed_uniform(torch.tensor(keys), stream).tolist() == several[:, stream].tolist() == expected
 
 
 def test_keyed_numbers_are_uniform_and_streams_independent():
@@ -189,7 +265,8 @@ def test_keyed_numbers_are_uniform_and_streams_independent():
 
 
 def test_what_is_done_to_an_image_follows_from_its_key_alone():
-    augment = DeviceAugment(grayscale_probability=0.5, blur_probability=0.5)
+    more = dict(vertical_flip_probability=0.5, rotate90=True, color_jitter=0.2)
+    augment = DeviceAugment(grayscale_probability=0.5, blur_probability=0.5, **more)
     images = torch.randint(0, 256, (8, 3, 12, 12), dtype=torch.uint8)
     keys = torch.arange(8) * 7919
     together = augment(images, keys)

@@ -1,0 +1,126 @@
+"""The images of a run as the trainer takes them: random crops, what is measured on them, augmentation on the device."""
+
+import contextlib
+
+from datasets import Dataset
+from transformers import PreTrainedConfig
+
+from hf_mim import methods
+from hf_mim.data import DeviceAugment, ImageDataset, ImageStream, NativeCrop, RandomCrop, channel_statistics
+from hf_mim.data.crop import image_size
+from hf_mim.data.decode import BrokenImage, decoding, image_name
+from hf_mim.data.nodata import tag_nodata
+from hf_mim.data.sources import fixed_sample
+from hf_mim.data.value_range import find_value_range
+from hf_mim.models.nodata import as_text
+from hf_mim.models.pixels import ValueRange
+from hf_mim.pretraining.final_results import Tell, find_test_split, fixed_view
+from hf_mim.pretraining.recipe import Recipe, RunArguments
+
+NUM_SIZES = 1024  # images whose sizes are compared with the window
+
+
+def random_crops(images, run: RunArguments, config: PreTrainedConfig, seed: int) -> ImageDataset | ImageStream:
+    """Random crops in the size that the method trains on, in their own depth. A stream is shuffled within a buffer."""
+    height, width = config.training_size
+    if run.rotate90 and height != width:
+        raise ValueError(
+            f"rotate90 must be false for crops of {height} x {width} pixels: only square ones can be turned"
+        )
+    if run.crop_pixels is not None:
+        crop = NativeCrop(run.crop_pixels)
+        if abs(crop.pixels[0] * width - crop.pixels[1] * height) >= max(height, width):  # more than rounding
+            right = f"{crop.pixels[0]},{round(crop.pixels[0] * width / height)}"
+            raise ValueError(
+                f"crop_pixels must have the proportions of the input, {height} x {width}, not "
+                f"{crop.pixels[0]},{crop.pixels[1]}; {right} would be right"
+            )
+    else:
+        try:
+            crop = RandomCrop(run.crop_scale, run.crop_ratio)
+        except ValueError as error:
+            raise ValueError(f"crop_{error}") from None
+    about = dict(crop=crop, seed=seed, own_depth=True)
+    if run.nodata is not None:
+        about["value_range"] = ValueRange((0.0,), (1.0,), nodata=run.nodata)  # its ends are measured later
+    if isinstance(images, Dataset):
+        return ImageDataset(images, config.training_size, config.num_channels, **about)
+    images = images.shuffle(seed=seed, buffer_size=run.shuffle_buffer)
+    return ImageStream(images, config.training_size, config.num_channels, **about)
+
+
+def measured_crops(
+    recipe: Recipe, images, config: PreTrainedConfig, seed: int
+) -> tuple[ImageDataset | ImageStream, ValueRange | None, str | None]:
+    """(`random_crops`, their value range, lines that say what was found). The recipe gets what was not given.
+
+    Raises ValueError for pixels without data if the method cannot leave them out.
+    """
+    run, method = recipe.run, methods.get(recipe.run.method)
+    given = run.nodata is not None
+    if not given:
+        run.nodata = tag_nodata(images)
+    crops = random_crops(images, run, config, seed)
+    crops = crops if given else crops.check_tags()
+    value_range, found = find_value_range(crops, run.value_range, config.num_channels)
+    if value_range is not None:
+        run.value_range = value_range.as_list()
+        if value_range.nodata is not None and not method.takes_nodata:
+            raise ValueError(
+                f"nodata {as_text(value_range.nodata)} needs a method whose forward takes valid_pixels, and "
+                f"{method.name} has none (docs/new_method.md); --nodata nan ignores GDAL_NODATA tags of whole numbers"
+            )
+    return crops, value_range, found
+
+
+def check_windows(images, crops: ImageDataset | ImageStream) -> str:
+    """A line that says how the windows are cut, and how many images of a sample are smaller than they are.
+
+    Raises ValueError if all images of the sample are smaller.
+    """
+    crop, sizes = crops.crop, []
+    for row in fixed_sample(images, NUM_SIZES):
+        with contextlib.suppress(BrokenImage), decoding(image_name(row["image"], "an image")):
+            sizes.append(image_size(row["image"], crops.num_channels))
+    smaller = sum(crop.is_larger(*size) for size in sizes)
+    if sizes and smaller == len(sizes):
+        fits = max(min(height, width) for width, height in sizes)
+        raise ValueError(
+            f"crop_pixels {','.join(map(str, crop.pixels))} must fit into an image, and all {len(sizes):,} that were "
+            f"looked at are smaller in a side; a square of {fits} fits into one"
+        )
+    resized = "not resized" if crop.pixels == crops.size else "resized to {} x {}".format(*crops.size)
+    line = "crops: windows of {} x {} pixels, ".format(*crop.pixels) + resized
+    count = f"{smaller:,} of {len(sizes):,} images are smaller"
+    return f"{line}; {count}, and their largest such part is enlarged" if smaller else f"{line}; {count}"
+
+
+def evaluation_images(
+    run: RunArguments, config: PreTrainedConfig, value_range: ValueRange | None, tell: Tell = None
+) -> ImageDataset | ImageStream:
+    """Test images in the size that the method trains on, for `eval_loss`."""
+    images, _ = find_test_split(run, tell=tell)
+    if images is None:
+        raise ValueError(f"eval_strategy needs test_dataset: {run.dataset} has no validation or test split")
+    return fixed_view(images, config, run.knn_test_images, run, value_range, size=config.training_size)
+
+
+def device_augment(recipe: Recipe, images: ImageDataset | ImageStream, config: PreTrainedConfig) -> DeviceAugment:
+    """Augmentation and normalisation. If mean and std are not given, they are measured and put into the recipe."""
+    run = recipe.run
+    if run.image_mean is None:
+        run.image_mean, run.image_std = ([round(x, 4) for x in values] for values in channel_statistics(images))
+    if len(run.image_mean) != config.num_channels:
+        raise ValueError(f"image_mean must have {config.num_channels} values (num_channels), not {run.image_mean}")
+    return DeviceAugment(
+        run.image_mean,
+        run.image_std,
+        run.flip_probability,
+        run.grayscale_probability,
+        run.blur_probability,
+        run.blur_sigma,
+        images.value_range,
+        vertical_flip_probability=run.vertical_flip_probability,
+        rotate90=run.rotate90,
+        color_jitter=run.color_jitter,
+    )
