@@ -21,6 +21,7 @@ from transformers import default_data_collator
 from hf_mim.checks import least
 from hf_mim.models.pixels import ValueRange, scale_pixels
 
+from .columns import typed
 from .crop import RandomCrop, crop_rng, load_crop
 from .decode import BrokenImage, decoding, image_name, stored
 
@@ -218,10 +219,11 @@ class ImageStream(_Images, torch.utils.data.IterableDataset):
         worker = info.id if info else 0
         images = split_dataset_by_node(self.images, rank=0, world_size=1)  # a copy, whose epoch may be set
         images.set_epoch(epoch)
+        feature = self.images.features["image"] if self.images.features else None
         for position, row in enumerate(images, start=1):
             if position <= skip:
                 continue
-            value = row["image"]
+            value = typed(row["image"], feature)
             name = image_name(value, f"image {position - 1} of epoch {epoch}, worker {worker}")
             self._seen[worker] += 1
             try:

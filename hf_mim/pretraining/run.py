@@ -55,21 +55,23 @@ class Pretraining:
         args = training_arguments(recipe)
         self.folder = Path(args.output_dir)
         run.dataset_fingerprint = fingerprint(run.dataset)
+        run.test_dataset_fingerprint = run.test_dataset and fingerprint(run.test_dataset)
         check_run_folder(self.folder, recipe)
         if run.max_image_pixels:
             os.environ[MAX_PIXELS_VARIABLE] = str(run.max_image_pixels)
         # One line for each source, although the test images may be loaded twice.
         tell = functools.cache(print if args.process_index == 0 else lambda line: None)
         with args.main_process_first(desc="loading the images"):
-            self.images = load_split(run, "dataset", run.train_split, tell)
+            self.images, account = load_split(run, "dataset", run.train_split, tell)
             train_images = random_crops(self.images, run, config, args.seed)
             value_range, found = find_value_range(train_images, run.value_range, config.num_channels)
             if value_range is not None:
                 run.value_range = value_range.as_list()
             self.augment = device_augment(recipe, train_images.in_range(value_range), config)
             train_images = train_images.in_range(value_range or EIGHT_BITS, own_depth=True)
-            self.readout = Readout.find(self.images, run, tell) if run.knn or run.probe_every else None
+            self.readout = Readout.find(self.images, account, run, tell) if run.knn or run.probe_every else None
             eval_images = None if args.eval_strategy == "no" else evaluation_images(run, config, value_range, tell)
+        check_resumed_data(recipe, self.folder)  # again, because only now are the commits of data on the Hub known
         if found and args.process_index == 0:
             print(found)
         steps = number_of_steps(args, train_images)
@@ -188,27 +190,36 @@ def check_run_folder(folder: Path, recipe: Recipe):
     for name in model_fields(recipe.run.method):
         if getattr(old, name) != getattr(new, name):
             raise ValueError(f"{name} is {getattr(new, name)}, but the run in {folder} has {getattr(old, name)}")
-    check_same_data(before.run, recipe.run, folder)
+    check_resumed_data(recipe, folder)
+
+
+def check_resumed_data(recipe: Recipe, folder: Path):
+    """`check_same_data` for a run that resumes the one in the folder."""
+    if recipe.run.resume:
+        check_same_data(Recipe.resolve(*held_settings(folder)).run, recipe.run, folder)
 
 
 def check_same_data(before: RunArguments, now: RunArguments, folder: Path):
     """Raise ValueError if a resume would go on with other images than those that the run in the folder has begun with.
 
-    Files that were only moved count as the same. For data on the Hub, only the name is compared.
+    Files that were only moved count as the same. Data on the Hub are compared by name and, if both are known, by their
+    commit. The test images must be the same too.
     """
-    one, other = before.dataset_fingerprint, now.dataset_fingerprint
-    difference = ""
-    if before.train_split != now.train_split:
-        difference = f"train_split is {now.train_split}, and was {before.train_split}"
-    elif one and other:
-        difference = changes(one, other)
-    elif absolute_source(before.dataset) != absolute_source(now.dataset):
-        difference = f"it is {now.dataset}, and was {before.dataset}"
-    if difference and not now.accept_changed_data:
-        raise ValueError(
-            f"dataset {now.dataset} is not what the run in {folder} began with: {difference}; give the images of then, "
-            "or go on with --accept_changed_data true"
-        )
+    for name in ("dataset", "test_dataset"):
+        given, began = getattr(now, name), getattr(before, name)
+        one, other = (getattr(run, f"{name}_fingerprint") for run in (before, now))
+        difference = ""
+        if name == "dataset" and before.train_split != now.train_split:
+            difference = f"train_split is {now.train_split}, and was {before.train_split}"
+        elif one and other:
+            difference = changes(one, other)
+        elif absolute_source(began) != absolute_source(given):
+            difference = f"it is {given}, and was {began}"
+        if difference and not now.accept_changed_data:
+            raise ValueError(
+                f"{name} {given} is not what the run in {folder} began with: {difference}; give the images of then, "
+                "or go on with --accept_changed_data true"
+            )
 
 
 def resume_command(folder: Path) -> str:
@@ -240,7 +251,7 @@ def evaluation_images(
     run: RunArguments, config: PreTrainedConfig, value_range: ValueRange | None, tell: Tell = None
 ) -> ImageDataset | ImageStream:
     """Test images in the size that the method trains on, for `eval_loss`."""
-    images, _ = find_test_split(run, tell=tell)
+    images, _, _ = find_test_split(run, tell=tell)
     if images is None:
         raise ValueError(f"eval_strategy needs test_dataset: {run.dataset} has no validation or test split")
     return fixed_view(images, config, run.knn_test_images, value_range, size=config.training_size)
