@@ -80,7 +80,7 @@ def read_tiff(data: bytes, num_channels: int | None, check_size: Callable[[int, 
 
 def _check_rows(height: int, width: int, pages: int, num_channels: int | None):
     """Raise ImageFormatError if each page is a row of one image, as `tifffile.imwrite` writes some [h, w, bands]."""
-    if width in (2, 3, 4, num_channels) and pages > width and height > width:
+    if width in (2, 3, 4, num_channels) and pages > min(width, 4) and height > width:
         kind = "photometric='rgb'" if width == 3 else "photometric='minisblack', planarconfig='contig'"
         raise ImageFormatError(
             f"the TIFF has {pages} pages of {height} x {width}: each is a row of an image of {pages} x {height} pixels "

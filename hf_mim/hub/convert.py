@@ -141,7 +141,7 @@ def normalisation(
         if not all(low < value < math.inf for value in values):
             raise ValueError(f"{name} must have finite numbers{' above 0' * (low == 0)}, not {values}")
     if settings.keys() & NORMALISATION.keys():
-        check_statistics(mean, std)
+        check_statistics(mean, std, "--set image_mean={} image_std={}")
     return mean, std
 
 

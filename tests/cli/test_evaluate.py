@@ -144,7 +144,7 @@ def fails_with(capsys, *words) -> str:
         ("knn {checkpoint} --dataset digits --test_split train", "test_split must be another split than train"),
         ("segment {checkpoint} --dataset digits --test_split train", "test_split must be another split than train"),
         ("knn {checkpoint} --dataset {empty}", "source"),
-        ("knn {checkpoint} --dataset {flat}", "has no labels in split train; set labels to their column"),
+        ("knn {checkpoint} --dataset {flat}", "has no labels in split train; give --labels COLUMN"),
         ("knn {empty} --dataset digits", "holds no encoder that can be loaded"),
         ("knn {bert} --dataset digits", "BertModel, which is no vision transformer"),
         ("segment {checkpoint} --dataset {flat}", "mask"),

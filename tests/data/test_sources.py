@@ -224,7 +224,8 @@ def test_a_dictionary_of_datasets_gives_its_split(table, pictures):
     lines = []
     assert_same(contents(load_images(both, tell=lines.append)), pictures, [0, 1] * 3)
     assert lines == [
-        "source 'a DatasetDict in memory', split train: 6 images; 2 classes: cat, dog; other splits: validation (2)"
+        "source 'a DatasetDict in memory', split train: 6 images; labels by column label, 2 classes: cat, dog (to "
+        "leave them out: --labels none); other splits: validation (2)"
     ]
     assert_same(contents(load_images(both, "val")), pictures[4:], [0, 1])
     streams = IterableDatasetDict({name: data.to_iterable_dataset() for name, data in both.items()})
