@@ -91,8 +91,8 @@ def test_groups_stay_in_one_fold_when_c_is_chosen():
     """Each group has a noise dimension of its own, so that a fold with all its images in training looks too good."""
     random, labels = torch.Generator().manual_seed(2), torch.arange(60) % 2
     groups = labels + 2 * (torch.arange(60) // 6)  # 20 groups of three images of one class
-    x = torch.randn(60, 30, generator=random) * 0.3 + 3 * torch.nn.functional.one_hot(groups, 30)
-    x[:, 29] += 0.5 * (labels - 0.5)
+    x = torch.randn(60, 60, generator=random) * 0.3 + 3 * torch.nn.functional.one_hot(groups, 60)
+    x[:, 59] += 2 * (labels - 0.5)
     folds = StratifiedGroupKFold(3, shuffle=True, random_state=0)
     grid = [1e-4, 1e-2, 1.0, 1e2]
     arguments = dict(X=x.double().numpy(), y=labels.numpy(), groups=groups.numpy(), cv=folds)
