@@ -51,8 +51,11 @@ def numbers(or_zero: bool = False, **arguments):
     _each(arguments, fits, f"be numbers {wanted}, at least one")
 
 
-def check_statistics(image_mean, image_std):
-    """Raise ValueError unless both are None, or of as many channels and for pixels in [0, 1]."""
+def check_statistics(image_mean, image_std, options: str = "--image_mean {} --image_std {}"):
+    """Raise ValueError unless both are None, or of as many channels and for pixels in [0, 1].
+
+    options: how a user gives them to the command.
+    """
     if (image_mean is None) != (image_std is None):
         raise ValueError("image_mean and image_std must be given together")
     if image_mean is None:
@@ -63,7 +66,7 @@ def check_statistics(image_mean, image_std):
         hint = ""
         if max(image_std) > 1:
             mean, std = (",".join(f"{value / 255:.4g}" for value in values) for values in (image_mean, image_std))
-            hint = f"; for values in 0..255 they are --image_mean {mean} --image_std {std}"
+            hint = f"; for values in 0..255 they are {options.format(mean, std)}"
         raise ValueError(
             f"image_mean must lie in [0, 1] and image_std in (0, 1], for pixels in [0, 1], not {image_mean} and "
             f"{image_std}{hint}"

@@ -7,8 +7,8 @@ from PIL import Image
 from tiny import make_model
 from tiny_runs import AtEachStep, Images, arguments
 
-from hf_mim.pretraining.recipe import FIXED, RUN_FIELDS, TRAINING_FIELDS, Recipe
-from hf_mim.pretraining.run import check_run_folder
+from hf_mim.pretraining.recipe import RUN_FIELDS, TRAINING_FIELDS, Recipe
+from hf_mim.pretraining.resume import FIXED, check_run_folder
 from hf_mim.pretraining.trainer import MIMTrainer
 from hf_mim.run_folder import RECIPE
 

@@ -26,6 +26,7 @@ def main():
     parser.add_argument("checkpoint")
     parser.add_argument("--dataset", required=True, help='a folder, a file, a name on the Hub, or "digits"')
     parser.add_argument("--split", default="train")
+    parser.add_argument("--labels", help="the column of the classes; folder: class folders; none: no labels")
     parser.add_argument("--features", nargs="+", default=["last/mean/norm"], help="layer/pooling/norm")
     parser.add_argument("--image_size", type=int, help="side in pixels; default: the checkpoint's")
     parser.add_argument("--batch_size", type=int, default=64)
@@ -39,7 +40,7 @@ def main():
     dtype = torch.bfloat16 if args.bf16 else torch.float32
     encoder = FrozenEncoder.load(args.checkpoint, args.image_size, dtype=dtype)
     extract = FeatureExtractor(encoder, args.batch_size, args.num_workers, crop=CenterCrop())
-    images = Images(load_images(args.dataset, args.split), f"{args.dataset}, split {args.split}")
+    images = Images(load_images(args.dataset, args.split, labels=args.labels), f"{args.dataset}, split {args.split}")
     features = extract(images, args.features)  # this removes images that cannot be decoded from `images`
 
     columns = {name: tensor.flatten(1).numpy() for name, tensor in zip(args.features, features, strict=True)}

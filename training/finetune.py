@@ -29,6 +29,8 @@ from hf_mim.evaluation.metrics import compute_metrics
 class Arguments:
     dataset: str = field(metadata={"help": 'A folder, a file, a name on the Hub, or "digits".'})
     test_dataset: str | None = field(default=None, metadata={"help": "Default: the test or validation split."})
+    labels: str | None = field(default=None, metadata={"help": "The column of the classes, or folder: class folders."})
+    group: str | None = field(default=None, metadata={"help": "The column of patients, scenes or the like, or folder."})
     image_size: int | None = field(default=None, metadata={"help": "Side of the crops; default: the checkpoint's."})
     blocks: int | None = field(default=None, metadata={"help": "Train only this many last blocks; 0: linear probe."})
     drop_path: float = field(default=0.1, metadata={"help": "Stochastic depth of the last block."})
@@ -52,7 +54,7 @@ def main():
     # The checkpoint's image processor gives size, mean and std. The data workers crop the images.
     encoder = FrozenEncoder.load(rest.checkpoint, ours.image_size, device="cpu")
     with args.main_process_first(desc="loading the images"):
-        train, test = load_labelled(ours.dataset, ours.test_dataset)
+        train, test = load_labelled(ours.dataset, ours.test_dataset, labels=ours.labels, group=ours.group)
     classes = train.class_names or [str(number) for number in range(int(train.read_labels().max()) + 1)]
     train_images = training_images(train.images, encoder, magnitude=ours.randaugment_magnitude, seed=args.seed)
     about = dict(labels=True, value_range=encoder.value_range, keep_empty=True)

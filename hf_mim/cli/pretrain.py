@@ -114,7 +114,8 @@ def run(recipe: str | None = None, **given: str) -> int:
     from hf_mim.lock import LockedError
     from hf_mim.pretraining.guard import NonFiniteError
     from hf_mim.pretraining.recipe import Recipe
-    from hf_mim.pretraining.run import Pretraining, resume_command
+    from hf_mim.pretraining.resume import resume_command
+    from hf_mim.pretraining.run import Pretraining
     from hf_mim.pretraining.signals import INTERRUPTED, NoImagesError
 
     logging.disable_progress_bar()  # those of loading and saving; the training shows its own

@@ -1,54 +1,87 @@
 """Find the image and label columns of a dataset, whatever they are called."""
 
-from datasets import Array2D, Array3D, ClassLabel, Dataset, IterableDataset, Value
+from dataclasses import dataclass, field
+
+import numpy as np
+from datasets import Array2D, Array3D, ClassLabel, Dataset, IterableDataset, LargeList, List, Value
 from datasets import Image as ImageFeature
 
 # A column of one of these names is preferred among several of its kind, or recognised if its type tells too little.
 IMAGE_NAMES = tuple("image img pixel_values picture photo jpg jpeg png webp tif tiff npy npz bytes".split())
-NO_LABELS = "none"  # as label_column: the images have none, whatever columns and folders there are
-LABEL_NAMES = ("label", "labels", "fine_label", "class", "cls", "target", "category", "y")
+NO_LABELS = "none"  # as `labels`: the images have none, whatever columns and folders there are
+FOLDER = "folder"  # as `labels`: the class folders; as `group`: the folder that holds an image
+LABEL_NAMES = ("label", "labels", "fine_label", "class", "cls")  # columns that say by their name that they hold classes
+_PERHAPS_LABELS = ("target", "category", "species", "y")  # columns that may hold classes; the user has to say so
+_FEW_CLASSES, _PER_CLASS = 10, 2  # a column that only its name declares has few values, or so many images of each
 
 
-def prepare_columns(dataset, image_column: str | None, label_column: str | None) -> Dataset | IterableDataset:
-    """The dataset with only `image` (undecoded) and, where there are labels, `label` (class ids).
+@dataclass
+class Chosen:
+    """Which columns are the labels and the group, and what a user may want to know about this choice.
+
+    labels: the name of the column, None for none. is_given: the user has named it.
+    """
+
+    labels: str | None = None
+    group: str | None = None
+    is_given: bool = False
+    notes: list[str] = field(default_factory=list)
+
+
+def prepare_columns(dataset, image_column: str | None, labels: str | None, group: str | None = None):
+    """(the dataset with only `image` (undecoded) and, if there are any, `label` (class ids) and `group` (text); what
+    was chosen).
 
     Args:
-        label_column: "none" leaves labels out.
+        labels: a column; "none" leaves labels out; None takes a column that declares itself: its type is `ClassLabel`,
+            or it is called label, labels, fine_label, class or cls and holds ids or names, several images of each.
+        group: a column.
 
     Raises:
         ValueError: a named column is not there, or no image column is found; the message lists the columns.
     """
-    features = dataset.features
+    features, is_stream = dataset.features, isinstance(dataset, IterableDataset)
     if features is None:
         raise ValueError("the columns of this source cannot be known before it is read; load it with streaming=False")
-    labelled = label_column != NO_LABELS or NO_LABELS in features
-    label_column = label_column if labelled else None
-    check_columns(features, image_column=image_column, label_column=label_column)
+    wanted = labels if labels != NO_LABELS or NO_LABELS in features else None
+    check_columns(features, image_column=image_column, labels=wanted, group=group)
     image_column = image_column or _find_image(features)
     check_holds_images(features, "image_column", image_column)
-    label_type = getattr(features[label_column], "dtype", "") if label_column else ""
-    if "string" in label_type and isinstance(dataset, IterableDataset):
-        raise ValueError(f"label_column={label_column!r} holds names; only streaming=False can turn them into ids")
-    label_column = label_column or (_find_label(features, image_column) if labelled else None)
-    columns = {image_column: "image"} | ({label_column: "label"} if label_column else {})
+    chosen = Chosen(wanted, group, labels is not None)
+    if group is not None:
+        _check_group(dataset, chosen)
+    if wanted is not None and is_stream and "string" in getattr(features[wanted], "dtype", ""):
+        raise ValueError(f"labels={wanted!r} holds names; only streaming=False can turn them into ids")
+    if labels is None:
+        chosen.labels, chosen.notes = find_labels(dataset, image_column)
+    columns = {image_column: "image"} | {old: new for old, new in ((chosen.labels, "label"), (group, "group")) if old}
     dataset = dataset.select_columns(list(columns))
     renamed = {old: new for old, new in columns.items() if old != new}
     dataset = dataset.rename_columns(renamed) if renamed else dataset
     if is_encoded(features[image_column]):
         dataset = dataset.cast_column("image", ImageFeature(decode=False))
-    dataset = _with_class_ids(dataset, features[label_column], label_column) if label_column else dataset
-    if is_array(features[image_column]) and isinstance(dataset, Dataset):  # as lists they would lose their type
-        kept = dict(columns=["image"], output_all_columns=True, dtype=features[image_column].dtype)
-        dataset = dataset.with_format("numpy", **kept)
-    return dataset
+    dataset = _with_class_ids(dataset, features[chosen.labels], chosen.labels) if chosen.labels else dataset
+    if group is not None and features[group] != Value("string"):
+        dataset = dataset.cast_column("group", Value("string"))
+    return keep_types(dataset), chosen
+
+
+def _check_group(dataset, chosen: Chosen):
+    """Raise ValueError unless the column can be that of the groups."""
+    if chosen.group == chosen.labels:
+        raise ValueError(f"group must be another column than labels, not {chosen.group!r} for both")
+    if not _is_id_or_name(feature := dataset.features[chosen.group]):
+        raise ValueError(f"group={chosen.group!r} must hold ids or names, not {feature}")
 
 
 def _find_image(features) -> str:
     found = [name for name, feature in features.items() if isinstance(feature, ImageFeature)]
     if not found:  # files that datasets has not written show an image column by its structure only
-        found = [name for name, feature in features.items() if is_encoded_struct(feature) or is_array(feature)]
+        found = [name for name, feature in features.items() if is_encoded_struct(feature) or _is_fixed_array(feature)]
     if not found:
-        found = [name for name in features if name in IMAGE_NAMES and features[name] in _BINARY]
+        found = [
+            name for name in features if name in IMAGE_NAMES and (features[name] in _BINARY or is_array(features[name]))
+        ]
     if len(found) > 1:
         found = [name for name in IMAGE_NAMES if name in found][:1]
     if not found:
@@ -56,27 +89,55 @@ def _find_image(features) -> str:
     return found[0]
 
 
-def _find_label(features, image_column: str) -> str | None:
-    found = [name for name, feature in features.items() if isinstance(feature, ClassLabel)]
-    if len(found) == 1:
-        return found[0]
-    for name in LABEL_NAMES:
-        if name in features and name != image_column and (name in found or _is_id_or_name(features[name])):
-            return name
-    return None
+def find_labels(dataset, image_column: str | None = None) -> tuple[str | None, list[str]]:
+    """(the column that declares itself as the labels, or None; notes about columns that may hold labels too)."""
+    features = {name: feature for name, feature in dataset.features.items() if name != image_column}
+    declared = [name for name, feature in features.items() if isinstance(feature, ClassLabel)]
+    named = [name for name in LABEL_NAMES if name in features and (name in declared or _is_id_or_name(features[name]))]
+    if len(declared) > 1 and not set(declared) & set(named):
+        return None, [f"columns {' and '.join(declared)} hold classes; choose one, such as --labels {declared[0]}"]
+    found = next((name for name in named if name in declared), None) or next(iter(declared + named), None)
+    if found is None:
+        perhaps = [name for name in _PERHAPS_LABELS if name in features and _is_id_or_name(features[name])]
+        return None, [f"column {perhaps[0]} may hold labels; if it does: --labels {perhaps[0]}"] if perhaps else []
+    if found not in declared and isinstance(dataset, Dataset) and len(dataset):
+        values = len(dataset.unique(found))
+        if values > _FEW_CLASSES and len(dataset) < _PER_CLASS * values:
+            return None, [
+                f"column {found} holds {values:,} values for {len(dataset):,} images and is not taken for classes; if "
+                f"it holds them: --labels {found}"
+            ]
+    if "string" in getattr(features[found], "dtype", "") and isinstance(dataset, IterableDataset):
+        return None, [f"column {found} holds names, which only streaming=False can turn into ids"]
+    others = [name for name in declared if name != found]
+    return found, [f"column {others[0]} holds classes too; to take it: --labels {others[0]}"] if others else []
 
 
-def _with_class_ids(dataset, feature, label_column: str):
+def _with_class_ids(dataset, feature, labels: str):
     """The dataset with class ids instead of names. Ids follow the sorted order of the names."""
     if isinstance(feature, ClassLabel) or (_is_id_or_name(feature) and "int" in feature.dtype):
         return dataset
     if feature == Value("bool"):
         return dataset.cast_column("label", Value("int64"))
     if not _is_id_or_name(feature):
-        raise ValueError(f"label_column={label_column!r} must hold class ids or names, not {feature}")
-    if isinstance(dataset, IterableDataset):  # the names are known only when all rows are read
-        return dataset.remove_columns("label")
+        raise ValueError(f"labels={labels!r} must hold class ids or names, not {feature}")
     return dataset.class_encode_column("label")
+
+
+def keep_types(dataset):
+    """The dataset, so that arrays in its column `image` come in the type of the column. Lists would lose it.
+
+    A stream has no such format: its readers call `typed`.
+    """
+    if isinstance(dataset, Dataset) and (dtype := array_type(dataset.features["image"])):
+        return dataset.with_format("numpy", columns=["image"], output_all_columns=True, dtype=dtype)
+    return dataset
+
+
+def typed(value, feature):
+    """A value of an image column from a stream: lists of numbers become an array of the column's type."""
+    dtype = array_type(feature)
+    return value if dtype is None or value is None else np.asarray(value, dtype)
 
 
 def check_columns(features, **arguments: str | None):
@@ -112,7 +173,27 @@ def is_encoded_struct(feature) -> bool:
 
 
 def is_array(feature) -> bool:
-    """Whether the column holds arrays of two or three dimensions."""
+    """Whether the column holds arrays: of two or three dimensions, or of one, the bytes of a file as numbers."""
+    return array_type(feature) is not None
+
+
+def array_type(feature) -> str | None:
+    """The type of the numbers in a column of arrays ("uint16"): `Array2D`, `Array3D`, lists of lists, lists of bytes.
+
+    None for other columns.
+    """
+    if _is_fixed_array(feature):
+        return feature.dtype
+    depth = 0
+    while isinstance(feature, List | LargeList):
+        feature, depth = feature.feature, depth + 1
+    dtype = feature.dtype if isinstance(feature, Value) else ""
+    if depth in (2, 3) and dtype.startswith(("int", "uint", "float", "bool")) or depth == 1 and dtype == "uint8":
+        return dtype
+    return None
+
+
+def _is_fixed_array(feature) -> bool:
     return isinstance(feature, Array2D | Array3D)
 
 

@@ -22,6 +22,7 @@ from hf_mim.checks import least
 from hf_mim.models.nodata import EmptyImage, as_text
 from hf_mim.models.pixels import ImageFormatError, ValueRange, scale_pixels, type_name
 
+from .columns import typed
 from .crop import RandomCrop, crop_rng, load_crop
 from .decode import BrokenImage, decoding, image_name, stored
 from .nodata import check_tag
@@ -246,10 +247,11 @@ class ImageStream(_Images, torch.utils.data.IterableDataset):
         images = split_dataset_by_node(self.images, rank=0, world_size=1)  # a copy, whose epoch may be set
         images.set_epoch(epoch)
         empty_in_a_row = 0
+        feature = self.images.features["image"] if self.images.features else None
         for position, row in enumerate(images, start=1):
             if position <= skip:
                 continue
-            value = row["image"]
+            value = typed(row["image"], feature)
             name = image_name(value, f"image {position - 1} of epoch {epoch}, worker {worker}")
             self._seen[worker] += 1
             try:

@@ -78,7 +78,10 @@ def open_image(value, num_channels: int | None = None) -> Image.Image | np.ndarr
     if isinstance(value, Image.Image):
         value.load()
         return value
-    return np.asarray(value)
+    value = np.asarray(value)
+    if value.ndim == 1 and value.dtype == np.uint8:  # the bytes of a file, as a column of numbers
+        return _open_bytes(value.tobytes(), num_channels)
+    return value
 
 
 def header_size(value) -> tuple[int, int] | None:

@@ -9,6 +9,7 @@ from .folders import IMAGE_EXTENSIONS, TABLE_EXTENSIONS, scan
 
 _NUM_READ = 64  # files, spread over all, whose bytes are part of the fingerprint
 _BYTES_READ = 1 << 16  # of each of them
+_COMMIT = "commit "
 _PATTERN = (
     r"(?P<files>\d+) files, (?P<bytes>\d+) bytes, names (?P<names>\w+), sizes (?P<sizes>\w+), "
     r"beginnings (?P<beginnings>\w+)"
@@ -47,7 +48,11 @@ def fingerprint(source: str) -> str | None:
 
 
 def changes(before: str, now: str) -> str:
-    """What differs between two fingerprints, in words; "" if nothing does."""
+    """What differs between two fingerprints, in words; "" if nothing does. "commit 1a2b..." is one of the Hub."""
+    if before == now:
+        return ""
+    if all(text.startswith(_COMMIT) for text in (before, now)):
+        return f"it has {now}, and had {before}"
     old, new = (re.fullmatch(_PATTERN, text) for text in (before, now))
     if old is None or new is None:
         return "its fingerprint is unreadable"

@@ -3,10 +3,15 @@
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from itertools import takewhile
 from pathlib import Path, PurePath
+
+from hf_mim.files import listed
+
+from .classes import why_no_classes
+from .mask_folders import without_masks
+from .names import SPLIT_OF_WORD, WORDS, split_of_folder
 
 IMAGE_EXTENSIONS = frozenset(
     ".jpg .jpeg .jpe .jfif .png .webp .bmp .dib .gif .tif .tiff .ppm .pgm .pbm .pnm .tga .jp2 .ico .avif .npy "
@@ -20,26 +25,8 @@ SIDE_FILES = frozenset(
 )
 NO_EXTENSION = "files without an extension"
 
-# Beside masks, images lie in a folder of such a name: also those of VOC and DAVIS, and of Cityscapes.
-_IMAGE_FOLDER = re.compile(r"images?|imgs?|jpegimages|leftimg8bit|rgb|frames")
-_MASK_WORD = (
-    r"(masks?|annot|annotations?|segmentations?|seg|labels?|ground[\W_]?truths?|gts?|gtfine|gtcoarse|trimaps?"
-    r"|segmentation(class|object)(aug|raw)?)"
-)
-_MASK_FOLDER = re.compile(rf"(?P<of>.*?)[\W_]*{_MASK_WORD}[\W_\d]*(images?|png|train|val|test)?")
-_MASK_FILE = re.compile(rf"(?P<of>.+)[\W_]{_MASK_WORD}[\W_\d]*", re.IGNORECASE)
-
-_SPLIT_OF_WORD = {
-    **dict.fromkeys(("train", "training"), "train"),
-    **dict.fromkeys(("validation", "valid", "val", "dev"), "validation"),
-    **dict.fromkeys(("test", "testing", "eval", "evaluation"), "test"),
-}
-_WORDS = "|".join(sorted(_SPLIT_OF_WORD, key=len, reverse=True))
-_KINDS = r"(images?|imgs?|sets?|data|dataset|split|samples)"
-_SPLIT_FOLDER = re.compile(rf"{_KINDS}?[\W_\d]*(?P<word>{_WORDS})[\W_\d]*{_KINDS}?[\W_\d]*")
-_SPLIT_FILE = re.compile(rf"(?P<word>{_WORDS})([-_]\d+([-_]of[-_]\d+)?)?")  # as datasets names them
+_SPLIT_FILE = re.compile(rf"(?P<word>{WORDS})([-_]\d+([-_]of[-_]\d+)?)?")  # as datasets names them
 _UNLABELLED = re.compile(r"(un|non?)[\W_]?label+ed.*|unsup(ervised)?|extra")
-_FEW = 10  # so many folders may be classes, however few images each has
 
 
 @dataclass
@@ -55,17 +42,6 @@ class Layout:
     splits: dict[str, list[tuple[str, str | None]]] = field(default_factory=dict)
     left_out: Counter = field(default_factory=Counter)
     notes: list[str] = field(default_factory=list)
-
-
-def canonical_split(name: str) -> str:
-    """ "val" -> "validation", "training" -> "train". Other names stay as they are."""
-    return _SPLIT_OF_WORD.get(name.lower(), name)
-
-
-def split_of_folder(name: str) -> str | None:
-    """The split that a folder's name tells: "train" of "train2017" and of "training_set"; None for other names."""
-    found = _SPLIT_FOLDER.fullmatch(name.lower())
-    return found and _SPLIT_OF_WORD[found["word"]]
 
 
 def readable(name: str) -> str:
@@ -133,11 +109,11 @@ def table_splits(paths: list[str]) -> tuple[dict[str, list[str]], list[str]]:
         pure = PurePath(path)
         named = _SPLIT_FILE.fullmatch(pure.stem.lower())
         folders = [split for part in reversed(pure.parts[:-1]) if (split := split_of_folder(part))]
-        words = [word for word in re.split(r"[^a-z]+", pure.stem.lower()) if word in _SPLIT_OF_WORD]
+        words = [word for word in re.split(r"[^a-z]+", pure.stem.lower()) if word in SPLIT_OF_WORD]
         if named or (folders and not words):
-            sure[path] = _SPLIT_OF_WORD[named["word"]] if named else folders[0]
+            sure[path] = SPLIT_OF_WORD[named["word"]] if named else folders[0]
         elif words:
-            perhaps[path] = (_SPLIT_OF_WORD[words[0]], folders[0] if folders else "train")
+            perhaps[path] = (SPLIT_OF_WORD[words[0]], folders[0] if folders else "train")
     every = len(sure) + len(perhaps) == len(paths)
     splits: dict[str, list[str]] = {}
     for path in paths:
@@ -148,8 +124,10 @@ def table_splits(paths: list[str]) -> tuple[dict[str, list[str]], list[str]]:
     return splits, notes
 
 
-def image_splits(paths: list[str]) -> Layout:
+def image_splits(paths: list[str], classes: bool | None = None) -> Layout:
     """Tell images from masks, and find the split and the class of each image.
+
+    classes: whether folders are classes; None: `why_no_classes` decides, by the training images if there are any.
 
     Masks that lie beside their images are left out (`without_masks`). A folder that holds all images (from an unpacked
     archive) is ignored. Folders named after splits ("train", "val2017", "test_set") are splits: the top folders, or
@@ -163,74 +141,20 @@ def image_splits(paths: list[str]) -> Layout:
     shared = _shared_depth([parts for parts, _ in entries])
     entries = [(parts[shared:], path) for parts, path in entries]
     splits = _top_splits(entries, layout) or _lower_splits(entries, layout) or {"train": entries}
+    decisive = splits.get("train") or next(iter(splits.values()), [])
+    if classes is None:
+        folders = Counter(parts[0] for parts, _ in decisive if len(parts) > 1)
+        reason = why_no_classes(folders, len(decisive) - folders.total())
+        classes = reason is None
+        layout.notes += [reason] if reason else []
+    names = {parts[0] for parts, _ in decisive if len(parts) > 1}
     for split, entries in splits.items():
-        layout.splits[split] = _with_classes(entries, layout.notes if split == "train" else [])
+        found = {parts[0] for parts, _ in entries if len(parts) > 1}
+        has_classes = classes and not names.isdisjoint(found)
+        if classes and found and not has_classes and split in SPLIT_OF_WORD.values():
+            layout.notes.append(f"the folders of split {split} ({listed(sorted(found), 3)}) are none of the classes")
+        layout.splits[split] = [(path, parts[0] if has_classes and len(parts) > 1 else None) for parts, path in entries]
     return layout
-
-
-def without_masks(paths: Iterable[str]) -> tuple[list[tuple[tuple[str, ...], str]], Counter]:
-    """([(folders and name, path)], what is left out → how many) of the images that are no masks.
-
-    Masks are known by their place: a folder "masks", "annotations", "labels", "gtFine" beside "images", beside folders
-    of splits, beside "train" ("train_masks"), or beside pictures; or files "1_mask.png" beside most of "1.png". Where
-    a folder of masks lies beside "images", only "images" is taken, and its name is no class.
-    """
-    entries = [(PurePath(path).parts, path) for path in paths]
-    children: dict[tuple, set[str]] = {}  # folder → the folders in it
-    for parts, _ in entries:
-        for depth in range(len(parts) - 1):
-            children.setdefault(parts[:depth], set()).add(parts[depth])
-    holding = {parts[:-1] for parts, _ in entries}
-    dropped, passed = set(), set()
-    for place, names in children.items():
-        masks = {name for name in names if _MASK_FOLDER.fullmatch(name.lower())}
-        if not masks:
-            continue
-        images = {name for name in names - masks if _IMAGE_FOLDER.fullmatch(name.lower())}
-        splits = {name for name in names - masks if split_of_folder(name)}
-        if images:
-            passed |= {(*place, name) for name in images - splits}
-            dropped |= {(*place, name) for name in names - images - splits}
-        elif splits:
-            dropped |= {(*place, name) for name in masks}
-        else:
-            owners = {name.lower() for name in names - masks}
-            owners |= {""} if place in holding or len(names) == 2 and _same_names(entries, place, *names) else set()
-            dropped |= {(*place, name) for name in masks if _MASK_FOLDER.fullmatch(name.lower())["of"] in owners}
-    files = _mask_files(entries)
-    kept, left_out = [], Counter()
-    for parts, path in entries:
-        places = [parts[:depth] for depth in range(1, len(parts))]
-        if drop := next((place for place in places if place in dropped), None):
-            left_out[f"in {drop[-1]}/"] += 1
-        elif path in files:
-            left_out["masks by their names"] += 1
-        else:
-            shown = (part for part, place in zip(parts, [*places, parts], strict=True) if place not in passed)
-            kept.append((tuple(shown), path))
-    return kept, left_out
-
-
-def _same_names(entries: list, place: tuple, one: str, other: str) -> bool:
-    """Whether at least half of the images in one of two folders have the same name, without extension, in the other."""
-    names: dict[str, set] = {one: set(), other: set()}
-    for parts, _ in entries:
-        if parts[: len(place)] == place and parts[len(place)] in names:
-            names[parts[len(place)]].add((*parts[len(place) + 1 : -1], os.path.splitext(parts[-1])[0]))
-    return 2 * len(names[one] & names[other]) >= min(map(len, names.values()))
-
-
-def _mask_files(entries: list[tuple[tuple[str, ...], str]]) -> set[str]:
-    """The files "1_mask.png" of each folder in which at least half of the other images have such a file."""
-    folders: dict[tuple, dict[str, str]] = {}
-    for parts, path in entries:
-        folders.setdefault(parts[:-1], {})[os.path.splitext(parts[-1])[0]] = path
-    masks = set()
-    for files in folders.values():
-        owners = {stem: found["of"] for stem in files if (found := _MASK_FILE.fullmatch(stem)) and found["of"] in files}
-        if 2 * len(set(owners.values())) >= len(files) - len(owners):
-            masks |= {files[stem] for stem in owners}
-    return masks
 
 
 def _top_splits(entries: list, layout: Layout) -> dict[str, list]:
@@ -278,17 +202,3 @@ def _shared_depth(parts: list[tuple[str, ...]]) -> int:
     folders = zip(*(other[:-1] for other in parts), strict=False)  # of all paths at each depth
     shared = takewhile(lambda names: len(set(names)) == 1 and not split_of_folder(names[0]), folders)
     return len(list(shared))
-
-
-def _with_classes(entries: list[tuple[tuple[str, ...], str]], notes: list[str]) -> list[tuple[str, str | None]]:
-    """(path, class or None). Folders are classes if nearly all images are in one, and there are not too many."""
-    folders = Counter(parts[0] for parts, _ in entries if len(parts) > 1)
-    inside = folders.total()
-    few_outside = len(entries) - inside <= 0.1 * len(entries)
-    several_each = len(folders) <= _FEW or inside >= 2 * len(folders)
-    if folders and len(folders) > 1 and not few_outside:
-        notes.append(f"folders are no classes, because {len(entries) - inside} images lie outside of them")
-    elif len(folders) > 1 and not several_each:
-        notes.append(f"the {len(folders)} folders are no classes, because they hold less than 2 images each")
-    has_classes = few_outside and several_each
-    return [(path, parts[0] if has_classes and len(parts) > 1 else None) for parts, path in entries]

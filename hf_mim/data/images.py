@@ -3,7 +3,9 @@
 import copy
 from collections.abc import Sequence
 
+import torch
 from datasets import Dataset, Image
+from torch import Tensor
 
 from .decode import image_name
 
@@ -50,3 +52,15 @@ class Images:
     def image_name(self, index: int) -> str:
         """The file name of an image, or "image 12" if the source gives no names."""
         return image_name(self.images[index]["image"], f"image {index}")
+
+
+def group_ids(images: Dataset) -> Tensor | None:
+    """The number of each image's group `[n]`, int64; None without a column `group`."""
+    return number_groups(images["group"][:]) if "group" in images.column_names else None
+
+
+def number_groups(names: Sequence[str | None]) -> Tensor:
+    """A number for each name `[n]`, int64: equal for equal names. None is a group of its own each time."""
+    ids: dict = {}
+    keys = (row if name is None else name for row, name in enumerate(names))
+    return torch.tensor([ids.setdefault(key, len(ids)) for key in keys], dtype=torch.int64)

@@ -1,27 +1,36 @@
 """Labelled images for the protocols. Labels are checked on loading, then read only when a protocol asks for them."""
 
+import logging
 import os
 
 import pyarrow.compute
 import torch
-from datasets import ClassLabel, Dataset, Features, Image, IterableDataset
+from datasets import ClassLabel, Dataset, Image, IterableDataset
 from torch import Tensor
 
 from hf_mim.files import listed
 
-from .images import Images
-from .sources import SplitNotFound, first_split, load_images, open_source, same_source, source_name
+from .images import Images, group_ids
+from .sources import SplitNotFound, first_split, load_described, same_source, source_name
 from .splits import stratified_split
+
+logger = logging.getLogger(__name__)
 
 HELD_OUT = 0.2  # of the training images, where a source has no test images
 
 
 class LabelledImages(Images):
-    """Images with class labels: `images` has a column `label` too (ids; see `load_images`).
+    """Images with class labels: `images` has a column `label` too (ids), and maybe `group` (see `load_images`).
+
+    labels, group: where they come from, in words, for results.
 
     A protocol calls `read_labels` of its test images once, after all predictions and choices are made. There is no
     other way to get the labels.
     """
+
+    def __init__(self, images: Dataset, name: str = "images", labels: str = "column label", group: str | None = None):
+        super().__init__(images, name)
+        self.labels, self.group = labels, group
 
     @property
     def class_names(self) -> list[str] | None:
@@ -33,6 +42,10 @@ class LabelledImages(Images):
         """Class ids `[n]`, int64."""
         return torch.tensor(self.images["label"][:], dtype=torch.int64)
 
+    def read_groups(self) -> Tensor | None:
+        """The number of each image's group `[n]`, int64; None if there are no groups."""
+        return group_ids(self.images)
+
 
 def load_labelled(
     source,
@@ -40,64 +53,77 @@ def load_labelled(
     train_split: str = "train",
     test_split: str | None = None,
     image_column: str | None = None,
-    label_column: str | None = None,
+    labels: str | None = None,
+    group: str | None = None,
 ) -> tuple[LabelledImages, LabelledImages]:
     """(train, test) images. A label means the same in both; images without a label are left out.
 
     The test images come from `test_source`, or from the source's test or validation split. Without these, a fifth of
     each class of the training images is held out for the test. Classes of two sources are matched by name.
 
+    labels, group: as in `load_images`. The held-out fifth has whole groups.
+
     Raises:
         ValueError: in one line: there are no labels, or only one class; a test class is not among the training images;
             or the test images are the training images.
     """
 
-    def load(dataset, source, split):
-        images = load_images(dataset, split, image_column=image_column, label_column=label_column)
-        return labelled_only(images, source, split)
+    def load(source, split):
+        images, account = load_described(source, split, image_column=image_column, labels=labels, group=group)
+        return labelled_only(images, source, split, account.notes), account
 
-    train = load(source, source, train_split)
+    train, about = load(source, train_split)
     test_from, name = source if test_source is None else test_source, f"{source_name(source)}, split {train_split}"
-    test, split = _open_test(test_from, test_split, train_split if same_source(test_from, source) else None)
-    if test is not None:
-        test, test_name = load(test, test_from, split), f"{source_name(test_from)}, split {split}"
+    found, split = _load_test(load, test_from, test_split, train_split if same_source(test_from, source) else None)
+    if found is not None:
+        test, test_about = found
+        test_name = f"{source_name(test_from)}, split {split}"
         check_apart(train, test)
         test = match_names(test, train)
+        warn_of_shared_groups(train, test)
     else:
-        kept, held = stratified_split(torch.tensor(train["label"][:]), HELD_OUT, seed=0)
-        train, test, test_name = train.select(kept), train.select(held), f"a held-out fifth of {name}"
-    splits = LabelledImages(train, name), LabelledImages(test, test_name)
+        ids = torch.tensor(train["label"][:])
+        kept, held = stratified_split(ids, HELD_OUT, 0, group_ids(train))
+        train, test, test_name, test_about = (
+            train.select(kept),
+            train.select(held),
+            f"a held-out fifth of {name}",
+            about,
+        )
+    splits = (
+        LabelledImages(train, name, about.labels, about.group),
+        LabelledImages(test, test_name, test_about.labels, test_about.group),
+    )
     check_classes(*splits)
     return splits
 
 
-def _open_test(source, split: str | None, taken: str | None):
-    """(test dataset, its split), or (None, None) if the source has no split but `taken`, which trains."""
+def _load_test(load, source, split: str | None, taken: str | None):
+    """(what `load` gives, the split), or (None, None) if the source has no split but `taken`, which trains."""
     if split is not None and split == taken:
         raise ValueError(f"test_split must be another split than {taken}, which trains: of {source} or of another test")
     if taken is not None and isinstance(source, Dataset):  # it has no splits: any name would give the training images
         return None, None
     splits = [split] if split else [name for name in ("test", "validation", "train") if name != taken]
     try:
-        return first_split(splits, lambda name: open_source(source, name))
+        return first_split(splits, lambda name: load(source, name))
     except SplitNotFound:
         if split or taken is None:
             raise
         return None, None
 
 
-def labelled_only(images: Dataset | IterableDataset, source="source", split: str = "train") -> Dataset:
-    """The images that have a label. Raises ValueError if none has."""
+def labelled_only(images: Dataset | IterableDataset, source="source", split: str = "train", notes=()) -> Dataset:
+    """The images that have a label. Raises ValueError if none has; `notes` may say why."""
     if isinstance(images, IterableDataset):
         raise ValueError(f"dataset {source} must be loaded whole to be evaluated, not streamed")
     known = []
     if "label" in images.column_names:
         known = [index for index, label in enumerate(images["label"]) if label is not None and label >= 0]
     if not known:
-        raise ValueError(
-            f"dataset {source} has no labels in split {split}; set label_column to their column, or put the images of "
-            "each class into a folder"
-        )
+        advice = "give --labels COLUMN, or put the images of each class into a folder"
+        reason = next((note for note in notes if "--labels" in note or "no classes" in note), advice)
+        raise ValueError(f"dataset {source} has no labels in split {split}; {reason}")
     return images if len(known) == len(images) else images.select(known)
 
 
@@ -130,8 +156,19 @@ def match_names(test: Dataset, train: Dataset) -> Dataset:
     if unknown := sorted(used - set(ours)):
         raise ValueError(_missing_classes(unknown))
     labels = [ours.index(theirs[label]) for label in test["label"]]
-    features = Features({"image": test.features["image"], "label": features[1]})
-    return test.remove_columns("label").add_column("label", labels).cast(features)
+    return test.remove_columns("label").add_column("label", labels, feature=features[1])
+
+
+def warn_of_shared_groups(train: Dataset, test: Dataset):
+    """Warn if images of one group are in two splits that the user has made."""
+    if "group" not in train.column_names or "group" not in test.column_names:
+        return
+    if shared := sorted(set(train.unique("group")) & set(test.unique("group")) - {None}):
+        logger.warning(
+            "%d groups are both in the training and in the test images: %s; the splits of the source are kept",
+            len(shared),
+            listed(shared, 3),
+        )
 
 
 def check_classes(train: LabelledImages, test: LabelledImages):

@@ -4,26 +4,29 @@ import contextlib
 import io
 import os
 from collections.abc import Iterator
-from pathlib import Path, PurePath
+from pathlib import Path
 
 import numpy as np
 from datasets import Dataset, Features
 from datasets import Image as ImageFeature
 from PIL import Image, JpegImagePlugin, UnidentifiedImageError
+from torch import Tensor
 
 from hf_mim.models.orientation import exif_orientation, upright
 from hf_mim.models.pixels import ImageFormatError
 
-from .columns import check_columns, check_holds_images, holds_images, is_encoded
+from .columns import FOLDER, NO_LABELS, check_columns, check_holds_images, holds_images, is_encoded
 from .decode import BrokenImage, decoding, image_name, open_image, stored
-from .folders import IMAGE_EXTENSIONS, canonical_split, find_files
-from .images import Images
-from .sources import image_files, load_images, local_folder, open_source, pick_split, source_name
+from .folders import IMAGE_EXTENSIONS, find_files
+from .images import Images, group_ids, number_groups
+from .local import image_files, pick_split
+from .mask_folders import divide
+from .names import group_folder, split_of_folder
+from .sources import load_images, local_folder, open_source, source_name
 
 IMAGE_FOLDERS = ("images", "image", "imgs", "img")
 MASK_FOLDERS = ("masks", "mask", "annotations", "annotation", "segmentations", "segmentation", "labels", "label")
 MASK_COLUMNS = (*MASK_FOLDERS, "segmentation_mask", "label_mask", "semantic_segmentation", "semantic_mask")
-_SPLITS = ("train", "validation", "test")
 _ID_MODES = ("1", "L", "P", "I", "I;16", "I;16B", "I;16L", "I;16N")
 
 
@@ -34,6 +37,8 @@ class MaskedImages(Images):
         images: a dataset with a column `image`, undecoded.
         masks: a dataset of the same length with a column `mask`, undecoded.
         name: what they are, for results.
+        groups: the number of each image's group, or None.
+        group: where the groups come from, in words.
 
     Attributes: `images`, a dataset with the one column `image`; `sizes`, the (height, width) of each upright image and
     of its mask.
@@ -43,16 +48,22 @@ class MaskedImages(Images):
             headers are read.
     """
 
-    def __init__(self, images: Dataset, masks: Dataset, name: str = "images"):
+    def __init__(self, images: Dataset, masks: Dataset, name: str = "images", groups=None, group: str | None = None):
         if len(images) != len(masks):
             raise ValueError(f"masks must be as many as the {len(images)} images of {name}, not {len(masks)}")
         super().__init__(images.select_columns(["image"]), name)
+        self._groups, self.group = groups, group
         self._masks = masks.select_columns(["mask"])
         self.sizes = [self._checked_size(index) for index in range(len(images))]
 
     def _keep(self, indices: list[int]):
         super()._keep(indices)
         self._masks, self.sizes = self._masks.select(indices), [self.sizes[index] for index in indices]
+        self._groups = None if self._groups is None else self._groups[indices]
+
+    def read_groups(self) -> Tensor | None:
+        """The number of each image's group `[n]`, int64; None if there are no groups."""
+        return self._groups
 
     def read_mask(self, index: int) -> np.ndarray:
         """The ids `[h, w]` of the pixels of one image, uint8 or int64. Raises ValueError as `read_mask_ids`."""
@@ -79,16 +90,21 @@ def load_masks(
     split: str = "train",
     image_column: str | None = None,
     mask_column: str | None = None,
+    group: str | None = None,
 ) -> MaskedImages:
     """Load images and their masks, not yet decoded.
 
     Args:
-        source: a local folder with the folders `images` and `masks` (or `annotations`, `segmentations`, `labels`). An
-            image and its mask have the same file name, except for the extension. Folders of splits may lie above or
-            below (`train/images` or `images/train`). Or a source of `load_images` that has a column of masks too.
+        source: a local folder of images and masks, in one of the layouts that `mask_folders.divide` knows: folders
+            `images` and `masks` (or `annotations`, `labels`, ...), `train` and `train_masks`, files `1.png` and
+            `1_mask.png`. An image and its mask have the same name, except for the extension. Folders of splits may lie
+            above or below (`train/images` or `images/train`). Or a source of `load_images` that has a column of masks
+            too.
         split: as in `load_images`.
         image_column: default: found as in `load_images`.
-        mask_column: default: a column called mask, annotation, segmentation or label that holds images.
+        group: as in `load_images`.
+        mask_column: default: a column called mask, annotation, segmentation or label that holds images; or, where an
+            image has masks in several folders, the folder.
 
     Raises:
         ValueError: in one line: there are no masks; a mask is missing, has colours or another size than its image
@@ -96,18 +112,25 @@ def load_masks(
     """
     name = f"{source_name(source)}, split {split}"
     folder = local_folder(source)
-    if folder is not None and (splits := _image_and_mask_folders(folder)):
+    if folder is not None and (splits := _image_and_mask_folders(folder, mask_column)):
         images, masks = pick_split(splits, split, source)
         masks = [masks.get(key) for key in images]  # for a missing mask, MaskedImages raises with the image's name
-        return MaskedImages(image_files(list(images.values())), image_files(masks, "mask"), name)
+        groups = None
+        if group is not None:
+            if group != FOLDER:
+                raise ValueError(f"group of a folder of masks must be {FOLDER!r}, not {group!r}")
+            names = [group_folder(os.path.relpath(path, folder)) for path in images.values()]
+            groups, group = number_groups(names), "column folder"
+        return MaskedImages(image_files(list(images.values())), image_files(masks, "mask"), name, groups, group)
     data = open_source(source, split)
     mask_column = _find_mask(data.features, mask_column, name)
     masks = data.select_columns([mask_column])
     masks = masks if mask_column == "mask" else masks.rename_column(mask_column, "mask")
     if is_encoded(masks.features["mask"]):
         masks = masks.cast_column("mask", ImageFeature(decode=False))
-    images = load_images(data.remove_columns([mask_column]), image_column=image_column)
-    return MaskedImages(images, masks, name)
+    data = data.remove_columns([mask_column])
+    images = load_images(data, image_column=image_column, labels=NO_LABELS, group=group)
+    return MaskedImages(images, masks, name, group_ids(images), group and f"column {group}")
 
 
 def read_mask_ids(value, name: str = "the mask") -> np.ndarray:
@@ -190,19 +213,39 @@ def _find_mask(features: Features, mask_column: str | None, name: str) -> str:
     raise ValueError(f"{name} has no masks: give a folder of images/ and masks/, or set mask_column to one of {known}")
 
 
-def _image_and_mask_folders(folder: Path) -> dict[str, tuple[dict[str, str], dict[str, str]]]:
+def _image_and_mask_folders(folder: Path, mask_column: str | None) -> dict[str, tuple[dict[str, str], dict[str, str]]]:
     """Split -> (images, masks), each a dict: name without extension -> path. Empty if there are no masks."""
+    images, kinds, _ = divide(find_files(folder, IMAGE_EXTENSIONS))
+    if not kinds:
+        return {}
+    if mask_column is not None and mask_column not in kinds:
+        raise ValueError(f"mask_column={mask_column!r} is no folder of masks in {folder}; there are {', '.join(kinds)}")
+    chosen = [mask_column] if mask_column else list(kinds)
     splits: dict[str, tuple[dict, dict]] = {}
-    for path in find_files(folder, IMAGE_EXTENSIONS):
-        parts = list(PurePath(path).with_suffix("").parts)
-        role = next((i for i, part in enumerate(parts[:-1]) if part.lower() in IMAGE_FOLDERS + MASK_FOLDERS), None)
-        if role is None:
-            continue
-        is_mask = parts.pop(role).lower() in MASK_FOLDERS
-        place = next((i for i, part in enumerate(parts[:-1]) if canonical_split(part) in _SPLITS), None)
-        split = "train" if place is None else canonical_split(parts.pop(place))
-        found, key = splits.setdefault(split, ({}, {}))[is_mask], "/".join(parts)
-        if key in found:
-            raise ValueError(f"{folder / path} and {found[key]} differ only in their extension; keep one of them")
-        found[key] = str(folder / path)
+    pairs = {False: [(None, images)], True: [(kind, kinds[kind]) for kind in chosen]}
+    found = {key for _, key, _ in _keys(images)} & {key for kind in chosen for _, key, _ in _keys(kinds[kind])}
+    for is_mask, kind, entries in ((is_mask, *pair) for is_mask, parts in pairs.items() for pair in parts):
+        for split, key, path in _keys(entries, stripped=not found):
+            found = splits.setdefault(split, ({}, {}))[is_mask]
+            if key in found:
+                raise ValueError(_two_of_one(folder / path, found[key], kind, chosen))
+            found[key] = str(folder / path)
     return {split: found for split, found in splits.items() if all(found)}
+
+
+def _two_of_one(path: Path, other: str, kind: str | None, kinds: list[str]) -> str:
+    if kind is None or len(kinds) == 1:
+        return f"{path} and {other} differ only in their extension; keep one of them"
+    return f"{path} and {other} are masks of one image; choose their folder, such as --mask_column {kinds[0]}"
+
+
+def _keys(entries: list, stripped: bool = False) -> Iterator[tuple[str, str, str]]:
+    """(split, name without extension, path) of images or masks; `stripped`: without the folders that all lie in."""
+    found = []
+    for parts, path in entries:
+        place = next((i for i, part in enumerate(parts[:-1]) if split_of_folder(part)), None)
+        split = "train" if place is None else split_of_folder(parts[place])
+        found.append((split, [part for i, part in enumerate(parts) if i != place], path))
+    shared = len(os.path.commonprefix([parts[:-1] for _, parts, _ in found])) if stripped else 0
+    for split, parts, path in found:
+        yield split, os.path.splitext("/".join(parts[shared:]))[0], path

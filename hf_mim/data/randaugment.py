@@ -79,7 +79,7 @@ class RandAugment:
         least(0, std=self.std, num_operations=self.num_operations)
         share(probability=self.probability)
         if len(self.fill) not in (1, 3):
-            raise ValueError(f"RandAugment takes 1 or 3 channels, not {len(self.fill)}; set randaugment_magnitude to 0")
+            raise ValueError(f"RandAugment takes 1 or 3 channels, not {len(self.fill)}; give --randaugment_magnitude 0")
 
     def draw(self, rng: random.Random) -> list[tuple[str, float]]:
         """The operations for one image, in order, each with its strength."""
@@ -117,7 +117,7 @@ class RandAugmentedImages(ImageDataset):
         sample = super()._sample(value, label, epoch, key, name)
         if sample["pixel_values"].dtype != torch.uint8:
             raise ImageFormatError(
-                f"{name}: RandAugment takes 8-bit images without nodata; set --randaugment_magnitude 0"
+                f"{name}: RandAugment takes 8-bit images without nodata; give --randaugment_magnitude 0"
             )
         pixels = sample["pixel_values"].permute(1, 2, 0).numpy()
         image = Image.fromarray(pixels[..., 0] if self.num_channels == 1 else pixels)

@@ -50,7 +50,7 @@ def read_tiff(data: bytes, num_channels: int | None, check_size: Callable[[int, 
     - Pages of one band each (a stack, as microscopes write it) are the bands of one image if they are `num_channels`.
 
     Raises:
-        ImageFormatError: tifffile is not installed, or the compression needs imagecodecs.
+        ImageFormatError: tifffile is not installed, the compression needs imagecodecs, or pages are rows by mistake.
     """
     try:
         import tifffile
@@ -62,6 +62,8 @@ def read_tiff(data: bytes, num_channels: int | None, check_size: Callable[[int, 
             check_size(page.imagewidth, page.imagelength)
             alike = [p for p in file.pages if (p.shape, p.dtype) == (page.shape, page.dtype)]
             is_stack = page.samplesperpixel == 1 and len(alike) == num_channels
+            if page.samplesperpixel == 1 and not is_stack:
+                _check_rows(page.imagelength, page.imagewidth, len(alike), num_channels)
             image = np.stack([p.asarray() for p in alike], axis=-1) if is_stack else page.asarray()
             turned = turns(page.tags.valueof(_ORIENTATION, 1))
     except tifffile.TiffFileError as error:
@@ -75,3 +77,13 @@ def read_tiff(data: bytes, num_channels: int | None, check_size: Callable[[int, 
     image = upright(image if image.ndim == 3 else image[..., None], *turned)
     has_alpha = page.extrasamples and page.extrasamples[-1] in _ALPHA
     return image[..., :-1] if has_alpha and image.shape[-1] != num_channels else image
+
+
+def _check_rows(height: int, width: int, pages: int, num_channels: int | None):
+    """Raise ImageFormatError if each page is a row of one image, as `tifffile.imwrite` writes some [h, w, bands]."""
+    if width in (2, 3, 4, num_channels) and pages > min(width, 4) and height > width:
+        kind = "photometric='rgb'" if width == 3 else "photometric='minisblack', planarconfig='contig'"
+        raise ImageFormatError(
+            f"the TIFF has {pages} pages of {height} x {width}: each is a row of an image of {pages} x {height} pixels "
+            f"and {width} bands; write the array with tifffile.imwrite(path, array, {kind})"
+        )

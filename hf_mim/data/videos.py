@@ -9,8 +9,9 @@ import numpy as np
 from datasets import ClassLabel, Dataset
 
 from .folders import IMAGE_EXTENSIONS, find_files
+from .local import image_files
 from .masks import IMAGE_FOLDERS, MASK_FOLDERS, MaskedImages, load_masks
-from .sources import first_split, image_files, local_folder, open_source, source_name
+from .sources import first_split, local_folder, open_source, source_name
 
 VOID = 255  # the id of pixels that are not scored, in DAVIS
 SEQUENCE_COLUMNS = ("sequence", "video", "clip", "label")

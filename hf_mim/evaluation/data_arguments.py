@@ -58,7 +58,8 @@ class LabelledArguments(CropArguments):
         train_split: the split of dataset to train on
         test_split: the split of test, or of dataset if test is not given; default: test or validation
         image_column: default: found by its type
-        label_column: default: found by its type
+        labels: the column of the classes; folder: class folders; none: no labels; default: what declares itself
+        group: the column of patients, scenes or the like, or folder: each stays on one side of a split made here
         train_images, test_images: at most so many, drawn at random with a fixed seed; default: all
     """
 
@@ -67,7 +68,8 @@ class LabelledArguments(CropArguments):
     train_split: str = "train"
     test_split: str | None = None
     image_column: str | None = None
-    label_column: str | None = None
+    labels: str | None = None
+    group: str | None = None
     train_images: int | None = None
     test_images: int | None = None
 
@@ -76,7 +78,7 @@ class LabelledArguments(CropArguments):
         from hf_mim.data.labelled import check_classes, load_labelled
 
         splits = self.train_split, self.test_split
-        train, test = load_labelled(self.dataset, self.test, *splits, self.image_column, self.label_column)
+        train, test = load_labelled(self.dataset, self.test, *splits, self.image_column, self.labels, self.group)
         train, test = fixed_parts(self, train, test)
         check_classes(train, test)
         return train, test
@@ -92,7 +94,8 @@ class MaskedArguments(WholeArguments):
         train_split: the split of dataset to train on
         test_split: the split of test, or of dataset if test is not given
         image_column: default: found by its type
-        mask_column: default: found by its name
+        mask_column: default: found by its name; or the folder, where images have masks in several
+        group: the column of scenes, patients or the like, or folder: each stays on one side of a split made here
         train_images, test_images: at most so many, drawn at random with a fixed seed; default: all
     """
 
@@ -102,6 +105,7 @@ class MaskedArguments(WholeArguments):
     test_split: str = "test"
     image_column: str | None = None
     mask_column: str | None = None
+    group: str | None = None
     train_images: int | None = None
     test_images: int | None = None
 
@@ -109,7 +113,7 @@ class MaskedArguments(WholeArguments):
         """(train, test)."""
         from hf_mim.data.masks import load_masks
 
-        columns = self.image_column, self.mask_column
+        columns = self.image_column, self.mask_column, self.group
         if (self.test is None or same_source(self.test, self.dataset)) and self.train_split == self.test_split:
             raise ValueError(f"test_split must be another split than {self.train_split}, which trains, or give test")
         train = load_masks(self.dataset, self.train_split, *columns)

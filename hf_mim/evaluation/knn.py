@@ -193,7 +193,8 @@ class LeaveOneOut:
     """Latent MIM's nearest-neighbour accuracy: each test image gets the class of the test image nearest to it.
 
     As in the released code of arXiv 2407.15837, the distance is Euclidean, between means of the patch tokens of the
-    residual stream, before the final norm, inside the validation set.
+    residual stream, before the final norm, inside the validation set. With groups, the nearest image of another group
+    counts: all of the image's own group is left out.
 
     Args:
         features: layer/pooling/norm
@@ -208,11 +209,13 @@ class LeaveOneOut:
         parse_features(self.features, self.name)
 
     def run(self, extract: FeatureExtractor, train: LabelledImages, test: LabelledImages) -> Result:
-        """Only the test images are used. Raises ValueError for fewer than two."""
+        """Only the test images are used. Raises ValueError for fewer than two, or for a single group."""
         if len(test) < 2:
             raise ValueError(f"test must have at least 2 images, not {len(test)}")
-        (features,) = extract(test, [self.features])
-        nearest = nearest_other(features.to(exact_device(extract.encoder.device))).cpu()
+        (features,), groups = extract(test, [self.features]), test.read_groups()
+        if groups is not None and len(groups.unique()) < 2:
+            raise ValueError("group must tell two groups at least in the test images, and all of them are of one")
+        nearest = nearest_other(features.to(exact_device(extract.encoder.device)), groups).cpu()
         labels = test.read_labels()
         return Result(
             self.name,
@@ -223,8 +226,12 @@ class LeaveOneOut:
         )
 
 
-def nearest_other(features: Tensor) -> Tensor:
-    """The index `[n]` of each feature's nearest other, `[n, D]`, by Euclidean distance; the first among equal ones."""
+def nearest_other(features: Tensor, groups: Tensor | None = None) -> Tensor:
+    """The index `[n]` of each feature's nearest other, `[n, D]`, by Euclidean distance; the first among equal ones.
+
+    groups: `[n]`; the nearest feature of another group is taken.
+    """
+    groups = None if groups is None else groups.to(features.device)
     features = features.double() - features.double().mean(dim=0)  # distances stay the same, but lose fewer digits
     squares = features.square().sum(dim=1)
     nearest = []
@@ -232,8 +239,11 @@ def nearest_other(features: Tensor) -> Tensor:
         chunk = features[start : start + step]
         both = squares[start : start + step, None] + squares
         distance = both - 2 * chunk @ features.T
-        rows = torch.arange(len(chunk), device=features.device)
-        distance[rows, start + rows] = torch.inf
+        if groups is None:
+            rows = torch.arange(len(chunk), device=features.device)
+            distance[rows, start + rows] = torch.inf
+        else:
+            distance.masked_fill_(groups[start : start + step, None] == groups, torch.inf)
         lowest = distance.min(dim=1, keepdim=True).values
         nearest.append((distance <= lowest + 1e-13 * both).int().argmax(dim=1))  # the first, up to rounding
     return torch.cat(nearest)

@@ -10,6 +10,7 @@ import warnings
 from dataclasses import asdict, dataclass, field
 from typing import ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -54,25 +55,33 @@ def draw_images(labels: Tensor, budget: str, seed: int, draw: int = 0) -> Tensor
     return (ranks < count).nonzero()[:, 0]
 
 
-def fit_logistic(features: Tensor, labels: Tensor, c: list[float], seed: int = 0):
+def fit_logistic(features: Tensor, labels: Tensor, c: list[float], seed: int = 0, groups: Tensor | None = None):
     """L2-regularised logistic regression on `[n, D]` and `[n]`. Cross-validation chooses among several C.
 
+    With groups `[n]`, a group is in one fold.
+
     C is scikit-learn's: it multiplies the loss summed over the images, to which `|w|² / 2` is added. If a class has a
-    single image, nothing can be held out, and the middle C is taken. If several C are equally good, it is the smallest.
+    single image or group, nothing can be held out, and the middle C is taken. If several C are equally good, it is the
+    smallest.
     """
     from sklearn.exceptions import ConvergenceWarning  # slow to import, so only when asked for
     from sklearn.linear_model import LogisticRegression
-    from sklearn.model_selection import GridSearchCV, StratifiedKFold
+    from sklearn.model_selection import GridSearchCV, StratifiedGroupKFold, StratifiedKFold
 
     x, y, c = features.double().numpy(), labels.numpy(), sorted(c)
-    folds = min(FOLDS, int(labels.bincount()[labels].min()))
+    # Among the pairs of a class and a group, or among the images, each class must be there as often as there are folds.
+    units = labels if groups is None else torch.stack([labels, groups]).unique(dim=1)[0]
+    folds = min(FOLDS, int(units.bincount()[units].min()))
     model = LogisticRegression(C=c[len(c) // 2], max_iter=MAX_ITERATIONS)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)  # the caller reads n_iter_
         if len(c) == 1 or folds == 1:
             return model.fit(x, y)
-        held_out = StratifiedKFold(folds, shuffle=True, random_state=seed)
-        return GridSearchCV(model, {"C": c}, cv=held_out).fit(x, y).best_estimator_
+        kind = StratifiedKFold if groups is None else StratifiedGroupKFold
+        parts = list(kind(folds, shuffle=True, random_state=seed).split(x, y, groups))
+        if any(len(np.unique(y[kept])) < 2 for kept, _ in parts):
+            return model.fit(x, y)
+        return GridSearchCV(model, {"C": c}, cv=parts).fit(x, y).best_estimator_
 
 
 @dataclass
@@ -81,7 +90,8 @@ class LowShot:
 
     Each budget is drawn several times, balanced and seeded; the scores are mean and sample standard deviation over the
     draws. The features are standardised by the statistics of all training images, which needs no labels. They are
-    divided by √D, so that one C means the same for any width. Only the drawn images choose C.
+    divided by √D, so that one C means the same for any width. Only the drawn images choose C, by cross-validation, with
+    each group in one fold.
 
     Sources: MSN (arXiv 2204.07141) and I-JEPA (arXiv 2301.08243, section 5), which report 1 % of ImageNet.
 
@@ -120,6 +130,7 @@ class LowShot:
             draw_images(labels, budget, self.seed)
         spec = parse_features(self.features, self.name)
         (features,), labels = extract(train, [spec]), train.read_labels()  # extract has left out what it cannot decode
+        groups = train.read_groups()
         standardise = standardiser(features, str(spec))
         (test_features,) = extract(test, [spec])
         test_features = standardise(test_features).numpy()
@@ -127,7 +138,8 @@ class LowShot:
         drawn = [(budget, draw) for budget in self.budgets for draw in range(self.draws)]
         for budget, draw in tqdm(drawn, "draws", leave=False, disable=not extract.progress):
             ids = draw_images(labels, budget, self.seed, draw)
-            model = fit_logistic(standardise(features[ids]), labels[ids], self.c, self.seed)
+            of_drawn = None if groups is None else groups[ids]
+            model = fit_logistic(standardise(features[ids]), labels[ids], self.c, self.seed, of_drawn)
             predictions.append(torch.from_numpy(model.predict(test_features)))
             converged = int(model.n_iter_.max()) < MAX_ITERATIONS
             rows.append({"budget": budget, "draw": draw, "images": len(ids), "C": model.C, "converged": converged})

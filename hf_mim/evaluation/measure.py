@@ -122,7 +122,7 @@ def measure(protocol, extract: FeatureExtractor, splits: tuple, checkpoint: str 
 
     Returns:
         The protocol's result. It also has the checkpoint and its hash (none if untrained), the device, the seconds that
-        it took, and, in its settings, how the encoder saw the images.
+        it took, and, in its settings, how the encoder saw the images and where labels and groups come from.
     """
     start, encoder = time.perf_counter(), extract.encoder
     result = protocol.run(extract, *splits)
@@ -140,7 +140,18 @@ def measure(protocol, extract: FeatureExtractor, splits: tuple, checkpoint: str 
     offered = option_types(type(protocol))
     result.settings |= {name: value for name, value in about.items() if name in offered}
     result.settings["untrained"] = encoder.is_untrained
+    result.settings |= where_from(splits)
     return result
+
+
+def where_from(splits: tuple) -> dict[str, str | None]:
+    """Where labels and groups come from, as settings of a result: they are part of the protocol."""
+    found = {}
+    for name in ("labels", "group"):
+        texts = dict.fromkeys(getattr(images, name) for images in splits if hasattr(images, name))
+        if texts:
+            found[name] = ", in the test ".join(map(str, texts)) if len(texts) > 1 else next(iter(texts))
+    return found
 
 
 def argument_kinds(protocol: type) -> tuple[type, type, type]:

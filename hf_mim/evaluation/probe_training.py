@@ -154,7 +154,7 @@ def choose_and_test(
     check_labels(train.read_labels())
     features, labels = extract(train, specs), train.read_labels()  # extract has left out images that it cannot decode
     num_classes, everything = int(labels.max()) + 1, torch.arange(len(labels))
-    kept, held = stratified_split(labels, protocol.held_out, protocol.seed)
+    kept, held = stratified_split(labels, protocol.held_out, protocol.seed, train.read_groups())
     grid = [(rate, decay) for rate in protocol.learning_rates for decay in protocol.weight_decays]
     probes = fit(features, labels, kept, [grid] * len(specs), num_classes)
     found = torch.stack([probe.predict(x, held)[..., 0] for probe, x in zip(probes, features, strict=True)])

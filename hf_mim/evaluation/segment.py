@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from hf_mim.checks import least, positive, share
 from hf_mim.data import WholeImage
 from hf_mim.data.masks import MaskedImages
-from hf_mim.data.splits import generator
+from hf_mim.data.splits import generator, random_split
 from hf_mim.evaluation.features import LARGEST_TABLE
 from hf_mim.evaluation.metrics import class_iou, confusion_matrix, mean_iou
 from hf_mim.evaluation.probe_training import check_probe_options, describe_choice, fetch, mean_and_scale, parse_features
@@ -292,7 +292,7 @@ class Segment:
         (tokens,) = extract(train, [self.features])
         size = grid[0] * self.cells, grid[1] * self.cells
         targets, num_classes = read_targets(train, size, self.ignore_index, self.num_classes)
-        head, heads, notes = self._linear(tokens, targets, grid, num_classes, device)
+        head, heads, notes = self._linear(tokens, targets, grid, num_classes, device, train.read_groups())
         bank, shares = token_bank(tokens, targets, grid, num_classes, self.bank, self.seed)
         if len(bank) < self.k:
             raise ValueError(f"k must be at most the {len(bank)} tokens of the training images, not {self.k}")
@@ -316,12 +316,11 @@ class Segment:
             notes=notes,
         )
 
-    def _linear(self, tokens, targets, grid, num_classes, device) -> tuple[nn.Linear, list[dict], list[str]]:
+    def _linear(self, tokens, targets, grid, num_classes, device, groups) -> tuple[nn.Linear, list[dict], list[str]]:
         """(the head that held-out images choose, trained on all training images; a row for each head; notes)."""
         options = [(rate, decay) for rate in self.learning_rates for decay in self.weight_decays]
-        images = torch.randperm(len(tokens), generator=generator(self.seed, 1))
-        count = min(max(round(self.held_out * len(tokens)), 1), len(tokens) - 1)
-        held, kept = images[:count], images[count:]
+        kept, held = random_split(len(tokens), self.held_out, self.seed, 1, groups=groups)
+        images = torch.cat([held, kept])
         shared = (num_classes, self.epochs, self.batch_size, self.seed, device)
         heads = train_token_heads(tokens, targets, kept, grid, options, *shared)
         ious = head_scores(heads, tokens, targets, held, grid, self.batch_size)
@@ -331,7 +330,7 @@ class Segment:
             {"learning_rate": rate, "weight_decay": decay, "held_out_miou": iou}
             for (rate, decay), iou in zip(options, ious, strict=True)
         ]
-        return head, rows, describe_choice(self.features, options, best, count)
+        return head, rows, describe_choice(self.features, options, best, len(held))
 
 
 def _summary(confusions: dict[str, Tensor]) -> tuple[dict[str, float], list[dict]]:

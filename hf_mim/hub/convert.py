@@ -17,6 +17,7 @@ from huggingface_hub.dataclasses import validate_typed_dict
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from hf_mim import methods
+from hf_mim.checks import check_statistics
 from hf_mim.data import IMAGENET_MEAN, IMAGENET_STD
 from hf_mim.data.processor import image_processor, read_processor
 from hf_mim.files import listed, new_folder
@@ -139,6 +140,8 @@ def normalisation(
         low = 0 if name == "image_std" else -math.inf
         if not all(low < value < math.inf for value in values):
             raise ValueError(f"{name} must have finite numbers{' above 0' * (low == 0)}, not {values}")
+    if settings.keys() & NORMALISATION.keys():
+        check_statistics(mean, std, "--set image_mean={} image_std={}")
     return mean, std
 
 

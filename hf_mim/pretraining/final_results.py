@@ -11,11 +11,19 @@ import torch
 from datasets import Dataset, IterableDataset
 from transformers import PreTrainedConfig, Trainer
 
-from hf_mim.data import CenterCrop, CenterWindow, ImageDataset, load_images
+from hf_mim.data import CenterCrop, CenterWindow, ImageDataset
+from hf_mim.data.account import Account
 from hf_mim.data.crop import window_pixels
-from hf_mim.data.images import Images
-from hf_mim.data.labelled import LabelledImages, labelled_only, match_names
-from hf_mim.data.sources import SplitNotFound, first_split, fixed_sample, same_source, source_name
+from hf_mim.data.images import Images, group_ids
+from hf_mim.data.labelled import (
+    HELD_OUT,
+    LabelledImages,
+    labelled_only,
+    match_names,
+    warn_of_shared_groups,
+)
+from hf_mim.data.sources import SplitNotFound, first_split, fixed_sample, load_described, same_source, source_name
+from hf_mim.data.splits import stratified_split
 from hf_mim.evaluation.checkpoint import checkpoint_sha256
 from hf_mim.evaluation.encoder import FrozenEncoder, RawPixels
 from hf_mim.evaluation.features import FeatureExtractor
@@ -34,20 +42,28 @@ PRECISIONS = {"no": "float32", "bf16": "bfloat16", "fp16": "float16", "fp8": "fl
 Tell = Callable[[str], Any] | None  # see `load_images`
 
 
-def load_split(run: RunArguments, argument: str, split: str, tell: Tell = None) -> Dataset | IterableDataset:
-    """A split of the run's `dataset` or `test_dataset`; its images are not decoded yet. Messages name the argument."""
+def load_split(
+    run: RunArguments, argument: str, split: str, tell: Tell = None
+) -> tuple[Dataset | IterableDataset, Account]:
+    """A split of the run's `dataset` or `test_dataset`, and an account of it; its images are not decoded yet.
+
+    Messages name the argument.
+    """
 
     def named(message) -> str:
         return re.sub("^source|(?<= in )source", argument, str(message))
 
-    columns = run.image_column, run.label_column
+    columns = run.image_column, run.labels
     try:
-        return load_images(
-            getattr(run, argument), split, run.streaming, *columns, tell and (lambda line: tell(named(line)))
+        images, account = load_described(
+            getattr(run, argument), split, run.streaming, *columns, tell and (lambda line: tell(named(line))), run.group
         )
     except ValueError as error:
         kind = SplitNotFound if isinstance(error, SplitNotFound) else ValueError
         raise kind(named(error)) from error
+    if account.revision is not None:
+        setattr(run, f"{argument}_fingerprint", f"commit {account.revision}")
+    return images, account
 
 
 def labelled_sample(images: Dataset | IterableDataset, count: int, start: int = 0) -> Dataset:
@@ -84,6 +100,7 @@ class Readout:
     start: the shuffled training images from here on vote.
     most: the most images that vote, and that are classified.
     data: which images they are, for the result.
+    origins: where labels and groups come from, of the two sets of images.
     run: says which part of an image is seen.
     """
 
@@ -92,37 +109,47 @@ class Readout:
     start: int
     most: tuple[int, int]
     data: dict
+    origins: tuple[tuple, tuple]
     run: RunArguments
 
     @classmethod
-    def find(cls, images, run: RunArguments, tell: Tell = None) -> "Readout | None":
+    def find(cls, images, account: Account, run: RunArguments, tell: Tell = None) -> "Readout | None":
         """The training split votes and a test split is classified. None if there are no labels.
 
         Without a test split, at most a fifth of the training images is classified and does not vote. The model has seen
-        them, without their labels. A stream, or fewer than 5 labelled images, then give None.
+        them, without their labels. With groups, whole groups are classified. A stream, or fewer than 5 labelled images,
+        then give None.
         """
         if not _has_labels(images):
             return None
-        tested, split = find_test_split(run, labelled=True, tell=tell)
-        own, num_tested = tested is not None, run.knn_test_images
+        tested, split, tested_account = find_test_split(run, labelled=True, tell=tell)
+        own, start, num_tested = tested is not None, 0, run.knn_test_images
         if isinstance(tested, Dataset) and isinstance(images, Dataset):
             tested = match_names(labelled_only(tested), images)
+            warn_of_shared_groups(images, tested)
         if not own:
             if not isinstance(images, Dataset) or len(labelled := labelled_only(images)) < 5:
                 return None
-            tested, split, num_tested = images, run.train_split, min(num_tested, len(labelled) // 5)
+            tested, split, tested_account = labelled, run.train_split, account
+            if run.group is not None:
+                kept, held = stratified_split(torch.tensor(labelled["label"][:]), HELD_OUT, 0, group_ids(labelled))
+                images, tested = labelled.select(kept), labelled.select(held)
+            else:
+                start = num_tested = min(num_tested, len(labelled) // 5)
         data = {
             "train": f"{source_name(run.dataset)}, split {run.train_split}",
             "test": f"{source_name(run.test_dataset or run.dataset)}, split {split}",
             "test_images_seen_in_pretraining": not own,
         }
-        return cls(images, tested, 0 if own else num_tested, (run.knn_train_images, num_tested), data, run)
+        origins = tuple((about.labels, about.group) for about in (account, tested_account))
+        return cls(images, tested, start, (run.knn_train_images, num_tested), data, origins, run)
 
     def sample(self, train: int, test: int) -> tuple[LabelledImages, LabelledImages]:
         """At most `train` labelled images to vote and `test` to be classified, and no more than `most`."""
         voting = labelled_sample(self.train_images, min(train, self.most[0]), self.start)
         classified = labelled_sample(self.test_images, min(test, self.most[1]))
-        return LabelledImages(voting, self.data["train"]), LabelledImages(classified, self.data["test"])
+        parts = (voting, self.data["train"], self.origins[0]), (classified, self.data["test"], self.origins[1])
+        return tuple(LabelledImages(images, name, *origin) for images, name, origin in parts)
 
     def measure(self, model, untrained, augment, batch_size: int, folder: Path) -> Result:
         """Measure the trained encoder, the untrained one and raw pixels. Prints and saves the result."""
@@ -142,7 +169,7 @@ class Readout:
         result.save(result_path(folder, KNN_RESULT))
         seen = ", seen in pretraining without their labels" if self.data["test_images_seen_in_pretraining"] else ""
         print(f"\n{protocol.k}-NN accuracy on {len(test):,} images of {self.data['test']}{seen};")
-        print(f"{len(train):,} of {self.data['train']} vote; mean of the patch tokens:\n")
+        print(f"{len(train):,} of {self.data['train']} vote; labels by {train.labels}; mean of the patch tokens:\n")
         for name, value in {"trained": result.value, **result.scores}.items():
             print(f"    {name:<12}{100 * value:5.1f} %")
         return result
@@ -207,8 +234,8 @@ def health_record(model, augment, images, run: RunArguments, batch_size: int, fo
 
 def find_test_split(
     run: RunArguments, labelled: bool = False, tell: Tell = None
-) -> tuple[Dataset | IterableDataset | None, str | None]:
-    """The test images and their split; (None, None) if the recipe names none and the dataset has none.
+) -> tuple[Dataset | IterableDataset | None, str | None, Account | None]:
+    """The test images, their split and an account; Nones if the recipe names none and the dataset has none.
 
     Raises ValueError if the recipe names one that does not exist, or that has no labels although `labelled` asks for
     them.
@@ -223,18 +250,19 @@ def find_test_split(
         raise ValueError(f"test_split must be another split than {run.train_split}, which trains, or give test_dataset")
 
     def load(split):
-        images = load_split(run, argument, split, tell)
+        images, account = load_split(run, argument, split, tell)
         if labelled and not _has_labels(images):
             wrong = f"{argument} must have labels, and split {split} of {getattr(run, argument)} has none"
             raise ValueError(wrong) if named else SplitNotFound(wrong)
-        return images
+        return images, account
 
     try:
-        return first_split(splits, load)
+        (images, account), split = first_split(splits, load)
     except SplitNotFound:
         if named:
             raise
-        return None, None
+        return None, None, None
+    return images, split, account
 
 
 def _has_labels(images: Dataset | IterableDataset) -> bool:

@@ -99,7 +99,7 @@ def evaluation_images(
     run: RunArguments, config: PreTrainedConfig, value_range: ValueRange | None, tell: Tell = None
 ) -> ImageDataset | ImageStream:
     """Test images in the size that the method trains on, for `eval_loss`."""
-    images, _ = find_test_split(run, tell=tell)
+    images, _, _ = find_test_split(run, tell=tell)
     if images is None:
         raise ValueError(f"eval_strategy needs test_dataset: {run.dataset} has no validation or test split")
     return fixed_view(images, config, run.knn_test_images, run, value_range, size=config.training_size)

@@ -63,23 +63,6 @@ RECORDED = (
 )
 
 
-# What must stay as it is when a run is resumed, beside the model's settings and the images. All else takes effect.
-FIXED = (
-    "train_split",
-    "image_column",
-    "streaming",
-    "shuffle_buffer",
-    "image_mean",
-    "image_std",
-    "value_range",
-    "nodata",
-    "seed",
-    "data_seed",
-    "optim",
-    "optim_args",
-    "dataloader_drop_last",
-    "train_sampling_strategy",
-)
 END = "# end of the recipe"  # a recipe without this line is cut off
 
 
@@ -95,8 +78,10 @@ class RunArguments:
         test_dataset: images for the k-NN test; default: dataset
         test_split: split of test_dataset; default: validation or test, else training images are used
         image_column: the column of the images; default: found by its type
-        label_column: the column of the labels, which no method needs; default: found by its type; none: there are none,
-            for example where folders are patients
+        labels: where the classes are, which no method needs and only measurements use: a column; folder: class folders;
+            none: there are none; default: a column that declares itself, or folders that look like classes
+        group: a column of patients, scenes or the like, or folder: images of a group stay on one side of a split that
+            the run makes
         streaming: read the images while training; needs max_steps
         shuffle_buffer: with streaming, images that each worker holds and draws from at random
         crop_scale: smallest and largest share of the image's area that a crop takes
@@ -124,7 +109,8 @@ class RunArguments:
         probe_images: images that vote in such a measurement, at most; a quarter as many are classified
         license: the checkpoint's license, for its card: apache-2.0, cc-by-nc-4.0, ...
         resume: continue the run in output_dir, with the settings in its recipe.yaml
-        dataset_fingerprint: the run itself writes it: what the files of dataset were; a resume compares it
+        dataset_fingerprint, test_dataset_fingerprint: the run itself writes them: what the files of dataset and
+            test_dataset were; a resume compares them
         accept_changed_data: with resume, go on although the images are others than before
     """
 
@@ -134,7 +120,8 @@ class RunArguments:
     test_dataset: str | None = None
     test_split: str | None = None
     image_column: str | None = None
-    label_column: str | None = None
+    labels: str | None = None
+    group: str | None = None
     streaming: bool = False
     shuffle_buffer: int = 1000
     crop_scale: tuple[float, float] = (0.2, 1.0)
@@ -160,6 +147,7 @@ class RunArguments:
     license: str | None = None
     resume: bool = False
     dataset_fingerprint: str | None = None
+    test_dataset_fingerprint: str | None = None
     accept_changed_data: bool = False
 
     def __post_init__(self):

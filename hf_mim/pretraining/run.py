@@ -7,32 +7,26 @@
 """
 
 import contextlib
-import dataclasses
 import functools
 import math
 import os
-import shlex
 import signal
 from pathlib import Path
-from typing import Any
 
 import torch
 from accelerate import PartialState
 from accelerate.utils import set_seed
 from transformers import AutoModelForPreTraining
 
-from hf_mim import methods
 from hf_mim.data import ImageDataset, ImageStream
 from hf_mim.data.decode import MAX_PIXELS_VARIABLE
-from hf_mim.data.fingerprint import absolute_source, changes, fingerprint
+from hf_mim.data.fingerprint import fingerprint
 from hf_mim.data.processor import image_processor
 from hf_mim.data.sources import fixed_sample
-from hf_mim.files import check_writable
-from hf_mim.lock import check_unlocked, locked
+from hf_mim.lock import locked
 from hf_mim.models.pixels import EIGHT_BITS
 from hf_mim.pretraining.final_results import (
     Readout,
-    Tell,
     central_crop,
     fixed_view,
     health_record,
@@ -41,11 +35,12 @@ from hf_mim.pretraining.final_results import (
 )
 from hf_mim.pretraining.images import check_windows, device_augment, evaluation_images, measured_crops
 from hf_mim.pretraining.probe import OnlineProbe
-from hf_mim.pretraining.recipe import FIXED, Recipe, RunArguments, held_settings, model_fields
+from hf_mim.pretraining.recipe import Recipe
+from hf_mim.pretraining.resume import check_resumed_data, check_run_folder
 from hf_mim.pretraining.signals import Ended, ended_at_once
 from hf_mim.pretraining.trainer import MIMTrainer, MIMTrainingArguments, check_shared_memory, check_warmup
 from hf_mim.pretraining.waiting import WaitingAdvice, advice
-from hf_mim.run_folder import CARD, CURVE, RECIPE, RECONSTRUCTIONS, checkpoints, contents
+from hf_mim.run_folder import CARD, CURVE, RECONSTRUCTIONS, checkpoints
 from hf_mim.visualize import plot_reconstructions, plot_training
 
 NUM_PICTURES = 8
@@ -60,19 +55,21 @@ class Pretraining:
         args = training_arguments(recipe)
         self.folder = Path(args.output_dir)
         run.dataset_fingerprint = fingerprint(run.dataset)
+        run.test_dataset_fingerprint = run.test_dataset and fingerprint(run.test_dataset)
         check_run_folder(self.folder, recipe, print if args.process_index == 0 else lambda line: None)
         if run.max_image_pixels:
             os.environ[MAX_PIXELS_VARIABLE] = str(run.max_image_pixels)
         # One line for each source, although the test images may be loaded twice.
         tell = functools.cache(print if args.process_index == 0 else lambda line: None)
         with args.main_process_first(desc="loading the images"):
-            self.images = load_split(run, "dataset", run.train_split, tell)
+            self.images, account = load_split(run, "dataset", run.train_split, tell)
             train_images, value_range, found = measured_crops(recipe, self.images, config, args.seed)
             windows = None if run.crop_pixels is None else check_windows(self.images, train_images)
             self.augment = device_augment(recipe, train_images.in_range(value_range), config)
             train_images = train_images.in_range(value_range or EIGHT_BITS, own_depth=True)
-            self.readout = Readout.find(self.images, run, tell) if run.knn or run.probe_every else None
+            self.readout = Readout.find(self.images, account, run, tell) if run.knn or run.probe_every else None
             eval_images = None if args.eval_strategy == "no" else evaluation_images(run, config, value_range, tell)
+        check_resumed_data(recipe, self.folder)  # again, because only now are the commits of data on the Hub known
         if args.process_index == 0:
             for line in filter(None, (found, windows)):
                 print(line)
@@ -188,66 +185,6 @@ def training_arguments(recipe: Recipe) -> MIMTrainingArguments:
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not torch.accelerator.is_available():
         settings = {"use_cpu": True, "ddp_backend": "gloo"} | settings
     return MIMTrainingArguments(**settings)
-
-
-def check_run_folder(folder: Path, recipe: Recipe, say: Tell = print):
-    """Raise ValueError if the folder cannot be written, or if it holds another run than the recipe's."""
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"output_dir must be a folder, and {folder} is a file")
-    check_writable(folder, "output_dir")
-    check_unlocked(folder, "output_dir", say)
-    held = contents(folder)
-    if not recipe.run.resume:
-        if held:
-            raise ValueError(
-                f"output_dir {folder} holds another run ({held[0]}); give another, "
-                f"or resume it with: {resume_command(folder)}"
-            )
-        return
-    if RECIPE not in held:
-        raise ValueError(f"output_dir {folder} holds no run to resume (no {RECIPE})")
-    before = Recipe.resolve(*held_settings(folder))
-    own, held_by = methods.get(recipe.run.method), methods.get(before.run.method)
-    if own.config_class is not held_by.config_class:  # a variant differs only in settings, which are compared below
-        raise ValueError(f"method is {recipe.run.method}, but the run in {folder} has {before.run.method}")
-    old, new = before.config(), recipe.config()
-    for name in model_fields(recipe.run.method):
-        if getattr(old, name) != getattr(new, name):
-            raise ValueError(f"{name} is {getattr(new, name)}, but the run in {folder} has {getattr(old, name)}")
-    old, new = every_setting(before), every_setting(recipe)
-    for name in FIXED:
-        if repr(old[name]) != repr(new[name]):  # nan is not equal to nan
-            raise ValueError(f"{name} is {new[name]}, but the run in {folder} has {old[name]}")
-    check_same_data(before.run, recipe.run, folder)
-
-
-def every_setting(recipe: Recipe) -> dict[str, Any]:
-    """Name → value of the settings of run and training, with the defaults of those that are not given."""
-    defaults = {f.name: f.default for f in dataclasses.fields(MIMTrainingArguments)}
-    return defaults | vars(recipe.run) | recipe.training
-
-
-def check_same_data(before: RunArguments, now: RunArguments, folder: Path):
-    """Raise ValueError if a resume would go on with other images than those that the run in the folder has begun with.
-
-    Files that were only moved count as the same. For data on the Hub, only the name is compared.
-    """
-    one, other = before.dataset_fingerprint, now.dataset_fingerprint
-    difference = ""
-    if one and other:
-        difference = changes(one, other)
-    elif absolute_source(before.dataset) != absolute_source(now.dataset):
-        difference = f"it is {now.dataset}, and was {before.dataset}"
-    if difference and not now.accept_changed_data:
-        raise ValueError(
-            f"dataset {now.dataset} is not what the run in {folder} began with: {difference}; give the images of then, "
-            "or go on with --accept_changed_data true"
-        )
-
-
-def resume_command(folder: Path) -> str:
-    """The shell command that continues the run in a folder."""
-    return f"hf-mim pretrain --resume --output_dir {shlex.quote(str(folder))}"
 
 
 def number_of_steps(args: MIMTrainingArguments, images: ImageDataset | ImageStream) -> int:

@@ -39,6 +39,7 @@ BROUGHT = {
     "device": ["use_cpu"],
     "epochs": ["num_train_epochs"],
     "init": ["resume"],
+    "label_column": ["labels"],
     "lr": ["base_lr", "learning_rate", "learning_rates"],
     "learning_rate": ["base_lr", "learning_rates"],
     "model": ["method", "size"],

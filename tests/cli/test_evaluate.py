@@ -144,7 +144,7 @@ def fails_with(capsys, *words) -> str:
         ("knn {checkpoint} --dataset digits --test_split train", "test_split must be another split than train"),
         ("segment {checkpoint} --dataset digits --test_split train", "test_split must be another split than train"),
         ("knn {checkpoint} --dataset {empty}", "source"),
-        ("knn {checkpoint} --dataset {flat}", "has no labels in split train; set label_column to their column"),
+        ("knn {checkpoint} --dataset {flat}", "has no labels in split train; give --labels COLUMN"),
         ("knn {empty} --dataset digits", "holds no encoder that can be loaded"),
         ("knn {bert} --dataset digits", "BertModel, which is no vision transformer"),
         ("segment {checkpoint} --dataset {flat}", "mask"),
@@ -175,7 +175,7 @@ def test_a_result_that_cannot_be_written_is_known_before_any_work(checkpoint, tm
 
 def test_an_option_that_a_protocol_does_not_use_is_not_offered():
     assert "dataset" not in option_types(load_protocol("local"))
-    assert "label_column" not in option_types(load_protocol("propagate"))
+    assert "labels" not in option_types(load_protocol("propagate"))
     assert {f.name for f in dataclasses.fields(EncoderArguments)} <= option_types(load_protocol("knn")).keys()
 
 

@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from small_runs import SMALL, run
 from transformers import AutoImageProcessor, AutoModel
 
 from hf_mim.cli import main
+from hf_mim.pretraining.settings import read_yaml
 
 
 def make_pictures(folder, count=80, formats=("png", "jpg", "bmp", "gif"), modes=("RGB", "L", "RGBA", "P")):
@@ -63,6 +65,64 @@ def test_classes_of_the_test_dataset_are_matched_by_name(tmp_path):
     run("--dataset", tmp_path / "one", "--test_dataset", tmp_path / "two", *options)
     scores = json.loads((tmp_path / "run" / "results" / "knn.json").read_text())["scores"]
     assert scores["raw pixels"] == 1.0
+
+
+def draw_scans(folder, patients=16, each=5):
+    """Noise of 16 × 32 pixels in folders of patients, and a table of their diagnoses."""
+    rows, random = ["file_name,diagnosis"], np.random.default_rng(0)
+    for patient in range(patients):
+        (folder / f"P{patient:02}").mkdir(parents=True)
+        for number in range(each):
+            pixels = random.integers(0, 256, (16, 32), dtype=np.uint8)
+            Image.fromarray(pixels).save(folder / f"P{patient:02}" / f"{number}.png")
+            rows.append(f"P{patient:02}/{number}.png,{'ill' if patient % 2 else 'well'}")
+    (folder / "metadata.csv").write_text("\n".join(rows))
+    return folder
+
+
+def test_folders_of_patients_are_not_measured_as_classes(tmp_path, capsys):
+    scans = draw_scans(tmp_path / "scans")
+    options = [*SMALL, *OWN_IMAGES, "--probe_every", 1]
+    run("--dataset", scans, *options, "--output_dir", tmp_path / "run")
+    line = capsys.readouterr().out.splitlines()[0]
+    assert "no labels; the 16 folders (P00, P01, P02 and 13 more) are taken for groups" in line
+    assert "if they are classes: --labels folder" in line
+    assert not (tmp_path / "run" / "results" / "knn.json").exists()
+    log = json.loads((tmp_path / "run" / "trainer_state.json").read_text())["log_history"]
+    assert any("probe_rank_me" in entry for entry in log) and not any("probe_knn" in entry for entry in log)
+
+
+def test_labels_and_groups_that_are_declared_are_in_the_result_and_in_the_card(tmp_path, capsys):
+    scans = draw_scans(tmp_path / "scans")
+    options = ["--dataset", scans, "--labels", "diagnosis", "--group", "folder"]
+    run(*options, *SMALL, *OWN_IMAGES, "--output_dir", tmp_path / "run")
+    printed = capsys.readouterr().out
+    assert "labels by column diagnosis, 2 classes: ill, well; 16 groups by column folder: P00, P01" in printed
+    result = json.loads((tmp_path / "run" / "results" / "knn.json").read_text())
+    about = {"labels": "column diagnosis", "group": "column folder", "num_classes": 2}
+    assert result["settings"] | about == result["settings"]
+    assert (result["data"]["train"]["images"], result["data"]["test"]["images"]) == (60, 20), "whole patients of five"
+    assert "labels column diagnosis; group column folder" in (tmp_path / "run" / "README.md").read_text()
+    evaluate = ["evaluate", "linear", tmp_path / "run", *options, "--epochs", 2, "--cache", "none"]
+    assert main([*map(str, evaluate), "--output", str(tmp_path / "linear.json")]) == 0
+    result = json.loads((tmp_path / "linear.json").read_text())
+    assert result["settings"]["labels"] == "column diagnosis" and result["settings"]["group"] == "column folder"
+    assert "on 10 held-out images" in result["notes"][0], "two patients of five images"
+    recipe = read_yaml(tmp_path / "run" / "recipe.yaml")
+    assert (recipe["labels"], recipe["group"]) == ("diagnosis", "folder")
+    assert main(["pretrain", "--dataset", str(scans), "--label_column", "diagnosis"]) == 2
+    assert "unknown argument label_column; did you mean labels?" in capsys.readouterr().err
+
+
+def test_other_test_images_on_a_resume_are_refused(tmp_path, capsys):
+    one, two = draw_scans(tmp_path / "one"), draw_scans(tmp_path / "two", patients=4)
+    options = [*SMALL, *OWN_IMAGES, "--save_steps", 1, "--knn", "false", "--output_dir", tmp_path / "run"]
+    run("--dataset", one, "--test_dataset", two, *options)
+    (two / "P00" / "0.png").unlink()
+    shutil.rmtree(tmp_path / "run" / "checkpoint-2")
+    assert main(["pretrain", "--resume", "--output_dir", str(tmp_path / "run")]) == 2
+    assert "is not what the run in" in (error := capsys.readouterr().err) and "it had 20 files and has 19" in error
+    assert f"error: test_dataset {two} " in error
 
 
 def test_images_of_which_some_have_no_label_are_pretrained_on(tmp_path):

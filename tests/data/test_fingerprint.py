@@ -4,8 +4,10 @@ import os
 import shutil
 
 import pytest
+from datasets import Dataset
 
 from hf_mim.data.fingerprint import absolute_source, changes, fingerprint
+from hf_mim.data.sources import hub_revision
 
 
 @pytest.fixture
@@ -48,3 +50,14 @@ def test_what_is_not_local_has_none_and_keeps_its_name(folder, tmp_path, monkeyp
         assert absolute_source(name) == str(folder)
     (tmp_path / "digits").mkdir()
     assert [absolute_source(name) for name in ("digits", "owner/name", None)] == ["digits", "owner/name", None]
+
+
+def test_commits_of_the_hub_are_compared():
+    one, other = "commit " + "a" * 40, "commit " + "b" * 40
+    assert changes(one, one) == "" and changes(one, other) == f"it has {other}, and had {one}"
+    data = Dataset.from_dict({"image": [1]})
+    assert hub_revision(data) is None
+    data.info.download_checksums = {f"hf://datasets/o/n@{'a' * 40}/data/{i}.parquet": None for i in range(2)}
+    assert hub_revision(data) == "a" * 40
+    data.info.download_checksums |= {f"hf://datasets/o/m@{'b' * 40}/data/0.parquet": None}
+    assert hub_revision(data) is None, "files of two commits"

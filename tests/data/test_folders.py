@@ -1,155 +1,70 @@
 """Layouts of folders that people have: which files are images, of which split and class, and what is left out."""
 
 import os
+from collections import Counter
+from pathlib import Path
 
 import pytest
+from layouts import LAYOUTS, folder_table, spelled_out
 from PIL import Image
 
 from hf_mim.data import load_images
+from hf_mim.data.classes import why_no_classes
 from hf_mim.data.decode import open_image
 from hf_mim.data.folders import IMAGE_EXTENSIONS, image_splits, scan, split_of_folder, table_splits
 from hf_mim.data.masks import load_masks
 
-# Layout → (files, {split: {path: class}}, {what is left out: how many}).
-LAYOUTS = {
-    "flat": ("1.png 2.png", {"train": {"1.png": None, "2.png": None}}, {}),
-    "classes": ("cat/1.png dog/1.png", {"train": {"cat/1.png": "cat", "dog/1.png": "dog"}}, {}),
-    "splits of classes": (
-        "train/cat/1.png train/dog/1.png test/cat/2.png",
-        {"train": {"train/cat/1.png": "cat", "train/dog/1.png": "dog"}, "test": {"test/cat/2.png": "cat"}},
-        {},
-    ),
-    "a picture beside splits": (
-        "logo.png train/cat/1.png test/cat/2.png",
-        {"train": {"train/cat/1.png": None}, "test": {"test/cat/2.png": None}},
-        {"beside the folders of splits": 1},
-    ),
-    "a picture beside train alone": (
-        "logo.png train/cat/1.png",
-        {"train": {"train/cat/1.png": None}},
-        {"beside the folders of splits": 1},
-    ),
-    "STL-10": (
-        "train/1.png test/2.png unlabeled/3.png",
-        {"train": {"train/1.png": None}, "test": {"test/2.png": None}, "unlabeled": {"unlabeled/3.png": None}},
-        {},
-    ),
-    "test beside classes": (
-        "cat/1.png dog/1.png test/3.png",
-        {"train": {"cat/1.png": "cat", "dog/1.png": "dog"}, "test": {"test/3.png": None}},
-        {},
-    ),
-    "test beside pictures": ("1.png test/2.png", {"train": {"1.png": None}, "test": {"test/2.png": None}}, {}),
-    "trains and planes": ("train/1.png plane/1.png", {"train": {"train/1.png": "train", "plane/1.png": "plane"}}, {}),
-    "splits within classes": (
-        "cat/train/1.png cat/test/2.png dog/train/1.png",
-        {"train": {"cat/train/1.png": "cat", "dog/train/1.png": "dog"}, "test": {"cat/test/2.png": "cat"}},
-        {},
-    ),
-    "images and masks": (
-        "images/1.png masks/1.png",
-        {"train": {"images/1.png": None}},
-        {"in masks/": 1},
-    ),
-    "images, labels and previews": (
-        "images/1.png labels/1.png preview/1.png",
-        {"train": {"images/1.png": None}},
-        {"in labels/": 1, "in preview/": 1},
-    ),
-    "ADE20K": (
-        "images/training/1.jpg images/validation/2.jpg annotations/training/1.png annotations/validation/2.png",
-        {"train": {"images/training/1.jpg": None}, "validation": {"images/validation/2.jpg": None}},
-        {"in annotations/": 2},
-    ),
-    "COCO": (
-        "train2017/1.jpg val2017/2.jpg annotations/panoptic_train2017/1.png",
-        {"train": {"train2017/1.jpg": None}, "validation": {"val2017/2.jpg": None}},
-        {"in annotations/": 1},
-    ),
-    "VOC": (
-        "VOC2012/JPEGImages/1.jpg VOC2012/SegmentationClass/1.png VOC2012/SegmentationObject/1.png",
-        {"train": {"VOC2012/JPEGImages/1.jpg": None}},
-        {"in SegmentationClass/": 1, "in SegmentationObject/": 1},
-    ),
-    "DAVIS": (
-        "JPEGImages/480p/bear/0.jpg JPEGImages/480p/cow/0.jpg Annotations/480p/bear/0.png",
-        {"train": {"JPEGImages/480p/bear/0.jpg": "bear", "JPEGImages/480p/cow/0.jpg": "cow"}},
-        {"in Annotations/": 1},
-    ),
-    "Cityscapes": (
-        "leftImg8bit/train/ulm/1.png leftImg8bit/val/bonn/2.png gtFine/train/ulm/1.png gtFine/val/bonn/2.png",
-        {"train": {"leftImg8bit/train/ulm/1.png": "ulm"}, "validation": {"leftImg8bit/val/bonn/2.png": "bonn"}},
-        {"in gtFine/": 2},
-    ),
-    "CamVid": (
-        "train/1.png trainannot/1.png test/2.png testannot/2.png",
-        {"train": {"train/1.png": None}, "test": {"test/2.png": None}},
-        {"in trainannot/": 1, "in testannot/": 1},
-    ),
-    "masks of train alone": (
-        "train/1.jpg train_masks/1.png",
-        {"train": {"train/1.jpg": None}},
-        {"in train_masks/": 1},
-    ),
-    "splits of images and masks": (
-        "train/images/1.png train/masks/1.png val/images/2.png val/masks/2.png",
-        {"train": {"train/images/1.png": None}, "validation": {"val/images/2.png": None}},
-        {"in masks/": 2},
-    ),
-    "a folder for each image": (
-        "a1/images/a1.png a1/masks/7.png b2/images/b2.png b2/masks/8.png",
-        {"train": {"a1/images/a1.png": "a1", "b2/images/b2.png": "b2"}},
-        {"in masks/": 2},
-    ),
-    "MVTec AD": (
-        "nut/train/good/0.png nut/test/bent/0.png nut/ground_truth/bent/0_mask.png "
-        "pill/train/good/0.png pill/test/crack/0.png pill/ground_truth/crack/0_mask.png",
-        {
-            "train": {"nut/train/good/0.png": "nut", "pill/train/good/0.png": "pill"},
-            "test": {"nut/test/bent/0.png": "nut", "pill/test/crack/0.png": "pill"},
-        },
-        {"in ground_truth/": 2},
-    ),
-    "masks by name": (
-        "benign/1.png benign/1_mask.png benign/1_mask_1.png normal/2.png normal/2_mask.png",
-        {"train": {"benign/1.png": "benign", "normal/2.png": "normal"}},
-        {"masks by their names": 3},
-    ),
-    "masks beside pictures": ("1.png masks/1.png", {"train": {"1.png": None}}, {"in masks/": 1}),
-    "masks beside a folder of the same names": (
-        "photos/1.jpg photos/2.jpg mask/1.png mask/2.png",
-        {"train": {"photos/1.jpg": None, "photos/2.jpg": None}},
-        {"in mask/": 2},
-    ),
-    "masks that are classes": (
-        "with_mask/1.png without_mask/2.png",
-        {"train": {"with_mask/1.png": "with_mask", "without_mask/2.png": "without_mask"}},
-        {},
-    ),
-}
+DOCS = Path(__file__).parents[2] / "docs" / "data.md"
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_layouts_are_understood(layout):
     files, splits, left_out = LAYOUTS[layout]
-    found = image_splits(sorted(files.split()))
+    found = image_splits(sorted(name for pattern in files.split() for name in spelled_out(pattern)))
     classes = {name: dict(entries) for name, entries in found.splits.items()}
     if len({name for entries in classes.values() for name in entries.values()} - {None}) < 2:  # one class is none
         classes = {name: dict.fromkeys(entries) for name, entries in classes.items()}
-    assert classes == splits
+    assert classes == {
+        split: {path: label for pattern, label in paths.items() for path in spelled_out(pattern)}
+        for split, paths in splits.items()
+    }
     assert found.left_out == left_out
 
 
-def test_many_folders_of_one_image_and_scattered_pictures_are_no_classes():
+def test_the_table_of_layouts_in_the_docs_is_that_of_the_tests():
+    assert len(LAYOUTS) >= 20 and folder_table() in DOCS.read_text()
+
+
+def test_folders_that_do_not_look_like_classes_are_none_and_a_note_says_why_and_what_to_do():
     patients = image_splits([f"p{i}/{i}.png" for i in range(30)])
     assert {name for _, name in patients.splits["train"]} == {None}
-    assert patients.notes == ["the 30 folders are no classes, because they hold less than 2 images each"]
+    assert patients.notes == [
+        "the 30 folders (p0, p1, p10 and 27 more) are taken for groups such as patients or scenes, not for classes, "
+        "because their names are numbered; if they are classes: --labels folder; to keep each group on one side of a "
+        "split: --group folder"
+    ]
     classes = [f"{name}/{i}.png" for name in ("cat", "dog") for i in range(10)]
     names = [name for _, name in image_splits(["logo.png", *classes]).splits["train"]]
     assert names == [None] + ["cat"] * 10 + ["dog"] * 10
     scattered = image_splits([*(f"{i}.png" for i in range(20)), *classes])
     assert {name for _, name in scattered.splits["train"]} == {None}
     assert scattered.notes == ["folders are no classes, because 20 images lie outside of them"]
+    named = image_splits([f"{name}/{i}.png" for name in "abcdefghijk" for i in range(9)])
+    assert "because they hold 9.0 images on average, fewer than 10" in named.notes[0]
+
+
+def test_folders_are_classes_or_groups_by_their_names_and_sizes():
+    def are_classes(names, each: int) -> bool:
+        return why_no_classes(Counter({name: each for name in names}), 0) is None
+
+    assert are_classes((f"n{i:08}" for i in range(1000)), 700), "WordNet"
+    assert are_classes((f"class_{i}" for i in range(100)), 500)
+    assert are_classes((f"{i:03}.{chr(97 + i)}" for i in range(20)), 60), "CUB: numbers before words"
+    assert are_classes((f"c{i}" for i in range(10)), 2) and are_classes(map(str, range(10)), 6000)
+    assert not are_classes((f"c{i}" for i in range(11)), 6000)
+    assert not are_classes((f"sub-{i:02}" for i in range(3)), 300)
+    assert not are_classes(("0a1b2c3d", "99887766", "deadbee0"), 300), "ids"
+    assert are_classes(("a1", "b2"), 5), "too different to be numbers of one kind"
 
 
 def test_names_of_folders_tell_splits():
@@ -167,6 +82,9 @@ def test_a_word_in_the_name_of_a_table_tells_a_split_only_if_all_have_one():
     }
     assert table_splits(["test.parquet", "x.parquet"])[0] == {"test": ["test.parquet"], "train": ["x.parquet"]}
     assert table_splits(["val/0.tar", "x/0.tar"])[0] == {"validation": ["val/0.tar"], "train": ["x/0.tar"]}
+    assert table_splits(["a_train.parquet", "a_test.parquet", "b.parquet"])[0] == {
+        "train": ["a_train.parquet", "a_test.parquet", "b.parquet"]
+    }, "one name without a word makes the others no splits"
     splits, notes = table_splits(["crash_test_1.tar", "field_2.tar"])
     assert splits == {"train": ["crash_test_1.tar", "field_2.tar"]}
     assert notes == ["crash_test_1.tar counts as training data, because other files name no split"]
@@ -208,8 +126,9 @@ def test_a_line_tells_what_is_taken(tmp_path, caplog):
     lines = []
     load_images(tmp_path, tell=lines.append)
     assert lines == [
-        f"source {tmp_path.name!r}, split train: 2 images (2 .png); 2 classes: cat, dog; splits by the folders test, "
-        "train; other splits: test (1), unlabeled (1); left out: 1 beside the folders of splits"
+        f"source {tmp_path.name!r}, split train: 2 images (2 .png); labels by class folders, 2 classes: cat, dog (to "
+        "leave them out: --labels none); splits by the folders test, train; other splits: test (1), unlabeled (1); "
+        "left out: 1 beside the folders of splits"
     ]
     assert not caplog.records
 

@@ -200,6 +200,29 @@ def test_postscript_is_no_image():
         open_image(data)
 
 
+@pytest.mark.parametrize(("bands", "num_channels"), [(3, 3), (4, 4), (13, 13), (3, 1)])
+def test_rows_that_became_the_pages_of_a_tiff_are_refused_with_the_cure(tmp_path, bands, num_channels):
+    array = values("float32", bands)
+    tifffile.imwrite(tmp_path / "a.tif", array, photometric="minisblack")
+    assert len(tifffile.TiffFile(tmp_path / "a.tif").pages) == HEIGHT
+    data = (tmp_path / "a.tif").read_bytes()
+    with pytest.raises(
+        ImageFormatError, match=f"{HEIGHT} pages of {WIDTH} x {bands}: each is a row of an image"
+    ) as error:
+        open_image(data, num_channels)
+    cure = str(error.value).partition("write the array with ")[2]
+    eval(cure, {"tifffile": tifffile, "array": array, "path": tmp_path / "b.tif"})
+    np.testing.assert_array_equal(open_image((tmp_path / "b.tif").read_bytes(), bands), array)
+    stack = np.stack([values("uint16", 1)[..., 0]] * 40)  # pages of the usual shape are none
+    assert open_image(tiff_of_pages(stack), 3).shape == (HEIGHT, WIDTH, 1)
+
+
+def tiff_of_pages(stack) -> bytes:
+    file = io.BytesIO()
+    tifffile.imwrite(file, stack, photometric="minisblack")
+    return file.getvalue()
+
+
 def test_array_columns_keep_their_type(tmp_path):
     for kind in ("uint8", "uint16", "float32"):
         arrays = [values(kind, 3, seed) for seed in range(4)]

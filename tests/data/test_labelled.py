@@ -72,7 +72,7 @@ def test_images_without_a_label_are_left_out(tmp_path):
 
 def test_no_labels_and_one_class_are_errors(tmp_path):
     folder_of_classes(tmp_path / "flat", {"only": 4})
-    with pytest.raises(ValueError, match="has no labels in split train; set label_column to their column"):
+    with pytest.raises(ValueError, match="has no labels in split train; give --labels COLUMN"):
         load_labelled(tmp_path / "flat")
     with pytest.raises(ValueError, match="must be of two classes at least, not of 1"):
         check_classes(LabelledImages(rows([3, 3])), LabelledImages(rows([3])))

@@ -8,6 +8,8 @@ from datasets import Dataset, Features
 from datasets import Image as ImageFeature
 from PIL import Image, ImageFile, ImageOps
 
+from hf_mim.data import WholeImage, load_images
+from hf_mim.data.crop import load_crop
 from hf_mim.data.masks import MaskedImages, load_masks, read_mask_ids
 
 IDS = np.arange(12, dtype=np.uint8).reshape(3, 4)
@@ -105,6 +107,73 @@ def test_folders_of_images_and_masks_pair_by_name(tmp_path, pairs, layout):
         assert first_ids(load_masks(tmp_path, "validation")) == [3]
         with pytest.raises(ValueError, match="split 'test' is not in source .*; it has train, validation"):
             load_masks(tmp_path, "test")
+
+
+@pytest.mark.parametrize(
+    ("image", "mask"),
+    [
+        ("{split}/{i}.jpg", "{split}annot/{i}.png"),
+        ("{split}/{i}.jpg", "{split}_masks/{i}.png"),
+        ("VOC/JPEGImages/{split}/{i}.jpg", "VOC/SegmentationClass/{split}/{i}.png"),
+        ("{split}2017/{i}.jpg", "annotations/{split}2017/{i}.png"),
+        ("{split}/{i}.png", "{split}/{i}_mask.png"),
+    ],
+)
+def test_masks_are_found_in_the_layouts_in_which_pretraining_leaves_them_out(tmp_path, pairs, image, mask):
+    for i, pictures in enumerate(zip(*pairs, strict=True)):
+        for layout, picture in zip((image, mask), pictures, strict=True):
+            path = tmp_path / layout.format(split="val" if i == 3 else "train", i=i)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            picture.save(path)
+    assert first_ids(load_masks(tmp_path, "train")) == [0, 1, 2] and first_ids(load_masks(tmp_path, "val")) == [3]
+    assert len(load_images(tmp_path)) == 3
+
+
+def test_an_image_with_masks_in_two_folders_needs_a_choice(tmp_path, pairs):
+    for kind, pictures in zip(
+        ("JPEGImages", "SegmentationClass", "SegmentationObject"), (*pairs, pairs[1]), strict=True
+    ):
+        (tmp_path / kind).mkdir()
+        pictures[2].save(tmp_path / kind / "2.png")
+    with pytest.raises(ValueError, match="masks of one image; choose their folder, such as --mask_column Segmentation"):
+        load_masks(tmp_path)
+    assert first_ids(load_masks(tmp_path, mask_column="SegmentationObject")) == [2]
+    with pytest.raises(ValueError, match="mask_column='x' is no folder of masks"):
+        load_masks(tmp_path, mask_column="x")
+
+
+def test_groups_of_masked_images_are_their_folders_or_a_column(tmp_path, pairs):
+    for i, pictures in enumerate(zip(*pairs, strict=True)):
+        for kind, picture in zip(("images", "masks"), pictures, strict=True):
+            (tmp_path / kind / f"scene{i // 2}").mkdir(parents=True, exist_ok=True)
+            picture.save(tmp_path / kind / f"scene{i // 2}" / f"{i}.png")
+    data = load_masks(tmp_path, group="folder")
+    assert data.read_groups().tolist() == [0, 0, 1, 1] and data.select([3, 0]).read_groups().tolist() == [1, 0]
+    rows = table(*pairs).add_column("scene", ["a", "b", "a", "b"])
+    assert load_masks(rows, group="scene").read_groups().tolist() == [0, 1, 0, 1]
+    with pytest.raises(ValueError, match="group of a folder of masks must be 'folder', not 'scene'"):
+        load_masks(tmp_path, group="scene")
+
+
+@pytest.mark.parametrize("kind", ["uint16 PNG", "turned", "alpha"])
+def test_images_of_16_bits_turned_or_with_alpha_have_masks_of_their_size(tmp_path, kind):
+    """The image is 6 × 8 when upright; its mask is stored upright."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    pixels = np.arange(48, dtype=np.uint16).reshape(6, 8) * 1000
+    stored = {
+        "uint16 PNG": Image.fromarray(pixels),
+        "turned": Image.fromarray(np.rot90((pixels >> 8).astype(np.uint8)).copy()),
+        "alpha": Image.fromarray((pixels >> 8).astype(np.uint8)).convert("RGBA"),
+    }[kind]
+    (tmp_path / "images").mkdir()
+    (tmp_path / "masks").mkdir()
+    stored.save(tmp_path / "images" / "1.png", **({"exif": exif} if kind == "turned" else {}))
+    Image.fromarray(np.tile(np.array([0, 1], np.uint8), (6, 4))).save(tmp_path / "masks" / "1.png")
+    data = load_masks(tmp_path)
+    assert data.sizes == [(6, 8)]
+    found = load_crop(data.images[0]["image"], WholeImage(), (6, 8), 1, None)[0].numpy()
+    np.testing.assert_array_equal(found, pixels if kind == "uint16 PNG" else pixels >> 8)
 
 
 @pytest.mark.parametrize("column", ["mask", "label", "annotation"])

@@ -131,7 +131,7 @@ def test_values_out_of_range_are_named(bad):
 
 
 def test_other_channel_counts_are_refused():
-    with pytest.raises(ValueError, match="1 or 3 channels, not 12; set randaugment_magnitude to 0"):
+    with pytest.raises(ValueError, match="1 or 3 channels, not 12; give --randaugment_magnitude 0"):
         RandAugment(fill=(0,) * 12)
     with pytest.raises(ValueError, match="fill must have 1 values"):
         RandAugmentedImages(image_column(2), 16, num_channels=1, randaugment=RandAugment())

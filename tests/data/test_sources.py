@@ -173,7 +173,7 @@ def test_scikit_learn_is_imported_only_when_digits_are_asked_for(monkeypatch):
         data.digits()
 
 
-def test_the_image_and_label_columns_are_found_whatever_they_are_called(table):
+def test_the_image_and_labelss_are_found_whatever_they_are_called(table):
     encoded = load_images(table)["image"][:]
     other = Dataset.from_dict({"photo": encoded[::-1], "mask": encoded, "kind": table["label"][:]}).cast(
         Features(photo=ImageFeature(), mask=ImageFeature(), kind=table.features["label"])
@@ -192,12 +192,12 @@ def test_the_image_and_label_columns_are_found_whatever_they_are_called(table):
 
 
 def test_labels_can_be_left_out_and_may_be_true_or_false(tmp_path, table, pictures):
-    assert load_images(table, label_column="none").column_names == ["image"]
+    assert load_images(table, labels="none").column_names == ["image"]
     for number, name in enumerate(["patient 1/a.png", "patient 2/a.png"]):
         (tmp_path / name).parent.mkdir()
         pictures[number].save(tmp_path / name)
     lines = []
-    assert load_images(tmp_path, label_column="none", tell=lines.append).column_names == ["image"]
+    assert load_images(tmp_path, labels="none", tell=lines.append).column_names == ["image"]
     assert lines[0].endswith("2 images (2 .png); no labels")
     ill = table.remove_columns("label").add_column("label", [True, False] * 3)
     for source in (ill, ill.to_iterable_dataset()):
@@ -224,7 +224,8 @@ def test_a_dictionary_of_datasets_gives_its_split(table, pictures):
     lines = []
     assert_same(contents(load_images(both, tell=lines.append)), pictures, [0, 1] * 3)
     assert lines == [
-        "source 'a DatasetDict in memory', split train: 6 images; 2 classes: cat, dog; other splits: validation (2)"
+        "source 'a DatasetDict in memory', split train: 6 images; labels by column label, 2 classes: cat, dog (to "
+        "leave them out: --labels none); other splits: validation (2)"
     ]
     assert_same(contents(load_images(both, "val")), pictures[4:], [0, 1])
     streams = IterableDatasetDict({name: data.to_iterable_dataset() for name, data in both.items()})
@@ -255,7 +256,7 @@ def test_bad_sources_are_refused_in_one_line_that_says_why(tmp_path, table, pict
     assert raised(load_images, tmp_path / "dictionary", split="validation").endswith("it has train")
     assert raised(load_images, "digits", split="validation").endswith("it has test, train")
     assert raised(load_images, table, image_column="img").endswith("there are image, label")
-    assert raised(load_images, table, label_column="class").endswith("there are image, label")
+    assert raised(load_images, table, labels="class").endswith("there are image, label")
     assert raised(load_images, table.remove_columns("image")).endswith("one of label")
     (tmp_path / "broken.parquet").write_bytes(b"no parquet")
     assert "broken.parquet" in raised(load_images, tmp_path / "broken.parquet")
@@ -266,8 +267,8 @@ def test_streamed_labels_that_are_names_are_left_out_or_where_asked_for_refused(
     Dataset.from_dict(rows).to_parquet(tmp_path / "train.parquet")
     assert load_images(tmp_path, streaming=True).column_names == ["image"]
     assert load_images(tmp_path)["label"] == [0, 1] * 3
-    with pytest.raises(ValueError, match="label_column='label' holds names.*streaming=False"):
-        load_images(tmp_path, streaming=True, label_column="label")
+    with pytest.raises(ValueError, match="labels='label' holds names.*streaming=False"):
+        load_images(tmp_path, streaming=True, labels="label")
 
 
 def test_the_pictures_of_runs_are_no_data(tmp_path, pictures):

@@ -3,9 +3,11 @@
 import io
 import json
 import tarfile
+from pathlib import Path
 
 import numpy as np
 import pytest
+from layouts import TARS, tar_table
 from PIL import Image
 
 from hf_mim.data import load_images
@@ -53,58 +55,6 @@ def read(source, **options):
     return sorted(rows)
 
 
-# What a tar holds → [(grey level, label)] without a stream, and in a stream.
-TARS = {
-    "numbers": ([("a.png", 1), ("a.cls", b"5"), ("b.png", 2), ("b.cls", b"7\n")], [(1, 5), (2, 7)], ...),
-    "names": (
-        [("a.png", 1), ("a.cls", b"dog"), ("b.png", 2), ("b.cls", b"cat")],
-        [(1, "dog"), (2, "cat")],
-        [(1, None), (2, None)],
-    ),
-    "a label is missing": ([("a.png", 1), ("b.png", 2), ("b.cls", b"3")], [(1, -1), (2, 3)], ...),
-    "JSON": (
-        [("a.jpg", 1), ("a.json", {"label": 3, "by": "me"}), ("b.jpg", 2), ("b.json", {"label": 0})],
-        [(1, 3), (2, 0)],
-        ...,
-    ),
-    "JSON without a label": ([("a.jpg", 1), ("a.json", {"by": "me"})], [(1, None)], ...),
-    "damaged JSON": ([("a.jpg", 1), ("a.json", b"{")], [(1, None)], ...),
-    "booleans": (
-        [("a.jpg", 1), ("a.json", {"label": True}), ("b.jpg", 2), ("b.json", {"label": False})],
-        [(1, 1), (2, 0)],
-        ...,
-    ),
-    "mixed types in any case": (
-        [("a.JPG", 1), ("b.jpeg", 2), ("c.PNG", 3), ("d.webp", 4), ("e.tif", 5), ("f.npy", 6)],
-        [(i, None) for i in range(1, 7)],
-        ...,
-    ),
-    "class folders": (
-        [("./cat/a.png", 1), ("./dog/a.png", 2)],
-        [(1, "cat"), (2, "dog")],
-        [(1, None), (2, None)],
-    ),
-    "dots in names": (
-        [("x.1.png", 1), ("x.1.cls", b"4"), ("x.2.png", 2), ("x.2.cls", b"6")],
-        [(1, 4), (2, 6)],
-        ...,
-    ),
-    "masks beside": ([("a.png", 1), ("a.seg.png", 200), ("b.png", 2), ("b.seg.png", 200)], [(1, None), (2, None)], ...),
-    "mask of the same name": ([("a.jpg", 1), ("a.png", 200)], [(1, None)], ...),
-    "macOS": (
-        [("._a.png", b"x"), ("a.png", 1), ("__MACOSX/a.png", b"x"), (".hidden/b.png", b"x")],
-        [(1, None)],
-        ...,
-    ),
-    "other files": ([("README.md", b"hi"), ("a.png", 1), ("a.txt", b"a cat")], [(1, None)], ...),
-    "folders of masks": (
-        [("images/a.png", 1), ("images/b.png", 2), ("masks/a.png", 200)],
-        [(1, None), (2, None)],
-        None,
-    ),
-}
-
-
 @pytest.mark.parametrize("streaming", [False, True])
 @pytest.mark.parametrize("kind", TARS)
 def test_tars_give_their_images_and_labels(tmp_path, kind, streaming):
@@ -115,6 +65,27 @@ def test_tars_give_their_images_and_labels(tmp_path, kind, streaming):
             load_images(tmp_path, streaming=True)
     else:
         assert read(tmp_path, streaming=streaming) == (whole if not streaming or streamed is ... else streamed)
+
+
+def test_the_table_of_tars_in_the_docs_is_that_of_the_tests():
+    assert len(TARS) >= 15 and tar_table() in (Path(__file__).parents[2] / "docs" / "data.md").read_text()
+
+
+def test_a_value_of_json_is_the_label_if_it_is_named(tmp_path):
+    tar = write_tar(tmp_path / "0.tar", [("a.png", 1), ("a.json", {"y": 4, "label": 1}), ("b.png", 2), ("b.json", {})])
+    assert read(tar) == [(1, 1), (2, -1)]
+    for streaming in (False, True):
+        assert read(tar, labels="y", streaming=streaming) == [(1, 4), (2, -1)]
+    assert read(tar, labels="none") == [(1, None), (2, None)]
+    with pytest.raises(ValueError, match="labels='z' is not a column; there are png"):
+        read(tar, labels="z")
+
+
+def test_folders_in_a_tar_are_classes_or_groups_where_the_user_says_so(tmp_path):
+    tar = write_tar(tmp_path / "0.tar", [("P1/a.png", 1), ("P1/b.png", 2), ("P2/c.png", 3), ("P2/c.cls", b"7")])
+    assert [label for _, label in read(tar)] == [-1, -1, 7]
+    assert [label for _, label in read(tar, labels="folder")] == ["P1", "P1", "P2"]
+    assert load_images(tar, group="folder")["group"][:] == ["P1", "P1", "P2"]
 
 
 @pytest.mark.parametrize("streaming", [False, True])
@@ -149,7 +120,10 @@ def test_what_is_left_out_is_told(tmp_path):
     (tmp_path / "x.heic").write_bytes(b"")
     lines = []
     load_images(tmp_path, tell=lines.append)
-    assert lines[0].endswith("1 .tar file, 1 images; labels are numbers; left out: 1 .heic, 1 .png beside other images")
+    assert lines[0].endswith(
+        "1 .tar file, 1 images; labels by column cls, numbers (to leave them out: --labels none); "
+        "left out: 1 .heic, 1 .png beside other images"
+    )
 
 
 @pytest.mark.parametrize("damage", ["cut", "cut in a header", "overwritten", "gzip"])

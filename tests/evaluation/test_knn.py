@@ -7,6 +7,7 @@ import pytest
 import torch
 from sklearn.neighbors import KNeighborsClassifier, NearestNeighbors
 
+from hf_mim.data.labelled import LabelledImages
 from hf_mim.evaluation import knn
 from hf_mim.evaluation.features import FeatureExtractor
 from hf_mim.evaluation.knn import KNN, LeaveOneOut, knn_predict, knn_sweep, nearest_other
@@ -163,6 +164,26 @@ def test_one_outlier_does_not_hide_the_neighbours_of_others():
 def test_an_image_is_not_its_own_neighbour_but_its_twin_is():
     features = torch.randn(6, 4).repeat(2, 1)
     assert nearest_other(features).tolist() == [6, 7, 8, 9, 10, 11, 0, 1, 2, 3, 4, 5]
+
+
+def test_with_groups_the_nearest_of_another_group_counts():
+    features, groups = features_and_labels()[0], torch.arange(len(features_and_labels()[0])) // 3
+    distance = torch.cdist(features.double(), features.double())
+    distance[groups[:, None] == groups] = torch.inf
+    assert nearest_other(features, groups).tolist() == distance.argmin(1).tolist()
+    assert not (groups[nearest_other(features, groups)] == groups).any()
+
+
+def test_leave_one_out_leaves_out_the_group(tiny_encoder, digits_splits):
+    """Each image is there twice, as one group: without groups each finds its twin."""
+    test = digits_splits[1].select([index // 2 for index in range(80)])
+    twins = test.images.add_column("group", [str(index // 2) for index in range(80)])
+    extract, protocol = FeatureExtractor(tiny_encoder, progress=False), LeaveOneOut()
+    assert protocol.run(extract, test, test).value == 1
+    alone = protocol.run(extract, test, test.select(range(0, 80, 2))).value
+    assert protocol.run(extract, test, LabelledImages(twins, group="column group")).value == alone < 1
+    with pytest.raises(ValueError, match="group must tell two groups at least in the test images"):
+        protocol.run(extract, test, LabelledImages(twins.select([0, 1])))
 
 
 def test_the_protocol_counts_correct_images_and_says_what_it_did(tiny_encoder, digits_splits):

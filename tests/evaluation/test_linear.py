@@ -158,6 +158,9 @@ class Rows:
         self.log.append(f"labels of {self.name}")
         return self.labels[self.rows]
 
+    def read_groups(self):
+        return None
+
     def describe(self):
         return {"source": self.name}
 

@@ -6,7 +6,7 @@ import statistics
 import pytest
 import torch
 from sklearn.linear_model import LogisticRegression
-from sklearn.model_selection import StratifiedKFold, cross_val_score
+from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold, cross_val_score
 
 from hf_mim.evaluation.features import FeatureExtractor
 from hf_mim.evaluation.lowshot import LowShot, draw_images, fit_logistic
@@ -87,13 +87,28 @@ def test_c_is_the_one_that_cross_validation_prefers():
     assert fit_logistic(x[:2], labels[:2], [10.0, 1.0, 0.1]).C == 1.0, "single images: the middle one"
 
 
+def test_groups_stay_in_one_fold_when_c_is_chosen():
+    """Each group has a noise dimension of its own, so that a fold with all its images in training looks too good."""
+    random, labels = torch.Generator().manual_seed(2), torch.arange(60) % 2
+    groups = labels + 2 * (torch.arange(60) // 6)  # 20 groups of three images of one class
+    x = torch.randn(60, 60, generator=random) * 0.3 + 3 * torch.nn.functional.one_hot(groups, 60)
+    x[:, 59] += 2 * (labels - 0.5)
+    folds = StratifiedGroupKFold(3, shuffle=True, random_state=0)
+    grid = [1e-4, 1e-2, 1.0, 1e2]
+    arguments = dict(X=x.double().numpy(), y=labels.numpy(), groups=groups.numpy(), cv=folds)
+    worth = [cross_val_score(LogisticRegression(C=c, max_iter=2000), **arguments).mean() for c in grid]
+    assert fit_logistic(x, labels, grid, groups=groups).C == grid[worth.index(max(worth))]
+    assert fit_logistic(x, labels, grid).C != fit_logistic(x, labels, grid, groups=groups).C
+    assert fit_logistic(x, labels, [1.0, 2.0, 3.0], groups=labels).C == 2.0, "single groups: the middle one"
+
+
 def test_every_draw_takes_the_c_that_cross_validation_prefers_on_it(capsys):
     random, labels = torch.Generator().manual_seed(3), torch.arange(400) % 2
     x = torch.randn(400, 200, generator=random)
     x[:, 0] += 4 * (labels - 0.5)
 
     class Split:
-        describe, read_labels = dict, lambda self: labels
+        describe, read_labels, read_groups = dict, lambda self: labels, lambda self: None
 
     def extract(split, specs):
         return [x]

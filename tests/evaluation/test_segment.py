@@ -198,6 +198,12 @@ def test_heads_are_chosen_on_images_that_they_did_not_train_on(monkeypatch):
     kept, held, everything = asked
     assert len(held) == 3 and kept.isdisjoint(held)
     assert kept | held == everything == set(range(10))
+    asked.clear()
+    groups = torch.arange(10) // 4
+    grouped = MaskedImages(data.images, data._masks, groups=groups)
+    run(grouped, data, epochs=1, held_out=0.3)
+    kept, held, everything = (set(groups[list(ids)].tolist()) for ids in asked)
+    assert kept.isdisjoint(held) and kept | held == everything == {0, 1, 2}
 
 
 def test_the_bank_holds_the_share_of_each_class_in_a_patch():

@@ -99,6 +99,11 @@ def test_what_is_left_out_is_said(tmp_path, run):
         (["--set", "image_std=0,0,0"], "image_std must have finite numbers above 0, not [0"),
         (["--set", "image_std=-1,1,1"], "image_std must have finite numbers above 0"),
         (["--set", "image_std=1,1,inf"], "image_std must have finite numbers above 0"),
+        (
+            ["--set", "image_mean=123.7,116.3,103.5", "image_std=58.4,57.1,57.4"],
+            "not [123.7, 116.3, 103.5] and [58.4, 57.1, 57.4]; for values in 0..255 they are --set "
+            "image_mean=0.4851,0.4561,0.4059 image_std=0.229,",
+        ),
         (["--set", "image_mean=0,0,nan"], "image_mean must have finite numbers, not ["),
         (["--set", "layer_norm_eps=-1"], "layer_norm_eps must be above 0"),
         (["--set", "num_attention_heads"], "--set needs name=value, not 'num_attention_heads'"),

@@ -1,0 +1,222 @@
+"""Files on this machine as a dataset: folders of images, tables, tars and `save_to_disk` folders, by split."""
+
+import contextlib
+import os
+import tarfile
+from collections import Counter
+from pathlib import Path
+
+import datasets
+import pyarrow
+from datasets import ClassLabel, Dataset, Features, IterableDataset, Value, concatenate_datasets
+from datasets import Image as ImageFeature
+from datasets.exceptions import DatasetsError
+
+from .account import Account
+from .columns import FOLDER
+from .folders import (
+    IMAGE_EXTENSIONS,
+    TABLE_EXTENSIONS,
+    Layout,
+    image_splits,
+    readable,
+    scan,
+    table_splits,
+)
+from .metadata import is_metadata, metadata_files, read_metadata
+from .names import canonical_split, group_folder
+from .tars import look_into, read_tars
+
+
+class SplitNotFound(ValueError):
+    """The source can be read, but it has no such split."""
+
+
+def pick_split(splits: dict, split: str, source):
+    """The value of a split by any of its names. Raises ValueError with those that there are."""
+    for name in (split, canonical_split(split), *splits):
+        if name in splits and canonical_split(name) == canonical_split(split):
+            return splits[name]
+    raise SplitNotFound(f"split {split!r} is not in source {str(source)!r}; it has {', '.join(sorted(splits))}")
+
+
+def picked(splits: dict, split: str, source) -> tuple[Dataset | IterableDataset, Account]:
+    """One dataset of several, and an account of the others."""
+    dataset = pick_split(splits, split, source)
+    others = {
+        name: f"{len(other):,}" for name, other in splits.items() if other is not dataset and hasattr(other, "__len__")
+    }
+    return dataset, Account(splits=others)
+
+
+@contextlib.contextmanager
+def naming_the_source(source, where: str = ""):
+    """Turn what the datasets library raises into a ValueError of one line that names the source."""
+    try:
+        yield
+    except SplitNotFound:
+        raise
+    except (DatasetsError, ValueError, OSError, RuntimeError, tarfile.TarError) as error:
+        while error.__cause__ is not None:  # the first cause says what is wrong with the data
+            error = error.__cause__
+        reason = next(iter(str(error).strip().splitlines()), "") or type(error).__name__
+        raise ValueError(f"source {str(source)!r}: {where + ': ' if where else ''}{reason}") from error
+
+
+def load_local(
+    path: Path, split: str, streaming: bool, labels: str | None
+) -> tuple[Dataset | IterableDataset, Account]:
+    if path.is_dir() and ((path / "dataset_dict.json").exists() or (path / "state.json").exists()):
+        with naming_the_source(path):
+            saved = datasets.load_from_disk(str(path))
+        return picked(saved, split, path) if isinstance(saved, dict) else (saved, Account())
+    if path.is_file():
+        if path.suffix.lower() not in TABLE_EXTENSIONS:
+            known = ", ".join(TABLE_EXTENSIONS)
+            raise ValueError(f"source {str(path)!r} must be a folder or a file of type {known}, not {path.suffix!r}")
+        return _load_tables(path.parent, [path.name], split, streaming, Counter(), labels)
+    files, left_out = scan(path, IMAGE_EXTENSIONS | TABLE_EXTENSIONS.keys())
+    tables = [name for name in files if _extension(name) in TABLE_EXTENSIONS]
+    images = [name for name in files if _extension(name) in IMAGE_EXTENSIONS]
+    if images:
+        tables = [name for name in tables if not is_metadata(name)]
+    if tables and len(tables) >= len(images):  # the few files of the other kind are not data
+        return _load_tables(path, tables, split, streaming, left_out + Counter(map(_extension, images)), labels)
+    if images:
+        return _load_folder(path, images, split, left_out + Counter(map(_extension, tables)), labels)
+    found = (
+        f"; there are {', '.join(f'{count:,} {what}' for what, count in left_out.most_common(6))}" if left_out else ""
+    )
+    raise ValueError(f"source {str(path)!r} holds no images, nor {', '.join(TABLE_EXTENSIONS)} files{found}")
+
+
+def _load_folder(
+    folder: Path, paths: list[str], split: str, left_out: Counter, labels: str | None
+) -> tuple[Dataset, Account]:
+    """A folder of image files. Only their paths, and tables about them, are read here."""
+    layout = image_splits(paths, classes={None: None, FOLDER: True}.get(labels, False))
+    if not layout.splits:
+        raise ValueError(f"source {str(folder)!r} holds no images beside its masks")
+    entries = pick_split(layout.splits, split, folder)
+    others = {name: f"{len(other):,}" for name, other in layout.splits.items() if other is not entries}
+    kinds = Counter(_extension(path) for path, _ in entries)
+    types = ", ".join(f"{count:,} {kind}" for kind, count in kinds.most_common())
+    taken = f"{len(entries):,} images ({types})"
+    account = Account(taken, others, left_out + layout.left_out, layout.notes)
+    columns = {}
+    dataset = image_files([str(folder / path) for path, _ in entries])
+    if tables := metadata_files(folder, paths):
+        about = _metadata(folder, tables, paths, [path for path, _ in entries], account)
+        if about is not None:
+            columns, dataset = set(about.column_names), concatenate_datasets([dataset, about], axis=1)
+    if FOLDER not in columns and any(names := [group_folder(readable(path)) for path, _ in entries]):
+        dataset = dataset.add_column(FOLDER, names, feature=Value("string"))
+    if labels not in (None, FOLDER) or FOLDER in columns and labels == FOLDER:
+        return dataset, account
+    classes = _class_column(layout, entries)
+    if classes and (labels == FOLDER or "label" not in columns):
+        dataset = dataset.remove_columns([name for name in ("label",) if name in columns])
+        dataset, account.class_folders = dataset.add_column("label", classes[0], feature=classes[1]), True
+    elif classes:
+        account.notes.append(f"the {len(classes[1].names):,} folders may be classes too; to take them: --labels folder")
+    elif labels == FOLDER:
+        raise ValueError(f"labels={FOLDER!r} needs a folder for each of two classes at least, in {str(folder)!r}")
+    return dataset, account
+
+
+def _class_column(layout: Layout, entries: list[tuple[str, str | None]]) -> tuple[list[int], ClassLabel] | None:
+    """(class ids of these images, the classes) by their folders; None if there are no two classes.
+
+    Names are collected from all splits, so that a class has the same id in each split. A folder "unlabeled" has none.
+    """
+    known = [entries for name, entries in layout.splits.items() if name in ("train", "validation", "test")]
+    names = sorted({readable(name) for entries in known for _, name in entries if name is not None})
+    if len(names) < 2 or all(name is None for _, name in entries):
+        return None
+    ids = {name: number for number, name in enumerate(names)}
+    return [-1 if name is None else ids.get(readable(name), -1) for _, name in entries], ClassLabel(names=names)
+
+
+def _metadata(folder: Path, tables: list[str], paths: list[str], chosen: list[str], account: Account) -> Dataset | None:
+    """The columns of metadata of the chosen images, null where an image has no row; None if there are no columns."""
+    table, rows, notes = read_metadata(folder, tables, paths)
+    account.notes += notes
+    if table.num_columns == 0:
+        return None
+    account.left_out -= Counter(map(_extension, tables))
+    if without := sum(path not in rows for path in chosen):
+        account.notes.append(f"{without:,} images have no row in {' or '.join(tables[:3])}")
+    return Dataset(table.take(pyarrow.array([rows.get(path) for path in chosen], pyarrow.int64())))
+
+
+def image_files(files: list[str | None], column: str = "image") -> Dataset:
+    """A dataset with one column: these image files, undecoded. Only their paths are kept.
+
+    Arrow cannot hold a path that is not UTF-8. If there is such a path, the bytes of its file are read into a cache on
+    disk.
+    """
+    features = Features({column: ImageFeature(decode=False)})
+    if all(file is None or file.isprintable() or readable(file) == file for file in files):
+        return Dataset.from_dict({column: files}, features)
+    stamps = [0 if file is None or readable(file) == file else os.stat(file).st_mtime_ns for file in files]
+    rows = {"files": tuple(file and os.fsencode(file) for file in files), "stamps": tuple(stamps), "column": column}
+    return Dataset.from_generator(_file_rows, features, gen_kwargs=rows)
+
+
+def _file_rows(files: tuple[bytes | None, ...], stamps: tuple[int, ...], column: str):
+    """Rows of `image_files`. A change of `stamps`, the times of the files, makes datasets read them again."""
+    for file in files:
+        path = None if file is None else readable(os.fsdecode(file))
+        data = Path(os.fsdecode(file)).read_bytes() if file is not None and os.fsencode(path) != file else None
+        yield {column: None if file is None else {"bytes": data, "path": path}}
+
+
+def _load_tables(
+    folder: Path, paths: list[str], split: str, streaming: bool, left_out: Counter, labels: str | None
+) -> tuple[Dataset | IterableDataset, Account]:
+    """Parquet files, Arrow files or tars. If kinds are mixed, the kind of most files is loaded."""
+    kinds = [TABLE_EXTENSIONS[_extension(path)] for path in paths]
+    kind = max(sorted(set(kinds)), key=kinds.count)
+    left_out = left_out + Counter(_extension(path) for path, found in zip(paths, kinds, strict=True) if found != kind)
+    splits, notes = table_splits([path for path, found in zip(paths, kinds, strict=True) if found == kind])
+    if len(paths) == 1 and split == "train":
+        splits = {"train": paths}  # whatever a single file is called, the user wants to train on it
+    within = kind == "webdataset" and list(splits) == ["train"]  # folders in the tars may tell splits
+    chosen = splits["train"] if within else pick_split(splits, split, folder)
+    others = {name: f"{len(other):,} files" for name, other in splits.items() if other is not chosen}
+    account = Account("", others, left_out, notes)
+    files = [folder / path for path in chosen]
+    with naming_the_source(folder / paths[0] if len(paths) == 1 else folder):
+        if kind == "webdataset":
+            dataset = _read_tars(files, split if within else None, streaming, account, labels)
+        else:
+            data_files = {"train": [str(file) for file in files]}
+            dataset = datasets.load_dataset(kind, data_files=data_files, split="train", streaming=streaming)
+    account.taken = f"{len(chosen):,} {_extension(chosen[0])} file{'s' * (len(chosen) > 1)}"
+    account.taken += f", {len(dataset):,} images" if isinstance(dataset, Dataset) else ""
+    return dataset, account
+
+
+def _read_tars(
+    tars: list[Path], split: str | None, streaming: bool, account: Account, labels: str | None
+) -> Dataset | IterableDataset:
+    """The images of these tars. If folders in them are named after splits, those of `split`; None takes the first."""
+    found = look_into(tars, streaming, labels)
+    splits = found.layout.splits
+    if not splits:
+        raise ValueError("it holds no images")
+    name = next(iter(splits))
+    if split is not None and not (len(tars) == len(splits) == 1 and split == "train"):
+        pick_split(splits, split, tars[0] if len(tars) == 1 else tars[0].parent)
+        name = next(other for other in splits if canonical_split(other) == canonical_split(split))
+    account.splits |= {f"{other} within": f"{len(splits[other]):,}" for other in splits if other != name}
+    account.left_out += found.layout.left_out
+    account.left_out += Counter({f".{kind} beside other images": count for kind, count in found.extra.items()})
+    account.notes += found.layout.notes
+    dataset = read_tars(tars, found, name, streaming)
+    account.class_folders = "label" in dataset.column_names
+    return dataset
+
+
+def _extension(path: str) -> str:
+    return os.path.splitext(path)[1].lower()
