@@ -80,7 +80,8 @@ class FrozenEncoder:
         value_range: what the values of the images are scaled from; default: the whole range of their type.
 
     Attributes: `image_size`, `patch_size`, `grid` (rows, columns), `num_channels`, `width` (D), `num_layers`,
-    `num_prefix_tokens` (CLS, registers), `norm` (the final norm), `device`, `is_untrained` (see `untrained`).
+    `num_prefix_tokens` (CLS, registers), `norm` (the final norm), `device`, `is_untrained` (see `untrained`),
+    `trust_remote_code` (as in `load`).
 
     Raises:
         ValueError: the model is of another kind, or its positions cannot be resized to image_size.
@@ -99,6 +100,7 @@ class FrozenEncoder:
         model = image_model(model)
         self.value_range = value_range
         self.model, self.name, self.dtype, self.is_untrained = model.eval(), name, dtype, False
+        self.trust_remote_code = False
         self.mean, self.std = list(mean), list(std)
         config = getattr(model, "config", None)
         if not hasattr(config, "patch_size") or not hasattr(config, "image_size"):
@@ -115,13 +117,24 @@ class FrozenEncoder:
         self._check_size()
 
     @classmethod
-    def load(cls, checkpoint: str | Path, image_size=None, device=None, dtype=torch.float32, mean=None, std=None):
+    def load(
+        cls,
+        checkpoint: str | Path,
+        image_size=None,
+        device=None,
+        dtype=torch.float32,
+        mean=None,
+        std=None,
+        trust_remote_code: bool = False,
+    ):
         """From a checkpoint folder or a name on the Hub. Its image processor gives mean, std and size by default.
+
+        Python that the checkpoint brings along runs only with `trust_remote_code`.
 
         Raises ValueError, in one line, for a checkpoint without an encoder, or with only a part of its weights.
         """
         checkpoint = str(checkpoint)
-        model = load_encoder(checkpoint)
+        model = load_encoder(checkpoint, trust_remote_code)
         channels = getattr(image_model(model).config, "num_channels", 3)
         known = read_processor(checkpoint, channels)
         if mean is None and known is None:
@@ -132,7 +145,9 @@ class FrozenEncoder:
         mean, std = (known.mean, known.std) if mean is None else (mean, std)
         device = device or (torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu")
         size = known.size if image_size is None else image_size
-        return cls(model.to(device), mean, std, size, checkpoint, dtype, known.value_range)
+        encoder = cls(model.to(device), mean, std, size, checkpoint, dtype, known.value_range)
+        encoder.trust_remote_code = trust_remote_code
+        return encoder
 
     @property
     def device(self) -> torch.device:
@@ -162,7 +177,7 @@ class FrozenEncoder:
                 table.copy_(sincos_table((side, side), table.shape[-1], num_prefix_tokens=1))
         about = self.mean, self.std, self.image_size, self.name, self.dtype, self.value_range
         encoder = FrozenEncoder(model.to(self.device), *about)
-        encoder.is_untrained = True
+        encoder.is_untrained, encoder.trust_remote_code = True, self.trust_remote_code
         return encoder
 
     def describe(self) -> dict:
