@@ -9,13 +9,13 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers.utils.generic import can_return_tuple
 
 from .configuration_stop_jepa import StopJepaConfig
 from .heads import BackboneHead, ClassificationHead
 from .linear_layers import bias_of, input_dtype, product_without_bias
 from .masking import gather, sample_multi_block
 from .positions import PositionEmbeddings
+from .recording import pretraining_forward
 from .signals import error_over_constant, spread, target_signals
 from .target_encoder import TargetNetworkMixin
 from .vit import MIMPreTrainedModel, PretrainingOutput, ViTEncoder, are_ids_absent, run_layers, vit_layers
@@ -144,7 +144,7 @@ class StopJepaForPreTraining(TargetNetworkMixin, StopJepaPreTrainedModel):
         noise = {"position_noise": position_noise, "context_noise": context_noise}
         return masks | {name: value for name, value in noise.items() if value is not None}
 
-    @can_return_tuple
+    @pretraining_forward
     def forward(
         self, pixel_values, context_ids=None, target_ids=None, position_noise=None, context_noise=None
     ) -> StopJepaOutput:
