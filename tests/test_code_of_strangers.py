@@ -89,7 +89,7 @@ def test_an_export_names_no_code_but_its_own(tmp_path, to):
     foreign = {"custom_pipelines": {"image-feature-extraction": {"impl": "foreign/repo--evil.Pipe"}}}
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | foreign))
-    processor = {"image_processor_type": "ViTImageProcessor", "auto_map": {"AutoImageProcessor": "foreign/repo--evil.P"}}
+    processor = {"image_processor_type": "ViTImageProcessor", "auto_map": {"AutoImageProcessor": "foreign/repo--e.P"}}
     (folder / "preprocessor_config.json").write_text(json.dumps(processor | {"image_mean": [0.5] * 3}))
     export(folder, out, to)
     assert not [path.name for path in out.glob("*.json") if "foreign/repo" in path.read_text()]

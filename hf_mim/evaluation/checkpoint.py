@@ -99,16 +99,19 @@ def load_encoder(checkpoint: str, trust_remote_code: bool = False) -> nn.Module:
     return load_whole(AutoModel, checkpoint, may_be_new=may_be_new, trust_remote_code=trust_remote_code)
 
 
-def blocks_of(model: nn.Module) -> tuple[str, nn.ModuleList]:
-    """(name, list) of the blocks: the longest ModuleList. In a model of stages it may be one of them, or their list.
+def module_lists(model: nn.Module) -> dict[str, nn.ModuleList]:
+    """Name → ModuleList, the one with most weights first; of two with the same weights, the outer one."""
+    found = {name: module for name, module in model.named_modules() if isinstance(module, nn.ModuleList)}
+    weights = {name: sum(x.numel() for x in module.parameters()) for name, module in found.items()}
+    return {name: found[name] for name in sorted(found, key=weights.get, reverse=True)}
 
-    Raises:
-        ValueError: there is none.
-    """
-    found = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
+
+def blocks_of(model: nn.Module) -> tuple[str, nn.ModuleList]:
+    """(name, list) of the blocks, or of the stages: the ModuleList with most weights. Raises ValueError without one."""
+    found = module_lists(model)
     if not found:
         raise ValueError(f"{type(model).__name__} has no list of layers, and is no transformer that can be used here")
-    return max(found, key=lambda item: len(item[1]))
+    return next(iter(found.items()))
 
 
 def left_over_blocks(model: nn.Module, keys: Sequence[str]) -> list[str]:
@@ -118,12 +121,6 @@ def left_over_blocks(model: nn.Module, keys: Sequence[str]) -> list[str]:
     pattern = re.compile(rf"(?:{re.escape(prefix)})?{re.escape(name.removeprefix(prefix))}\.(\d+)\.")
     found = ((key, pattern.match(key)) for key in sorted(keys))
     return [key for key, match in found if match and int(match[1]) >= len(blocks)]
-
-
-def image_model(model: nn.Module) -> nn.Module:
-    """The encoder in a model: without a head, and without the text half of an image-text model."""
-    model = getattr(model, "base_model", model)
-    return getattr(model, "vision_model", model)
 
 
 def checkpoint_sha256(checkpoint: str | Path) -> str | None:
