@@ -24,7 +24,7 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, PreTrainedConfig
 
 from hf_mim import methods
-from hf_mim.evaluation.checkpoint import checkpoint_sha256
+from hf_mim.evaluation.checkpoint import checkpoint_sha256, loading_failure
 from hf_mim.evaluation.result import Result
 from hf_mim.files import one_line
 from hf_mim.models.configuration_vit import MIMConfig
@@ -94,9 +94,9 @@ def read_config(folder: Path) -> PreTrainedConfig:
     if not (folder / CONFIG).is_file():
         raise ValueError(f"checkpoint must be a folder with {CONFIG}, and {folder} is none")
     try:
-        config = AutoConfig.from_pretrained(folder)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except (ValueError, TypeError, OSError, KeyError, StrictDataclassError) as error:
-        raise ValueError(f"{folder / CONFIG} cannot be read: {one_line(error, 200)}") from error
+        raise ValueError(f"{folder / CONFIG} cannot be read: {loading_failure(error)}") from error
     if not isinstance(config, MIMConfig):
         *titles, last = (method.title for method in methods.rows())
         raise ValueError(f"checkpoint must be {', '.join(titles)} or {last}, and {folder} holds {config.model_type}")

@@ -13,7 +13,7 @@ from hf_mim.files import check_writable, one_line
 from hf_mim.pretraining.settings import suggestion, to_type
 
 TEXT = """\
-Measure the features of CHECKPOINT: a folder, or a name on the Hub, of any vision transformer that transformers'
+Measure the features of CHECKPOINT: a folder, or a name on the Hub, of any vision encoder that transformers'
 AutoModel loads. The result is saved in CHECKPOINT/results/. hf-mim evaluate PROTOCOL --help lists the options."""
 
 

@@ -4,6 +4,7 @@ import pickle
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
@@ -18,6 +19,8 @@ from hf_mim.files import one_line, quiet, sha256
 # What `from_pretrained` raises if there is no checkpoint, or a damaged one.
 LOADING_ERRORS = (OSError, ValueError, KeyError, RuntimeError, EOFError, SafetensorError, pickle.UnpicklingError)
 LOADING_ERRORS += (StrictDataclassError,)
+# The names under which a config tells transformers what code it may run.
+NAMES_OF_CODE = ("auto_map", "custom_pipelines")
 
 
 def load_whole(
@@ -26,6 +29,7 @@ def load_whole(
     part: str = "encoder",
     unusable: str = "holds no encoder that can be loaded",
     may_be_new: Callable[[nn.Module, str], bool] = lambda model, key: False,
+    trust_remote_code: bool = False,
     **options,
 ) -> nn.Module:
     """A model in float32 whose every weight comes from the checkpoint.
@@ -37,11 +41,15 @@ def load_whole(
             not blocks of the encoder. "model": no weight may be left over.
         unusable: what the error says about a checkpoint that cannot be loaded at all.
         may_be_new: (model, name of a weight) → whether the checkpoint may lack it, such as the weight of a new head.
+        trust_remote_code: run the Python that the checkpoint brings along.
         options: of `from_pretrained`.
 
     Raises:
-        ValueError: in one line: it is no such checkpoint, it is damaged, or it lacks weights.
+        ValueError: in one line: it is no such checkpoint, it is damaged, it needs code that is not trusted, or it lacks
+            weights.
     """
+    if model_class.__module__.startswith("transformers.models.auto"):
+        options["trust_remote_code"] = trust_remote_code
     try:
         # float32 even if it was saved in half precision, because `dtype` only says in what autocast computes.
         with quiet():  # transformers reports at length about the weights; they are checked below
@@ -49,7 +57,7 @@ def load_whole(
                 checkpoint, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True, **options
             )
     except LOADING_ERRORS as error:
-        raise ValueError(f"checkpoint {checkpoint} {unusable}: {one_line(error, 300)}") from error
+        raise ValueError(f"checkpoint {checkpoint} {unusable}: {loading_failure(error)}") from error
     mismatched = [key for key, *_ in loading["mismatched_keys"]]
     left_over = loading["unexpected_keys"] if part == "model" else []
     for keys, says, consequence in (
@@ -65,21 +73,45 @@ def load_whole(
     return model
 
 
-def load_encoder(checkpoint: str) -> nn.Module:
+def loading_failure(error: Exception) -> str:
+    """Why a checkpoint could not be loaded, in one line. transformers says at length that code is not trusted."""
+    if "trust_remote_code" in str(error):
+        return (
+            "its config names Python code, which would have to run; read that code first. Only evaluate runs it, after "
+            "--trust_remote_code true"
+        )
+    return one_line(error, 300)
+
+
+def without_code(settings: Any) -> Any:
+    """The content of a JSON file without the names of code that transformers would run, at any depth."""
+    if isinstance(settings, dict):
+        return {name: without_code(value) for name, value in settings.items() if name not in NAMES_OF_CODE}
+    return [without_code(value) for value in settings] if isinstance(settings, list) else settings
+
+
+def load_encoder(checkpoint: str, trust_remote_code: bool = False) -> nn.Module:
     """The model that `AutoModel` makes of a checkpoint. Poolers and heads may be new. Raises as `load_whole`."""
-    return load_whole(AutoModel, checkpoint, may_be_new=lambda model, key: key.startswith(("pooler", "head")))
+
+    def may_be_new(model: nn.Module, key: str) -> bool:
+        return key.startswith(("pooler", "head"))
+
+    return load_whole(AutoModel, checkpoint, may_be_new=may_be_new, trust_remote_code=trust_remote_code)
+
+
+def module_lists(model: nn.Module) -> dict[str, nn.ModuleList]:
+    """Name → ModuleList, the one with most weights first; of two with the same weights, the outer one."""
+    found = {name: module for name, module in model.named_modules() if isinstance(module, nn.ModuleList)}
+    weights = {name: sum(x.numel() for x in module.parameters()) for name, module in found.items()}
+    return {name: found[name] for name in sorted(found, key=weights.get, reverse=True)}
 
 
 def blocks_of(model: nn.Module) -> tuple[str, nn.ModuleList]:
-    """(name, list) of the blocks: the longest ModuleList. In a model of stages it may be one of them, or their list.
-
-    Raises:
-        ValueError: there is none.
-    """
-    found = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
+    """(name, list) of the blocks, or of the stages: the ModuleList with most weights. Raises ValueError without one."""
+    found = module_lists(model)
     if not found:
         raise ValueError(f"{type(model).__name__} has no list of layers, and is no transformer that can be used here")
-    return max(found, key=lambda item: len(item[1]))
+    return next(iter(found.items()))
 
 
 def left_over_blocks(model: nn.Module, keys: Sequence[str]) -> list[str]:
@@ -89,12 +121,6 @@ def left_over_blocks(model: nn.Module, keys: Sequence[str]) -> list[str]:
     pattern = re.compile(rf"(?:{re.escape(prefix)})?{re.escape(name.removeprefix(prefix))}\.(\d+)\.")
     found = ((key, pattern.match(key)) for key in sorted(keys))
     return [key for key, match in found if match and int(match[1]) >= len(blocks)]
-
-
-def image_model(model: nn.Module) -> nn.Module:
-    """The encoder in a model: without a head, and without the text half of an image-text model."""
-    model = getattr(model, "base_model", model)
-    return getattr(model, "vision_model", model)
 
 
 def checkpoint_sha256(checkpoint: str | Path) -> str | None:

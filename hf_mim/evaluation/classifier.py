@@ -13,8 +13,7 @@ from transformers import AutoConfig, AutoModelForImageClassification
 
 import hf_mim  # noqa: F401 (registers the models)
 from hf_mim.checks import share
-from hf_mim.evaluation.checkpoint import LOADING_ERRORS, blocks_of, load_whole
-from hf_mim.files import one_line
+from hf_mim.evaluation.checkpoint import LOADING_ERRORS, NAMES_OF_CODE, blocks_of, load_whole, loading_failure
 from hf_mim.models.configuration_vit import pair
 from hf_mim.trainer_utils import decayed_parameters
 
@@ -23,7 +22,12 @@ HEAD_STD = 2e-5  # MAE's: the first predictions are nearly uniform, so the first
 
 
 def load_classifier(
-    checkpoint, classes: Sequence[str], drop_path: float = 0.0, blocks: int | None = None, untrained: bool = False
+    checkpoint,
+    classes: Sequence[str],
+    drop_path: float = 0.0,
+    blocks: int | None = None,
+    untrained: bool = False,
+    trust_remote_code: bool = False,
 ):
     """The encoder of a checkpoint with a new linear classifier on top, as one of our models or of transformers'.
 
@@ -37,6 +41,7 @@ def load_classifier(
         drop_path: stochastic depth of the last block; it grows linearly from 0. Only for models that have it.
         blocks: train only so many of the last blocks (MAE, figure 9), see `freeze_below`; None: everything.
         untrained: take the architecture alone, with new random weights.
+        trust_remote_code: run the Python that the checkpoint brings along.
 
     Raises:
         ValueError: no classifier can be made of the checkpoint, or it lacks weights of the encoder.
@@ -44,18 +49,25 @@ def load_classifier(
     share("[0, 1)", drop_path=drop_path)
     checkpoint = str(checkpoint)
     try:
-        config = AutoConfig.from_pretrained(checkpoint)
+        config = AutoConfig.from_pretrained(checkpoint, trust_remote_code=trust_remote_code)
+        if not trust_remote_code:
+            for name in NAMES_OF_CODE:  # so that the saved classifier does not name it either
+                vars(config).pop(name, None)
         config.id2label = dict(enumerate(map(str, classes)))
         config.label2id = {name: number for number, name in config.id2label.items()}
         if hasattr(config, "drop_path_rate"):
             config.drop_path_rate = drop_path
         if hasattr(config, "pool_before_norm"):
             config.pooling, config.pool_before_norm, config.head_batch_norm = "mean", blocks != 0, blocks == 0
-        model = AutoModelForImageClassification.from_config(config, dtype=torch.float32) if untrained else None
+        model = None
+        if untrained:
+            options = {"dtype": torch.float32, "trust_remote_code": trust_remote_code}
+            model = AutoModelForImageClassification.from_config(config, **options)
     except LOADING_ERRORS as error:
-        raise ValueError(f"checkpoint {checkpoint} {UNUSABLE}: {one_line(error, 300)}") from error
+        raise ValueError(f"checkpoint {checkpoint} {UNUSABLE}: {loading_failure(error)}") from error
     if model is None:
         options = {"unusable": UNUSABLE, "may_be_new": _is_outside_encoder, "config": config}
+        options |= {"trust_remote_code": trust_remote_code}
         model = load_whole(AutoModelForImageClassification, checkpoint, **options)
     encoder = _encoder_prefix(model)
     for name, module in model.named_modules():

@@ -1,12 +1,11 @@
 """One contract for every encoder that is evaluated: images in, tokens of any layer out.
 
-It holds for our encoders and for any vision transformer that `AutoModel` loads (ViT, DINOv2, I-JEPA, CLIP's, …). Hooks
-read the layers, so that a layer means the same in each: the residual stream after the block, before any final norm.
+It holds for our encoders and for any vision encoder that `AutoModel` loads: vision transformers (ViT, DINOv2 and 3,
+I-JEPA, CLIP's, …), and networks whose maps shrink from stage to stage (Swin, ConvNeXt, ResNet). Hooks read the layers,
+so that a layer means the same in each: the residual stream after the block or stage, before any final norm.
 """
 
-import contextlib
 import hashlib
-import inspect
 import logging
 import re
 from collections.abc import Sequence
@@ -20,7 +19,17 @@ from torch import Tensor, nn
 
 from hf_mim.data import IMAGENET_MEAN, IMAGENET_STD, CenterCrop, CenterWindow, DeviceAugment, WholeImage
 from hf_mim.data.processor import InputSpec, image_processor, read_processor
-from hf_mim.evaluation.checkpoint import blocks_of, image_model, load_encoder
+from hf_mim.evaluation.checkpoint import load_encoder
+from hf_mim.evaluation.inputs import (
+    UNKNOWN_SIZE,
+    channels_of,
+    check_forward,
+    forward_arguments,
+    image_model,
+    native_size,
+    unmasked,
+)
+from hf_mim.evaluation.layers import Layers, find_layers
 from hf_mim.files import one_line
 from hf_mim.models.configuration_vit import pair
 from hf_mim.models.image_processing_mim import MIMImageProcessor
@@ -29,8 +38,8 @@ from hf_mim.models.positions import sincos_table
 
 logger = logging.getLogger(__name__)
 
-# Names of the final norm in transformers' vision models; `post_layernorm` is CLIP's and SigLIP's.
-NORM_NAMES = ("norm", "layernorm", "post_layernorm", "rms_norm")
+# What the `forward` of a model raises for images of a size that it was not made for.
+FORWARD_ERRORS = (ValueError, RuntimeError, TypeError, LookupError, AttributeError, AssertionError, NotImplementedError)
 
 
 @dataclass(frozen=True)
@@ -69,19 +78,20 @@ class FeatureSpec:
 
 
 class FrozenEncoder:
-    """A vision transformer in eval mode, without gradients.
+    """A vision encoder in eval mode, without gradients.
 
     Args:
-        model: a transformers vision model whose blocks stand in one ModuleList and return `[B, prefix + N, D]`.
+        model: a vision model of transformers, whose blocks or stages stand in a ModuleList.
         mean, std: one value for each channel, for pixels in [0, 1].
-        image_size: int or (height, width) to which images are resized; default: the model's.
+        image_size: int or (height, width) to which images are resized; default: the model's, or 224.
         name: the checkpoint, for results.
         dtype: float32, or bfloat16 for autocast.
         value_range: what the values of the images are scaled from; default: the whole range of their type.
         crop: which part of an image it sees unless one asks for another; default: `CenterCrop()`.
 
-    Attributes: `image_size`, `patch_size`, `grid` (rows, columns), `num_channels`, `width` (D), `num_layers`,
-    `num_prefix_tokens` (CLS, registers), `norm` (the final norm), `device`, `is_untrained` (see `untrained`).
+    Attributes: `image_size`; `num_channels`; of the last layer `grid` (rows, columns), `width` (D), `patch_size` (what
+    a token sees of the image); `num_layers`; `num_prefix_tokens` (CLS, registers); `norm` (the final
+    norm); `device`; `is_untrained` (see `untrained`); `trust_remote_code` (as in `load`).
 
     Raises:
         ValueError: the model is of another kind, or its positions cannot be resized to image_size.
@@ -101,30 +111,41 @@ class FrozenEncoder:
         model = image_model(model)
         self.value_range, self.crop = value_range, CenterCrop() if crop is None else crop
         self.model, self.name, self.dtype, self.is_untrained = model.eval(), name, dtype, False
+        self.trust_remote_code = False
         self.mean, self.std = list(mean), list(std)
-        config = getattr(model, "config", None)
-        if not hasattr(config, "patch_size") or not hasattr(config, "image_size"):
-            raise ValueError(f"checkpoint {name} holds {type(model).__name__}, which is no vision transformer")
-        self.blocks = blocks_of(model)[1]
-        norms = (getattr(model, norm, None) for norm in NORM_NAMES)
-        self.norm = next((norm for norm in norms if norm is not None and not isinstance(norm, nn.Identity)), None)
-        self.num_layers, self.num_channels = len(self.blocks), getattr(config, "num_channels", 3)
-        self.native_size, self.patch_size = pair(config.image_size), pair(config.patch_size)
-        self.image_size = self.native_size if image_size is None else pair(image_size)
+        check_forward(model, name)
+        self.num_channels = channels_of(model.config)
+        size = native_size(model.config) or UNKNOWN_SIZE
+        self.image_size = pair(size if image_size is None else image_size)
         if len(self.mean) != self.num_channels or len(self.std) != self.num_channels:
             raise ValueError(f"image_mean and image_std must have {self.num_channels} values, not {mean}, {std}")
         self.normalize = DeviceAugment(self.mean, self.std, nodata=self.has_nodata).eval()
-        self._check_size()
+        self.layers = self._find_layers()
+        last = self.layers.streams[-1]
+        self.num_layers, self.norm, self.patch_size = len(self.layers.streams), self.layers.norm, self.layers.stride
+        self.num_prefix_tokens, self.width, self.grid = last.num_prefix, last.width, last.grid
 
     @classmethod
-    def load(cls, checkpoint: str | Path, image_size=None, device=None, dtype=torch.float32, mean=None, std=None):
+    def load(
+        cls,
+        checkpoint: str | Path,
+        image_size=None,
+        device=None,
+        dtype=torch.float32,
+        mean=None,
+        std=None,
+        trust_remote_code: bool = False,
+    ):
         """From a checkpoint folder or a name on the Hub. Its image processor gives mean, std and size by default.
+
+        Python that the checkpoint brings along runs only with `trust_remote_code`.
 
         Raises ValueError, in one line, for a checkpoint without an encoder, or with only a part of its weights.
         """
         checkpoint = str(checkpoint)
-        model = load_encoder(checkpoint)
-        channels = getattr(image_model(model).config, "num_channels", 3)
+        model = load_encoder(checkpoint, trust_remote_code)
+        check_forward(image_model(model), checkpoint)
+        channels = channels_of(image_model(model).config)
         known = read_processor(checkpoint, channels)
         if mean is None and known is None:
             if channels != 3:
@@ -137,7 +158,9 @@ class FrozenEncoder:
         if known.crop_pixels is not None:  # at another size, the window follows, so that the scale stays
             sides = zip(known.crop_pixels, pair(size), known.size, strict=True)
             crop = CenterWindow(tuple(max(1, round(pixels * new / old)) for pixels, new, old in sides))
-        return cls(model.to(device), mean, std, size, checkpoint, dtype, known.value_range, crop)
+        encoder = cls(model.to(device), mean, std, size, checkpoint, dtype, known.value_range, crop)
+        encoder.trust_remote_code = trust_remote_code
+        return encoder
 
     @property
     def device(self) -> torch.device:
@@ -147,10 +170,6 @@ class FrozenEncoder:
     def has_nodata(self) -> bool:
         """Whether images may have pixels without data."""
         return self.value_range is not None and self.value_range.nodata is not None
-
-    @property
-    def grid(self) -> tuple[int, int]:
-        return tuple(side // patch for side, patch in zip(self.image_size, self.patch_size, strict=True))
 
     @property
     def sha256(self) -> str:
@@ -172,7 +191,7 @@ class FrozenEncoder:
                 table.copy_(sincos_table((side, side), table.shape[-1], num_prefix_tokens=1))
         about = self.mean, self.std, self.image_size, self.name, self.dtype, self.value_range, self.crop
         encoder = FrozenEncoder(model.to(self.device), *about)
-        encoder.is_untrained = True
+        encoder.is_untrained, encoder.trust_remote_code = True, self.trust_remote_code
         return encoder
 
     def describe(self) -> dict:
@@ -201,14 +220,26 @@ class FrozenEncoder:
         """Raise ValueError if the encoder has no such features."""
         if spec.blocks(self.num_layers)[0] < 1 or spec.blocks(self.num_layers)[-1] > self.num_layers:
             raise ValueError(f"features {spec} need a layer that {self.name} has not: it has {self.num_layers}")
+        streams = [self.layers.streams[number - 1] for number in spec.blocks(self.num_layers)]
+        raw = FeatureSpec(spec.layer, spec.pooling, norm=False)
         if spec.norm and self.norm is None:
-            raise ValueError(f"features {spec} need a final norm, and {self.name} has none: take raw")
-        if spec.pooling == "cls" and self.num_prefix_tokens == 0:
+            raise ValueError(
+                f"features {spec} need a final norm, and {self.name} has none: take raw (--features {raw})"
+            )
+        if spec.norm and any(stream.width != self.width for stream in streams):
+            raise ValueError(f"features {spec} need layers of the final norm's width {self.width}: --features {raw}")
+        if spec.pooling == "cls" and any(stream.num_prefix == 0 for stream in streams):
             raise ValueError(f"features {spec} need a CLS token, and {self.name} has none: take mean")
+        if spec.pooling == "tokens" and any(stream.grid != self.grid for stream in streams):
+            raise ValueError(
+                f"features {spec} need layers of the last one's grid {self.grid}: take mean, or layer last"
+            )
+        if spec.pooling == "tokens" and not all(stream.is_raster for stream in streams):
+            raise ValueError(f"features {spec} need tokens in raster order, which {self.name} does not tell: take mean")
 
     def feature_width(self, spec: FeatureSpec) -> int:
-        """D, or 4·D for the last four layers."""
-        return self.width * len(spec.blocks(self.num_layers))
+        """D; for the last four layers, the sum of their D."""
+        return sum(self.layers.streams[number - 1].width for number in spec.blocks(self.num_layers))
 
     @torch.no_grad()
     def extract(self, pixel_values: Tensor, specs: Sequence[FeatureSpec]) -> list[Tensor]:
@@ -217,81 +248,49 @@ class FrozenEncoder:
         The images go through the model once for all specs.
         """
         wanted = {block for spec in specs for block in spec.blocks(self.num_layers)}
-        streams = self._streams(pixel_values, wanted)
+        streams = self.layers.run(partial(self._encode, pixel_values), wanted)
         features = []
         for spec in specs:
-            layers = [streams[block] for block in spec.blocks(self.num_layers)]
-            layers = [self.norm(tokens) for tokens in layers] if spec.norm else layers
-            features.append(torch.cat([self._pool(tokens, spec.pooling) for tokens in layers], dim=-1))
+            layers = [self._pool(streams[number], number, spec) for number in spec.blocks(self.num_layers)]
+            features.append(torch.cat(layers, dim=-1))
         assert all(len(feature) == len(pixel_values) for feature in features)
         return features
 
-    def _pool(self, tokens: Tensor, pooling: str) -> Tensor:
-        if pooling == "cls":
+    def _pool(self, tokens: Tensor, number: int, spec: FeatureSpec) -> Tensor:
+        """Tokens `[B, prefix + N, D]` of a layer → `[B, D]`, or `[B, N, D]`."""
+        pools_first = self.layers.pools_first and spec.pooling == "mean"
+        if spec.norm and not pools_first:
+            tokens = self.norm(tokens)
+        if spec.pooling == "cls":
             return tokens[:, 0].float()
-        patches = tokens[:, self.num_prefix_tokens :].float()
-        return patches.mean(dim=1) if pooling == "mean" else patches
+        patches = tokens[:, self.layers.streams[number - 1].num_prefix :].float()
+        if spec.pooling == "tokens":
+            return patches
+        return self.norm(patches.mean(dim=1)) if spec.norm and pools_first else patches.mean(dim=1)
 
-    def _streams(self, pixel_values: Tensor, wanted: set[int]) -> dict[int, Tensor]:
-        """Block number → its output `[B, prefix + N, D]`."""
-        streams = {}
-
-        def keep(number, module, args, output):
-            streams[number] = output[0] if isinstance(output, tuple) else output
-
+    def _encode(self, images: Tensor, **options):
+        """What the model returns for normalised images, whole and in raster order."""
         autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16)
-        with contextlib.ExitStack() as hooks, self._unmasked(), autocast:
-            for number in wanted:
-                hooks.enter_context(self.blocks[number - 1].register_forward_hook(partial(keep, number)))
-            self.model(pixel_values, **self._options(len(pixel_values), tuple(pixel_values.shape[2:])))
-        return streams
+        with unmasked(self.model), autocast:
+            return self.model(**forward_arguments(self.model, images), **options)
 
-    @contextlib.contextmanager
-    def _unmasked(self):
-        """transformers' ViTMAE masks patches at inference too, unless its mask ratio is 0."""
-        config = self.model.config
-        if config.model_type != "vit_mae":
-            yield
-            return
-        ratio, config.mask_ratio = config.mask_ratio, 0.0
-        try:
-            yield
-        finally:
-            config.mask_ratio = ratio
-
-    def _options(self, batch_size: int, size: tuple[int, int]) -> dict:
-        options = {}
-        if size != self.native_size and "interpolate_pos_encoding" in inspect.signature(self.model.forward).parameters:
-            options["interpolate_pos_encoding"] = True
-        if self.model.config.model_type == "vit_mae":  # it sorts the patches by the noise, even if it masks none
-            patches = (size[0] // self.patch_size[0]) * (size[1] // self.patch_size[1])
-            options["noise"] = torch.arange(patches, device=self.device).float().expand(batch_size, -1)
-        return options
-
-    def _check_size(self):
-        """Run two images through the model: does it take the size, and how many tokens precede the patches?"""
+    @torch.no_grad()
+    def _find_layers(self) -> Layers:
+        """Run the model on noise: does it take the size, and where are its layers and patches?"""
         height, width = self.image_size
-        for side, patch in zip(self.image_size, self.patch_size, strict=True):
-            if side < patch or side % patch:
+        patch = getattr(self.model.config, "patch_size", None)
+        for side, length in zip(self.image_size, pair(1 if patch is None else patch), strict=True):
+            if side < length or side % length:
                 raise ValueError(
-                    f"image_size must be divisible by the patch size {self.patch_size} of {self.name}, not "
-                    f"{height},{width}; {max(side // patch, 1) * patch} would be right for {side}"
+                    f"image_size must be divisible by the patch size {pair(patch)} of {self.name}, not "
+                    f"{height},{width}; {max(side // length, 1) * length} would be right for {side}"
                 )
-        blank = torch.zeros(2, self.num_channels, height, width, device=self.device)
+        noise = torch.randn(1, self.num_channels, height, width, generator=torch.Generator().manual_seed(0))
         try:
-            with torch.no_grad():
-                tokens = self._streams(blank, {self.num_layers})[self.num_layers]
-        except (ValueError, RuntimeError, TypeError, KeyError, AttributeError) as error:
+            return find_layers(self.model, self._encode, noise.to(self.device))
+        except FORWARD_ERRORS as error:
             reason = one_line(error, 200)
             raise ValueError(f"image_size {height},{width} does not suit {self.name}: {reason}") from error
-        patches = self.grid[0] * self.grid[1]
-        # CLS, a distillation token and registers may come first. With more tokens, nobody knows which are patches.
-        most = 2 + getattr(self.model.config, "num_register_tokens", 0)
-        if tokens.ndim != 3 or len(tokens) != 2 or not 0 <= tokens.shape[1] - patches <= most:
-            raise ValueError(
-                f"{self.name} is no encoder of patches: {list(tokens.shape)} for 2 images of {patches} patches each"
-            )
-        self.num_prefix_tokens, self.width = tokens.shape[1] - patches, tokens.shape[2]
 
 
 def described(value_range: ValueRange | None) -> dict:

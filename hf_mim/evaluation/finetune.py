@@ -210,7 +210,8 @@ class Finetune:
         about = encoder.image_size, encoder.num_channels, extract.crop
         test_images = ImageDataset(unlabelled, *about, value_range=encoder.value_range, keep_empty=True)
         with seeded(self.seed, encoder.device), tempfile.TemporaryDirectory() as folder:
-            model = load_classifier(encoder.name, classes, self.drop_path, self.blocks, encoder.is_untrained)
+            about = self.drop_path, self.blocks, encoder.is_untrained, encoder.trust_remote_code
+            model = load_classifier(encoder.name, classes, *about)
             args = self._arguments(folder, encoder.device, extract.num_workers, not extract.progress)
             trainer = make_trainer(
                 model, args, self._augment(encoder.mean, encoder.std, encoder.has_nodata), train_images

@@ -152,6 +152,9 @@ class Linear:
 
 def default_features(encoder: FrozenEncoder) -> list[str]:
     """The kinds of features that papers report, if the encoder has them."""
-    features = ["last/mean/norm"]
-    features += ["last/cls/norm"] if encoder.num_prefix_tokens else []
-    return features + (["last4/mean/norm"] if encoder.num_layers >= 4 else [])
+    norm = "raw" if encoder.norm is None else "norm"
+    features = [f"last/mean/{norm}"]
+    features += [f"last/cls/{norm}"] if encoder.num_prefix_tokens else []
+    widths = {stream.width for stream in encoder.layers.streams[-4:]}
+    last4 = f"last4/mean/{norm if len(widths) == 1 else 'raw'}"
+    return features + ([last4] if encoder.num_layers >= 4 else [])

@@ -37,6 +37,7 @@ class EncoderArguments:
     Args:
         image_size: side, or height,width, to which images are resized; default: the checkpoint's own
         image_mean, image_std: one value for each channel; default: the image processor's
+        trust_remote_code: run the Python that CHECKPOINT brings along; read it first
         untrained: take the same architecture with random weights, to compare
         dtype: bfloat16 computes by autocast
         device: default: the accelerator if there is one, otherwise the CPU
@@ -52,6 +53,7 @@ class EncoderArguments:
     image_size: int | list[int] | None = None
     image_mean: list[float] | None = None
     image_std: list[float] | None = None
+    trust_remote_code: bool = False
     untrained: bool = False
     dtype: Literal["float32", "bfloat16"] = "float32"
     device: str | None = None
@@ -76,7 +78,8 @@ class EncoderArguments:
         """The checkpoint's encoder, ready to extract features."""
         size = tuple(self.image_size) if isinstance(self.image_size, list) else self.image_size
         dtype = getattr(torch, self.dtype)
-        encoder = FrozenEncoder.load(checkpoint, size, self.device, dtype, self.image_mean, self.image_std)
+        statistics = self.image_mean, self.image_std
+        encoder = FrozenEncoder.load(checkpoint, size, self.device, dtype, *statistics, self.trust_remote_code)
         if self.untrained:
             encoder = encoder.untrained()
         cache = {"default": default_cache(), "none": None}.get(self.cache, Path(self.cache))

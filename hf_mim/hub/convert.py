@@ -22,6 +22,7 @@ from hf_mim.data import IMAGENET_MEAN, IMAGENET_STD
 from hf_mim.data.processor import image_processor, read_processor
 from hf_mim.files import listed, new_folder
 from hf_mim.hub.key_tables import to_ours, to_theirs
+from hf_mim.hub.prefixes import grouped
 from hf_mim.hub.reading import Checkpoint, read_checkpoint
 from hf_mim.hub.recognise import Layout, recognise
 from hf_mim.hub.sizes import infer
@@ -37,7 +38,7 @@ def setting_types(method: str) -> dict[str, Any]:
     return own | NORMALISATION
 
 
-def convert(source: str | Path, method: str | None = None, **settings) -> PreTrainedModel:
+def convert(source: str | Path, method: str | None = None, prefix: str | None = None, **settings) -> PreTrainedModel:
     """Load a checkpoint of others as one of our models, in evaluation mode, in float32.
 
     Args:
@@ -45,6 +46,7 @@ def convert(source: str | Path, method: str | None = None, **settings) -> PreTra
             may come from the authors of MAE, I-JEPA, StoP and Latent MIM, from transformers' ViTMAE, ViT and I-JEPA, or
             from timm's ViT.
         method: "mae", "latent_mim", "ijepa" or "stop_jepa"; by default the keys decide (`hf_mim.hub.recognise`).
+        prefix: which network, if the file holds several that are equally whole, such as "teacher.".
         settings: config fields that override what the file tells and the papers say (`hf_mim.hub.sizes`).
 
     Returns:
@@ -56,7 +58,7 @@ def convert(source: str | Path, method: str | None = None, **settings) -> PreTra
             a setting does not exist or does not fit.
         StrictDataclassFieldValidationError: a setting has the wrong type.
     """
-    return Conversion.read(source, method, **settings).model
+    return Conversion.read(source, method, prefix, **settings).model
 
 
 @dataclass
@@ -73,10 +75,10 @@ class Conversion:
     record: dict[str, Any]
 
     @classmethod
-    def read(cls, source: str | Path, method: str | None = None, **settings) -> "Conversion":
+    def read(cls, source: str | Path, method: str | None = None, prefix: str | None = None, **settings) -> "Conversion":
         """Arguments and errors are those of `convert`; `image_mean` and `image_std` are settings too."""
         checkpoint = read_checkpoint(source)
-        layout = recognise(checkpoint, method)
+        layout = recognise(checkpoint, method, prefix)
         given = check_settings(settings, layout.method)
         told, assumed = infer(layout, given)
         config = layout.config_class(**told | assumed | given)
@@ -91,6 +93,12 @@ class Conversion:
             "assumed": assumed,
             "given": settings,
             "left_out": list(layout.unread),
+            "tokens_left": list(layout.tokens),
+            "prefix": layout.prefix,
+            "other_prefixes": list(layout.others),
+            "taken": grouped(layout.taken, layout.prefix.count(".") + 1),
+            "left": grouped(sorted(checkpoint.state.keys() - set(layout.taken))),
+            "skipped": checkpoint.skipped,
         }
         return cls(fill_model(layout, config), mean, std, record)
 

@@ -2,7 +2,6 @@
 
 import json
 import logging
-import shutil
 from pathlib import Path
 
 from transformers import AutoConfig
@@ -11,8 +10,8 @@ from transformers.utils import cached_file
 import hf_mim
 from hf_mim.checks import one_of
 from hf_mim.data.processor import FILES, transformers_processor
-from hf_mim.evaluation.checkpoint import LOADING_ERRORS, load_whole
-from hf_mim.files import check_destination, new_folder, one_line
+from hf_mim.evaluation.checkpoint import LOADING_ERRORS, NAMES_OF_CODE, load_whole, loading_failure, without_code
+from hf_mim.files import check_destination, new_folder
 from hf_mim.hub.onnx import check_onnx, write_onnx
 from hf_mim.hub.remote_code import write_remote_code
 from hf_mim.hub.timm_vit import write_timm
@@ -55,6 +54,8 @@ def export(checkpoint: str | Path, dest: str | Path, to: str, encoder: str | Non
     if to == "onnx":
         check_onnx()
     model = load_ours(checkpoint)
+    for name in NAMES_OF_CODE:  # an export names no code but its own
+        vars(model.config).pop(name, None)
     if encoder is not None:
         if not isinstance(model, TargetNetworkMixin):
             only = f"{type(model).__name__} has only one, and {encoder} was asked for"
@@ -74,7 +75,7 @@ def load_ours(checkpoint: str | Path) -> MIMPreTrainedModel:
     try:
         config = AutoConfig.from_pretrained(checkpoint, trust_remote_code=False)
     except LOADING_ERRORS as error:
-        raise ValueError(f"checkpoint {checkpoint} cannot be read: {one_line(error, 300)}") from error
+        raise ValueError(f"checkpoint {checkpoint} cannot be read: {loading_failure(error)}") from error
     architecture = (config.architectures or ["nothing"])[0]
     if not isinstance(config, MIMConfig) or architecture not in hf_mim.__all__:
         raise ValueError(
@@ -93,9 +94,9 @@ def write_processor(checkpoint: str | Path, folder: Path, to: str):
     if path is None:
         logger.warning("checkpoint %s has no image processor, so the export has none", checkpoint)
         return
-    settings = json.loads(Path(path).read_text())
+    settings = without_code(json.loads(Path(path).read_text()))
     if settings.get("image_processor_type") != MIMImageProcessor.__name__:
-        shutil.copyfile(path, folder / Path(path).name)
+        (folder / Path(path).name).write_text(json.dumps(settings, indent=2) + "\n")
     elif to == "transformers":
         transformers_processor(MIMImageProcessor.from_dict(settings)).save_pretrained(folder)
     else:

@@ -1,20 +1,8 @@
-"""Reads checkpoint files of others without running any code that is in them.
-
-A pickle can run any code when it is read. `torch.load(weights_only=True)` builds nothing but tensors, plain containers
-and the types that `ALLOWED` adds.
-"""
+"""Reads the files of a checkpoint of others: which files there are, the tensors in them, what lies beside them."""
 
 import argparse
-import contextlib
 import json
-import pickle
-import pickletools
 import re
-import struct
-import tarfile
-import warnings
-import zipfile
-import zlib
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,33 +11,19 @@ import numpy as np
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-from safetensors import SafetensorError
-from safetensors.torch import load_file
-from torch.serialization import safe_globals
 
 from hf_mim.files import listed, one_line, sha256
+from hf_mim.hub.loading import load
 
-PICKLES = (".pth", ".pt", ".bin", ".tar", ".ckpt")
+PICKLES = (".pth", ".pt", ".bin", ".tar", ".ckpt", ".th", ".pkl")
+INDEX = ".index.json"
 EXTENSIONS = (".safetensors", *PICKLES)
 # The first of these that a folder has is read. A folder with none of them must have one weights file of any name.
 PREFERRED = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
-# What torch.load raises for bytes that are no checkpoint: its readers check little.
-DAMAGED = (
-    *(RuntimeError, pickle.UnpicklingError, EOFError, LookupError, ValueError, TypeError, AttributeError),
-    *(AssertionError, ArithmeticError, struct.error, zipfile.BadZipFile, zlib.error, MemoryError, OSError),
-)
-
-_multiarray = getattr(np, "_core", None) or np.core
-ALLOWED = [
-    argparse.Namespace,  # MAE saves its arguments
-    np.dtype,
-    *((_multiarray.multiarray.scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")),
-    *{type(np.dtype(kind)) for kind in (np.float64, np.float32, np.int64, np.int32, np.bool_)},
-]
-
-WEIGHTS = ("model", "state_dict")
-NETWORKS = ("encoder", "predictor", "target_encoder")  # I-JEPA's and StoP's, each with a state dict of its own
-BESIDE = "optimizer opt scaler loss_scaler epoch args loss batch_size world_size lr best_acc".split()
+# Words that torch puts among the names of a module: DataParallel, compile, FSDP, activation checkpoints.
+WRAPPERS = re.compile(r"(?:(?<=\.)|^)(?:module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+ARGUMENTS = ("hyper_parameters", "args")
+PLAIN = (str, int, float, bool, list, tuple, type(None))
 
 
 @dataclass
@@ -59,8 +33,9 @@ class Checkpoint:
     Attributes:
         name: name of the file, folder or Hub repository.
         files: name → sha256.
-        state: the tensors without `module.` prefixes; I-JEPA's and StoP's networks under "encoder.", "predictor.",
-            "target_encoder.".
+        state: every tensor, with the names of the dictionaries around it before its own: "model.norm.weight",
+            "optimizer.state.0.exp_avg".
+        skipped: the classes of objects beside the tensors that were not read.
         config: the content of `config.json`; {} without one.
         arguments: the training arguments that were saved with the weights.
         folder: the folder that `config.json` lies in; None for a single file.
@@ -72,6 +47,7 @@ class Checkpoint:
     config: dict[str, Any] = field(default_factory=dict)
     arguments: dict[str, Any] = field(default_factory=dict)
     folder: Path | None = None
+    skipped: list[str] = field(default_factory=list)
 
 
 def read_checkpoint(source: str | Path) -> Checkpoint:
@@ -82,19 +58,23 @@ def read_checkpoint(source: str | Path) -> Checkpoint:
     """
     path, folder, config = Path(source), None, {}
     if path.is_file():
-        name, paths = path.name, [path]
+        name, paths = path.name, shards_of(path) if path.name.endswith(INDEX) else [path]
     else:
         folder = path if path.is_dir() else _download(str(source))
         name = path.resolve().name if path.is_dir() else str(source)
         paths = weight_files(folder, name)
         config = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
     files = {path.name: sha256(path) for path in paths}  # first, so that a file that cannot be read fails here
-    state, arguments = {}, {}
+    state, arguments, skipped = {}, {}, []
     for path in paths:
-        tensors, found = weights_in(load(path), path.name)
+        loaded, classes = load(path)
+        tensors = tensors_in(loaded, path.name)
+        if twice := sorted(tensors.keys() & state.keys()):
+            raise ValueError(f"{name} has tensors in several of its files: {listed(twice, 3)}")
         state |= tensors
-        arguments |= found
-    return Checkpoint(name, files, state, config, arguments, folder)
+        arguments |= arguments_in(loaded)
+        skipped += classes
+    return Checkpoint(name, files, state, config, arguments, folder, skipped)
 
 
 def _download(repository: str) -> Path:
@@ -117,20 +97,27 @@ def weight_files(folder: Path, name: str) -> list[Path]:
     """The weights files of a folder's checkpoint. Raises ValueError if there is none, or several to choose from."""
     chosen = next((folder / file for file in PREFERRED if (folder / file).is_file()), None)
     if chosen is None:
+        indices = sorted(folder.glob(f"*{INDEX}"))
         found = sorted(path for path in folder.iterdir() if path.name.endswith(EXTENSIONS) and path.is_file())
-        if len(found) != 1:
+        if len(indices) == 1:
+            chosen = indices[0]
+        elif len(found) == 1:
+            chosen = found[0]
+        else:
             names = ", ".join(path.name for path in found) or f"none with {', '.join(EXTENSIONS)}"
             raise ValueError(f"{name} must hold one weights file, or give the file itself; there is {names}")
-        return found
-    if chosen.suffix != ".json":
-        return [chosen]
-    shards = read_json(chosen).get("weight_map")
-    if not isinstance(shards, dict) or not all(isinstance(file, str) for file in shards.values()):
-        raise ValueError(f"{chosen.name} must have a weight_map from tensors to files")
-    paths = [folder / file for file in sorted(set(shards.values()))]
+    return shards_of(chosen) if chosen.name.endswith(INDEX) else [chosen]
+
+
+def shards_of(index: Path) -> list[Path]:
+    """The files that an index names. Raises ValueError if one of them is not in its folder."""
+    shards = read_json(index).get("weight_map")
+    if not isinstance(shards, dict) or not shards or not all(isinstance(file, str) for file in shards.values()):
+        raise ValueError(f"{index.name} must have a weight_map from tensors to files")
+    paths = [index.parent / file for file in sorted(set(shards.values()))]
     for path in paths:
-        if path.parent != folder or not path.is_file():
-            raise ValueError(f"{chosen.name} names {path.name}, which is not in {name}")
+        if path.parent != index.parent or not path.is_file():
+            raise ValueError(f"{index.name} names {path.name}, which is not in {index.parent.resolve().name}")
     return paths
 
 
@@ -145,124 +132,56 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def load(path: Path) -> Any:
-    """The content of a weights file, on the CPU. Raises ValueError if it is damaged, or if it holds objects that are
-    not allowed; the message names them."""
-    if path.suffix == ".safetensors":
-        try:
-            return load_file(path)
-        except SafetensorError as error:
-            raise ValueError(f"{path.name} is damaged or no safetensors file: {error}") from None
-    if path.suffix not in PICKLES:
-        raise ValueError(f"{path.name} must end in one of {', '.join(EXTENSIONS)}")
-    try:
-        with safe_globals(ALLOWED), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except DAMAGED as error:
-        foreign = re.findall(r"GLOBAL (\S+)", str(error)) or foreign_names(path)
-    if foreign:
-        raise ValueError(
-            f"{path.name} is refused: it holds {listed(foreign, 1)}, and reading that could run any code; a checkpoint "
-            "needs tensors only"
-        )
-    if form := _other_form(path):
-        raise ValueError(f"{path.name} is {form}, which is not read; save its state_dict() by today's torch.save")
-    raise ValueError(f"{path.name} is truncated, damaged or no checkpoint written by torch.save")
-
-
-def _other_form(path: Path) -> str | None:
-    """The name of another format that torch writes, or wrote before 2018, if the file has it."""
-    try:
-        if zipfile.is_zipfile(path):
-            with zipfile.ZipFile(path) as archive:
-                is_script = any(name.endswith("/constants.pkl") for name in archive.namelist())
-            return "a TorchScript archive" if is_script else None
-        return "a tar archive" if tarfile.is_tarfile(path) else None
-    except DAMAGED:
-        return None
-
-
-def foreign_names(path: Path) -> list[str]:
-    """The names that a pickle would import, found without running it. torch names only those of old protocols."""
-    names, strings = [], []
-    # Where the file breaks off, or is no pickle, the names until there count.
-    with contextlib.suppress(*DAMAGED), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        for operation, argument, _ in pickletools.genops(_pickle_in(path)):
-            if isinstance(argument, str):
-                strings.append(argument)
-            if operation.name == "STACK_GLOBAL":
-                names.append(".".join(strings[-2:]))
-    return [name for name in names if not name.startswith(("torch.", "collections.", "argparse.", "numpy."))]
-
-
-def _pickle_in(path: Path, limit: int = 1 << 26) -> bytes:
-    if not zipfile.is_zipfile(path):
-        with open(path, "rb") as file:
-            return file.read(limit)
-    with zipfile.ZipFile(path) as archive:
-        root = archive.namelist()[0].partition("/")[0]
-        with archive.open(f"{root}/data.pkl") as file:
-            return file.read(limit)
-
-
-def weights_in(loaded: Any, name: str) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """(tensors by name, training arguments) from the content of a file.
+def tensors_in(loaded: Any, name: str, prefix: str = "") -> dict[str, torch.Tensor]:
+    """The tensors at any depth of nested dictionaries, by their keys with dots between them, without the words that
+    torch's wrappers put among them.
 
     Raises:
-        ValueError: it is neither a state dict nor what the authors save, or it holds several sets of weights.
+        ValueError: it is no dictionary, or two tensors have one name.
     """
-    if not isinstance(loaded, dict) or not all(isinstance(key, str) for key in loaded):
-        raise ValueError(f"{name} must hold tensors by name, not a {type(loaded).__name__}")
-    parts = {key: value for key, value in loaded.items() if key in (*WEIGHTS, *NETWORKS) and isinstance(value, dict)}
-    if not parts:
-        return check_tensors(without_module(loaded), name), {}
-    others = [key for key, value in loaded.items() if key not in (*parts, *BESIDE) and _holds_tensors(value)]
-    whole = [key for key in parts if key in WEIGHTS]
-    if others or len(parts) > 1 and whole:
-        raise ValueError(
-            f"{name} holds several sets of weights: {', '.join([*parts, *others])}; keep the one to convert"
-        )
-    if whole:
-        state = without_module(parts[whole[0]])
-    else:
-        state = {f"{net}.{key}": value for net, part in parts.items() for key, value in without_module(part).items()}
-    arguments = loaded.get("args")
-    arguments = vars(arguments) if isinstance(arguments, argparse.Namespace) else {}
-    arguments = {key: value.item() if isinstance(value, np.generic) else value for key, value in arguments.items()}
-    return check_tensors(state, name), arguments
-
-
-def _holds_tensors(value: Any) -> bool:
-    """Whether it is a tensor or has one at any depth. A container from a pickle may contain itself."""
-    seen, left = set(), [value]
+    if not isinstance(loaded, dict):
+        raise ValueError(f"{name} must hold tensors by name, not {_article(type(loaded).__name__)}")
+    state: dict[str, torch.Tensor] = {}
+    left, seen = [(prefix, loaded)], {id(loaded)}  # a container from a pickle may contain itself
     while left:
-        item = left.pop()
-        if isinstance(item, torch.Tensor):
-            return True
-        if isinstance(item, dict | list | tuple | set) and id(item) not in seen:
-            seen.add(id(item))
-            left += item.values() if isinstance(item, dict) else item
-    return False
-
-
-def without_module(state: dict[str, Any]) -> dict[str, Any]:
-    """The state dict without the prefix that DistributedDataParallel adds to all keys."""
-    if all(str(key).startswith("module.") for key in state):
-        return {key.removeprefix("module."): value for key, value in state.items()}
+        before, items = left.pop()
+        for key, value in items.items():
+            if isinstance(value, dict) and id(value) not in seen:
+                seen.add(id(value))
+                left.append((f"{before}{key}.", value))
+            elif isinstance(value, torch.Tensor):
+                path = WRAPPERS.sub("", f"{before}{key}")
+                if path in state:
+                    raise ValueError(f"{name} has two tensors for {path}: with and without the names of wrappers")
+                state[path] = value
     return state
 
 
-def check_tensors(state: dict[str, Any], name: str) -> dict[str, torch.Tensor]:
-    """Return the state dict. Raises ValueError if it is empty or has a value that is no plain tensor."""
-    wrong = [f"{key} ({type(value).__name__})" for key, value in state.items() if not _is_plain(value)]
-    if wrong or not state:
-        what = f"these are none: {listed(wrong)}" if wrong else "it has none"
-        raise ValueError(f"{name} must hold plain tensors by name, and {what}")
+def _article(name: str) -> str:
+    return f"the object {name}, whose code would have to run; save its state_dict()" if "." in name else f"a {name}"
+
+
+def arguments_in(loaded: dict[str, Any]) -> dict[str, Any]:
+    """The training arguments beside the weights: numbers, texts and booleans by name."""
+    held = (loaded.get(name) for name in ARGUMENTS)
+    found: dict[str, Any] = {}
+    for given in held:
+        given = vars(given) if isinstance(given, argparse.Namespace) else given
+        if isinstance(given, dict):
+            plain = {name: value.item() if isinstance(value, np.generic) else value for name, value in given.items()}
+            found |= {name: value for name, value in plain.items() if isinstance(value, PLAIN)}
+    return found
+
+
+def check_plain(state: dict[str, torch.Tensor], name: str) -> dict[str, torch.Tensor]:
+    """Return the tensors of a network. Raises ValueError if one of them is sparse, quantised or without data."""
+    wrong = [key for key, value in state.items() if not _is_plain(value)]
+    if wrong:
+        raise ValueError(
+            f"{name} must hold plain tensors by name, and these are sparse, quantised or empty: {listed(wrong)}"
+        )
     return state
 
 
-def _is_plain(value: Any) -> bool:
-    is_tensor = isinstance(value, torch.Tensor) and value.layout == torch.strided
-    return is_tensor and not value.is_quantized and value.device.type == "cpu"
+def _is_plain(value: torch.Tensor) -> bool:
+    return value.layout == torch.strided and not value.is_quantized and value.device.type == "cpu"

@@ -4,6 +4,8 @@ The files of I-JEPA and StoP have the same keys, and their encoders are the same
 Without `method` such a file is taken for I-JEPA.
 """
 
+import dataclasses
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,14 +14,18 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, PreTrainedModel
 
 from hf_mim import methods
-from hf_mim.files import listed, one_line
+from hf_mim.files import one_line
 from hf_mim.hub import key_tables
 from hf_mim.hub.key_tables import Row, module_names, within
-from hf_mim.hub.reading import Checkpoint
+from hf_mim.hub.prefixes import choose_prefix
+from hf_mim.hub.reading import Checkpoint, check_plain
 from hf_mim.hub.timm_vit import ACTIVATIONS
 from hf_mim.hub.transformers_vit import SHARED
 from hf_mim.models.configuration_vit import MIMConfig
 
+# Dictionaries of the authors' files beside their networks.
+BESIDE = ("opt", "optimizer", "scaler", "loss_scaler", "args", "epoch", "loss")
+TOKENS = ("dist_token", "reg_token", "register_tokens", "storage_tokens")  # timm's, DINOv2's, DINOv3's
 POOLER = ("pooler.dense.weight", "pooler.dense.bias")
 # transformers' model types → the methods that each can be, the table, the encoder's prefix, the classifier's pooling.
 TRANSFORMERS = {
@@ -40,6 +46,10 @@ class Layout:
         told: config fields whose values follow from the keys or from config.json.
         assumed: the names of config fields whose values nothing tells.
         unread: keys that were left out because they change nothing.
+        prefix: what stands before the names in the file.
+        others: the prefixes of other networks in the file that could be taken instead.
+        tokens: tensors of distillation tokens and registers, which are not taken over.
+        taken: the names in the file of the tensors that are taken over.
     """
 
     method: str
@@ -49,6 +59,10 @@ class Layout:
     told: dict[str, Any] = field(default_factory=dict)
     assumed: tuple[str, ...] = ()
     unread: tuple[str, ...] = ()
+    prefix: str = ""
+    others: tuple[str, ...] = ()
+    tokens: tuple[str, ...] = ()
+    taken: tuple[str, ...] = ()
 
     @property
     def model_class(self) -> type[PreTrainedModel]:
@@ -64,11 +78,45 @@ class Layout:
         return "" if self.role == "encoder" else f"{self.model_class.base_model_prefix}."
 
 
-def recognise(checkpoint: Checkpoint, method: str | None = None) -> Layout:
-    """Recognise a checkpoint. Raises ValueError if it is none that we know, or cannot be of this method."""
+def recognise(checkpoint: Checkpoint, method: str | None = None, prefix: str | None = None) -> Layout:
+    """Recognise a checkpoint. `prefix` chooses one of several networks in it (`prefixes.py`).
+
+    Raises ValueError if it is none that we know, cannot be of this method, or holds several equal networks.
+    """
     method = None if method is None else methods.get(method).name
     if checkpoint.config.get("model_type") in [row.config_class.model_type for row in methods.rows()]:
         raise ValueError(f"{checkpoint.name} is a checkpoint of hf_mim already: from_pretrained loads it as it is")
+    prefix, others = choose_prefix(checkpoint.state, checkpoint.name, prefix)
+    inside = {key.removeprefix(prefix): x for key, x in checkpoint.state.items() if key.startswith(prefix)}
+    if prefix == "":  # an optimizer and the like lie beside networks that have no name of their own
+        inside = {key: x for key, x in inside.items() if key.partition(".")[0] not in BESIDE}
+    state, tokens = without_tokens(check_plain(inside, checkpoint.name))
+    layout = _layout(dataclasses.replace(checkpoint, state=state), method)
+    layout.prefix, layout.others, layout.tokens = prefix, tuple(others), tokens
+    layout.taken = tuple(f"{prefix}{key}" for key in inside if key not in {*layout.unread, *tokens})
+    return layout
+
+
+def without_tokens(state: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], tuple[str, ...]]:
+    """(the tensors of a ViT without those of distillation tokens and registers, the names of these). Our encoders have
+    none. Their rows in the position table go too; if the CLS token has no row there, it gets one of zeros."""
+    found = [key for key in TOKENS if key in state]
+    positions = state.get("pos_embed")
+    if not found or "cls_token" not in state or positions is None or positions.ndim != 3:
+        return state, ()
+    extra = sum(state[key].shape[-2] for key in found if state[key].ndim > 1)
+    for num_prefix in (1, 1 + extra, 0):
+        count = positions.shape[1] - num_prefix
+        if math.isqrt(max(count, 0)) ** 2 == count:
+            cls = positions[:, :1] if num_prefix else torch.zeros_like(positions[:, :1])
+            positions = torch.cat([cls, positions[:, num_prefix:]], dim=1)
+            break
+    found += [key for key in ("head_dist.weight", "head_dist.bias") if key in state]
+    kept = {key: tensor for key, tensor in state.items() if key not in found}
+    return kept | {"pos_embed": positions}, tuple(found)
+
+
+def _layout(checkpoint: Checkpoint, method: str | None) -> Layout:
     state = checkpoint.state
     if any(key.endswith("patch_embeddings.projection.weight") for key in state):
         return _transformers(checkpoint, method)
@@ -80,9 +128,7 @@ def recognise(checkpoint: Checkpoint, method: str | None = None) -> Layout:
         return _jepa(checkpoint, method)
     if "patch_embed.proj.weight" in state:
         return _vit(checkpoint, method)
-    raise ValueError(
-        f"{checkpoint.name} is no checkpoint of MAE, I-JEPA, StoP or Latent MIM; it has the tensors {listed(state, 3)}"
-    )
+    raise AssertionError("choose_prefix finds only names that are above")
 
 
 def _choose(method: str | None, possible: tuple[str, ...], checkpoint: Checkpoint) -> str:

@@ -49,9 +49,10 @@ class ClassificationHead:
     @can_return_tuple
     def forward(self, pixel_values, labels=None, **kwargs) -> ImageClassifierOutput:
         """Images `[B, C, H, W]` (and labels `[B]`) → logits `[B, num_labels]` (and the loss)."""
+        of_the_loss = {name: kwargs.pop(name) for name in ("num_items_in_batch",) if name in kwargs}  # Trainer's
         output = self.base_model(pixel_values, **kwargs)
         logits = self.classifier(output.pooler_output)
-        loss = None if labels is None else self.loss_function(labels, logits, self.config, **kwargs)
+        loss = None if labels is None else self.loss_function(labels, logits, self.config, **of_the_loss)
         return ImageClassifierOutput(
             loss=loss, logits=logits, hidden_states=output.hidden_states, attentions=output.attentions
         )

@@ -7,7 +7,6 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers import initialization as init
-from transformers.utils.generic import can_return_tuple
 
 from .configuration_latent_mim import LatentMIMConfig
 from .decoders import CrossAttentionLayer
@@ -15,6 +14,7 @@ from .heads import BackboneHead, ClassificationHead
 from .losses import masked_sum, mean_over, normalized_l2, patch_discrimination, standardize
 from .masking import gather, split_at_random
 from .positions import PositionEmbeddings
+from .recording import pretraining_forward
 from .signals import error_over_constant, spread, target_signals
 from .target_encoder import TargetNetworkMixin, cosine
 from .vit import MIMPreTrainedModel, PretrainingOutput, ViTEncoder, are_ids_absent
@@ -215,7 +215,7 @@ class LatentMIMForPreTraining(TargetNetworkMixin, LatentMIMPreTrainedModel):
             loss = loss + self.config.similarity_weight * gaps.square().sum()
         return loss, metrics
 
-    @can_return_tuple
+    @pretraining_forward
     def forward(
         self, pixel_values, context_ids=None, target_ids=None, patch_offsets=None, noise=None, valid_pixels=None
     ) -> LatentMIMOutput:

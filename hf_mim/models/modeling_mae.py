@@ -3,13 +3,13 @@
 from dataclasses import dataclass
 
 import torch
-from transformers.utils.generic import can_return_tuple
 
 from .configuration_mae import MAEConfig
 from .decoders import PixelDecoder
 from .heads import BackboneHead, ClassificationHead
 from .losses import mean_and_variance, mean_squared_error, standardize
 from .masking import gather, split_at_random
+from .recording import pretraining_forward
 from .signals import spread
 from .vit import MIMPreTrainedModel, PretrainingOutput, ViTEncoder, are_ids_absent, unpatchify
 
@@ -50,7 +50,7 @@ class MAEForPreTraining(MAEPreTrainedModel):
             context_ids, target_ids = split_at_random(noise, self.config.num_visible(grid))
         return {"context_ids": context_ids, "target_ids": target_ids}
 
-    @can_return_tuple
+    @pretraining_forward
     def forward(self, pixel_values, context_ids=None, target_ids=None, noise=None, valid_pixels=None) -> MAEOutput:
         """Reconstruct masked patches.
 

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers.utils.generic import can_return_tuple
 
 from .configuration_stop_jepa import StopJepaConfig
 from .heads import BackboneHead, ClassificationHead
@@ -17,6 +16,7 @@ from .linear_layers import bias_of, input_dtype, product_without_bias
 from .losses import smooth_l1
 from .masking import gather, sample_multi_block
 from .positions import PositionEmbeddings
+from .recording import pretraining_forward
 from .signals import error_over_constant, spread, target_signals
 from .target_encoder import TargetNetworkMixin
 from .vit import MIMPreTrainedModel, PretrainingOutput, ViTEncoder, are_ids_absent, run_layers, vit_layers
@@ -145,7 +145,7 @@ class StopJepaForPreTraining(TargetNetworkMixin, StopJepaPreTrainedModel):
         noise = {"position_noise": position_noise, "context_noise": context_noise}
         return masks | {name: value for name, value in noise.items() if value is not None}
 
-    @can_return_tuple
+    @pretraining_forward
     def forward(
         self,
         pixel_values,

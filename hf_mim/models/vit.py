@@ -28,6 +28,9 @@ from .positions import PositionEmbeddings
 # The files beside a checkpoint's weights that tell of it: card, settings, pictures, measurements.
 BESIDE_WEIGHTS = ("README.md", "*_config.json", "*_state.json", "*.yaml", "*.png", "results/*.json")
 
+# Arguments of the encoder's `forward` that transformers takes for itself, or adds because of the config.
+ADDED_BY_TRANSFORMERS = {"output_hidden_states", "output_attentions", "use_cache", "is_causal"}
+
 
 def patchify(pixel_values: torch.Tensor, patch_size: tuple[int, int]) -> torch.Tensor:
     """`[B, C, H, W]` → `[B, N, P]`: patches in raster order, each flattened by row, column, channel."""
@@ -50,7 +53,8 @@ def unpatchify(patches: torch.Tensor, patch_size: tuple[int, int], grid: tuple[i
 @dataclass
 class PretrainingOutput(ModelOutput):
     """What every pretraining model returns: the loss [], predictions and targets in the order of target_ids, the ids
-    of the pass, and metrics, which are detached scalars on the device."""
+    of the pass, and metrics, which are detached scalars on the device. On request hidden_states and attentions of the
+    encoder that sees the context (`recording.py`)."""
 
     loss: torch.Tensor | None = None
     predictions: torch.Tensor | None = None
@@ -58,6 +62,8 @@ class PretrainingOutput(ModelOutput):
     context_ids: torch.Tensor | None = None
     target_ids: torch.Tensor | None = None
     metrics: dict[str, torch.Tensor] | None = None
+    hidden_states: tuple[torch.Tensor, ...] | None = None
+    attentions: tuple[torch.Tensor, ...] | None = None
 
 
 def are_ids_absent(context_ids, target_ids) -> bool:
@@ -326,7 +332,11 @@ class ViTEncoder(MIMPreTrainedModel):
 
         Raises:
             ValueError: a channel count or a side that does not fit the config.
+            TypeError: an argument that does not exist.
         """
+        if unknown := sorted(kwargs.keys() - ADDED_BY_TRANSFORMERS):
+            known = "pixel_values, patch_ids, output_hidden_states, output_attentions and return_dict"
+            raise TypeError(f"{type(self).__name__}.forward() takes {known}, and no {', '.join(unknown)}")
         patches, grid = self.cut(pixel_values)
         if patch_ids is not None:
             patches = gather(patches, patch_ids)

@@ -146,7 +146,7 @@ def fails_with(capsys, *words) -> str:
         ("knn {checkpoint} --dataset {empty}", "source"),
         ("knn {checkpoint} --dataset {flat}", "has no labels in split train; give --labels COLUMN"),
         ("knn {empty} --dataset digits", "holds no encoder that can be loaded"),
-        ("knn {bert} --dataset digits", "BertModel, which is no vision transformer"),
+        ("knn {bert} --dataset digits", "BertModel, which is no vision encoder"),
         ("segment {checkpoint} --dataset {flat}", "mask"),
     ],
 )

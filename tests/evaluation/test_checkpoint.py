@@ -92,18 +92,19 @@ def test_a_classifier_without_pooler_loads_and_missing_weights_are_an_error(tmp_
         FrozenEncoder.load(tmp_path / "half")
 
 
-@pytest.mark.parametrize(
-    ("model", "message"),
-    [
-        (lambda: BertModel(BertConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1)), "no vision transf"),
-        (lambda: ResNetModel(ResNetConfig(embedding_size=8, hidden_sizes=[8], depths=[1])), "no vision transformer"),
-    ],
-)
-def test_other_models_are_refused_in_one_line(model, message, tmp_path):
-    model().save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=message) as error:
+def test_another_model_is_refused_in_one_line(tmp_path):
+    BertModel(BertConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1)).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="holds BertModel, which is no vision encoder") as error:
         FrozenEncoder.load(tmp_path)
     assert "\n" not in str(error.value)
+
+
+def test_a_network_whose_config_has_no_size_gets_that_of_its_processor_or_224(tmp_path):
+    ResNetModel(ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1])).save_pretrained(tmp_path)
+    encoder = FrozenEncoder.load(tmp_path)
+    assert (encoder.image_size, encoder.grid, encoder.patch_size, encoder.width) == ((224, 224), (28, 28), (8, 8), 16)
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps({"size": {"shortest_edge": 64}}))
+    assert FrozenEncoder.load(tmp_path).image_size == (64, 64)
 
 
 def test_a_folder_without_checkpoint_is_refused(tmp_path):

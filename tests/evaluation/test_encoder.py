@@ -15,6 +15,7 @@ from transformers import (
     ViTImageProcessor,
     ViTMAEConfig,
     ViTMAEModel,
+    ViTModel,
     YolosConfig,
     YolosModel,
 )
@@ -70,7 +71,7 @@ def test_transformers_mae_is_not_masked_and_keeps_raster_order():
     assert tokens.shape == (1, 16, 32)
     model.embeddings.patch_embeddings.projection.weight.data.zero_()  # then a token knows nothing but its neighbours
     model.embeddings.position_embeddings.data[:, 1:] = torch.arange(16.0)[None, :, None]
-    for layer in encoder.blocks:
+    for layer in encoder.layers.modules:
         layer.register_forward_hook(lambda module, args, output: args[0])  # every block is the identity
     (places,) = encoder.extract(image, [FeatureSpec("last", "tokens", norm=False)])
     assert places[0, :, 0].diff().tolist() == [1.0] * 15
@@ -135,10 +136,20 @@ def test_features_after_a_norm_that_is_not_there_are_refused():
     assert encoder.extract(torch.randn(2, 3, 32, 32), [FeatureSpec(norm=False)])[0].shape == (2, 32)
 
 
+def test_tokens_after_the_patches_are_no_patches():
+    model = YolosModel(YolosConfig(**TINY | {"image_size": [32, 32]}, num_detection_tokens=10)).eval()
+    images = torch.randn(2, 3, 32, 32)
+    (tokens,) = FrozenEncoder(model, **NORMALIZATION).extract(images, [FeatureSpec(pooling="tokens")])
+    torch.testing.assert_close(tokens, model(images).last_hidden_state[:, 1:17].detach())
+
+
 def test_tokens_of_which_nobody_knows_which_are_patches_are_refused():
-    config = YolosConfig(**TINY | {"image_size": [32, 32]}, num_detection_tokens=10)
-    with pytest.raises(ValueError, match="is no encoder of patches"):
-        FrozenEncoder(YolosModel(config), **NORMALIZATION)
+    model = ViTModel(ViTConfig(**TINY))
+    order = [0, *range(16, 0, -1)]
+    model.embeddings.register_forward_hook(lambda module, args, output: output[:, order])
+    with pytest.raises(ValueError, match="nobody can tell which of its 17 tokens are the 16 patches") as error:
+        FrozenEncoder(model, **NORMALIZATION)
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("name", ["mae", "vit"])

@@ -1,6 +1,7 @@
 """Linear heads against torch's SGD, torch's BatchNorm and scikit-learn; the protocol against what it promises."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -143,7 +144,14 @@ class Given:
     def __init__(self, features, log=None, num_layers=2):
         self.features, self.log = features, [] if log is None else log
         self.progress = False
-        self.encoder = type("Encoder", (), dict(device=torch.device("cpu"), num_prefix_tokens=1, num_layers=num_layers))
+        layers = SimpleNamespace(streams=[SimpleNamespace(width=8)] * num_layers)
+        self.encoder = SimpleNamespace(
+            device=torch.device("cpu"),
+            num_prefix_tokens=1,
+            num_layers=num_layers,
+            norm=torch.nn.Identity(),
+            layers=layers,
+        )
 
     def __call__(self, split, specs):
         self.log.append(f"features of {split.name}")

@@ -111,7 +111,7 @@ def test_what_is_left_out_is_said(tmp_path, run):
         (["--method", "dino"], "method must be one of mae, latent_mim, stop_jepa, ijepa, not 'dino'"),
         (["--method", "stop"], "method must be mae for mae.pth (by its keys), not stop_jepa"),
         (["--method"], "method needs a value: one of mae, latent_mim"),
-        (["--force"], "convert has no option force; there is method and set"),
+        (["--force"], "convert has no option force; there is method and prefix and set"),
         (["third"], "convert needs SOURCE and DEST"),
     ],
 )
