@@ -22,7 +22,7 @@ class Account:
         notes: more that a user may want to know, each in a few words.
         class_folders: whether the column `label` has the classes by the folders.
         revision: of a dataset on the Hub, if it is known.
-        labels, group: where they come from, in words: "column label", "class folders", "folders". None: there are none.
+        labels, group: where they come from, in words: "column label", "class folders". None: there are none.
     """
 
     taken: str = ""

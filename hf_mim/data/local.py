@@ -66,6 +66,7 @@ def naming_the_source(source, where: str = ""):
 def load_local(
     path: Path, split: str, streaming: bool, labels: str | None
 ) -> tuple[Dataset | IterableDataset, Account]:
+    """A split of a file or folder, with all its columns. `labels`: as in `load_images`."""
     if path.is_dir() and ((path / "dataset_dict.json").exists() or (path / "state.json").exists()):
         with naming_the_source(path):
             saved = datasets.load_from_disk(str(path))

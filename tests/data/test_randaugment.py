@@ -2,15 +2,19 @@
 
 import random
 from collections import Counter
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from datasets import Array2D, Dataset, Features, Value
 from PIL import Image
 from tiny_runs import image_column
 
-from hf_mim.data import CenterCrop, ImageDataset
+from hf_mim.data import CenterCrop, ImageDataset, load_images
 from hf_mim.data.randaugment import OPERATIONS, SIGNED, RandAugment, RandAugmentedImages
+from hf_mim.evaluation.finetune import training_images
+from hf_mim.models.pixels import ImageFormatError
 
 FILL = (10, 120, 200)
 WITHOUT_MAGNITUDE = {"auto_contrast", "equalize", "invert"}
@@ -135,3 +139,13 @@ def test_other_channel_counts_are_refused():
         RandAugment(fill=(0,) * 12)
     with pytest.raises(ValueError, match="fill must have 1 values"):
         RandAugmentedImages(image_column(2), 16, num_channels=1, randaugment=RandAugment())
+
+
+def test_deep_images_are_refused_at_once_by_a_message_that_names_the_option():
+    pixels = np.arange(2 * 64, dtype=np.uint16).reshape(2, 8, 8) * 100
+    features = Features(image=Array2D((8, 8), "uint16"), label=Value("int64"))
+    deep = Dataset.from_dict({"image": pixels, "label": [0, 1]}, features)
+    encoder = SimpleNamespace(image_size=(8, 8), num_channels=1, mean=[0.5], value_range=None)
+    with pytest.raises(ImageFormatError, match="RandAugment takes 8-bit images; give --randaugment_magnitude 0"):
+        training_images(load_images(deep), encoder)
+    assert training_images(load_images(deep), encoder, magnitude=0)[1]["labels"] == 1
