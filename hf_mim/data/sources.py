@@ -21,6 +21,7 @@ from .account import Account
 from .columns import prepare_columns
 from .decode import BrokenImage, decoding, image_name, open_image
 from .digits import digits
+from .fingerprint import fingerprint
 from .folders import (
     IMAGE_EXTENSIONS,
     TABLE_EXTENSIONS,
@@ -333,9 +334,14 @@ def local_folder(source) -> Path | None:
 
 
 def same_source(one, other) -> bool:
-    """Whether two sources are one: the same object, or the same path or name, however it is written."""
-    paths = isinstance(one, str | os.PathLike), isinstance(other, str | os.PathLike)
-    return _real(one) == _real(other) if all(paths) else one is other
+    """Whether two sources are one: the same object; the same path or name, however it is written; or files with the
+    same names, sizes and beginnings, which are a copy (`fingerprint`)."""
+    if not (isinstance(one, str | os.PathLike) and isinstance(other, str | os.PathLike)):
+        return one is other
+    if (places := [_real(one), _real(other)]) and places[0] == places[1]:
+        return True
+    held = [fingerprint(place) for place in places]
+    return held[0] is not None and held[0] == held[1]
 
 
 def _real(source: str | os.PathLike) -> str:
