@@ -13,7 +13,7 @@ _THREADS = 8  # they wait for the disk; hashing runs without Python's lock
 
 
 def digests(images: Dataset) -> np.ndarray:
-    """The digest of each image `[n]`, of the type S16. Equal bytes have equal digests, in a file, in a table or both."""
+    """The digest of each image `[n]`, of the type S16. Equal bytes have equal digests, in files and in tables."""
     with ThreadPoolExecutor(_THREADS) as pool:
         found = [digest for values in _parts(images) for digest in pool.map(_digest, values)]
     return np.array(found, dtype=f"S{DIGEST}")

@@ -21,7 +21,7 @@ from .account import Account
 from .columns import prepare_columns
 from .decode import BrokenImage, decoding, image_name, open_image
 from .digits import digits
-from .fingerprint import fingerprint
+from .fingerprint import is_copy
 from .folders import (
     IMAGE_EXTENSIONS,
     TABLE_EXTENSIONS,
@@ -36,7 +36,6 @@ from .tars import look_into, read_tars
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?(:[\w.-]+)?")
 _MAX_SHARDS = 64  # of a local source that is streamed
 _NUM_PROBED = 16  # images that are opened, to see whether any can be read
-
 
 _warn_once = functools.cache(logging.getLogger(__name__).warning)  # a run reads its sources several times
 
@@ -334,14 +333,9 @@ def local_folder(source) -> Path | None:
 
 
 def same_source(one, other) -> bool:
-    """Whether two sources are one: the same object; the same path or name, however it is written; or files with the
-    same names, sizes and beginnings, which are a copy (`fingerprint`)."""
-    if not (isinstance(one, str | os.PathLike) and isinstance(other, str | os.PathLike)):
-        return one is other
-    if (places := [_real(one), _real(other)]) and places[0] == places[1]:
-        return True
-    held = [fingerprint(place) for place in places]
-    return held[0] is not None and held[0] == held[1]
+    """Whether two sources are one: the same object, the same path or name in other words, or a copy of the files."""
+    paths = isinstance(one, str | os.PathLike), isinstance(other, str | os.PathLike)
+    return (_real(one) == _real(other) or is_copy(_real(one), _real(other))) if all(paths) else one is other
 
 
 def _real(source: str | os.PathLike) -> str:

@@ -128,7 +128,7 @@ class Evaluation:
 
     @property
     def names(self) -> list[str]:
-        """What a reader of a file's name wants to know: the protocol, the data, and the options that are no defaults."""
+        """What the name of the result's file says: the protocol, the data, and the options that are no defaults."""
         source, options = self._arguments[1], []
         for arguments in self._arguments:
             for field in dataclasses.fields(arguments):

@@ -47,9 +47,8 @@ def literal(value) -> str:
 
 
 def code(value) -> str:
-    """A text as a span of code. One with backticks is shown as text instead."""
-    text = plain(value)
-    return f"`{text}`" if text and "`" not in text and "|" not in text else shown(value)
+    """A name as a span of code, or as text if it has more than letters, digits and a few signs."""
+    return f"`{value}`" if re.fullmatch(r"[\w.,+=%@()-]+", str(value)) else shown(value)
 
 
 def fenced(text: str, language: str) -> str:

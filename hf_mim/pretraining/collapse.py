@@ -107,8 +107,8 @@ def warning_text(condition: Condition, start: dict, entry: dict, since: int, mod
     if start[condition.name] < condition.floor:
         return (
             f"The targets have never told images apart: {condition.name} {start[condition.name]:.3g} at step "
-            f"{start['step']} and {entry[condition.name]:.3g} at step {entry['step']}. Look at the images first: are they "
-            "all alike, or blank? Then at their value_range, image_mean and image_std."
+            f"{start['step']} and {entry[condition.name]:.3g} at step {entry['step']}. Look at the images first: are "
+            "they all alike, or blank? Then at their value_range, image_mean and image_std."
         )
     if condition.name == "target_std":
         position_only = entry.get("target_position_share", 0) > POSITION_ONLY

@@ -137,7 +137,9 @@ def test_fine_tuning_puts_its_classifier_into_no_folder_that_holds_something(run
         assert "holds something already" in capsys.readouterr().err.splitlines()[-1]
     assert before == {path.name: path.read_bytes() for path in other.iterdir()} and not (run / "results").exists()
     assert evaluate("finetune", run, *quick, "--output_dir", tmp_path / "new") == 0
-    assert {"config.json", "model.safetensors", "preprocessor_config.json"} <= {x.name for x in (tmp_path / "new").iterdir()}
+    assert {"config.json", "model.safetensors", "preprocessor_config.json"} <= {
+        x.name for x in (tmp_path / "new").iterdir()
+    }
 
 
 def test_without_a_home_features_are_not_kept_and_the_warning_says_what_to_do(run, tmp_path, monkeypatch, caplog):

@@ -32,9 +32,9 @@ from hf_mim.data.processor import image_processor
 from hf_mim.evaluation.classifier import load_classifier, save_classifier
 from hf_mim.evaluation.encoder import FrozenEncoder
 from hf_mim.evaluation.features import FeatureExtractor
+from hf_mim.evaluation.finetune import Finetune, FinetuningArguments, make_trainer, training_images
 from hf_mim.evaluation.measure import measure
 from hf_mim.evaluation.result import NotKept
-from hf_mim.evaluation.finetune import Finetune, FinetuningArguments, make_trainer, training_images
 
 TINY = dict(image_size=32, patch_size=8, hidden_size=64, num_hidden_layers=2, num_attention_heads=4)
 CLASSES = [f"class {number}" for number in range(10)]
@@ -286,7 +286,10 @@ def test_a_disk_that_fills_at_the_end_does_not_lose_what_was_measured(checkpoint
     few = digits_splits[0].select(range(40))
     quick = Finetune(**QUICK | dict(epochs=1, batch_size=20, output_dir=str(tmp_path / "classifier")))
     full = mock.patch("hf_mim.evaluation.finetune.save_classifier", side_effect=SafetensorError("No space left"))
-    with full, pytest.raises(NotKept, match="the classifier was not saved: .*classifier cannot be written: No space") as e:
+    with (
+        full,
+        pytest.raises(NotKept, match="the classifier was not saved: .*classifier cannot be written: No space") as e,
+    ):
         measure(quick, extractor(checkpoint), (few, few), checkpoint)
     result = e.value.result
     assert result.value == pytest.approx(round(result.value * 40) / 40) and result.checkpoint == checkpoint.name

@@ -1,4 +1,4 @@
-"""Nothing in the files of a folder leaves its place in the card: no block of code, cell, metadata or HTML of its own."""
+"""Nothing in the files of a folder leaves its place in the card: block of code, cell of a table, metadata, text."""
 
 import json
 import re
@@ -54,7 +54,8 @@ def plant(folder, text: str):
     edit(folder / "results" / "knn.json", **part | {"protocol": text, "data": {"train": data, "test": data}})
     edit(folder / "results" / "training.json", **part)
     edit(folder / "results" / "health.json", **part, table=[{text: text, "measure": text, "worry": "yes"}])
-    (folder / "results" / "knn.json").rename(folder / "results" / f"{''.join(x for x in text if x.isprintable())[:60].replace('/', '')}.json")
+    name = "".join(x for x in text if x.isprintable() and x != "/")
+    (folder / "results" / "knn.json").rename(folder / "results" / f"{name}.json")
     state = {"log_history": [{"loss": text}, {"train_runtime": text}], "global_step": text}
     (folder / "trainer_state.json").write_text(json.dumps(state))
 
