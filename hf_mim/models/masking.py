@@ -32,7 +32,7 @@ from .configuration_vit import check_at_least_1
 
 Range = tuple[float, float]
 MAX_REDRAWS = 100
-TRIED = 64, 20  # images, and redraws, by which `BlockMasks.check_context` finds out whether a context is left
+TRIED = 64, 30  # images, and redraws, by which `BlockMasks.check_context` finds out whether a context is left
 
 
 def split_at_random(noise: Tensor, num_kept: int) -> tuple[Tensor, Tensor]:
