@@ -132,8 +132,10 @@ class Evaluation:
         source, options = self._arguments[1], []
         for arguments in self._arguments:
             for field in dataclasses.fields(arguments):
-                value = getattr(arguments, field.name)
-                if field.name not in UNNAMED and value != field.default:
+                value, default = getattr(arguments, field.name), field.default
+                if field.default_factory is not dataclasses.MISSING:
+                    default = field.default_factory()
+                if field.name not in UNNAMED and value != default:
                     options.append(field.name if value is True else f"{field.name}_{_short(value)}")
         data = filter(None, (getattr(source, name, None) for name in ("dataset", "test")))
         return [type(self.protocol).name, *map(source_name, data), *sorted(options)]

@@ -2,14 +2,17 @@
 
 import errno
 import json
+import os
 import shutil
 
 import numpy as np
 import pytest
 import torch
+from huggingface_hub.constants import HF_HOME
 from PIL import Image
 
 from hf_mim.cli import main
+from hf_mim.cli.errors import Mistake, told_in_one_line
 from hf_mim.data.processor import image_processor
 from hf_mim.evaluation.result import Result
 from hf_mim.models.configuration_mae import MAEConfig
@@ -166,3 +169,15 @@ def test_a_result_names_no_folder_of_this_machine_and_no_token(tmp_path):
     text = result.save(tmp_path / "r.json").read_text()
     assert str(tmp_path) not in text and "SECRET" not in text
     assert json.loads(text)["settings"] == {"path": "x", "token": "***", "features": "last/mean/norm"}
+
+
+@pytest.mark.parametrize("below", ["datasets/x", ".."])
+def test_a_library_that_cannot_write_into_its_cache_folder_is_told_with_the_variable(below):
+    path = os.path.abspath(os.path.join(HF_HOME, below))
+    with pytest.raises(Mistake, match="^source x cannot be read; the variable HF_HOME names another folder for such"):
+        with told_in_one_line(""):
+            raise ValueError("source x cannot be read") from OSError(errno.EROFS, "Read-only file system", path)
+    for other in (OSError(errno.EROFS, "Read-only file system", "/elsewhere/x"), ValueError("no file")):
+        with pytest.raises(Mistake) as error, told_in_one_line(""):
+            raise other
+        assert "HF_HOME" not in str(error.value)
