@@ -53,33 +53,52 @@ def check_writable(path: str | Path, argument: str, kind: str = "folder"):
         raise ValueError(f"{argument} must be a {kind} that can be written, and {found}") from error
 
 
-def check_destination(dest: str | Path) -> Path:
+def check_destination(dest: str | Path, argument: str = "DEST") -> Path:
     """The path of a new folder. Raises ValueError for a file, a link, a folder that is not empty, or no permission."""
     dest = Path(dest)
     if dest.is_symlink():
-        raise ValueError(f"DEST must be a new folder, and {dest} is a link")
+        raise ValueError(f"{argument} must be a new folder, and {dest} is a link")
     if dest.exists() and not dest.is_dir():
-        raise ValueError(f"DEST must be a new folder, and {dest} is a file")
+        raise ValueError(f"{argument} must be a new folder, and {dest} is a file")
     if dest.is_dir() and any(dest.iterdir()):
-        raise ValueError(f"DEST must be a new folder, and {dest} holds something already")
-    check_writable(dest, "DEST", "new folder")
+        raise ValueError(f"{argument} must be a new folder, and {dest} holds something already")
+    check_writable(dest, argument, "new folder")
     return dest
 
 
 @contextlib.contextmanager
-def new_folder(dest: str | Path) -> Iterator[Path]:
-    """A folder to write into. It is renamed to `dest` when the block ends well, and removed when the block fails."""
-    dest = check_destination(dest).absolute()
-    dest.parent.mkdir(parents=True, exist_ok=True)
+def new_folder(dest: str | Path, argument: str = "DEST") -> Iterator[Path]:
+    """A folder to write into. It is renamed to `dest` when the block ends well, and removed when the block fails.
+
+    Raises:
+        ValueError: as `check_destination`.
+        OSError: in one line, if the disk is full or fails, whatever wrote the files.
+    """
+    dest = check_destination(dest, argument).absolute()
     partial = dest.with_name(f".{dest.name}.{os.getpid()}.partial")
-    partial.mkdir()
     try:
-        yield partial
-        if dest.is_dir():
-            dest.rmdir()
-        partial.rename(dest)
+        with disk_errors(f"{dest} cannot be written: "):
+            partial.mkdir(parents=True)
+            yield partial
+            if dest.is_dir():
+                dest.rmdir()
+            partial.rename(dest)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def disk_errors(before: str = ""):
+    """Turn what safetensors, torch.save and Python raise on a full or broken disk into an OSError of one line, which
+    begins with the text `before`."""
+    from safetensors import SafetensorError  # the command line imports this file, and has to be quick
+
+    try:
+        yield
+    except (OSError, SafetensorError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "inline_container" not in str(error):
+            raise
+        raise OSError(f"{before}{one_line(error, 200)}") from error
 
 
 def one_line(error: BaseException, limit: int | None = None) -> str:

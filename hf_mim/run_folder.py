@@ -46,29 +46,25 @@ MANIFEST = "manifest.json"
 STAGING = "_saving"  # files are written here, and moved to their place when they are whole
 
 
-def result_path(folder: str | Path, *names: str) -> Path:
-    """The file of a checkpoint's result, in `results/` in its folder. `names` are protocol, dataset and options."""
-    name = "_".join(re.sub(r"[^\w.-]+", "_", part).strip("_") for part in names if part)
-    if len(name) > 120:
-        name = f"{name[:100]}_{hashlib.sha256(name.encode()).hexdigest()[:12]}"
-    return Path(folder) / RESULTS / f"{name}.json"
+def result_path(folder: str | Path, *names: str, key: str = "") -> Path:
+    """The file of a checkpoint's result, in `results/` in its folder.
+
+    `names` are protocol, dataset and options, for readers. `key` tells apart what has the same names.
+    """
+    name = "_".join(re.sub(r"[^\w.-]+", "_", part.replace("%", "percent")).strip("_") for part in names if part)
+    if len(name.encode()) > 120:
+        name = f"{name.encode()[:100].decode(errors='ignore')}_{hashlib.sha256(name.encode()).hexdigest()[:12]}"
+    return Path(folder) / RESULTS / f"{f'{name}_{key}' if key else name}.json"
 
 
-# Options of an evaluation that change no number, or that are in the file's name anyway.
-UNNAMED = {"dataset", "test", "device", "extract_batch_size", "num_workers", "cache", "output", "output_dir"}
-
-
-def evaluation_path(checkpoint: str, protocol: str, values: dict[str, Any]) -> Path:
-    """Where `hf-mim evaluate` saves a result. Its name has the protocol, the data and each option that may change it.
+def evaluation_path(checkpoint: str, names: list[str], key: str) -> Path:
+    """Where `hf-mim evaluate` saves a result: `names` and `key` are those of `Evaluation`.
 
     A checkpoint on the Hub has no local folder: its results go to `results/` in the current folder.
     """
-    folder, names = Path(checkpoint), [protocol]
-    if not folder.is_dir():
-        folder, names = Path("."), [checkpoint.replace("/", "_"), protocol]
-    names += [Path(values[name]).stem for name in ("dataset", "test") if values.get(name)]
-    given = sorted((name, value) for name, value in values.items() if name not in UNNAMED)
-    return result_path(folder, *names, *(name if value is True else f"{name}_{value}" for name, value in given))
+    if Path(checkpoint).is_dir():
+        return result_path(checkpoint, *names, key=key)
+    return result_path(".", checkpoint.replace("/", "_"), *names, key=key)
 
 
 def checkpoints(run_folder: str | Path) -> list[Path]:

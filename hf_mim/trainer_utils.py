@@ -16,6 +16,7 @@ from transformers.trainer_utils import has_length
 
 from hf_mim.data.dataset import MAX_BROKEN, BrokenImagesError, ImageStream, check_broken
 from hf_mim.models.target_encoder import cosine, linear
+from hf_mim.scrub import scrubbed_all
 
 
 def learning_rate(progress: float, peak: float, start: float = 0.0, final: float = 0.0, warmup: float = 0.0) -> float:
@@ -45,6 +46,10 @@ class ProcessArguments(TrainingArguments):
     def images_per_step(self) -> int:
         """Images per optimizer step: per-device batch × accumulation × processes."""
         return self.per_device_train_batch_size * self.gradient_accumulation_steps * self.world_size
+
+    def __getstate__(self) -> dict:
+        """Without tokens and folders of this machine: `training_args.bin` is a pickle of this, and may be uploaded."""
+        return {name: None if name.endswith("token") else scrubbed_all(value) for name, value in vars(self).items()}
 
     def settle_loaders(self):
         """Switch off options of loaders that torch would refuse or warn of. Call it after `__post_init__`."""

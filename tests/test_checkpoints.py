@@ -134,13 +134,19 @@ def test_a_run_that_is_done_makes_no_step_more(tmp_path):
 def test_the_best_checkpoint_is_known_by_its_name(tmp_path):
     model = make_model("mae")
     settings = dict(save_strategy="steps", save_steps=2, eval_strategy="steps", eval_steps=2, save_total_limit=1)
-    best = dict(load_best_model_at_end=True, metric_for_best_model="loss", greater_is_better=False)
-    trainer = MIMTrainer(model, arguments(tmp_path, **settings, **best), Images(model), eval_dataset=Images(model, 8))
+    options = dict(load_best_model_at_end=True, metric_for_best_model="loss", greater_is_better=False)
+    images = dict(train_dataset=Images(model), eval_dataset=Images(model, 8))
+    trainer = MIMTrainer(model, arguments(tmp_path, **settings, **options), **images)
     trainer.train()
     best = trainer.state.best_model_checkpoint
     assert best in [str(path) for path in checkpoints.checkpoints(tmp_path)]
     state = json.loads((tmp_path / "checkpoint-8" / "trainer_state.json").read_text())
-    assert "_saving" not in json.dumps(state)
+    assert "_saving" not in json.dumps(state) and str(tmp_path) not in json.dumps(state)  # it may be uploaded
+    trainer.save_state()
+    assert str(tmp_path) not in (tmp_path / "trainer_state.json").read_text()
+    resumed = MIMTrainer(make_model("mae"), arguments(tmp_path, **settings, **options), **images)
+    resumed.train(resume_from_checkpoint=True)
+    assert resumed.state.best_model_checkpoint == best == trainer.state.best_model_checkpoint
 
 
 # ---- what a resume refuses

@@ -168,6 +168,27 @@ def test_the_warning_says_what_it_saw_and_what_to_change(warnings):
     assert "loss_type patch_discrimination, now norm_l2" in warnings()[1]
 
 
+def test_targets_that_never_told_images_apart_are_told_at_once(warnings):
+    log = Log(stop=True)
+    log(0.0, 0.0, 1e-9, 0.0)
+    assert log.verdicts == [0, 1, 1, 1] and log.control.should_training_stop
+    (text,) = warnings()
+    assert text.startswith(
+        "The targets have never told images apart: target_std 0 at step 10 and 0 at step 20. Look at"
+    )
+    assert "\n" not in text
+
+
+def test_images_that_are_all_alike_raise_the_alarm_in_a_run(warnings, tmp_path):
+    model = make_model("stop_jepa")
+    images = Images(model, uint8=True)
+    images.shape, grey = images.shape, torch.full(images.shape, 128, dtype=torch.uint8)
+    images.__class__ = type("Alike", (Images,), {"__getitem__": lambda self, index: {"pixel_values": grey}})
+    args = arguments(tmp_path, max_steps=3, logging_steps=1)
+    MIMTrainer(model, args, train_dataset=images, augment=lambda pixels: pixels.float() / 128 - 1).train()
+    assert "The targets have never told images apart" in warnings()[0]
+
+
 def test_targets_of_the_place_alone_are_called_so(warnings):
     log = Log()
     log(0.6, target_position_share=0.3)

@@ -9,6 +9,7 @@ The file has a row for each image. The columns are the --features (layer/pooling
 """
 
 import argparse
+import os
 import sys
 from pathlib import Path
 
@@ -36,6 +37,8 @@ def main():
     args = parser.parse_args()
     if not args.output.absolute().parent.is_dir():
         raise ValueError(f"output must lie in a folder that exists, and {args.output} does not")
+    if os.path.lexists(args.output):
+        raise ValueError(f"output must be a new file, and {args.output} exists")
 
     dtype = torch.bfloat16 if args.bf16 else torch.float32
     encoder = FrozenEncoder.load(args.checkpoint, args.image_size, dtype=dtype)

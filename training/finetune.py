@@ -23,6 +23,7 @@ from hf_mim.evaluation.classifier import load_classifier, save_classifier
 from hf_mim.evaluation.encoder import FrozenEncoder
 from hf_mim.evaluation.finetune import FinetuningArguments, make_trainer, training_images
 from hf_mim.evaluation.metrics import compute_metrics
+from hf_mim.files import check_destination
 
 
 @dataclass
@@ -50,6 +51,8 @@ def main():
     )
     parser.set_defaults(output_dir="runs/finetuned", eval_strategy="epoch", save_strategy="epoch", save_total_limit=1)
     ours, args, rest = parser.parse_args_into_dataclasses()
+    if args.resume_from_checkpoint is None:
+        check_destination(args.output_dir, "output_dir")
 
     # The checkpoint's image processor gives size, mean and std. The data workers crop the images.
     encoder = FrozenEncoder.load(rest.checkpoint, ours.image_size, device="cpu")

@@ -1,5 +1,6 @@
 """How users learn of mistakes: one line on stderr, from the first process alone, and exit status 2."""
 
+import errno
 import os
 import sys
 from collections.abc import Iterator
@@ -25,10 +26,23 @@ def told_in_one_line(interrupted: str) -> Iterator[None]:
     try:
         yield
     except (ValueError, OSError, RuntimeError, ImportError, StrictDataclassError) as error:
-        raise Mistake(one_line(error)) from error
+        raise Mistake(one_line(error) + place_for_files(error)) from error
     except KeyboardInterrupt:
         print(f"\ninterrupted; {interrupted}", file=sys.stderr)
         raise click.exceptions.Exit(130) from None
+
+
+def place_for_files(error: BaseException | None) -> str:
+    """What helps if a library could not write into the user's cache folder, as in a container without a home."""
+    from huggingface_hub.constants import HF_HOME
+
+    home, cannot = os.path.abspath(HF_HOME), (errno.EROFS, errno.EACCES, errno.ENOSPC)
+    while error is not None:
+        path = error.filename if isinstance(error, OSError) and error.errno in cannot else None
+        if isinstance(path, str) and path and os.path.commonpath([home, os.path.abspath(path)]) in (home, path):
+            return "; the variable HF_HOME names another folder for such files"
+        error = error.__cause__ or error.__context__
+    return ""
 
 
 def fail(message: str) -> int:

@@ -5,11 +5,10 @@ from pathlib import Path
 
 import click
 
-from hf_mim.cli.errors import Mistake, told_in_one_line
+from hf_mim.cli.errors import told_in_one_line
 from hf_mim.cli.options import Command, Menu, Setting, settings_of
 from hf_mim.docstrings import description
 from hf_mim.evaluation import PROTOCOLS, load_protocol
-from hf_mim.files import check_writable, one_line
 from hf_mim.pretraining.settings import suggestion, to_type
 
 TEXT = """\
@@ -47,21 +46,27 @@ def run(protocol: str, checkpoint: str, **given: str):
     from transformers.utils import logging
 
     from hf_mim.evaluation.measure import Evaluation, option_types
+    from hf_mim.evaluation.result import NotKept, check_result_path
     from hf_mim.run_folder import evaluation_path
 
     logging.disable_progress_bar()
     types = option_types(load_protocol(protocol))
     with told_in_one_line("the features so far are kept, and the same command goes on from them"):
         values = {name: to_type(name, value, types[name]) for name, value in given.items()}
-        path = Path(values["output"]) if values.get("output") else evaluation_path(checkpoint, protocol, values)
-        check_writable(path, "output", "file")
-        result = Evaluation(protocol, checkpoint, values)()
-    try:
+        chosen = Path(values["output"]) if values.get("output") else None
+        check_result_path(chosen or evaluation_path(checkpoint, [protocol], ""), "output")
+        evaluation = Evaluation(protocol, checkpoint, values)
+        path = chosen or evaluation_path(checkpoint, evaluation.names, evaluation.key)
+        try:
+            result, failure = evaluation(), None
+        except NotKept as error:
+            result, failure = error.result, error
+    print(result)  # first, so that the user sees it even if it cannot be saved
+    with told_in_one_line("the result was not saved"):
         result.save(path)
-    except OSError as error:
-        print(result)  # the user sees the result even if it cannot be saved
-        raise Mistake(one_line(error)) from error
-    print(f"{result}\n\nThe result is in {path}.")
+        print(f"\nThe result is in {path}.")
+        if failure is not None:
+            raise failure
 
 
 def refuse(word: str) -> str:

@@ -47,6 +47,12 @@ def fingerprint(source: str) -> str | None:
     )
 
 
+def is_copy(one: str, other: str) -> bool:
+    """Whether two local sources hold files of the same names, sizes and beginnings."""
+    held = fingerprint(one)
+    return held is not None and held == fingerprint(other)
+
+
 def changes(before: str, now: str) -> str:
     """What differs between two fingerprints, in words; "" if nothing does. "commit 1a2b..." is one of the Hub."""
     if before == now:

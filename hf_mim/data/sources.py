@@ -16,13 +16,13 @@ from .account import Account
 from .columns import FOLDER, keep_types, prepare_columns, typed
 from .decode import BrokenImage, decoding, image_name, open_image
 from .digits import digits
+from .fingerprint import is_copy
 from .folders import readable
 from .local import SplitNotFound, load_local, naming_the_source, picked
 
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?(:[\w.-]+)?")
 _MAX_SHARDS = 64  # of a local source that is streamed
 _NUM_PROBED = 16  # images that are opened, to see whether any can be read
-
 
 _warn_once = functools.cache(logging.getLogger(__name__).warning)  # a run reads its sources several times
 
@@ -196,9 +196,9 @@ def local_folder(source) -> Path | None:
 
 
 def same_source(one, other) -> bool:
-    """Whether two sources are one: the same object, or the same path or name, however it is written."""
+    """Whether two sources are one: the same object, the same path or name in other words, or a copy of the files."""
     paths = isinstance(one, str | os.PathLike), isinstance(other, str | os.PathLike)
-    return _real(one) == _real(other) if all(paths) else one is other
+    return (_real(one) == _real(other) or is_copy(_real(one), _real(other))) if all(paths) else one is other
 
 
 def _real(source: str | os.PathLike) -> str:

@@ -58,6 +58,11 @@ class Videos:
     def __len__(self) -> int:
         return len(self.names)
 
+    @property
+    def images(self) -> Dataset:
+        """All frames, with the column `image`."""
+        return self._frames.images
+
     def frames(self, sequence: str) -> Dataset:
         """The frames in order: a column `image`, undecoded."""
         return self._frames.images.select(self._rows[sequence])

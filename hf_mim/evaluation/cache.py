@@ -2,14 +2,16 @@
 
 Each combination of weights, data and preprocessing has a folder, with a file for each layer and pooling. Each written
 chunk is recorded with its checksum. So an interrupted extraction continues where it stopped, and a chunk that is
-damaged or missing is computed again.
+damaged or missing is computed again. A cache that cannot be written costs a warning and nothing else.
 """
 
 import hashlib
 import json
+import logging
 import math
 import os
 import shutil
+import time
 import zlib
 from pathlib import Path
 
@@ -19,16 +21,30 @@ import torch
 from datasets import Dataset
 from torch import Tensor
 
-from hf_mim.files import replacing
+from hf_mim.data.contents import DIGEST, digests, stamps
+from hf_mim.files import one_line, replacing
+
+logger = logging.getLogger(__name__)
 
 CHUNK = 512  # images
-FORMAT = 2  # part of every key; it is raised when older files in caches may be wrong
+FORMAT = 3  # part of every key; it is raised when older files in caches may be wrong
+SETTLED = 2.0  # seconds after which another change of a file has another time, on every file system
 
 
-def default_cache() -> Path:
-    """The folder in `HF_MIM_CACHE`, or hf_mim/features in the user's cache folder."""
+def default_cache() -> Path | None:
+    """The folder in `HF_MIM_CACHE`, or hf_mim/features in the user's cache folder; None, with a warning, if the user
+    has no home folder."""
     home = os.environ.get("XDG_CACHE_HOME", "~/.cache")
-    return Path(os.environ.get("HF_MIM_CACHE", f"{home}/hf_mim/features")).expanduser()
+    try:
+        return Path(os.environ.get("HF_MIM_CACHE", f"{home}/hf_mim/features")).expanduser()
+    except RuntimeError:
+        warn_of_no_cache("there is no home folder")
+        return None
+
+
+def warn_of_no_cache(reason: str):
+    """Say that features are not kept, and what would keep them."""
+    logger.warning("features are not kept: %s; --cache FOLDER or the variable HF_MIM_CACHE names a place", reason)
 
 
 def fingerprint(about: dict) -> str:
@@ -36,42 +52,45 @@ def fingerprint(about: dict) -> str:
     return hashlib.sha256(json.dumps(about, sort_keys=True, default=str).encode()).hexdigest()[:32]
 
 
-def images_sha256(images: Dataset) -> str:
-    """The hash of the images in their order: of their bytes, or for files of path, size and time of the last change."""
-    digest = hashlib.sha256()
-    for start in range(0, len(images), 1000):
-        for value in images[start : start + 1000]["image"]:
-            part = _identity(value)
-            digest.update(len(part).to_bytes(8, "little"))
-            digest.update(part)
-    return digest.hexdigest()
-
-
-def _identity(value) -> bytes:
-    if not isinstance(value, dict):
-        array = np.asarray(value)
-        return f"{array.dtype}{array.shape}".encode() + array.tobytes()
-    if value.get("bytes") is not None:
-        return value["bytes"]
-    path = os.path.abspath(value["path"] or "")
+def image_digests(images: Dataset, cache: Path | None) -> np.ndarray:
+    """`data.contents.digests`. The cache keeps those of files, so that files which nobody has changed are not read."""
+    found = stamps(images) if cache is not None else None
+    if found is None:
+        return digests(images)
+    stamp, newest = found
+    path = cache / "contents" / f"{stamp}.npy"
     try:
-        about = os.stat(path)
-    except OSError:  # the extraction will find that the file is not there
-        return path.encode()
-    return f"{path} {about.st_size} {about.st_mtime_ns}".encode()
+        kept = np.load(path)
+        if kept.shape == (len(images),) and kept.dtype == f"S{DIGEST}":
+            return kept
+    except (OSError, ValueError, EOFError):  # not kept, or damaged
+        pass
+    made = digests(images)
+    if time.time() - newest > SETTLED:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with replacing(path) as aside, aside.open("wb") as file:
+                np.save(file, made)
+        except OSError:  # the features will not find a place either, and then there is a warning
+            pass
+    return made
+
+
+class NoRoom(ValueError):
+    """The features do not fit where they are to be kept."""
 
 
 def check_room(shapes: list[tuple[int, ...]], folder: Path | None):
-    """Raise ValueError, before hours of work, if the disk or memory has no room for features of these shapes."""
+    """Raise NoRoom, before hours of work, if the disk or memory has no room for features of these shapes."""
     needed = 4 * sum(math.prod(shape) for shape in shapes)
     if folder is None:
-        free, where = psutil.virtual_memory().available, "memory, where --cache none keeps them"
+        free, where = psutil.virtual_memory().available, "memory, where they are without a cache"
     else:
         existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
-        free, where = shutil.disk_usage(existing).free, f"{folder}; give another cache"
+        free, where = shutil.disk_usage(existing).free, folder
     if needed > free:
         needed, free = (f"{size / 2**30:.1f} GiB" for size in (needed, free))
-        raise ValueError(f"the features take {needed}, and {free} are free in {where}, or fewer images (train_images)")
+        raise NoRoom(f"the features take {needed}, and {free} are free in {where}")
 
 
 class FeatureStore:
@@ -90,10 +109,14 @@ class FeatureStore:
         size = 4 * int(np.prod(self.shape))
         if not path.exists() or path.stat().st_size != size:
             self.record.unlink(missing_ok=True)
-            with path.open("ab") as file:  # keeps the file itself, because another process may have it mapped
-                file.truncate(size)
-                if size and hasattr(os, "posix_fallocate"):  # a full disk raises here, not as a bus error later
-                    os.posix_fallocate(file.fileno(), 0, size)
+            try:
+                with path.open("ab") as file:  # keeps the file itself, because another process may have it mapped
+                    file.truncate(size)
+                    if size and hasattr(os, "posix_fallocate"):  # a full disk raises here, not as a bus error later
+                        os.posix_fallocate(file.fileno(), 0, size)
+            except OSError:
+                path.unlink(missing_ok=True)
+                raise
         # This array reads and writes the file; `tensor` gives its readers a private view of the same pages.
         self.array = np.memmap(path, np.float32, "r+", shape=self.shape)
         self.chunks = {number: entry for number, entry in self._recorded().items() if self._is_whole(number, entry)}
@@ -120,8 +143,11 @@ class FeatureStore:
         self.chunks[number] = {"crc32": self._checksum(number) if self.path else None, "broken": broken}
         if self.path:
             self.array.flush()
-            with replacing(self.record) as aside:
-                aside.write_text(json.dumps(self.chunks))
+            try:
+                with replacing(self.record) as aside:
+                    aside.write_text(json.dumps(self.chunks))
+            except OSError as error:  # the features are there; only another run will not know that they are whole
+                warn_of_no_cache(one_line(error))
 
     def copy_to(self, other: "FeatureStore", kept: Tensor) -> "FeatureStore":
         """Fill the missing chunks of `other` with the rows that are `kept`, in order; returns `other`."""

@@ -1,6 +1,7 @@
 """Features of a frozen encoder: each image is read once, and gives all layers and poolings. A cache may keep them."""
 
 import dataclasses
+import hashlib
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,9 +16,19 @@ from hf_mim.data import BrokenImagesError
 from hf_mim.data.crop import crop_rng, load_crop
 from hf_mim.data.dataset import MAX_BROKEN
 from hf_mim.data.decode import BrokenImage, decoding, image_name
-from hf_mim.evaluation.cache import CHUNK, FORMAT, FeatureStore, check_room, fingerprint, images_sha256
+from hf_mim.evaluation.cache import (
+    CHUNK,
+    FORMAT,
+    FeatureStore,
+    NoRoom,
+    check_room,
+    fingerprint,
+    image_digests,
+    warn_of_no_cache,
+)
 from hf_mim.evaluation.encoder import FeatureSpec, FrozenEncoder, RawPixels
 from hf_mim.evaluation.result import installed_versions
+from hf_mim.files import one_line
 from hf_mim.models.pixels import scale_pixels
 
 logger = logging.getLogger(__name__)
@@ -32,7 +43,7 @@ class FeatureExtractor:
     Args:
         encoder: makes the features.
         batch_size, num_workers: of the extraction; they do not change the features.
-        cache: folder in which features are kept; None: they stay in memory.
+        cache: folder in which features are kept; None, or a folder that cannot be written: they stay in memory.
         crop: what is resized to the encoder's size: `CenterCrop`, `CenterWindow`, `WholeImage`; default: its own crop.
         progress: show a bar.
     """
@@ -76,9 +87,15 @@ class FeatureExtractor:
 
     def _stores(self, split, specs: list[FeatureSpec]) -> list[FeatureStore]:
         shapes = [(len(split), *self._row(spec)) for spec in specs]
-        if self.cache is None:
-            check_room(shapes, None)
-            return [FeatureStore(shape) for shape in shapes]
+        if self.cache is not None:
+            try:
+                return self._kept_stores(split, specs, shapes)
+            except (OSError, NoRoom) as error:  # a full disk, no permission
+                warn_of_no_cache(one_line(error))
+        check_room(shapes, None)
+        return [FeatureStore(shape) for shape in shapes]
+
+    def _kept_stores(self, split, specs: list[FeatureSpec], shapes: list[tuple[int, ...]]) -> list[FeatureStore]:
         folder = self._folder(split)
         paths = [folder / f"{str(spec).replace('/', '-')}.f32" for spec in specs]
         check_room([shape for shape, path in zip(shapes, paths, strict=True) if not path.exists()], self.cache)
@@ -131,7 +148,7 @@ class FeatureExtractor:
         """The cache's folder for these features. Its name depends on all that decides a feature, except layer and
         pooling, which name the file."""
         about = self.encoder.describe() | {
-            "images": images_sha256(split.images),
+            "images": hashlib.sha256(image_digests(split.images, self.cache).tobytes()).hexdigest(),
             "crop": repr(self.crop),
             "versions": installed_versions(),
             "format": FORMAT,

@@ -7,7 +7,6 @@ classifier.
 
 import tempfile
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import ClassVar
 
 import torch
@@ -21,8 +20,8 @@ from hf_mim.data.randaugment import LARGEST_MAGNITUDE, RandAugment, RandAugmente
 from hf_mim.data.splits import check_labels
 from hf_mim.evaluation.classifier import load_classifier, parameter_groups, save_classifier, size_options
 from hf_mim.evaluation.metrics import top_k_accuracy
-from hf_mim.evaluation.result import Result
-from hf_mim.files import check_writable
+from hf_mim.evaluation.result import NotKept, Result
+from hf_mim.files import check_destination, new_folder, one_line
 from hf_mim.trainer_utils import BrokenImages, DatasetEpoch, ProcessArguments, StepSeeds, seeded
 
 
@@ -69,13 +68,6 @@ def check_schedule(epochs: float, warmup_epochs: float | None, base_lr: float, l
         raise ValueError(f"warmup_epochs must be at least 0 and below the {epochs:g} epochs, not {warmup_epochs!r}")
     share("(0, 1]", layer_decay=layer_decay)
     least(0, weight_decay=weight_decay)
-
-
-def check_output(folder: Path, checkpoint: str | None):
-    """Raise ValueError, before hours of training, if the classifier cannot be saved in this folder, or must not be."""
-    if checkpoint is not None and folder.resolve() == Path(checkpoint).resolve():
-        raise ValueError(f"output_dir must not be the checkpoint, {folder}: the classifier would replace its weights")
-    check_writable(folder, "output_dir")
 
 
 def training_images(images, encoder, crop_scale=(0.08, 1.0), magnitude=9.0, magnitude_std=0.5, seed=0):
@@ -149,7 +141,7 @@ class Finetune:
         crop_scale: smallest and largest share of the image in a crop
         flip: probability of a left-right flip
         bf16: autocast to bfloat16; default: on CUDA
-        output_dir: keep the fine-tuned classifier in this folder
+        output_dir: keep the fine-tuned classifier in this new folder
         seed: for the new classifier, the order and all augmentation
     """
 
@@ -178,6 +170,8 @@ class Finetune:
     seed: int = 0
 
     def __post_init__(self):
+        if self.output_dir is not None:
+            check_destination(self.output_dir, "output_dir")  # before hours of training
         least(1, batch_size=self.batch_size)
         least(0, blocks=self.blocks)
         share("[0, 1)", drop_path=self.drop_path)
@@ -197,8 +191,6 @@ class Finetune:
                 f"device must be {encoder.device.type}, the first that Trainer sees, not {encoder.device}; choose "
                 f"another GPU by CUDA_VISIBLE_DEVICES={index}"
             )
-        if self.output_dir is not None:
-            check_output(Path(self.output_dir), encoder.name)
         labels = train.read_labels()
         check_labels(labels)
         if self.batch_size > len(train):
@@ -226,9 +218,22 @@ class Finetune:
         if broken := test_images.broken_indices():  # another image was predicted in place of each
             logits = logits[[row for row in range(len(logits)) if row not in set(broken)]]
             test.leave_out(broken)
-        if self.output_dir is not None:
-            save_classifier(model, self.output_dir, encoder.image_processor(extract.crop))
-        return self._result(trainer, logits, train, test)
+        failure = self._keep(model, encoder.image_processor(extract.crop))
+        result = self._result(trainer, logits, train, test)
+        if failure is not None:
+            raise NotKept(f"the classifier was not saved: {failure}", result)
+        return result
+
+    def _keep(self, model, processor) -> str | None:
+        """Save the classifier in `output_dir`, whole or not at all. Returns what failed."""
+        if self.output_dir is None:
+            return None
+        try:
+            with new_folder(self.output_dir, "output_dir") as folder:
+                save_classifier(model, folder, processor)
+        except (OSError, ValueError) as error:
+            return one_line(error)
+        return None
 
     def _arguments(self, folder, device, num_workers: int, silent: bool) -> FinetuningArguments:
         return FinetuningArguments(
@@ -258,7 +263,7 @@ class Finetune:
         history = trainer.state.log_history
         ks = [1, 5] if logits.shape[1] > 5 else [1]
         scores = top_k_accuracy(logits, test.read_labels(), ks)
-        settings = asdict(self) | {
+        settings = {name: value for name, value in asdict(self).items() if name != "output_dir"} | {
             "learning_rate": trainer.args.learning_rate,
             "steps": trainer.state.max_steps,
             "warmup_epochs": trainer.args.warmup_epochs,

@@ -11,23 +11,28 @@ already.
 """
 
 import dataclasses
+import os
 import time
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, get_type_hints
 
+import numpy as np
 import torch
 
 from hf_mim.checks import check_statistics, least
+from hf_mim.data.contents import count_copies, short_hash
+from hf_mim.data.fingerprint import absolute_source
 from hf_mim.data.sources import source_name
 from hf_mim.docstrings import argument_texts
 from hf_mim.evaluation import load_protocol
-from hf_mim.evaluation.cache import default_cache
+from hf_mim.evaluation.cache import default_cache, fingerprint, image_digests
 from hf_mim.evaluation.checkpoint import checkpoint_sha256
 from hf_mim.evaluation.data_arguments import NEEDS
 from hf_mim.evaluation.encoder import FrozenEncoder
 from hf_mim.evaluation.features import FeatureExtractor
-from hf_mim.evaluation.result import Result
+from hf_mim.evaluation.result import NotKept, Result
 
 
 @dataclass
@@ -82,8 +87,14 @@ class EncoderArguments:
         encoder = FrozenEncoder.load(checkpoint, size, self.device, dtype, *statistics, self.trust_remote_code)
         if self.untrained:
             encoder = encoder.untrained()
-        cache = {"default": default_cache(), "none": None}.get(self.cache, Path(self.cache))
+        cache = default_cache() if self.cache == "default" else None if self.cache == "none" else Path(self.cache)
         return FeatureExtractor(encoder, self.extract_batch_size, self.num_workers, cache, crop)
+
+
+# Options that change no number. The names of files have the data anyway.
+UNDECIDING = {"device", "extract_batch_size", "num_workers", "cache", "output", "output_dir"}
+UNNAMED = UNDECIDING | {"dataset", "test"}
+OF_THE_WRITER = ("_name_or_path", "transformers_version")  # in a config: who wrote it and where
 
 
 class Evaluation:
@@ -106,15 +117,61 @@ class Evaluation:
         if protocol_class.needs != "nothing" and source.dataset is None:
             raise ValueError(f"dataset must be given: {argument_texts(type(source))['dataset']}")
         self.checkpoint = checkpoint
+        self._arguments = self.protocol, source, encoder
         self.extract = encoder.extractor(checkpoint, source.crop())
         self.splits = source.load()
 
     def __call__(self) -> Result:
-        """Measure."""
-        return measure(self.protocol, self.extract, self.splits, self.checkpoint)
+        """Measure. Raises NotKept, with the result, if what the protocol keeps beside it cannot be written."""
+        return measure(self.protocol, self.extract, self.splits, self.checkpoint, self._contents)
+
+    @cached_property
+    def _contents(self) -> list[np.ndarray]:
+        return [image_digests(split.images, self.extract.cache) for split in self.splits]
+
+    @property
+    def names(self) -> list[str]:
+        """What the name of the result's file says: the protocol, the data, and the options that are no defaults."""
+        source, options = self._arguments[1], []
+        for arguments in self._arguments:
+            for field in dataclasses.fields(arguments):
+                value, default = getattr(arguments, field.name), field.default
+                if field.default_factory is not dataclasses.MISSING:
+                    default = field.default_factory()
+                if field.name not in UNNAMED and value != default:
+                    options.append(field.name if value is True else f"{field.name}_{_short(value)}")
+        data = filter(None, (getattr(source, name, None) for name in ("dataset", "test")))
+        return [type(self.protocol).name, *map(source_name, data), *sorted(options)]
+
+    @property
+    def key(self) -> str:
+        """8 hexadecimal digits for everything that decides the number: two measurements that differ in the data (by
+        place or by content), in a setting or in the encoder have different keys."""
+        settings = {
+            field.name: getattr(arguments, field.name)
+            for arguments in self._arguments
+            for field in dataclasses.fields(arguments)
+            if field.name not in UNDECIDING
+        }
+        encoder = self.extract.encoder.describe()
+        architecture = encoder.pop("architecture")
+        about = {
+            "protocol": type(self.protocol).name,
+            "settings": settings | {name: _place(settings[name]) for name in ("dataset", "test") if name in settings},
+            "encoder": {name: value for name, value in encoder.items() if name != "device"},
+            "architecture": {name: value for name, value in architecture.items() if name not in OF_THE_WRITER},
+            "contents": list(map(short_hash, self._contents)),
+        }
+        return fingerprint(about)[:8]
 
 
-def measure(protocol, extract: FeatureExtractor, splits: tuple, checkpoint: str | Path) -> Result:
+def measure(
+    protocol,
+    extract: FeatureExtractor,
+    splits: tuple,
+    checkpoint: str | Path,
+    contents: list[np.ndarray] | None = None,
+) -> Result:
     """Run a protocol on the features of a checkpoint's encoder.
 
     Args:
@@ -122,13 +179,25 @@ def measure(protocol, extract: FeatureExtractor, splits: tuple, checkpoint: str 
         extract: with the encoder of the checkpoint, or its untrained twin.
         splits: the images that `protocol.run` takes after `extract`.
         checkpoint: folder, or name on the Hub.
+        contents: the digests of the images of each split, if they are known already.
 
     Returns:
         The protocol's result. It also has the checkpoint and its hash (none if untrained), the device, the seconds that
-        it took, and, in its settings, how the encoder saw the images and where labels and groups come from.
+        it took, and, in its settings, how the encoder saw the images and where labels and groups come from. Its data
+        have a short hash of what the images hold, and the number of test images that are among the training images,
+        byte for byte.
+
+    Raises:
+        NotKept: the protocol could not write what it keeps beside the result; the result is in the error.
     """
-    start, encoder = time.perf_counter(), extract.encoder
-    result = protocol.run(extract, *splits)
+    if contents is None:
+        contents = [image_digests(split.images, extract.cache) for split in splits]
+    start, encoder, failure = time.perf_counter(), extract.encoder, None
+    try:
+        result = protocol.run(extract, *splits)
+    except NotKept as error:
+        result, failure = error.result, error
+    _add_contents(result, contents)
     result.seconds = round(time.perf_counter() - start, 1)
     result.checkpoint, result.device = source_name(checkpoint), str(encoder.device)
     result.checkpoint_sha256 = None if encoder.is_untrained else checkpoint_sha256(checkpoint)
@@ -144,6 +213,8 @@ def measure(protocol, extract: FeatureExtractor, splits: tuple, checkpoint: str 
     result.settings |= {name: value for name, value in about.items() if name in offered}
     result.settings["untrained"] = encoder.is_untrained
     result.settings |= where_from(splits)
+    if failure is not None:
+        raise failure
     return result
 
 
@@ -155,6 +226,33 @@ def where_from(splits: tuple) -> dict[str, str | None]:
         if texts:
             found[name] = ", in the test ".join(map(str, texts)) if len(texts) > 1 else next(iter(texts))
     return found
+
+
+def _add_contents(result: Result, contents: list[np.ndarray]):
+    """Say in the result what the images hold, and how many test images are copies of training images."""
+    parts = [result.data[name] for name in ("train", "test") if name in result.data] or [result.data]
+    for part, found in zip(parts, contents, strict=False):
+        part["contents"] = short_hash(found)
+    if len(contents) == 2:
+        copies = count_copies(*contents)
+        parts[-1]["copies_of_training_images"] = copies
+        if copies:
+            result.notes.append(
+                f"{copies:,} of the {len(contents[1]):,} test images are training images too, byte for byte."
+            )
+
+
+def _place(source) -> str | None:
+    """The real path of a source on this machine; other sources by their names."""
+    path = absolute_source(source)
+    return os.path.realpath(path) if path is not None and os.path.isabs(path) else path
+
+
+def _short(value) -> str:
+    """An option's value in the name of a file."""
+    if isinstance(value, list | tuple):
+        return ",".join(map(_short, value))
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def argument_kinds(protocol: type) -> tuple[type, type, type]:

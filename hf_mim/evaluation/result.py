@@ -2,15 +2,18 @@
 
 import json
 import math
+import os
 from dataclasses import asdict, dataclass, field, fields
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import UnionType
 from typing import get_args, get_origin
 
-from hf_mim.files import replacing
+from hf_mim.files import check_writable, replacing
+from hf_mim.scrub import scrubbed_all
 
 LONGEST_TABLE = 16  # rows that are printed
+LARGEST_FILE = 2**26  # bytes; a larger file is no result
 
 
 def installed_versions() -> dict[str, str]:
@@ -52,11 +55,15 @@ class Result:
     seconds: float | None = None
 
     def save(self, path: str | Path) -> Path:
-        """Write the result as JSON, completely or not at all. The folder is made if it is missing."""
+        """Write the result as JSON, completely or not at all. The folder is made if it is missing.
+
+        Results travel, so folders of this machine and tokens are left out (`hf_mim.scrub`).
+        """
         path = Path(path)
+        values = scrubbed_all(_finite(asdict(self)))
         path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(path) as aside:
-            aside.write_text(json.dumps(_finite(asdict(self)), indent=2, default=str, allow_nan=False) + "\n")
+            aside.write_text(json.dumps(values, indent=2, default=str, allow_nan=False) + "\n")
         return path
 
     @classmethod
@@ -95,6 +102,27 @@ class Result:
             parts.append(f"The table of {len(self.table)} rows is in the file.")
         parts += self.notes
         return "\n\n".join(parts)
+
+
+class NotKept(OSError):
+    """What a protocol made beside the number could not be written. `result` is the measurement, and is whole."""
+
+    def __init__(self, message: str, result: Result):
+        super().__init__(message)
+        self.result = result
+
+
+def check_result_path(path: Path, argument: str):
+    """Raise ValueError, before any work, unless a result may be written there: to a new file, or over a result."""
+    check_writable(path, argument, "file")
+    if not os.path.lexists(path):
+        return
+    try:
+        if not path.is_file() or path.stat().st_size > LARGEST_FILE:
+            raise ValueError
+        Result.load(path)
+    except ValueError:
+        raise ValueError(f"{argument} must be a new file or a result to replace, and {path} is neither") from None
 
 
 def _is_a(value, kind) -> bool:

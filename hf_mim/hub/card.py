@@ -7,6 +7,7 @@ The text is in `card_template.md`. The text about a method is named by the metho
 """
 
 import re
+import shlex
 from pathlib import Path
 from urllib.parse import quote
 
@@ -18,9 +19,10 @@ from hf_mim.checks import check_license
 from hf_mim.evaluation import PROTOCOLS
 from hf_mim.evaluation.result import Result, format_number
 from hf_mim.files import replacing
-from hf_mim.hub.card_text import is_hub_name, last_name, markdown_table, scrubbed, scrubbed_all, shown, shown_number
+from hf_mim.hub.card_text import code, fenced, is_hub_name, literal, markdown_table, plain, shown, shown_number
 from hf_mim.methods import Method, of_config
 from hf_mim.run_folder import CARD, RESULTS, RunFacts
+from hf_mim.scrub import last_name, scrubbed_all
 
 TEMPLATE = Path(__file__).with_name("card_template.md")
 
@@ -49,7 +51,8 @@ def model_card(folder: str | Path, repo_id: str | None = None, license: str | No
     config, recipe, training, health = facts.config, facts.recipe, facts.training, facts.health
     method = of_config(config)
     license = check_license(license or facts.license)
-    name = repo_id.rpartition("/")[2] if repo_id else facts.folder.name
+    name = plain(repo_id.rpartition("/")[2] if repo_id else facts.folder.name)
+    address = plain(repo_id or facts.folder.name)
     dataset = _dataset(recipe, training)
     rows = health.table if health else []
     return ModelCard.from_template(
@@ -59,14 +62,15 @@ def model_card(folder: str | Path, repo_id: str | None = None, license: str | No
         config=config,
         method=method,
         name=shown(name),
-        address=repo_id or facts.folder.name,
+        address=literal(address),
+        shell_address=shlex.quote(address),
         method_text=jinja2.Template(method.card_text).render(config=config),
         auto_class="AutoModelForImageClassification" if facts.is_classifier else "AutoModel",
         image_size=_size(config.image_size),
         training_size=_size(config.training_size),
         overview=_overview(config, dataset, license),
         results=_results_table(facts),
-        result_notes=[f"`{name}`: {shown(text)}" for name, result in facts.results.items() for text in result.notes],
+        result_notes=[f"{code(name)}: {shown(x)}" for name, result in facts.results.items() for x in result.notes],
         not_measured=[name for name in PROTOCOLS if name not in facts.measured],
         health=markdown_table([{shown(name): shown_number(x) for name, x in row.items()} for row in rows]),
         health_data=_data(health.data) if health else None,
@@ -76,7 +80,8 @@ def model_card(folder: str | Path, repo_id: str | None = None, license: str | No
         compute_notes=[shown(text) for text in training.notes] if training else [],
         augmentation=_augmentation(recipe),
         plain_images=config.num_channels <= 4 and not recipe.get("value_range"),
-        recipe_text=_recipe_text(recipe, dataset),
+        recipe_block=fenced(_recipe_text(recipe, dataset), "yaml"),
+        bibtex_block=fenced(method.bibtex, "bibtex") if method.bibtex else "",
         data=_training_data(recipe, dataset, training),
     )
 
@@ -105,14 +110,14 @@ def _metadata(name: str, facts: RunFacts, method: Method, dataset: str, license:
 
 def _eval_result(result: Result) -> EvalResult:
     measured = result.data.get("test", result.data)
-    source, _, split = scrubbed(measured.get("source", "images")).partition(", split ")
+    source, _, split = plain(measured.get("source", "images")).partition(", split ")
     return EvalResult(
         task_type=TASKS.get(result.protocol, "image-feature-extraction"),
         dataset_type=source if is_hub_name(source) else re.sub(r"[^\w.-]+", "-", source),
         dataset_name=source,
         dataset_split=split or None,
         metric_type=re.sub(r"\W+", "_", result.metric.lower()),
-        metric_name=f"{result.metric} ({result.protocol})",
+        metric_name=plain(f"{result.metric} ({result.protocol})"),
         metric_value=result.value,
     )
 
@@ -148,8 +153,8 @@ def _dataset(recipe: dict, training: Result | None) -> str:
     the Hub only if the run has noted that."""
     dataset = str(recipe.get("dataset") or NOT_RECORDED)
     if "://" in dataset or (is_hub_name(dataset) and training is not None and training.data.get("local") is False):
-        return scrubbed(dataset)
-    return last_name(dataset)
+        return plain(dataset)
+    return plain(last_name(dataset))
 
 
 def _training_data(recipe: dict, dataset: str, training: Result | None) -> str:
@@ -188,6 +193,8 @@ def _data(data: dict) -> str:
     if "test" in data:
         return " → ".join(_data(data[name]) for name in ("train", "test") if name in data)
     known = {name: value for name, value in data.items() if name not in ("source", "images", "local")}
+    if not known.get("copies_of_training_images"):
+        known.pop("copies_of_training_images", None)
     known |= {"folder": last_name(known["folder"])} if "folder" in known else {}
     words = [shown(data.get("source", "images"))]
     words += [f"{shown(data['images'])} images"] if "images" in data else []

@@ -1,28 +1,33 @@
-"""How a model card shows values from files: without paths of the machine, and without breaking the Markdown."""
+"""How a model card shows values from files: without paths of the machine, and so that none leaves its place.
 
+This is the one place that escapes. A value in running text or in a cell goes through `shown` (or `shown_number`), a
+value in the metadata or in an example through `plain` and `literal`, a name in a code span through `code`, a block of
+code through `fenced`.
+"""
+
+import json
 import re
 
 from hf_mim.evaluation.result import format_number
+from hf_mim.scrub import scrubbed
 
-# Matches addresses, and the folders of paths that begin at a root, a home or the working directory. A folder's name may
-# have spaces.
-LOCATION = re.compile(
-    r"""(?P<address>\w+://\S*[^\s,.;:)'"])"""
-    r"""|(?<![\w.~/\\)\]])(?:~\w*/|\.{1,2}/|/|[A-Za-z]:[/\\]|\\\\)"""
-    r"""(?:(?:\S|\ (?=[^\s/\\]+[/\\]))*[/\\])?(?=[^\s/\\])"""
-)
+# What has a meaning in Markdown or HTML. As a numeric entity it has none, in cells of tables too.
+SPECIAL = re.compile(r"&(?=#?\w+;)|[<>`*\[\]|\\~$]")
+# What has a meaning only at the beginning of a line: headings, lists, lines.
+BEGINNING = re.compile(r"^(\d{1,9})?([-+#=_.)])(?=[-+#=_\s]|$)")
 
 
 def shown(value) -> str:
-    """A value as text that can stand anywhere in the card: scrubbed, on one line, its Markdown escaped."""
+    """A value as text that can stand anywhere in the card: scrubbed, on one line, its Markdown and HTML escaped."""
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, list | tuple):
         return ", ".join(map(shown, value))
     if isinstance(value, dict):
         return ", ".join(f"{shown(name)} {shown(x)}" for name, x in value.items())
-    text = f"{value:.6g}" if isinstance(value, float) else "none" if value is None else scrubbed(value)
-    return " ".join(text.split()).replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;")
+    text = plain(f"{value:.6g}" if isinstance(value, float) else "none" if value is None else value)
+    text = SPECIAL.sub(lambda match: f"&#{ord(match[0])};", text)
+    return BEGINNING.sub(lambda match: f"{match[1] or ''}&#{ord(match[2])};", text)
 
 
 def shown_number(value) -> str:
@@ -30,35 +35,27 @@ def shown_number(value) -> str:
     return shown(format_number(value))
 
 
-def scrubbed(value) -> str:
-    """A text as readers may see it: paths on this machine without their folders, addresses without query and user.
-
-    A name like `owner/name` stays, because results have only the last part of local paths.
-    """
-
-    def clean(match: re.Match) -> str:
-        address = match["address"]
-        if address is None:
-            return ""
-        if address.startswith("file:"):
-            return last_name(address)
-        return re.sub(r"[?#].*", "", re.sub(r"//[^/]*@", "//", address))
-
-    return LOCATION.sub(clean, str(value))
+def plain(value) -> str:
+    """A text on one line, scrubbed, without characters that cannot be printed. Its Markdown is not escaped."""
+    text = " ".join(scrubbed(value).split())
+    return "".join(x if x.isprintable() else "\N{REPLACEMENT CHARACTER}" for x in text)
 
 
-def scrubbed_all(value):
-    """The value with all texts `scrubbed`, also those in lists and mappings."""
-    if isinstance(value, dict):
-        return {name: scrubbed_all(x) for name, x in value.items()}
-    if isinstance(value, list):
-        return [scrubbed_all(x) for x in value]
-    return scrubbed(value) if isinstance(value, str) else value
+def literal(value) -> str:
+    """A text as a string of Python, in double quotes."""
+    return json.dumps(plain(value), ensure_ascii=False)
 
 
-def last_name(path) -> str:
-    """The last part of a path, with slashes or backslashes."""
-    return re.split(r"[/\\]", str(path).rstrip("/\\"))[-1]
+def code(value) -> str:
+    """A name as a span of code, or as text if it has more than letters, digits and a few signs."""
+    return f"`{value}`" if re.fullmatch(r"[\w.,+=%@()-]+", str(value)) else shown(value)
+
+
+def fenced(text: str, language: str) -> str:
+    """A block of code, with a fence that is longer than any run of backticks in it."""
+    longest = max(map(len, re.findall("`+", text)), default=0)
+    fence = "`" * max(3, longest + 1)
+    return f"{fence}{language}\n{text}\n{fence}"
 
 
 def is_hub_name(source: str) -> bool:

@@ -26,6 +26,7 @@ from hf_mim.hub.prefixes import grouped
 from hf_mim.hub.reading import Checkpoint, read_checkpoint
 from hf_mim.hub.recognise import Layout, recognise
 from hf_mim.hub.sizes import infer
+from hf_mim.scrub import scrubbed_all
 
 NORMALISATION = {"image_mean": list[float | int], "image_std": list[float | int]}
 
@@ -114,7 +115,7 @@ class Conversion:
             self.model.save_pretrained(folder)
             size = self.model.config.image_height_width
             image_processor(size, self.image_mean, self.image_std).save_pretrained(folder)
-            (folder / "conversion.json").write_text(json.dumps(self.record, indent=2) + "\n")
+            (folder / "conversion.json").write_text(json.dumps(scrubbed_all(self.record), indent=2) + "\n")
 
 
 def check_settings(settings: dict[str, Any], method: str) -> dict[str, Any]:

@@ -27,10 +27,11 @@ UPLOAD_ERRORS = (HTTPError, ConnectionError, LocalTokenNotFoundError, ValueError
 BUSY = (408, 429)  # 400 to 499 mean that the user is at fault, except these, which pass
 SILENCE = 60  # seconds without a byte from the Hub; by default the client waits for ever
 LONGEST_WAIT = 1800  # seconds for uploads in the background, before the next one or the end
-# What Trainer leaves out, and its pickled arguments: they name folders of this machine, and no model needs them.
-NOT_UPLOADED = ["_*", f"{CHECKPOINT}*", "training_args.bin"]
+# What Trainer leaves out, its pickled arguments, which no model needs, and what reporting tools write: the names and
+# first lines of TensorBoard's files tell the host and the folders of this machine.
+NOT_UPLOADED = ["_*", f"{CHECKPOINT}*", "training_args.bin", "runs/*", "*tfevents*"]
 # The files of Trainer's checkpoint that users of the model need. The other files are for resuming.
-MODEL_FILES = ("config.json", "*.safetensors", "*.safetensors.index.json")
+MODEL_FILES = ("config.json", "preprocessor_config.json", "*.safetensors", "*.safetensors.index.json")
 
 
 class HubTrainer:
@@ -55,6 +56,20 @@ class HubTrainer:
             if hasattr(self, "state"):
                 raise
             logger.warning(f"The Hub does not answer ({_first_line(error)}); each upload will try again")
+
+    def save_state(self):
+        """As Trainer's, without the path of the best checkpoint, because the file is uploaded."""
+        best, self.state.best_model_checkpoint = self.state.best_model_checkpoint, None
+        super().save_state()
+        self.state.best_model_checkpoint = best
+
+    def _init_training_state(self, *args, **kwargs):
+        """As Trainer's. The path of the best checkpoint follows from its step."""
+        done, state = super()._init_training_state(*args, **kwargs), self.state
+        best = Path(self.args.output_dir) / f"{CHECKPOINT}{state.best_global_step}"
+        if state.best_model_checkpoint is None and state.best_global_step and best.is_dir():
+            state.best_model_checkpoint = str(best)
+        return done
 
     def create_model_card(self, license: str | None = None, **kwargs):
         """Write our card, from what the folder holds. Trainer's card is made for fine-tuned text models.

@@ -81,6 +81,7 @@ class StopJepaConfig(MIMConfig):
             raise ValueError("use_cls_token must be False: I-JEPA and StoP have no CLS token")
         check_momentum(self)
         self.masking.check(self.grid_size)
+        self.masking.check_context(self.grid_size)
 
     @property
     def masking(self) -> BlockMasks:

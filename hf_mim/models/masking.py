@@ -32,6 +32,7 @@ from .configuration_vit import check_at_least_1
 
 Range = tuple[float, float]
 MAX_REDRAWS = 100
+TRIED = 64, 30  # images, and redraws, by which `BlockMasks.check_context` finds out whether a context is left
 
 
 def split_at_random(noise: Tensor, num_kept: int) -> tuple[Tensor, Tensor]:
@@ -84,7 +85,7 @@ class BlockMasks:
         check_at_least_1(self, "num_targets", "num_candidates")
         for name, most in (("target_scale", 1), ("context_scale", 1), ("target_aspect_ratio", math.inf)):
             bounds = getattr(self, name)
-            if len(bounds) != 2 or not 0 < bounds[0] <= bounds[1] <= most:
+            if len(bounds) != 2 or not 0 < bounds[0] <= bounds[1] <= most or math.isinf(bounds[1]):
                 raise ValueError(f"{name} must be (low, high) with 0 < low <= high <= {most}, not {tuple(bounds)}")
         rows, columns = grid
         if self.block_range == "exclusive" and min(grid) < 2:
@@ -96,6 +97,37 @@ class BlockMasks:
                 f"target_scale={self.target_scale} with target_aspect_ratio={self.target_aspect_ratio} gives target "
                 f"blocks up to {height} patches high and {width} wide, larger than the grid of {rows}x{columns} patches"
             )
+
+    def check_context(self, grid: tuple[int, int]) -> None:
+        """Raise a ValueError that names the argument if the largest targets leave hardly ever a context on this grid.
+
+        It is for the start of a run: where the sizes do not tell, it draws masks and looks.
+        """
+        ratios = torch.linspace(*self.target_aspect_ratio, 33).tolist()
+        sizes = {_block_size(grid, self.target_scale[1], ratio, self.block_range) for ratio in ratios}
+        context = _block_size(grid, self.context_scale[0], grid[0] / grid[1], self.block_range)
+        for size in sizes:
+            if self.num_targets * math.prod(size) < math.prod(context):
+                continue
+            with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+                torch.manual_seed(0)
+                blocks = (_places(grid, block, self.block_range) for block in (size, context))
+                target_masks, context_masks = (_as_masks(places, grid) for places in blocks)
+                without, redraws = TRIED
+                while without and redraws:
+                    _, drawn = _draw(without, target_masks, context_masks, self.num_targets, self.num_candidates)
+                    without, redraws = int((~drawn.any(dim=1)).sum()), redraws - 1
+            if without:
+                raise ValueError(self.no_context(grid))
+
+    def no_context(self, grid: tuple[int, int]) -> str:
+        """The message about targets that leave no context on a grid."""
+        if math.prod(grid) == 1:
+            return "image_size must hold two patches at least, and there is one: lower patch_size or raise image_size"
+        return (
+            f"target_scale={self.target_scale} with num_targets={self.num_targets} leaves no context on a grid of "
+            f"{grid[0]}x{grid[1]} patches: lower one of the two, or take more patches"
+        )
 
 
 @torch.compiler.disable  # the number of context patches depends on the data, so no compiled graph can hold it
@@ -140,10 +172,7 @@ def sample_multi_block(
             break
         places[empty], context[empty] = _draw(len(empty), target_masks, context_masks, *counts)
     else:
-        raise ValueError(
-            f"target_scale={masking.target_scale} with num_targets={masking.num_targets} leaves no context on a grid "
-            f"of {grid[0]}x{grid[1]} patches (tried {MAX_REDRAWS} times): lower one of the two"
-        )
+        raise ValueError(masking.no_context(grid))
 
     ids = _trim(context, masking.mask_trim), target_blocks[places]
     if device is not None and torch.device(device).type == "cuda":
@@ -164,8 +193,12 @@ def _block_size(grid: tuple[int, int], scale: float, aspect_ratio: float, block_
 
 
 def _blocks_everywhere(grid: tuple[int, int], scale: float, aspect_ratio: float, block_range: str) -> Tensor:
+    """`_places` for a block of this share of the grid, with this height / width."""
+    return _places(grid, _block_size(grid, scale, aspect_ratio, block_range), block_range)
+
+
+def _places(grid: tuple[int, int], size: tuple[int, int], block_range: str) -> Tensor:
     """The patch ids of a block of this size, for each place where it fits: `[places, height * width]`."""
-    size = _block_size(grid, scale, aspect_ratio, block_range)
     rows, columns = (whole - side + (block_range == "inclusive") for whole, side in zip(grid, size, strict=True))
     corners = torch.arange(rows)[:, None] * grid[1] + torch.arange(columns)
     block = torch.arange(size[0])[:, None] * grid[1] + torch.arange(size[1])

@@ -251,6 +251,8 @@ class MIMPreTrainedModel(PreTrainedModel):
         would write an empty card and leave out the image processor."""
         source = Path(self.name_or_path or working_dir)
         for path in (path for pattern in BESIDE_WEIGHTS for path in source.glob(pattern)):
+            if path.name.startswith("_"):  # it has paths of this machine
+                continue
             copy = Path(working_dir) / path.relative_to(source)
             if not copy.exists() or not copy.samefile(path):
                 copy.parent.mkdir(exist_ok=True)

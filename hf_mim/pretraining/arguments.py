@@ -103,10 +103,6 @@ class MIMTrainingArguments(ProcessArguments):
             self.accelerator_config.non_blocking = self.dataloader_pin_memory
             self.accelerator_config.dispatch_batches = False  # each rank reads its own part of a stream
 
-    def __getstate__(self) -> dict:
-        """Without the token: a run's `training_args.bin` is a pickle of this, and is uploaded with the run."""
-        return vars(self) | {"hub_token": None}
-
     def _check_numbers(self):
         """Turn numbers that are text into numbers (PyYAML reads `1e-4` as text), and check the range of each."""
         above_zero = ("base_lr", "learning_rate")

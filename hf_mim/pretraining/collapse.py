@@ -20,22 +20,27 @@ from hf_mim import methods
 
 logger = logging.getLogger(__name__)
 
+# Below this share of their size, targets have never told images apart, also if they began there: 0 is for images that
+# are all alike. It lies far below 0.08, the lowest value of the runs that collapsed.
+NEVER_APART = 0.02
+
 
 @dataclass(frozen=True)
 class Condition:
     """Holds when a logged value is below `limit` and below `share` of its value at the start of the run.
 
-    Both are needed, because an untrained encoder may begin low, which is no collapse.
+    Both are needed, because an untrained encoder may begin low, which is no collapse. Below `floor` it holds anyway.
     """
 
     name: str
     limit: float
     share: float
     says: str
+    floor: float = 0.0
 
 
 CONDITIONS = (
-    Condition("target_std", 0.2, 0.4, "the targets collapse"),
+    Condition("target_std", 0.2, 0.4, "the targets collapse", NEVER_APART),
     # Stricter than the limits of `evaluation.health`, because healthy runs of small models fall below those.
     Condition("probe_std_mean", 0.02, 0.25, "the features collapse onto one vector"),
     Condition("probe_effective_rank", 1.5, 0.5, "the features collapse onto one direction"),
@@ -52,7 +57,7 @@ POSITION_ONLY = 0.9  # above this share of variance, the targets tell only the p
 
 def held_since(series: list[tuple[int, float]], condition: Condition) -> list[int | None]:
     """For each (step, value) of a run: the step since which the condition holds at this time, or None."""
-    bound = min(condition.limit, condition.share * series[0][1])
+    bound = max(min(condition.limit, condition.share * series[0][1]), condition.floor)
     since, against, verdicts = None, [], []
     for step, value in series:
         against = [*against, step] if (value < bound) == (since is None) else []
@@ -99,6 +104,12 @@ class CollapseAlarm(TrainerCallback):
 def warning_text(condition: Condition, start: dict, entry: dict, since: int, model_config, args) -> str:
     """The warning: what was seen, since when, and what to change first."""
     says = condition.says
+    if start[condition.name] < condition.floor:
+        return (
+            f"The targets have never told images apart: {condition.name} {start[condition.name]:.3g} at step "
+            f"{start['step']} and {entry[condition.name]:.3g} at step {entry['step']}. Look at the images first: are "
+            "they all alike, or blank? Then at their value_range, image_mean and image_std."
+        )
     if condition.name == "target_std":
         position_only = entry.get("target_position_share", 0) > POSITION_ONLY
         says += ": they tell the place of a patch and not the image" if position_only else ": they are nearly constant"

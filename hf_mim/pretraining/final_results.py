@@ -1,5 +1,6 @@
 """The results of a run: what it took, its features' health, and their k-NN accuracy beside an untrained encoder's."""
 
+import math
 import platform
 import re
 from collections.abc import Callable
@@ -32,6 +33,7 @@ from hf_mim.evaluation.knn import KNN
 from hf_mim.evaluation.measure import measure
 from hf_mim.evaluation.result import Result
 from hf_mim.models.pixels import EIGHT_BITS, ValueRange
+from hf_mim.pretraining.arguments import MIMTrainingArguments
 from hf_mim.pretraining.recipe import RunArguments
 from hf_mim.run_folder import HEALTH_RESULT, KNN_RESULT, TRAINING_RESULT, result_path
 
@@ -184,7 +186,10 @@ def training_record(trainer: Trainer, run: RunArguments, images, nodata: str | N
     """
     args, state, folder = trainer.args, trainer.state, Path(trainer.args.output_dir)
     losses = [entry["loss"] for entry in state.log_history if "loss" in entry]
-    seconds = sum(entry.get("seconds", 0) for entry in state.log_history) + trainer.throughput.seconds
+    # The logs of all parts of the run. A part that was killed may have made steps after its last log.
+    logged = [(entry["seconds"], entry["images_per_second"]) for entry in state.log_history if "seconds" in entry]
+    seconds = sum(lap for lap, _ in logged) + trainer.throughput.seconds
+    timed = sum(lap * speed for lap, speed in logged) + trainer.throughput.images
     waiting = sum(entry.get("data_wait_seconds", 0) for entry in state.log_history) + trainer.throughput.waiting
     name = torch.get_device_module(args.device).get_device_name() if args.device.type == "cuda" else platform.machine()
     about = {"source": f"{source_name(run.dataset)}, split {run.train_split}"}
@@ -206,8 +211,8 @@ def training_record(trainer: Trainer, run: RunArguments, images, nodata: str | N
         scores={
             "first_loss": losses[0] if losses else None,
             "steps": state.global_step,
-            "images_seen": state.global_step * args.images_per_step,
-            "images_per_second": state.global_step * args.images_per_step / seconds,
+            "images_seen": images_seen(args, trainer.train_dataset, state.global_step),
+            "images_per_second": timed / seconds,
             "hours": seconds / 3600,
             "data_wait_share": waiting / seconds,
         },
@@ -218,6 +223,20 @@ def training_record(trainer: Trainer, run: RunArguments, images, nodata: str | N
     )
     result.save(result_path(folder, TRAINING_RESULT))
     return result
+
+
+def images_seen(args: MIMTrainingArguments, images, steps: int) -> int:
+    """The images of so many optimizer steps, on all processes. The last step of an epoch has fewer batches than the
+    others if they do not divide by `gradient_accumulation_steps`."""
+    if not isinstance(images, ImageDataset):
+        return steps * args.images_per_step
+    batch = args.per_device_train_batch_size * args.world_size
+    batches = max(1, len(images) // batch if args.dataloader_drop_last else math.ceil(len(images) / batch))
+    # Accelerate fills the last batch of several processes. That of a single one is smaller.
+    filled = args.dataloader_drop_last or args.world_size > 1
+    of_an_epoch = batches * batch if filled else len(images)
+    epochs, rest = divmod(steps, math.ceil(batches / args.gradient_accumulation_steps))
+    return epochs * of_an_epoch + rest * args.images_per_step
 
 
 def health_record(model, augment, images, run: RunArguments, batch_size: int, folder: Path) -> Result:

@@ -24,6 +24,7 @@ from hf_mim.files import replacing
 from hf_mim.pretraining.settings import read_yaml, suggestion, to_type
 from hf_mim.pretraining.trainer import MIMTrainingArguments
 from hf_mim.run_folder import LOCAL, RECIPE
+from hf_mim.scrub import public_source, scrubbed_all
 
 DEFAULTS = {
     "num_train_epochs": 100,
@@ -211,6 +212,8 @@ class Recipe:
         """A recipe file, overridden by the settings `given`. With `resume` and no file, the one in `output_dir`."""
         if path is None and str(given.get("resume")).lower() == "true" and "output_dir" in given:
             return cls.resolve(*held_settings(Path(given["output_dir"]).expanduser()), given)
+        if path and Path(path).name == RECIPE and Path(path).is_file():  # of a run: beside it is where its data were
+            return cls.resolve(*held_settings(Path(path).parent), given)
         return cls.resolve(read_yaml(path) if path else {}, given)
 
     @classmethod
@@ -287,10 +290,15 @@ class Recipe:
         before = held_settings(folder)
         for name in ("dataset", "test_dataset"):
             given = getattr(self.run, name)
-            if (path := absolute_source(given)) != given:
-                local[name] = path
-            elif len(before) == 2 and before[1].get(name) == given is not None:
-                settings["run"][name], local[name] = before[0][name], given
+            path = absolute_source(given)
+            if len(before) == 2 and before[1].get(name) == path is not None:
+                settings["run"][name], local[name] = before[0][name], path
+            elif path != given or given and os.path.isabs(given):
+                settings["run"][name], local[name] = public_source(given), path
+        for section in settings.values():
+            for name, value in section.items():
+                if name not in local and (told := scrubbed_all(value)) != value:
+                    section[name], local[name] = told, value
         sections = [
             f"# {title}\n" + "".join(yaml.dump({name: value}, Dumper=_ListsInline) for name, value in section.items())
             for title, section in settings.items()

@@ -6,11 +6,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 from accelerate.utils import broadcast_object_list, gather_object
-from safetensors import SafetensorError
 from transformers.utils import logging
 
 from hf_mim.data.stream import EndlessStream
-from hf_mim.files import one_line, replacing
+from hf_mim.files import disk_errors, replacing
 from hf_mim.pretraining import checkpoints
 from hf_mim.run_folder import CHECKPOINT, MANIFEST, STAGING, TRAINER_STATE, step_of
 
@@ -99,9 +98,11 @@ class CheckpointTrainer:
     def _finish(self, staged: Path, final: Path):
         """On the main process: give the checkpoint its manifest and its name."""
         args, state = self.args, self.state
-        if state.best_model_checkpoint == str(staged):  # the state has to hold the final name
-            state.best_model_checkpoint = str(final)
+        if state.best_model_checkpoint is not None:
+            best = final if state.best_model_checkpoint == str(staged) else state.best_model_checkpoint
+            state.best_model_checkpoint = None  # a checkpoint may be uploaded or moved; `HubTrainer` finds the best
             state.save_to_json(str(staged / TRAINER_STATE))
+            state.best_model_checkpoint = str(best)
         about = {"step": state.global_step, "processes": args.world_size}
         checkpoints.write_manifest(staged, **about, images_per_step=args.images_per_step, seed=args.seed)
         checkpoints.commit(staged, final)
@@ -211,17 +212,6 @@ class CheckpointTrainer:
             f"has changed: the run goes on at the start of pass {epoch + 1}, not where it had stopped"
         )
         return {"batches": 0, "places": [[epoch, 0]] * lanes}
-
-
-@contextlib.contextmanager
-def disk_errors():
-    """Turn the errors that safetensors and torch.save raise on a full or broken disk into an OSError."""
-    try:
-        yield
-    except (SafetensorError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "inline_container" not in str(error):
-            raise
-        raise OSError(one_line(error, 200)) from error
 
 
 def _failures(save: Callable) -> list[str]:

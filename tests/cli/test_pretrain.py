@@ -77,6 +77,7 @@ def test_a_run_records_what_it_took_and_its_card_tells_it(mae_run):
     assert logged <= record["seconds"] <= history[-1]["train_runtime"]
     assert scores["images_per_second"] * record["seconds"] == pytest.approx(128)
     health = json.loads((folder / "results" / "health.json").read_text())
+    assert len(health["data"].pop("contents")) == 12
     assert health["data"] == {"source": "digits, split train", "images": 512, "token_images": 256}
     assert f"RankMe {health['value']:.4f}" in printed
     card = (folder / "README.md").read_text()

@@ -1,9 +1,12 @@
 """The cache of features: kept, resumed, and never wrong."""
 
+import errno
 import io
 import json
 import multiprocessing
+import os
 from types import SimpleNamespace
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -123,12 +126,78 @@ def test_features_that_are_not_finite_are_an_error(tiny_encoder, tmp_path):
             extract(pictures(), SPECS)
 
 
-def test_features_without_room_are_an_error_before_any_work(tiny_encoder, tmp_path, monkeypatch):
-    for cache, place in ((tmp_path, "shutil.disk_usage"), (None, "psutil.virtual_memory")):
-        monkeypatch.setattr(place, lambda *args: SimpleNamespace(free=100, available=100))
-        with pytest.raises(ValueError, match=r"the features take .* GiB, and 0.0 GiB are free in"):
-            FeatureExtractor(tiny_encoder, cache=cache, progress=False)(pictures(), SPECS)
+def test_without_room_on_the_disk_features_stay_in_memory_and_without_both_there_is_an_error(
+    tiny_encoder, tmp_path, monkeypatch, caplog
+):
+    extract = FeatureExtractor(tiny_encoder, cache=tmp_path, progress=False)
+    monkeypatch.setattr("shutil.disk_usage", lambda *args: SimpleNamespace(free=100))
+    assert same(extract(pictures(), SPECS), extract.replace(cache=None)(pictures(), SPECS))
+    assert "features are not kept: the features take 0.0 GiB, and 0.0 GiB are free in" in caplog.text
+    assert "--cache FOLDER or the variable HF_MIM_CACHE" in caplog.text
+    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=100))
+    for cache in (tmp_path, None):
+        with pytest.raises(ValueError, match=r"the features take .* GiB, and 0.0 GiB are free in memory"):
+            extract.replace(cache=cache)(pictures(), SPECS)
     assert not list(tmp_path.iterdir())
+
+
+def files(folder, count=6):
+    """Pictures as files, all of one size in bytes."""
+    folder.mkdir()
+    for i in range(count):
+        Image.fromarray(np.full((32, 32, 3), i, np.uint8)).save(folder / f"{i}.bmp")
+    return Images(load_images(str(folder)))
+
+
+def test_other_bytes_under_the_same_name_size_and_time_are_noticed(tiny_encoder, tmp_path):
+    extract = FeatureExtractor(tiny_encoder, cache=tmp_path / "cache", progress=False)
+    split, path = files(tmp_path / "photos"), tmp_path / "photos" / "3.bmp"
+    for _ in range(2):  # the second time the cache knows what the files held
+        for i in range(6):
+            os.utime(tmp_path / "photos" / f"{i}.bmp", (1e9, 1e9))
+        with mock.patch.object(cache_module, "SETTLED", -1):
+            before = extract(split, SPECS)
+        about = path.stat()
+        Image.fromarray(np.full((32, 32, 3), 77, np.uint8)).save(path)
+        os.utime(path, ns=(about.st_atime_ns, about.st_mtime_ns))
+        assert (path.stat().st_size, path.stat().st_mtime_ns) == (about.st_size, about.st_mtime_ns)
+        after = extract(split, SPECS)
+        assert not same(before, after) and same(after, extract.replace(cache=None)(split, SPECS))
+        Image.fromarray(np.full((32, 32, 3), 3, np.uint8)).save(path)
+
+
+def test_a_copy_of_the_files_needs_no_new_features_and_what_they_hold_is_read_once(counted, tmp_path, monkeypatch):
+    encoder, seen = counted
+    extract = FeatureExtractor(encoder, cache=tmp_path / "cache", progress=False)
+    monkeypatch.setattr(cache_module, "SETTLED", -1)
+    before = extract(files(tmp_path / "photos"), SPECS)
+    assert same(before, extract(files(tmp_path / "copy"), SPECS)) and sum(seen) == 6
+    monkeypatch.setattr(cache_module, "digests", lambda images: pytest.fail("the files were read again"))
+    extract(Images(load_images(str(tmp_path / "photos"))), SPECS)
+
+
+def test_a_file_that_was_changed_a_moment_ago_is_read_again(tmp_path):
+    split = files(tmp_path / "photos")
+    cache_module.image_digests(split.images, tmp_path / "cache")
+    assert not (tmp_path / "cache").exists()  # its next change might have the same time
+
+
+@pytest.mark.parametrize("fails_at", ["the folder", "the features", "the record"])
+def test_a_disk_that_is_full_costs_a_warning_and_leaves_no_half_file(
+    tiny_encoder, tmp_path, monkeypatch, caplog, fails_at
+):
+    def full(*args, **kwargs):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    expected = FeatureExtractor(tiny_encoder, progress=False)(pictures(), SPECS)
+    place = {"the folder": "pathlib.Path.mkdir", "the features": "os.posix_fallocate", "the record": "os.replace"}
+    monkeypatch.setattr(place[fails_at], full)
+    cache = tmp_path / "cache"
+    found = FeatureExtractor(tiny_encoder, cache=cache, progress=False)(pictures(), SPECS)
+    assert same(found, expected) and "features are not kept: [Errno 28] No space left on device" in caplog.text
+    assert not list(cache.rglob("*.json")) and len(list(cache.rglob("*.f32"))) == 3 * (fails_at == "the record")
+    monkeypatch.undo()
+    assert same(FeatureExtractor(tiny_encoder, cache=cache, progress=False)(pictures(), SPECS), expected)
 
 
 def test_two_extractions_at_once_into_one_cache_are_both_right(tiny_encoder, tmp_path, small_chunks):

@@ -1,5 +1,7 @@
 """Short runs on the embedded digits: learned, reproducible, resumed, kept, refused."""
 
+import pickle
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +11,7 @@ from unittest import mock
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from transformers import (
     AutoModelForImageClassification,
     Dinov2Config,
@@ -30,6 +33,8 @@ from hf_mim.evaluation.classifier import load_classifier, save_classifier
 from hf_mim.evaluation.encoder import FrozenEncoder
 from hf_mim.evaluation.features import FeatureExtractor
 from hf_mim.evaluation.finetune import Finetune, FinetuningArguments, make_trainer, training_images
+from hf_mim.evaluation.measure import measure
+from hf_mim.evaluation.result import NotKept
 
 TINY = dict(image_size=32, patch_size=8, hidden_size=64, num_hidden_layers=2, num_attention_heads=4)
 CLASSES = [f"class {number}" for number in range(10)]
@@ -132,9 +137,10 @@ def test_the_kept_classifier_predicts_what_was_measured_and_test_labels_are_read
     checkpoint, digits_splits, tmp_path
 ):
     train, test = digits_splits[0].select(range(320)), digits_splits[1].select(range(60))
-    sealed = Sealed(test.images, tmp_path)
-    result = Finetune(**QUICK | dict(output_dir=str(tmp_path), epochs=3)).run(extractor(checkpoint), train, sealed)
-    classifier = pipeline("image-classification", model=str(tmp_path), device="cpu")
+    kept = tmp_path / "classifier"
+    sealed = Sealed(test.images, kept)
+    result = Finetune(**QUICK | dict(output_dir=str(kept), epochs=3)).run(extractor(checkpoint), train, sealed)
+    classifier = pipeline("image-classification", model=str(kept), device="cpu")
     answers = [classifier(open_image(value).convert("RGB"), top_k=1)[0]["label"] for value in test.images["image"]]
     right = sum(int(answer) == label for answer, label in zip(answers, test.read_labels().tolist(), strict=True))
     assert sealed.read == 1
@@ -169,8 +175,8 @@ def test_predictions_are_the_classifiers_on_the_evaluation_crop(checkpoint, digi
     """Against the model loaded again and run by hand."""
     few = digits_splits[0].select(range(64))
     extract = extractor(checkpoint).replace(crop=CenterCrop(0.75))
-    result = Finetune(**QUICK | dict(output_dir=str(tmp_path), epochs=2)).run(extract, few, few)
-    model = load_saved(tmp_path)
+    result = Finetune(**QUICK | dict(output_dir=str(tmp_path / "kept"), epochs=2)).run(extract, few, few)
+    model = load_saved(tmp_path / "kept")
     pixels = [load_crop(x, CenterCrop(0.75), (32, 32), 3, crop_rng(0, 0, 0)) for x in few.images["image"]]
     with torch.no_grad():
         logits = model((torch.stack(pixels).float() / 255 - 0.3) / 0.3).logits
@@ -256,16 +262,43 @@ def test_the_script_trains_and_keeps_in_one_process_and_in_two(checkpoint, tmp_p
         assert done.returncode == 0, done.stderr
         assert "eval_top1_accuracy" in done.stdout and "The classifier is in" in done.stdout
         assert load_saved(tmp_path / "out").config.id2label[7] == "7"
+        again = subprocess.run([*launch, *run, *extra], env=environment, capture_output=True, text=True, timeout=200)
+        assert again.returncode and "output_dir must be a new folder" in again.stderr
+        shutil.rmtree(tmp_path / "out")
 
 
 def test_where_a_classifier_cannot_or_must_not_go_is_told_before_training(checkpoint, digits_splits, tmp_path):
     (tmp_path / "file").write_text("")
     for folder, message in (
-        (f"{checkpoint}/", "output_dir must not be the checkpoint"),
-        (tmp_path / "file" / "below", "output_dir must be a folder that can be written"),
-        ("/proc/classifier", "output_dir must be a folder that can be written"),
+        (f"{checkpoint}/", "output_dir must be a new folder, and .* holds something already"),
+        (tmp_path, "output_dir must be a new folder, and .* holds something already"),
+        (tmp_path / "file", "output_dir must be a new folder, and .* is a file"),
+        (tmp_path / "file" / "below", "output_dir must be a new folder that can be written"),
+        ("/proc/classifier", "output_dir must be a new folder that can be written"),
     ):
         with mock.patch("hf_mim.evaluation.finetune.make_trainer", side_effect=AssertionError("it trains")):
             with pytest.raises(ValueError, match=message) as error:
                 Finetune(**QUICK, output_dir=str(folder)).run(extractor(checkpoint), *digits_splits)
         assert "\n" not in str(error.value)
+
+
+def test_a_disk_that_fills_at_the_end_does_not_lose_what_was_measured(checkpoint, digits_splits, tmp_path):
+    few = digits_splits[0].select(range(40))
+    quick = Finetune(**QUICK | dict(epochs=1, batch_size=20, output_dir=str(tmp_path / "classifier")))
+    full = mock.patch("hf_mim.evaluation.finetune.save_classifier", side_effect=SafetensorError("No space left"))
+    with (
+        full,
+        pytest.raises(NotKept, match="the classifier was not saved: .*classifier cannot be written: No space") as e,
+    ):
+        measure(quick, extractor(checkpoint), (few, few), checkpoint)
+    result = e.value.result
+    assert result.value == pytest.approx(round(result.value * 40) / 40) and result.checkpoint == checkpoint.name
+    assert result.settings["untrained"] is False and "output_dir" not in result.settings
+    assert not list(tmp_path.iterdir())
+
+
+def test_pickled_arguments_hold_no_token_and_no_folder_of_this_machine(tmp_path):
+    args = FinetuningArguments(output_dir=str(tmp_path / "out"), hub_token="hf_SECRET0123456789", use_cpu=True)
+    data = pickle.dumps(args)
+    assert b"SECRET" not in data and str(tmp_path).encode() not in data
+    assert pickle.loads(data).output_dir == "out" and args.output_dir == str(tmp_path / "out")

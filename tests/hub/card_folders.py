@@ -1,5 +1,6 @@
 """Run folders without a run, and what every card must keep."""
 
+import html
 import json
 import math
 import re
@@ -97,5 +98,6 @@ def assert_numbers_have_a_source(card: ModelCard, folder: Path):
     sources = [json.loads(path.read_text()) for path in [*folder.glob("*.json"), *folder.glob("results/*.json")]]
     sources += [yaml.safe_load((folder / "recipe.yaml").read_text()), list(read_config(folder).training_size)]
     told, limits = card.text.split("## How to load")[0], section(card, "Limits")
+    told = html.unescape(told)
     text = re.sub(r"\[[^]]*\]\(https:[^)]*\)|\]\([^)]*\)|in 0\.\.1", "", told + limits).replace(folder.name, "")
     assert not (unknown := numbers(text) - known_numbers(sources)), f"{unknown} in the card are in none of its sources"

@@ -3,6 +3,8 @@ import time
 import pytest
 import torch
 
+from hf_mim.cli import main
+from hf_mim.models.configuration_stop_jepa import StopJepaConfig
 from hf_mim.models.masking import BlockMasks, gather, sample_multi_block, split_at_random
 
 RELEASED = {"mask_trim": "raster", "block_range": "exclusive", "num_candidates": 1}
@@ -121,6 +123,46 @@ def test_targets_that_leave_no_context_are_an_error_that_names_them():
         ValueError, match=r"target_scale=\(1.0, 1.0\) with num_targets=4 leaves no context on a grid of 4x4"
     ):
         sample_multi_block(2, (4, 4), BlockMasks(target_scale=(1.0, 1.0), target_aspect_ratio=(1.0, 1.0)))
+
+
+@pytest.mark.parametrize(
+    ("grid", "kwargs", "message"),
+    [
+        ((1, 1), {}, "image_size must hold two patches at least, and there is one"),
+        ((4, 4), {"target_scale": (1.0, 1.0), "target_aspect_ratio": (1.0, 1.0)}, "leaves no context on a grid of 4x4"),
+        ((2, 2), {"num_targets": 40}, "target_scale=.* with num_targets=40 leaves no context on a grid of 2x2 patches"),
+        (
+            (14, 14),
+            {"context_scale": (0.001, 1.0), "target_scale": (0.9, 0.95), "target_aspect_ratio": (1, 1)},
+            "no context",
+        ),
+        ((14, 14), {"target_aspect_ratio": (0.75, float("inf"))}, "target_aspect_ratio must be"),
+        ((14, 14), {"target_scale": (0.1, float("nan"))}, "target_scale must be"),
+    ],
+)
+def test_a_geometry_without_context_is_refused_with_the_config(grid, kwargs, message):
+    with pytest.raises(ValueError, match=message) as error:
+        StopJepaConfig(image_size=[8 * side for side in grid], patch_size=8, **kwargs)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("grid", [(1, 2), (2, 2), (2, 3), (4, 4), (14, 14)])
+def test_a_geometry_that_is_accepted_can_be_drawn_and_the_check_draws_nothing_from_the_generator(grid):
+    torch.manual_seed(3)
+    before = torch.get_rng_state()
+    config = StopJepaConfig(image_size=[8 * side for side in grid], patch_size=8)
+    assert torch.equal(before, torch.get_rng_state())
+    for _ in range(50):
+        assert sample_multi_block(64, grid, config.masking)[0].shape[1] >= 1
+
+
+@pytest.mark.parametrize("method", ["mae", "latent_mim", "stop_jepa", "ijepa"])
+def test_an_image_of_one_patch_is_refused_before_anything_is_written(method, tmp_path, capsys):
+    words = (
+        f"--method {method} --size tiny --image_size 8 --patch_size 8 --use_cpu true --output_dir {tmp_path / 'run'}"
+    )
+    assert main(["pretrain", *words.split()]) == 2
+    assert capsys.readouterr().err.strip().splitlines()[-1].startswith("error: ") and not (tmp_path / "run").exists()
 
 
 def test_the_seed_settles_the_masks():
