@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from datasets import Dataset
 
-from hf_mim.data import CenterCrop, load_images
+from hf_mim.data import load_images
 from hf_mim.data.images import Images
 from hf_mim.evaluation.encoder import FrozenEncoder
 from hf_mim.evaluation.features import FeatureExtractor
@@ -42,7 +42,7 @@ def main():
 
     dtype = torch.bfloat16 if args.bf16 else torch.float32
     encoder = FrozenEncoder.load(args.checkpoint, args.image_size, dtype=dtype)
-    extract = FeatureExtractor(encoder, args.batch_size, args.num_workers, crop=CenterCrop())
+    extract = FeatureExtractor(encoder, args.batch_size, args.num_workers)
     images = Images(load_images(args.dataset, args.split, labels=args.labels), f"{args.dataset}, split {args.split}")
     features = extract(images, args.features)  # this removes images that cannot be decoded from `images`
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from accelerate.utils import set_seed
 from transformers import HfArgumentParser
 
-from hf_mim.data import CenterCrop, ImageDataset
+from hf_mim.data import ImageDataset
 from hf_mim.data.labelled import load_labelled
 from hf_mim.data.mix import MixAugment
 from hf_mim.evaluation.classifier import load_classifier, save_classifier
@@ -61,7 +61,7 @@ def main():
     classes = train.class_names or [str(number) for number in range(int(train.read_labels().max()) + 1)]
     train_images = training_images(train.images, encoder, magnitude=ours.randaugment_magnitude, seed=args.seed)
     about = dict(labels=True, value_range=encoder.value_range, keep_empty=True)
-    test_images = ImageDataset(test.images, encoder.image_size, encoder.num_channels, CenterCrop(), **about)
+    test_images = ImageDataset(test.images, encoder.image_size, encoder.num_channels, encoder.crop, **about)
 
     set_seed(args.seed)
     model = load_classifier(rest.checkpoint, classes, ours.drop_path, ours.blocks)
@@ -74,7 +74,7 @@ def main():
     )
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     if trainer.is_world_process_zero():  # the last epoch counts, as in the papers
-        save_classifier(model, args.output_dir, encoder.image_processor(CenterCrop()))
+        save_classifier(model, args.output_dir, encoder.image_processor(encoder.crop))
         print(f"\nThe classifier is in {args.output_dir}: pipeline('image-classification', model='{args.output_dir}')")
 
 

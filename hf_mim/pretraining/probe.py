@@ -59,7 +59,8 @@ class OnlineProbe(TrainerCallback):
     def values(self, model: nn.Module) -> dict[str, float]:
         """Health of an encoder's features of the test images, and `knn` if there are labels."""
         augment = self.trainer.augment
-        crop = self.trainer.processing_class.crop()
+        processor = self.trainer.processing_class
+        crop = None if processor is None else processor.crop()
         encoder = FrozenEncoder(model, *augment.statistics(), value_range=augment.value_range, crop=crop)
         extract = FeatureExtractor(encoder, self.trainer.args.per_device_eval_batch_size, progress=False)
         pooled, tokens = extract(self.test, ["last/mean/norm", "last/tokens/norm"])

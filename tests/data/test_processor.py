@@ -31,3 +31,9 @@ def test_input_data_format_decides_how_an_array_is_read():
     torch.testing.assert_close(found, torch.tensor(array).float(), rtol=0, atol=1e-4)
     with pytest.raises(ValueError, match="input_data_format must be channels_first or channels_last, not 'chw'"):
         processor(array, input_data_format="chw")
+
+
+def test_the_processor_of_transformers_for_native_windows_says_that_it_shrinks(caplog):
+    theirs = transformers_processor(image_processor((32, 32), [0.0] * 3, [1.0] * 3, None, None, (64, 64)))
+    assert "the checkpoint takes windows of 64 x 64 pixels, and images are shrunk there" in caplog.text
+    assert theirs.size == {"shortest_edge": 32} and theirs.crop_size == {"height": 32, "width": 32}
