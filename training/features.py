@@ -3,7 +3,7 @@
     python training/features.py runs/digits_mae --dataset digits --split test --output digits.parquet
     python training/features.py facebook/dinov2-base --dataset my_photos --features last/cls/norm last4/mean/norm
 
-A checkpoint is a folder or a name on the Hub, of one of our models or of any vision transformer that `AutoModel` loads.
+A checkpoint is a folder or a name on the Hub, of one of our models or of any vision encoder that `AutoModel` loads.
 The file has a row for each image. The columns are the --features (layer/pooling/norm, see docs/evaluation.md), and
 `label` and `path` if the images have them.
 """

@@ -86,7 +86,7 @@ def summary(record: dict[str, Any], dest: str, hint: bool) -> str:
     lines = [f"{record['source']} is {record['method']}: {record['model']}.\n", table(record), ""]
     if record["other_prefixes"]:
         others = " or ".join(f"--prefix {prefix}" for prefix in record["other_prefixes"])
-        lines.append(f"Taken: {record['prefix']}, because it is an average of the training. Other choices: {others}.")
+        lines.append(f"Taken: {record['prefix']}, because it is an average of the training. Other choices: {others}")
     if record["tokens_left"]:
         tokens = ", ".join(record["tokens_left"])
         lines.append(

@@ -57,7 +57,7 @@ PROTOCOLS = "knn, leave_one_out, linear, attentive, lowshot, finetune, segment, 
             "finetune has no option num_train_epochs; did you mean epochs?",
         ),
         ("evaluate local ckpt --dataset digits", "local has no option dataset"),
-        ("convert a b --force", "convert has no option force; there is method and set"),
+        ("convert a b --force", "convert has no option force; there is method and prefix and set"),
         ("convert a b --methd mae", "convert has no option methd; did you mean method?"),
         ("export a b --too timm", "export has no option too; did you mean to?"),
         ("card a --licence mit", "card has no option licence; did you mean license?"),
@@ -120,7 +120,7 @@ def test_the_program_lists_its_commands_in_their_order(capsys):
 
 
 def test_choices_that_are_written_by_hand_are_all_that_there_are():
-    method, _ = convert.settings
+    method, *_ = convert.settings
     to, _ = export_settings()
     assert (choices(method.hint), choices(to.hint)) == (methods.names(), list(WRITERS))
 
