@@ -28,6 +28,7 @@ HOOKS = [
     (TRAINER, "Trainer._finish_current_push", "hub/push.py"),
     (TRAINER, "Trainer._get_grad_norm", "pretraining/trainer.py"),
     (TRAINER, "Trainer._init_training_state", "pretraining/trainer.py"),
+    (TRAINER, "Trainer._init_training_state", "hub/push.py"),
     ("huggingface_hub.utils", "_http", "hub/push.py"),
     ("huggingface_hub.errors", "HfHubHTTPError.__bases__", "hub/push.py"),
 ]

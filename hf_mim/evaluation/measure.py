@@ -230,12 +230,16 @@ def where_from(splits: tuple) -> dict[str, str | None]:
 
 def _add_contents(result: Result, contents: list[np.ndarray]):
     """Say in the result what the images hold, and how many test images are copies of training images."""
-    parts = [result.data[name] for name in ("train", "test") if name in result.data] or [result.data]
-    for part, found in zip(parts, contents, strict=False):
-        part["contents"] = short_hash(found)
-    if len(contents) == 2:
+    if len(contents) == 1:
+        result.data["contents"] = short_hash(*contents)
+    if len(contents) != 2:
+        return
+    for name, found in zip(("train", "test"), contents, strict=True):
+        if name in result.data:  # a protocol may use only one of the two
+            result.data[name]["contents"] = short_hash(found)
+    if {"train", "test"} <= result.data.keys():
         copies = count_copies(*contents)
-        parts[-1]["copies_of_training_images"] = copies
+        result.data["test"]["copies_of_training_images"] = copies
         if copies:
             result.notes.append(
                 f"{copies:,} of the {len(contents[1]):,} test images are training images too, byte for byte."

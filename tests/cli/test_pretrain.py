@@ -167,7 +167,7 @@ def test_a_resume_on_other_images_is_refused_unless_it_is_accepted(tmp_path, cap
     assert capsys.readouterr().out.splitlines()[0] == line
     recipe, local = (read_yaml(tmp_path / "run" / name) for name in ("recipe.yaml", "_local.yaml"))
     assert recipe["dataset"] == "photos" and "accept_changed_data" not in recipe  # it may be uploaded
-    assert local == {"dataset": str(tmp_path / "one" / "photos")}
+    assert local == {"dataset": str(tmp_path / "one" / "photos"), "output_dir": str(tmp_path / "run")}
     shutil.rmtree(tmp_path / "run" / "checkpoint-4")
     shutil.copytree(tmp_path / "run", tmp_path / "copy")
     monkeypatch.chdir(tmp_path / "two")

@@ -90,6 +90,10 @@ def test_a_card_shows_what_two_datasets_of_one_name_hold(run, tmp_path):
     for name in results(run):
         assert f"contents: {Result.load(run / 'results' / name).data['test']['contents']}" in text
     assert "copies" not in text
+    held = {Result.load(run / "results" / name).data["test"]["contents"] for name in results(run)}
+    assert evaluate("leave_one_out", run, "--dataset", "a/photos") == 0
+    (name,) = (name for name in results(run) if name.startswith("leave_one_out"))
+    assert Result.load(run / "results" / name).data["test"]["contents"] in held  # those of its test images
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "config.json", "results", "notes.json"])

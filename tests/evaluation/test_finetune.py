@@ -273,8 +273,8 @@ def test_where_a_classifier_cannot_or_must_not_go_is_told_before_training(checkp
         (f"{checkpoint}/", "output_dir must be a new folder, and .* holds something already"),
         (tmp_path, "output_dir must be a new folder, and .* holds something already"),
         (tmp_path / "file", "output_dir must be a new folder, and .* is a file"),
-        (tmp_path / "file" / "below", "output_dir must be a new folder that can be written"),
-        ("/proc/classifier", "output_dir must be a new folder that can be written"),
+        (tmp_path / "file" / "below", "output_dir must be a folder that can be written"),
+        ("/proc/classifier", "output_dir must be a folder that can be written"),
     ):
         with mock.patch("hf_mim.evaluation.finetune.make_trainer", side_effect=AssertionError("it trains")):
             with pytest.raises(ValueError, match=message) as error:
