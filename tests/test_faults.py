@@ -143,7 +143,7 @@ def test_a_schedulers_signal_to_all_processes_ends_the_run_by_75_and_it_goes_on(
         each.send_signal(signal.SIGTERM)
     lines = told(process)
     assert process.returncode == 75, lines[-5:]
-    assert lines[-1] == f"SIGTERM has ended the run after a step; {resume(run)}"
+    assert lines[-1] == f"SIGTERM has ended the run; {resume(run)}"
     step = int(newest_whole(run).name.rpartition("-")[2])
     assert 0 < step < 30
     go_on(run)

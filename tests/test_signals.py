@@ -40,6 +40,8 @@ def ask(number):
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
 def test_a_signal_ends_a_run_that_waits_for_images_at_its_last_whole_step(tmp_path, monkeypatch, number):
     monkeypatch.setattr(signals, "GRACE", 0.2)
+    if number == signal.SIGHUP:
+        signal.signal(number, signal.SIG_DFL)  # the tests may run under nohup
     model = make_model("latent_mim")
     trainer = MIMTrainer(model, arguments(tmp_path, **TWO_STEPS), Stalling(model, 12, lambda: ask(number)))
     trainer.train()

@@ -11,7 +11,7 @@ from PIL import Image
 from tiny import make_model
 from tiny_runs import Images, arguments
 
-from hf_mim.data.sources import image_files
+from hf_mim.data.local import image_files
 from hf_mim.pretraining.recipe import RunArguments
 from hf_mim.pretraining.trainer import MIMTrainer
 from hf_mim.pretraining.waiting import WaitingAdvice, advice

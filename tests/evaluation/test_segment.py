@@ -19,6 +19,7 @@ from hf_mim.data import CenterCrop
 from hf_mim.data.crop import load_crop
 from hf_mim.data.masks import MaskedImages, load_masks
 from hf_mim.evaluation import segment
+from hf_mim.evaluation.encoder import FrozenEncoder
 from hf_mim.evaluation.features import FeatureExtractor
 from hf_mim.evaluation.segment import (
     Segment,
@@ -285,8 +286,8 @@ def test_mistakes_are_named_in_one_line():
 
 
 def test_camvid_runs_through_an_untrained_encoder(shared_data, tiny_encoder):
-    tiny_encoder.image_size = (48, 64)
-    extract = FeatureExtractor(tiny_encoder, progress=False)
+    encoder = FrozenEncoder(tiny_encoder.model, tiny_encoder.mean, tiny_encoder.std, (48, 64))
+    extract = FeatureExtractor(encoder, progress=False)
     train, test = (load_masks(shared_data / "camvid", split) for split in ("val", "test"))
     train, test = train.select(range(0, 100, 10)), test.select(range(0, 230, 40))
     result = quick(ignore_index=11, epochs=5).run(extract, train, test)
