@@ -80,6 +80,7 @@ def new_folder(dest: str | Path, argument: str = "DEST") -> Iterator[Path]:
         with disk_errors(f"{dest} cannot be written: "):
             partial.mkdir(parents=True)
             yield partial
+            follow_umask(partial)
             if dest.is_dir():
                 dest.rmdir()
             partial.rename(dest)
@@ -114,6 +115,16 @@ def one_line(error: BaseException, limit: int | None = None) -> str:
     if "Original Traceback" in text:
         text = text.splitlines()[-1].partition(": ")[2]
     return (" ".join(text.split()) or type(error).__name__)[:limit]
+
+
+def follow_umask(folder: Path):
+    """Give the files below a folder the modes that the umask says: safetensors makes its files readable by the owner
+    alone."""
+    umask = os.umask(0)
+    os.umask(umask)
+    for path in folder.rglob("*"):
+        if path.is_file() and not path.is_symlink():
+            path.chmod(0o666 & ~umask)
 
 
 @contextlib.contextmanager

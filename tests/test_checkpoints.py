@@ -149,6 +149,17 @@ def test_the_best_checkpoint_is_known_by_its_name(tmp_path):
     assert resumed.state.best_model_checkpoint == best == trainer.state.best_model_checkpoint
 
 
+def test_all_files_of_a_run_have_the_modes_that_the_umask_says(tmp_path):
+    before = os.umask(0o027)
+    try:
+        train(tmp_path)
+    finally:
+        os.umask(before)
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert any(path.name == "model.safetensors" for path in files)
+    assert {oct(path.stat().st_mode & 0o777) for path in files} == {"0o640"}
+
+
 # ---- what a resume refuses
 
 

@@ -8,6 +8,7 @@ Each command prints a table and, with --json PATH, writes its numbers there.
 """
 
 import argparse
+import functools
 import io
 import json
 import os
@@ -18,6 +19,8 @@ from pathlib import Path
 from benchmark_evaluate import add_evaluate
 from benchmark_step import add_step
 
+DEEP_IMAGES = 32  # of each kind: 13 bands take much memory
+
 
 def add_data(subcommands):
     parser = subcommands.add_parser("data", help="images/s of one core, against a plain PIL pipeline on the same crops")
@@ -27,6 +30,7 @@ def add_data(subcommands):
     parser.add_argument("--scale", type=float, nargs=2, default=(0.2, 1.0), help="share of the area that a crop takes")
     parser.add_argument("--num_images", type=int, default=256, help="how many images of the source to use at most")
     parser.add_argument("--repeats", type=int, default=5, help="rounds; the fastest counts")
+    parser.add_argument("--deep", action="store_true", help="also measure deep images, made from those of the source")
     parser.set_defaults(run=benchmark_data)
 
 
@@ -77,7 +81,54 @@ def benchmark_data(args) -> dict:
     print(f"{'pipeline':<18}{'images/s':>10}{'ms/image':>10}{'speedup':>10}")
     for name, rate in rates.items():
         print(f"{name:<18}{rate:>10.0f}{1000 / rate:>10.2f}{rate / rates['plain']:>9.2f}x")
-    return result | crop_differences(worker(), encoded, boxes, size)
+    result |= crop_differences(worker(), encoded, boxes, size)
+    return result | deep_rates(encoded[:DEEP_IMAGES], crop, size, args.repeats) if args.deep else result
+
+
+def deep_rates(encoded: list[bytes], crop, size: tuple[int, int], repeats: int) -> dict:
+    """Print and return the images/s of a data worker for deep images of the same sides as the source's.
+
+    The 8-bit row has the pixels of the other rows, cut to 8 bits and losslessly compressed as they are.
+    """
+    import numpy as np
+    import tifffile
+    from PIL import Image
+
+    from hf_mim.data import ImageDataset
+
+    def grey(picture):
+        return np.asarray(picture.convert("L"), np.uint16) * 16  # 12 bits
+
+    def bands(picture):
+        return np.stack([np.roll(grey(picture), band, axis=1) for band in range(13)], axis=2)
+
+    def png(array):
+        file = io.BytesIO()
+        Image.fromarray(array).save(file, "png")
+        return file.getvalue()
+
+    def tiff(array):
+        file = io.BytesIO()
+        about = dict(photometric="minisblack", planarconfig="contig") if array.ndim == 3 else {}
+        tifffile.imwrite(file, array, compression="zlib", **about)
+        return file.getvalue()
+
+    kinds = {
+        "8-bit grey PNG": (1, lambda picture: png((grey(picture) // 16).astype(np.uint8))),
+        "16-bit grey PNG": (1, lambda picture: png(grey(picture))),
+        "16-bit grey TIFF": (1, lambda picture: tiff(grey(picture))),
+        "13 bands of 16 bits, TIFF": (13, lambda picture: tiff(bands(picture))),
+    }
+    loads = {}
+    for name, (channels, write) in kinds.items():
+        files = [write(Image.open(io.BytesIO(data)).convert("RGB")) for data in encoded]
+        dataset = ImageDataset(column_of(files), size, channels, crop, own_depth=True)
+        loads[name] = functools.partial(dataset.__getitems__, list(range(len(files))))
+    rates = {name: round(len(encoded) / seconds, 1) for name, seconds in fastest(loads, repeats).items()}
+    print(f"\ndeep images of the same sides, {len(encoded)} of each kind\n")
+    for name, rate in rates.items():
+        print(f"{name:<28}{rate:>8.0f} images/s")
+    return {"deep_images_per_second": rates}
 
 
 def crop_differences(samples, encoded, boxes, size) -> dict:
@@ -105,11 +156,16 @@ def crop_differences(samples, encoded, boxes, size) -> dict:
 
 def in_memory(images):
     """The same images with their bytes in the table, so that the disk is not measured."""
+    return column_of([row["bytes"] or Path(row["path"]).read_bytes() for row in images["image"]])
+
+
+def column_of(files: list[bytes]):
+    """A dataset of these files."""
     from datasets import Dataset, Features
     from datasets import Image as ImageFeature
 
     # No path, because datasets drops the bytes of files that it finds on the disk.
-    rows = [{"bytes": row["bytes"] or Path(row["path"]).read_bytes(), "path": None} for row in images["image"]]
+    rows = [{"bytes": data, "path": None} for data in files]
     return Dataset.from_dict({"image": rows}, features=Features(image=ImageFeature(decode=False)))
 
 

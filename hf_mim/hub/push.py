@@ -57,12 +57,6 @@ class HubTrainer:
                 raise
             logger.warning(f"The Hub does not answer ({_first_line(error)}); each upload will try again")
 
-    def save_state(self):
-        """As Trainer's, without the path of the best checkpoint, because the file is uploaded."""
-        best, self.state.best_model_checkpoint = self.state.best_model_checkpoint, None
-        super().save_state()
-        self.state.best_model_checkpoint = best
-
     def _init_training_state(self, *args, **kwargs):
         """As Trainer's. The path of the best checkpoint follows from its step."""
         done, state = super()._init_training_state(*args, **kwargs), self.state

@@ -103,7 +103,7 @@ class BlockMasks:
 
         It is for the start of a run: where the sizes do not tell, it draws masks and looks.
         """
-        ratios = torch.linspace(*self.target_aspect_ratio, 33).tolist()
+        ratios = torch.linspace(*self.target_aspect_ratio, 33, device="cpu").tolist()
         sizes = {_block_size(grid, self.target_scale[1], ratio, self.block_range) for ratio in ratios}
         context = _block_size(grid, self.context_scale[0], grid[0] / grid[1], self.block_range)
         for size in sizes:

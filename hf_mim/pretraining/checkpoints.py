@@ -13,13 +13,14 @@ import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from hf_mim.files import sha256
+from hf_mim.files import follow_umask, sha256
 from hf_mim.run_folder import MANIFEST, STAGING, checkpoints, step_of
 
 
 def write_manifest(folder: Path, **about):
     """Write `manifest.json` (`about`, and size and hash of each file below `folder`), and flush all to the disk."""
     files = {}
+    follow_umask(folder)
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
         _flush(path)
         files[path.relative_to(folder).as_posix()] = {"bytes": path.stat().st_size, "sha256": sha256(path)}
@@ -134,6 +135,7 @@ def written_aside(run_folder: str | Path) -> Iterator[Path]:
     aside.mkdir(parents=True)
     try:
         yield aside
+        follow_umask(aside)
         for path in aside.iterdir():
             _flush(path)
             os.replace(path, run_folder / path.name)

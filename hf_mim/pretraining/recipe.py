@@ -213,7 +213,7 @@ class Recipe:
         if path is None and str(given.get("resume")).lower() == "true" and "output_dir" in given:
             return cls.resolve(*held_settings(Path(given["output_dir"]).expanduser()), given)
         if path and Path(path).name == RECIPE and Path(path).is_file():  # of a run: beside it is where its data were
-            return cls.resolve(*held_settings(Path(path).parent), given)
+            return cls.resolve(*_settings_in(Path(path).parent), given)
         return cls.resolve(read_yaml(path) if path else {}, given)
 
     @classmethod
@@ -314,13 +314,17 @@ def held_settings(folder: Path) -> list[dict[str, Any]]:
 
     Raises ValueError for a recipe that is cut off: the run would go on with defaults in place of what is lost.
     """
-    found = [read_yaml(folder / name) for name in (RECIPE, LOCAL) if (folder / name).is_file()]
+    found = _settings_in(folder)
     if found and END not in (folder / RECIPE).read_text().splitlines():
         raise ValueError(
             f"{folder / RECIPE} is cut off, or was written by hand: its last line must be {END!r}; to begin again from "
             "it, give it as the recipe, with another output_dir"
         )
     return found
+
+
+def _settings_in(folder: Path) -> list[dict[str, Any]]:
+    return [read_yaml(folder / name) for name in (RECIPE, LOCAL) if (folder / name).is_file()]
 
 
 def _typed(name: str, value: Any) -> Any:

@@ -1,6 +1,7 @@
 """How a training run is saved and resumed: checkpoints that are whole or absent, with the place in the data."""
 
 import contextlib
+import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -108,10 +109,11 @@ class CheckpointTrainer:
         checkpoints.commit(staged, final)
 
     def save_state(self):
-        """As Trainer's. The file is the old or the new one, never half of it."""
+        """As Trainer's, without the path of the best checkpoint, because the file is uploaded. The file is the old or
+        the new one, never half of it."""
         if self.is_world_process_zero():
             with replacing(Path(self.args.output_dir) / TRAINER_STATE) as aside:
-                self.state.save_to_json(str(aside))
+                dataclasses.replace(self.state, best_model_checkpoint=None).save_to_json(str(aside))
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False):
         """As Trainer's. In the run folder a file is the old or the new one, never half of it; a sharded model is saved

@@ -69,7 +69,7 @@ def test_data_settings_and_encoders_that_differ_have_files_of_their_own(run, tmp
         assert evaluate("knn", run, *words) == 0
         assert len(results(run)) == number
     assert evaluate("knn", run, *calls[0], "--extract_batch_size", 3) == 0  # changes no number
-    assert evaluate("knn", run, "--dataset", tmp_path / "a/photos", "--k", 3, "--crop_fraction", "1.0") == 0
+    assert evaluate("knn", run, "--dataset", tmp_path / "a/photos", "--k", 3) == 0
     assert len(results(run)) == 6
     model = MAEForPreTraining.from_pretrained(run)
     model.encoder.layers[0].mlp.fc1.bias.data[0] += 1

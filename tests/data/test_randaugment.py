@@ -146,6 +146,6 @@ def test_deep_images_are_refused_at_once_by_a_message_that_names_the_option():
     features = Features(image=Array2D((8, 8), "uint16"), label=Value("int64"))
     deep = Dataset.from_dict({"image": pixels, "label": [0, 1]}, features)
     encoder = SimpleNamespace(image_size=(8, 8), num_channels=1, mean=[0.5], value_range=None)
-    with pytest.raises(ImageFormatError, match="RandAugment takes 8-bit images; give --randaugment_magnitude 0"):
+    with pytest.raises(ImageFormatError, match="takes 8-bit images without nodata; give --randaugment_magnitude 0"):
         training_images(load_images(deep), encoder)
     assert training_images(load_images(deep), encoder, magnitude=0)[1]["labels"] == 1

@@ -49,7 +49,9 @@ def test_the_warning_is_one_line_that_can_be_pasted(tmp_path, told):
     Refused(tmp_path, hub_private_repo=True, hub_revision="a branch")._warn(ValueError("x"))
     line, private = told
     assert "\n" not in line and "(500 for url)" in line
-    excluded = " --exclude '_*' --exclude 'checkpoint-*' --exclude training_args.bin"
+    excluded = (
+        " --exclude '_*' --exclude 'checkpoint-*' --exclude training_args.bin --exclude 'runs/*' --exclude '*tfevents*'"
+    )
     assert line.endswith(f"hf upload 'me/my model' '{tmp_path}/a run' .{excluded}")
     assert private.endswith(f"{excluded} --private --revision 'a branch'")
 
