@@ -257,6 +257,8 @@ def crop_image(
     if flip_y:
         top, bottom = height - bottom, height - top
     pixels = _crop_stored(image, (left, top, right, bottom), size, num_channels, exact=crop.exact)
+    if not (flip_x or flip_y or swap):
+        return pixels.contiguous()
     turned = upright(pixels.permute(1, 2, 0).numpy(), flip_x, flip_y, swap)  # by numpy: torch flips no uint16
     return _to_tensor(turned).contiguous()
 
