@@ -117,7 +117,7 @@ def test_the_example_of_the_card_gives_the_features_of_a_file(name, tmp_path, mo
     (expected,) = extract(Images(images.select_columns("image")), ["last/mean/norm"])
     card = (folder / "README.md").read_text()
     low, high = read_yaml(folder / "recipe.yaml")["value_range"]
-    assert f"scaled from its own depth: the values {low} to {high} become 0..1" in card
+    assert f"scaled from its own depth: the values {low} to {high} come to lie in 0..1" in card
     example = re.search(r"```python\n(.*?)```", card, re.DOTALL)[1]
     monkeypatch.chdir(tmp_path)
     for index, row in enumerate(images):

@@ -225,11 +225,19 @@ def test_the_numbers_of_other_weights_are_left_out(folder, name):
 @pytest.mark.parametrize(
     ("value_range", "nodata", "words"),
     [
-        ([0, 4095], None, "- scaled from its own depth: the values 0 to 4095 become 0..1, and values beyond are"),
-        ([0, 1, -30.5, 5], -9999.0, "the values 0 to 1, -30.5 to 5 of its channels, in this order, become 0..1"),
+        (
+            [0, 4095],
+            None,
+            "- scaled from its own depth: the values 0 to 4095 come to lie in 0..1, and values beyond are",
+        ),
+        (
+            [0, 1, -30.5, 5],
+            -9999.0,
+            "the values 0 to 1, -30.5 to 5 of its channels, in this order, come to lie in 0..1",
+        ),
         ([0, 255], float("nan"), "- without data where a value is not finite: there it is the mean of the channel"),
         ([-30, 5], -9999.0, "- without data where a value is -9999 or not finite: there it is the mean of the channel"),
-        (["<b>", 5], "<i>", "the values &#60;b&#62; to 5 become"),
+        (["<b>", 5], "<i>", "the values &#60;b&#62; to 5 come"),
         ([5], None, "- standardised by mean"),
     ],
 )
