@@ -15,6 +15,7 @@ from hf_mim.files import listed, one_line
 from hf_mim.models.orientation import exif_orientation, upright
 from hf_mim.models.pixels import ImageFormatError
 
+from .deep import read_deep
 from .tiff import is_plain_tiff, is_tiff, read_tiff
 
 # What PIL may open. EPS is not among them: PIL would run Ghostscript on it, whatever the file is called.
@@ -25,7 +26,6 @@ MAX_PIXELS_VARIABLE, MAX_PIXELS = "HF_MIM_MAX_IMAGE_PIXELS", 178_956_970
 # What decoders raise on damaged bytes. PIL's plugins do not catch ValueError, IndexError and the like.
 _DECODE_ERRORS = (OSError, EOFError, SyntaxError, ValueError, TypeError, LookupError, ArithmeticError)
 _DECODE_ERRORS += (struct.error, zlib.error, zipfile.BadZipFile, RuntimeError, MemoryError)
-_PNG = b"\x89PNG\r\n\x1a\n"
 
 
 class BrokenImage(Exception):
@@ -57,12 +57,13 @@ def stored(value):
     return value["bytes"] if value.get("bytes") is not None else value.get("path")
 
 
-def open_image(value, num_channels: int | None = None) -> Image.Image | np.ndarray:
+def open_image(value, num_channels: int | None = None, as_ids: bool = False) -> Image.Image | np.ndarray:
     """Open one value of an image column: `{"bytes", "path"}`, a path, bytes, a PIL image, or an array.
 
     A JPEG is returned undecoded, so that the caller may still `draft` it; every other image is decoded.
 
     num_channels: as many as there will be; with it, files that can be read in two ways are read in the right one.
+    as_ids: for masks: what PIL would scale, and the indices of palettes, stay as they are stored.
 
     Raises:
         ImageFormatError: too many pixels, or a depth or compression that needs the extra hf-mim[tiff].
@@ -74,13 +75,13 @@ def open_image(value, num_channels: int | None = None) -> Image.Image | np.ndarr
         with open(value, "rb") as file:
             value = file.read()
     if isinstance(value, bytes):
-        return _open_bytes(value, num_channels)
+        return _open_bytes(value, num_channels, as_ids)
     if isinstance(value, Image.Image):
         value.load()
         return value
     value = np.asarray(value)
     if value.ndim == 1 and value.dtype == np.uint8:  # the bytes of a file, as a column of numbers
-        return _open_bytes(value.tobytes(), num_channels)
+        return _open_bytes(value.tobytes(), num_channels, as_ids)
     return value
 
 
@@ -108,13 +109,13 @@ def _max_pixels() -> int:
     return int(os.environ.get(MAX_PIXELS_VARIABLE, MAX_PIXELS))
 
 
-def _open_bytes(data: bytes, num_channels: int | None) -> Image.Image | np.ndarray:
+def _open_bytes(data: bytes, num_channels: int | None, as_ids: bool) -> Image.Image | np.ndarray:
     if data.startswith(b"\x93NUMPY"):
         return _read_npy(data)
     if data.startswith(b"PK\x03\x04"):
         return _read_npz(data, num_channels)
-    if is_tiff(data) and not is_plain_tiff(data):
-        return read_tiff(data, num_channels, check_pixels)
+    if is_tiff(data) and not is_plain_tiff(data, as_ids):
+        return read_tiff(data, num_channels, check_pixels, as_ids)
     if _max_pixels() > MAX_PIXELS:
         Image.MAX_IMAGE_PIXELS = _max_pixels()  # PIL's own limit is one for the whole process
     try:
@@ -124,10 +125,9 @@ def _open_bytes(data: bytes, num_channels: int | None) -> Image.Image | np.ndarr
             f"{one_line(error)}; raise it by --max_image_pixels, or cut the image into tiles"
         ) from None
     check_pixels(*image.size)
-    if data.startswith(_PNG) and data[24] == 16 and data[25] in (2, 4, 6):  # bits of a channel; colour, or with alpha
-        return upright(_read_deep_png(data, num_channels), *exif_orientation(image))
-    if image.format == "JPEG2000" and image.mode != "I;16" and _jpeg2000_bits(data) > 8:
-        raise ImageFormatError("a JPEG 2000 image of more than 8 bits in several channels; save it as TIFF")
+    deep = read_deep(image, data, num_channels)
+    if deep is not None:
+        return upright(deep, *exif_orientation(image))
     if not isinstance(image, JpegImagePlugin.JpegImageFile):
         image.load()  # EXIF may follow the pixels (PNG), or be applied by load itself (TIFF)
     return image
@@ -181,19 +181,3 @@ def _read_npz(data: bytes, num_channels: int | None) -> np.ndarray:
             raise ImageFormatError(f"an array image must be [h, w], [h, w, C] or [C, h, w], not {list(shape)}")
         with archive.open(about) as file:
             return np.lib.format.read_array(file, allow_pickle=False)
-
-
-def _read_deep_png(data: bytes, num_channels: int | None) -> np.ndarray:
-    """PIL would cut 16 bits of colour to 8. Alpha is left out as in other images."""
-    try:
-        import imagecodecs
-    except ImportError:
-        raise ImageFormatError("a PNG of 16-bit colour needs imagecodecs: pip install hf-mim[tiff]") from None
-    image = imagecodecs.png_decode(data)
-    return image[..., :-1] if image.shape[-1] in (2, 4) and image.shape[-1] != num_channels else image
-
-
-def _jpeg2000_bits(data: bytes) -> int:
-    """Bits of the first channel, from the SIZ marker (ISO 15444-1, A.5.1)."""
-    start = data.find(b"\xff\x4f\xff\x51")
-    return (data[start + 42] & 0x7F) + 1 if start >= 0 else 8

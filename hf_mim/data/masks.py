@@ -148,7 +148,7 @@ def read_mask_ids(value, name: str = "the mask") -> np.ndarray:
             is a JPEG, which does not keep ids.
     """
     with _naming_the_mask(value, name):
-        mask = open_image(value)
+        mask = open_image(value, as_ids=True)
         if isinstance(mask, np.ndarray):
             ids = mask[..., 0] if mask.ndim == 3 and mask.shape[2] == 1 else mask
             if ids.ndim != 2 or ids.dtype.kind not in "biu":

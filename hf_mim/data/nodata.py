@@ -1,5 +1,6 @@
 """The value of pixels without data: what TIFF files say by GDAL's tag, and whether it fits the run."""
 
+import contextlib
 import io
 import struct
 
@@ -11,9 +12,9 @@ from hf_mim.models.pixels import ImageFormatError
 
 from .augment import sampled
 from .decode import BrokenImage, decoding, image_name, stored
-from .tiff import is_tiff
+from .tiff import is_tiff, unused_pages
 
-_BITS, _SAMPLE_FORMAT, _GDAL_NODATA = 258, 339, 42113
+_BITS, _PHOTOMETRIC, _SAMPLE_FORMAT, _GDAL_NODATA = 258, 262, 339, 42113
 _KINDS = {1: "uint", 2: "int", 3: "float"}  # of the tag SampleFormat
 _PROBES, _SAMPLE = 16, 1024  # images that are opened to see whether there are TIFFs; TIFFs whose tags are read
 
@@ -37,11 +38,14 @@ def gdal_nodata(value) -> float | None:
     except ValueError:
         return None
     kind = f"{_KINDS.get(tags.get(_SAMPLE_FORMAT, 1), 'float')}{tags.get(_BITS, 8)}"
-    return nodata if kind not in ("uint8", "uint16", "int8", "int16") or is_possible(nodata, kind) else None
+    if kind in ("uint8", "uint16", "int8", "int16") and not is_possible(nodata, kind):
+        return None
+    # The tag is about the stored values, of which those with white as 0 are inverted (`tiff.py`).
+    return 2 ** tags.get(_BITS, 8) - 1 - nodata if tags.get(_PHOTOMETRIC) == 0 and kind.startswith("uint") else nodata
 
 
 def _read_tags(file, head: bytes) -> dict:
-    """Of the first directory of a TIFF or BigTIFF: bits and format of the first sample, and the text of GDAL's tag."""
+    """Of the first directory of a TIFF or BigTIFF: bits and format of the first sample, photometric, GDAL's text."""
     order, is_big = "<" if head[:2] == b"II" else ">", head[2:4] in (b"+\0", b"\0+")
     place, number, size = ("Q", "Q", 8) if is_big else ("I", "H", 4)
 
@@ -55,7 +59,7 @@ def _read_tags(file, head: bytes) -> dict:
     for entry in range(count):
         at = start + struct.calcsize(number) + entry * (4 + 2 * size)
         tag, _, length = read(f"HH{place}", at)
-        if tag not in (_BITS, _SAMPLE_FORMAT, _GDAL_NODATA):
+        if tag not in (_BITS, _PHOTOMETRIC, _SAMPLE_FORMAT, _GDAL_NODATA):
             continue
         is_text = tag == _GDAL_NODATA
         at += 4 + size
@@ -100,6 +104,29 @@ def _rows(images):
             return
         tiffs = tiffs or _is_tiff(row["image"])
         yield row
+
+
+def pages_line(images, num_channels: int) -> str | None:
+    """A line that says how many pages of TIFF files are not used, in a small sample; None if all are.
+
+    images, num_channels: as of `tag_nodata`; those of the model.
+    """
+    counts, looked = [], 0
+    for row in sampled(images, _PROBES, seed=0):
+        value = stored(row["image"])
+        if not _is_tiff(value):
+            continue
+        with contextlib.suppress(BrokenImage), decoding("a TIFF"):
+            with open(value, "rb") if isinstance(value, str) else io.BytesIO(value) as file:
+                pages, looked = unused_pages(file, num_channels), looked + 1
+            counts += [pages] if pages > 1 else []
+    if not counts:
+        return None
+    several = str(min(counts)) if min(counts) == max(counts) else f"{min(counts)} to {max(counts)}"
+    return (
+        f"pages: the first of {several} pages is the image, in {len(counts)} of {looked} TIFF files of the sample; "
+        "grey pages become the bands of one image if --num_channels is their number"
+    )
 
 
 def _is_tiff(value) -> bool:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from hf_mim.models.nodata import as_text
-from hf_mim.models.pixels import EIGHT_BITS, ImageFormatError, ValueRange, as_pixels
+from hf_mim.models.pixels import EIGHT_BITS, ImageFormatError, ValueRange, pixel_type
 
 from .augment import sampled
 from .decode import BrokenImage, decoding, image_name, open_image
@@ -80,7 +80,7 @@ def _types(images) -> dict[str, str]:
 
 def _type_of(image) -> str:
     is_deep = isinstance(image, np.ndarray) or image.mode.startswith("I") or image.mode == "F"
-    return as_pixels(np.asarray(image)).dtype.name if is_deep else "uint8"
+    return pixel_type(np.asarray(image).dtype) if is_deep else "uint8"
 
 
 @dataclass

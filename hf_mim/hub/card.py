@@ -79,7 +79,7 @@ def model_card(folder: str | Path, repo_id: str | None = None, license: str | No
         compute=[(name, NOT_RECORDED if x is None else shown_number(x)) for name, x in facts.compute.items()],
         compute_notes=[shown(text) for text in training.notes] if training else [],
         augmentation=_augmentation(recipe),
-        plain_images=config.num_channels <= 4 and not recipe.get("value_range"),
+        example_image="image.tif" if config.num_channels > 4 or recipe.get("value_range") else "image.png",
         recipe_block=fenced(_recipe_text(recipe, dataset), "yaml"),
         bibtex_block=fenced(method.bibtex, "bibtex") if method.bibtex else "",
         data=_training_data(recipe, dataset, training),
@@ -178,7 +178,25 @@ def _augmentation(recipe: dict) -> dict[str, str]:
     for name in ("vertical_flip_probability", "rotate90", "color_jitter", "crop_pixels"):  # older recipes lack them
         value = recipe.get(name)
         told[name] = (_size(value) if name == "crop_pixels" else shown(str(value))) if value else ""
+    told["value_range"], told["nodata"] = _range_text(recipe.get("value_range")), _nodata_text(recipe.get("nodata"))
     return told if recipe else {}
+
+
+def _range_text(value_range) -> str:
+    """[low, high], or such a pair for each channel, in words; "" for none."""
+    if not value_range or not isinstance(value_range, list):
+        return ""
+    pairs = [f"{shown(low)} to {shown(high)}" for low, high in zip(value_range[::2], value_range[1::2], strict=False)]
+    if not pairs:
+        return ""
+    return f"the values {', '.join(pairs)}{' of its channels, in this order,' if len(pairs) > 1 else ''}"
+
+
+def _nodata_text(nodata) -> str:
+    """The value of pixels without data in words; "" for none."""
+    if nodata is None:
+        return ""
+    return "not finite" if str(nodata) == "nan" else f"{shown(nodata)} or not finite"
 
 
 def _recipe_text(recipe: dict, dataset: str) -> str:

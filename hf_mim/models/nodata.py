@@ -24,11 +24,14 @@ def as_text(nodata: float) -> str:
 
 
 def is_possible(nodata: float, kind: str) -> bool:
-    """Whether images of a type ("uint8") can hold the value. Floats can hold any, and NaN."""
+    """Whether images of a type ("uint8") can hold the value. Floats can hold any, and NaN.
+
+    int32 stands for wider types too: their value without data never becomes an int32.
+    """
     if kind.startswith("float"):
         return True
-    limits = np.iinfo(kind)
-    return bool(limits.min <= nodata <= limits.max) and nodata == int(nodata)
+    low, high = (-(2**63), 2**64 - 1) if kind == "int32" else (np.iinfo(kind).min, np.iinfo(kind).max)
+    return bool(low <= nodata <= high) and nodata == int(nodata)
 
 
 def blanked(pixels: np.ndarray, nodata: float) -> np.ndarray:

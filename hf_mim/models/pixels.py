@@ -26,7 +26,7 @@ from PIL import Image, JpegImagePlugin
 from torch import Tensor
 
 from .crops import Box
-from .nodata import EmptyImage, blanked, resize_valid
+from .nodata import EmptyImage, blanked, is_possible, resize_valid
 from .orientation import exif_orientation, upright
 
 MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}  # what PIL itself can convert to
@@ -160,14 +160,20 @@ def to_channels(
 
 def _array_to_channels(array: np.ndarray, num_channels: int, channels_last: bool, value_range) -> np.ndarray:
     """[h, w], [h, w, C] or [C, h, w] of any numeric type -> [h, w, num_channels]."""
+    wide = pixel_type(array.dtype) == "int32"
     if array.ndim == 2:
         array = array[..., None]
     if array.ndim != 3 or array.size == 0:
         raise ImageFormatError(f"an array image must be [h, w], [h, w, C] or [C, h, w], not {list(array.shape)}")
-    array = as_pixels(array if channels_last else _channels_last(array, num_channels))
-    if value_range is not None and value_range.nodata is not None:  # before bands are mixed
-        value_range.check(array.dtype.name)
-        array = blanked(array, value_range.nodata)
+    array = array if channels_last else _channels_last(array, num_channels)
+    if value_range is None or value_range.nodata is None:
+        array = as_pixels(array)
+    else:  # before bands are mixed
+        value_range.check(pixel_type(array.dtype))
+        missing = wide and is_possible(value_range.nodata, "int32") and array == int(value_range.nodata)
+        # uint32 and int64 may have a value there that int32 cannot hold.
+        array = blanked(as_pixels(np.where(missing, 0, array) if wide else array), value_range.nodata)
+        array = np.where(missing, np.float32("nan"), array) if wide else array
     found = array.shape[2]
     if found == num_channels:
         return array
@@ -198,26 +204,39 @@ def _channels_last(array: np.ndarray, num_channels: int) -> np.ndarray:
     return array if sides[1] else array.transpose(1, 2, 0)
 
 
+def pixel_type(dtype: np.dtype) -> str:
+    """The type in which numbers of any type are kept: "uint8", "uint16", "int16", "int32" or "float32".
+
+    Raises ImageFormatError for complex numbers and for what is no number.
+    """
+    if dtype.kind not in "biuf":
+        raise ImageFormatError(f"an array image must be numeric, not {dtype}")
+    if dtype.kind in "bf":
+        return "uint8" if dtype.kind == "b" else "float32"
+    if dtype.itemsize < 4:
+        return "int16" if dtype == np.int8 else dtype.name
+    return "int32"
+
+
 def as_pixels(array: np.ndarray) -> np.ndarray:
-    """A numeric array as uint8, uint16, int16, int32 or float32, whichever holds its type; in native byte order.
+    """A numeric array in its `pixel_type`, in native byte order; False and True are 0 and 255.
 
     Raises:
         ImageFormatError: complex or non-numeric values, or whole numbers beyond 32 bits.
     """
-    kind, size = array.dtype.kind, array.dtype.itemsize
-    if kind == "b":
+    kind = pixel_type(array.dtype)
+    if array.dtype.kind == "b":
         return array.astype(np.uint8) * 255
-    if kind == "f":
-        return array.astype(np.float32, copy=False)
-    if kind not in "iu":
-        raise ImageFormatError(f"an array image must be numeric, not {array.dtype}")
-    if size < 4:
-        return array.astype("int16" if array.dtype == np.int8 else array.dtype.name, copy=False)
-    if size == 8 or kind == "u":
+    if kind == "int32" and array.dtype != np.int32:
         limits = np.iinfo(np.int32)
-        if array.min() < limits.min or array.max() > limits.max:
-            raise ImageFormatError(f"whole numbers of an image must fit 32 bits, not {array.min()}..{array.max()}")
-    return array.astype(np.int32, copy=False)
+        for value, beyond in ((array.max(), array.max() > limits.max), (array.min(), array.min() < limits.min)):
+            if beyond:
+                side = f"above {limits.max}" if value > 0 else f"below {limits.min}"
+                raise ImageFormatError(
+                    f"the image has values {side} ({value}), which do not fit int32; if {value} stands for pixels "
+                    f"without data, give --nodata {value}"
+                )
+    return array.astype(kind, copy=False)
 
 
 def crop_image(

@@ -9,7 +9,7 @@ from hf_mim import methods
 from hf_mim.data import DeviceAugment, ImageDataset, ImageStream, NativeCrop, RandomCrop, channel_statistics
 from hf_mim.data.crop import image_size
 from hf_mim.data.decode import BrokenImage, decoding, image_name
-from hf_mim.data.nodata import tag_nodata
+from hf_mim.data.nodata import pages_line, tag_nodata
 from hf_mim.data.sources import fixed_sample
 from hf_mim.data.value_range import find_value_range
 from hf_mim.models.nodata import as_text
@@ -63,6 +63,7 @@ def measured_crops(
     crops = random_crops(images, run, config, seed)
     crops = crops if given else crops.check_tags()
     value_range, found = find_value_range(crops, run.value_range, config.num_channels)
+    found = "\n".join(line for line in (pages_line(images, config.num_channels), found) if line) or None
     if value_range is not None:
         run.value_range = value_range.as_list()
         if value_range.nodata is not None and not method.takes_nodata:

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import tifffile
 import torch
+from PIL import Image
 from small_runs import SMALL, run
 from transformers import AutoImageProcessor, AutoModel
 
@@ -85,6 +86,46 @@ def test_a_run_keeps_the_depth_and_the_image_processor_gives_its_features(name, 
         assert 1 < float(share) < 15 and touched.split(" of 20 images (")[0].isdigit()
         assert ("GDAL_NODATA" in touched) == (tag is not None)
         assert (processor(arrays, return_tensors="pt")["pixel_values"] == 0).float().mean() > 0.05
+
+
+FILES = {  # name → (bands, the file's name, how it is written)
+    "tiff, orientation 6": (1, "0.tif", lambda p, a: tifffile.imwrite(p, a, extratags=[(274, "H", 1, 6, True)])),
+    "png of 16 bits": (1, "0.png", lambda p, a: Image.fromarray(a).save(p)),
+    "npy, channels first": (4, "0.npy", lambda p, a: np.save(p, np.stack([a] * 4))),
+    "5 pages": (5, "0.tif", lambda p, a: tifffile.imwrite(p, np.stack([a + k for k in range(5)]))),
+    "one of 2 pages": (1, "0.tif", lambda p, a: tifffile.imwrite(p, np.stack([a, a[::-1]]))),
+}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_the_example_of_the_card_gives_the_features_of_a_file(name, tmp_path, monkeypatch, capsys):
+    bands, file, write = FILES[name]
+    (tmp_path / "scenes").mkdir()
+    random = np.random.default_rng(0)
+    for number in range(8):
+        wave = np.add.outer(np.arange(24), np.arange(40)) * random.uniform(5, 60)
+        write(tmp_path / "scenes" / file.replace("0", str(number)), wave.astype(np.uint16))
+    folder = tmp_path / "run"
+    batch = ["--per_device_train_batch_size", 8, "--num_channels", bands, "--knn", "false"]
+    run("--dataset", tmp_path / "scenes", *SMALL, *OPTIONS, *batch, "--output_dir", folder)
+    told = [line for line in capsys.readouterr().out.splitlines() if line.startswith("pages: ")]
+    assert len(told) == (name == "one of 2 pages")
+    assert not told or "the first of 2 pages is the image, in 8 of 8 TIFF files" in told[0]
+
+    images = load_images(tmp_path / "scenes")
+    extract = FeatureExtractor(FrozenEncoder.load(folder), progress=False)
+    (expected,) = extract(Images(images.select_columns("image")), ["last/mean/norm"])
+    card = (folder / "README.md").read_text()
+    low, high = read_yaml(folder / "recipe.yaml")["value_range"]
+    assert f"scaled from its own depth: the values {low} to {high} come to lie in 0..1" in card
+    example = re.search(r"```python\n(.*?)```", card, re.DOTALL)[1]
+    monkeypatch.chdir(tmp_path)
+    for index, row in enumerate(images):
+        names = {}
+        exec(example.replace('"image.tif"', repr(row["image"]["path"])), names)
+        found = names["output"].pooler_output[0]
+        assert torch.cosine_similarity(torch.as_tensor(expected[index]), found, dim=0) > 0.999999
+        assert (torch.as_tensor(expected[index]) - found).abs().max() < 1e-4
 
 
 def test_a_resume_keeps_the_range_that_was_measured(tmp_path, capsys):

@@ -222,6 +222,33 @@ def test_the_numbers_of_other_weights_are_left_out(folder, name):
         assert "5920" not in card.text and "| Device | not recorded |" in card.text
 
 
+@pytest.mark.parametrize(
+    ("value_range", "nodata", "words"),
+    [
+        (
+            [0, 4095],
+            None,
+            "- scaled from its own depth: the values 0 to 4095 come to lie in 0..1, and values beyond are",
+        ),
+        (
+            [0, 1, -30.5, 5],
+            -9999.0,
+            "the values 0 to 1, -30.5 to 5 of its channels, in this order, come to lie in 0..1",
+        ),
+        ([0, 255], float("nan"), "- without data where a value is not finite: there it is the mean of the channel"),
+        ([-30, 5], -9999.0, "- without data where a value is -9999 or not finite: there it is the mean of the channel"),
+        (["<b>", 5], "<i>", "the values &#60;b&#62; to 5 come"),
+        ([5], None, "- standardised by mean"),
+    ],
+)
+def test_the_range_of_the_values_and_pixels_without_data_are_told(folder, value_range, nodata, words):
+    recipe = yaml.safe_load((folder / "recipe.yaml").read_text()) | {"value_range": value_range, "nodata": nodata}
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    told = section(model_card(folder), "Data and augmentation")
+    assert words in told and ("without data" in told) == (nodata is not None) and "<i>" not in told
+    assert ("scaled from its own depth" in told) == (len(value_range) > 1)
+
+
 def test_files_of_odd_content_make_a_card(folder):
     (folder / "recipe.yaml").write_text("dataset: /x\nimage_mean: 3\n1: 2\n")
     state = {"log_history": [1, {"loss": "low"}], "global_step": [3]}

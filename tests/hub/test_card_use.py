@@ -24,7 +24,9 @@ def test_the_examples_run(channels, tmp_path, monkeypatch):
     folder = make_folder(tmp_path / "run", "stop_jepa", num_channels=channels, **statistics)
     monkeypatch.chdir(tmp_path)
     Image.linear_gradient("L").save("image.png")
-    tifffile.imwrite("image.tif", np.zeros((24, 24, channels), dtype=np.uint8), photometric="minisblack")
+    layout = "contig" if channels > 1 else None
+    array = np.zeros((24, 24, channels), dtype=np.uint8)
+    tifffile.imwrite("image.tif", array, photometric="minisblack", planarconfig=layout)
     blocks = re.findall(r"```python\n(.*?)```", model_card(folder).text, re.DOTALL)
     assert len(blocks) == (3 if channels == 3 else 2)
     export(folder, tmp_path / "exported", to="remote-code")
