@@ -100,9 +100,8 @@ class RunArguments:
         image_mean, image_std: for each channel, pixels in [0, 1]; default: measured on 1,024 images
         value_range: low,high or such a pair for each channel: the values of the images that become 0 and 1, -30,5 for
             decibels; default: 0..255 for 8 bits, else measured on 1,024 images
-        nodata: the value of pixels without data, in the images' own depth: a number, or nan. They are left out of the
-            measurements and of the loss. none: there is no such value, whatever tags say; default: what the GDAL_NODATA
-            tags of TIFF files say
+        nodata: the value of pixels without data, in the depth of the images, or nan: loss and measures leave them out;
+            none: no such value, whatever tags say; default: what the GDAL_NODATA tags of TIFF files say
         max_image_pixels: of one image; larger ones are refused; default: 178,956,970
         knn: measure the features at the end by 20-NN, if there are labels
         knn_train_images: labelled images that vote, at most
