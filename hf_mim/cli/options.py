@@ -131,7 +131,14 @@ class Command(click.Command):
         settings = {setting.name: setting for setting in self.settings}
         for word, following in zip(args, [*args[1:], "--"], strict=False):
             setting = settings.get(word[2:].replace("-", "_")) if word.startswith("--") else None
-            yield f"{word}=true" if setting is not None and setting.is_alone(following) else word
+            is_alone = setting is not None and setting.is_alone(following)
+            if is_alone and not following.startswith("-") and not self.may_be_word(following):
+                raise Mistake(f"{setting.name} must be true or false, not {following!r}")
+            yield f"{word}=true" if is_alone else word
+
+    def may_be_word(self, word: str) -> bool:
+        """Whether a word after a switch can be one of `words`, and no wrong value of the switch."""
+        return True
 
     def check_words(self, path: str, words: list[str]):
         """Raise Mistake if there are more or fewer words than the command needs."""

@@ -1,6 +1,7 @@
 """`hf-mim pretrain [RECIPE.yaml] [--argument value ...]`."""
 
 import gc
+import os
 import signal
 import sys
 
@@ -98,6 +99,9 @@ class Pretrain(Command):
         self.format_settings(ctx, formatter, self.settings[: -len(others)])
         with formatter.section(OTHERS):
             formatter.write_text(", ".join(setting.name for setting in others))
+
+    def may_be_word(self, word: str) -> bool:
+        return word.lower().endswith((".yaml", ".yml")) or os.path.exists(os.path.expanduser(word))
 
     def check_words(self, path: str, words: list[str]):
         if len(words) > 1:

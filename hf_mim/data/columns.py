@@ -1,10 +1,12 @@
 """Find the image and label columns of a dataset, whatever they are called."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 from datasets import Array2D, Array3D, ClassLabel, Dataset, IterableDataset, LargeList, List, Value
 from datasets import Image as ImageFeature
+from datasets.utils import disable_progress_bars, enable_progress_bars, is_progress_bar_enabled
 
 # A column of one of these names is preferred among several of its kind, or recognised if its type tells too little.
 IMAGE_NAMES = tuple("image img pixel_values picture photo jpg jpeg png webp tif tiff npy npz bytes".split())
@@ -28,7 +30,9 @@ class Chosen:
     notes: list[str] = field(default_factory=list)
 
 
-def prepare_columns(dataset, image_column: str | None, labels: str | None, group: str | None = None):
+def prepare_columns(
+    dataset, image_column: str | None, labels: str | None, group: str | None = None, notes: Sequence[str] = ()
+):
     """(the dataset with only `image` (undecoded) and, if there are any, `label` (class ids) and `group` (text); what
     was chosen).
 
@@ -36,6 +40,7 @@ def prepare_columns(dataset, image_column: str | None, labels: str | None, group
         labels: a column; "none" leaves labels out; None takes a column that declares itself: its type is `ClassLabel`,
             or it is called label, labels, fine_label, class or cls and holds ids or names, several images of each.
         group: a column.
+        notes: why columns may be missing.
 
     Raises:
         ValueError: a named column is not there, or no image column is found; the message lists the columns.
@@ -44,7 +49,7 @@ def prepare_columns(dataset, image_column: str | None, labels: str | None, group
     if features is None:
         raise ValueError("the columns of this source cannot be known before it is read; load it with streaming=False")
     wanted = labels if labels != NO_LABELS or NO_LABELS in features else None
-    check_columns(features, image_column=image_column, labels=wanted, group=group)
+    check_columns(features, notes, image_column=image_column, labels=wanted, group=group)
     image_column = image_column or _find_image(features)
     check_holds_images(features, "image_column", image_column)
     chosen = Chosen(wanted, group, labels is not None)
@@ -121,7 +126,13 @@ def _with_class_ids(dataset, feature, labels: str):
         return dataset.cast_column("label", Value("int64"))
     if not _is_id_or_name(feature):
         raise ValueError(f"labels={labels!r} must hold class ids or names, not {feature}")
-    return dataset.class_encode_column("label")
+    shown = is_progress_bar_enabled()
+    disable_progress_bars()  # nobody waits for it, and an error may follow
+    try:
+        return dataset.class_encode_column("label")
+    finally:
+        if shown:
+            enable_progress_bars()
 
 
 def keep_types(dataset):
@@ -140,11 +151,12 @@ def typed(value, feature):
     return value if dtype is None or value is None else np.asarray(value, dtype)
 
 
-def check_columns(features, **arguments: str | None):
-    """Raise ValueError, which lists the columns, if an argument names one that is not there."""
+def check_columns(features, notes: Sequence[str] = (), **arguments: str | None):
+    """Raise ValueError, which lists the columns, if an argument names one that is not there; `notes` may say why."""
     for argument, column in arguments.items():
         if column is not None and column not in features:
-            raise ValueError(f"{argument}={column!r} is not a column; there are {', '.join(features)}")
+            known = "; ".join([f"columns: {', '.join(features)}", *notes])
+            raise ValueError(f"{argument}={column!r} is not a column; {known}")
 
 
 def check_holds_images(features, argument: str, column: str):

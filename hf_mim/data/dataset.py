@@ -24,8 +24,8 @@ from hf_mim.models.pixels import ImageFormatError, ValueRange, scale_pixels, typ
 
 from .columns import typed
 from .crop import RandomCrop, crop_rng, load_crop
-from .decode import BrokenImage, decoding, image_name, stored
-from .nodata import check_tag
+from .decode import BrokenImage, decoding, image_name, open_image, stored
+from .nodata import check_tag, count_missing
 
 logger = logging.getLogger(__name__)
 
@@ -70,7 +70,7 @@ class _Images:
         self.images, self.num_channels, self.labels, self.seed = images, num_channels, labels, seed
         self.crop = RandomCrop() if crop is None else crop
         self.value_range, self.own_depth, self.keep_empty = value_range, own_depth, keep_empty
-        self.identified = self.checks_tags = False
+        self.identified = self.checks_tags = self.counts_missing = False
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
         self._begin(images)
 
@@ -90,6 +90,12 @@ class _Images:
         images.identified = True
         return images
 
+    def count_missing(self):
+        """A view of the same images. Its samples also have the numbers of `count_missing`, of the whole image."""
+        images = copy.copy(self)
+        images.counts_missing = True
+        return images
+
     def check_tags(self):
         """A view of the same images. A TIFF is refused if GDAL's tag has another nodata value than `value_range`."""
         images = copy.copy(self)
@@ -102,12 +108,16 @@ class _Images:
         with decoding(name):
             if self.checks_tags:
                 check_tag(value, nodata)
+            missing = None
+            if self.counts_missing:
+                value = open_image(value, self.num_channels)  # once, for both
+                missing = count_missing(value, self.num_channels, value_range)
             pixels = load_crop(value, self.crop, self.size, self.num_channels, rng, value_range, self.keep_empty)
             if not self.own_depth:
                 pixels = scale_pixels(pixels, value_range)
             elif value_range is not None and nodata is None:
                 value_range.check(type_name(pixels))
-            sample = {"pixel_values": pixels}
+            sample = {"pixel_values": pixels} | ({} if missing is None else {"missing": missing})
         if self.identified:
             sample |= {"augment_key": rng.getrandbits(63), "name": name}
         if self.labels:
@@ -293,13 +303,15 @@ class ImageStream(_Images, torch.utils.data.IterableDataset):
         return b"".join(_text(names) for names in self._names).decode(errors="replace").splitlines()[:limit]
 
 
-def check_broken(images: ImageDataset | ImageStream, max_share: float = MAX_BROKEN):
+def check_broken(images: ImageDataset | ImageStream, max_share: float = MAX_BROKEN, read: int | None = None):
     """Check the share of broken images. This is cheap enough for every step.
+
+    read: how many images have been read at most; default: all.
 
     Raises:
         BrokenImagesError: more than `max_share` of the images are broken; in one line that names the first twenty.
     """
-    broken, total = images.num_broken(), images.num_images()
+    broken, total = images.num_broken(), min(images.num_images(), read or images.num_images())
     if broken > max_share * total:
         raise BrokenImagesError(_broken_message(broken, total, images.broken(limit=20)))
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from hf_mim.files import listed
 
 from .images import Images, group_ids
+from .metadata import UNREAD
 from .sources import SplitNotFound, first_split, load_described, same_source, source_name
 from .splits import stratified_split
 
@@ -74,7 +75,7 @@ def load_labelled(
 
     train, about = load(source, train_split)
     test_from, name = source if test_source is None else test_source, f"{source_name(source)}, split {train_split}"
-    found, split = _load_test(load, test_from, test_split, train_split if same_source(test_from, source) else None)
+    found, split = load_test(load, test_from, test_split, train_split if same_source(test_from, source) else None)
     if found is not None:
         test, test_about = found
         test_name = f"{source_name(test_from)}, split {split}"
@@ -98,7 +99,7 @@ def load_labelled(
     return splits
 
 
-def _load_test(load, source, split: str | None, taken: str | None):
+def load_test(load, source, split: str | None, taken: str | None):
     """(what `load` gives, the split), or (None, None) if the source has no split but `taken`, which trains."""
     if split is not None and split == taken:
         raise ValueError(f"test_split must be another split than {taken}, which trains: of {source} or of another test")
@@ -122,7 +123,8 @@ def labelled_only(images: Dataset | IterableDataset, source="source", split: str
         known = [index for index, label in enumerate(images["label"]) if label is not None and label >= 0]
     if not known:
         advice = "give --labels COLUMN, or put the images of each class into a folder"
-        reason = next((note for note in notes if "--labels" in note or "no classes" in note), advice)
+        reasons = (note for note in notes if "--labels" in note or "no classes" in note or note.endswith(UNREAD))
+        reason = next(reasons, advice)
         raise ValueError(f"dataset {source} has no labels in split {split}; {reason}")
     return images if len(known) == len(images) else images.select(known)
 

@@ -16,6 +16,7 @@ import pyarrow.parquet
 from hf_mim.files import listed, one_line
 
 FILE_NAME = "file_name"
+UNREAD = "is not read"  # the end of a note about a table
 _READERS = {
     ".csv": pyarrow.csv.read_csv,
     ".jsonl": pyarrow.json.read_json,
@@ -52,7 +53,7 @@ def read_metadata(folder: Path, files: list[str], paths: Iterable[str]) -> tuple
     for file in files:
         table = _read(folder / file)
         if FILE_NAME not in table.column_names:
-            notes.append(f"{file} has no column {FILE_NAME} and is not read")
+            notes.append(f"{file} has no column {FILE_NAME} and {UNREAD}")
             continue
         start, missing = sum(map(len, tables)), []
         for number, name in enumerate(map(str, table[FILE_NAME].to_pylist()), start=start):

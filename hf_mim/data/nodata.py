@@ -2,21 +2,33 @@
 
 import contextlib
 import io
+import math
 import struct
 
+import numpy as np
 import torch
 from datasets import Dataset
 
 from hf_mim.models.nodata import as_text, is_possible
-from hf_mim.models.pixels import ImageFormatError
+from hf_mim.models.orientation import exif_orientation
+from hf_mim.models.pixels import ImageFormatError, ValueRange, crop_image, to_channels
 
 from .augment import sampled
+from .crop import WholeImage
 from .decode import BrokenImage, decoding, image_name, stored
 from .tiff import is_tiff, unused_pages
 
-_BITS, _PHOTOMETRIC, _SAMPLE_FORMAT, _GDAL_NODATA = 258, 262, 339, 42113
+IGNORE_TAGS = "none"  # as the option nodata: there is no such value, whatever tags say
+GDAL_NODATA = 42113  # the number of the tag
+_BITS, _PHOTOMETRIC, _SAMPLE_FORMAT = 258, 262, 339
 _KINDS = {1: "uint", 2: "int", 3: "float"}  # of the tag SampleFormat
 _PROBES, _SAMPLE = 16, 1024  # images that are opened to see whether there are TIFFs; TIFFs whose tags are read
+
+
+def check_nodata(nodata: float | str | None):
+    """Raise ValueError for a nodata value that cannot be."""
+    if nodata not in (None, IGNORE_TAGS) and math.isinf(nodata):
+        raise ValueError(f"nodata must be a number or nan, which stands for inf too, not {nodata}")
 
 
 def gdal_nodata(value) -> float | None:
@@ -31,10 +43,10 @@ def gdal_nodata(value) -> float | None:
         if not is_tiff(head := file.read(16)):
             return None
         tags = _read_tags(file, head)
-    if _GDAL_NODATA not in tags:
+    if GDAL_NODATA not in tags:
         return None
     try:
-        nodata = float(tags[_GDAL_NODATA].split(b"\0")[0])
+        nodata = float(tags[GDAL_NODATA].split(b"\0")[0])
     except ValueError:
         return None
     kind = f"{_KINDS.get(tags.get(_SAMPLE_FORMAT, 1), 'float')}{tags.get(_BITS, 8)}"
@@ -59,9 +71,9 @@ def _read_tags(file, head: bytes) -> dict:
     for entry in range(count):
         at = start + struct.calcsize(number) + entry * (4 + 2 * size)
         tag, _, length = read(f"HH{place}", at)
-        if tag not in (_BITS, _PHOTOMETRIC, _SAMPLE_FORMAT, _GDAL_NODATA):
+        if tag not in (_BITS, _PHOTOMETRIC, _SAMPLE_FORMAT, GDAL_NODATA):
             continue
-        is_text = tag == _GDAL_NODATA
+        is_text = tag == GDAL_NODATA
         at += 4 + size
         if length * (1 if is_text else 2) > size:
             (at,) = read(place, at)
@@ -146,8 +158,18 @@ def check_tag(value, nodata: float | None):
     if text != began:
         raise ImageFormatError(
             f"its GDAL_NODATA tag is {text}, and the run has begun with {began}; give --nodata {text} if it holds for "
-            "all images, or --nodata nan to ignore the tags"
+            "all images, or --nodata none to ignore the tags"
         )
+
+
+def count_missing(image, num_channels: int, value_range: ValueRange) -> tuple[int, int]:
+    """(values without data, all values) of a whole opened image at its full size. `value_range` has `nodata`."""
+    if isinstance(image, np.ndarray):
+        missing = np.isnan(to_channels(image, num_channels, value_range=value_range))
+    else:
+        size = image.size if exif_orientation(image)[2] else image.size[::-1]
+        missing = crop_image(image, WholeImage(), size, num_channels, value_range=value_range).isnan().numpy()
+    return int(missing.sum()), missing.size
 
 
 def check_possible(nodata: float, kinds: dict[str, str]):

@@ -8,6 +8,7 @@ What is written:
 - From a JPEG: a JPEG of quality 95 with full colour resolution. It has lost details already, and PNG would be large.
 - From other 8-bit images of 1 to 4 channels (grey, colour, alpha): PNG, without loss.
 - From all others (16 bits, floats, other bands): TIFF with deflate, without loss; `.npy` where tifffile is missing.
+- From an image with a nodata value: such a TIFF too, with the value in GDAL's tag (see `prepare_files.py`).
 """
 
 import contextlib
@@ -17,8 +18,8 @@ import os
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from importlib.util import find_spec
 from pathlib import Path, PurePath
+from typing import Literal
 
 import numpy as np
 from datasets import ClassLabel, Dataset
@@ -28,15 +29,16 @@ from tqdm.auto import tqdm
 
 from hf_mim.checks import least
 from hf_mim.files import check_destination, new_folder, one_line
-from hf_mim.models.pixels import ImageFormatError, as_pixels, crop_image, exif_orientation, upright
+from hf_mim.models.nodata import as_text
+from hf_mim.models.pixels import ImageFormatError, as_pixels, exif_orientation, upright
 
-from .crop import WholeImage
 from .decode import BrokenImage, decoding, image_name, open_image, stored
 from .folders import IMAGE_EXTENSIONS, TABLE_EXTENSIONS, scan, table_splits, without_masks
+from .nodata import check_nodata, gdal_nodata
+from .prepare_files import copied, has_tifffile, nodata_of, smaller, write
 from .sources import SplitNotFound, load_images
 from .tiff import is_tiff
 
-JPEG_QUALITY = 95
 _SPLITS = ("train", "validation", "test")
 
 
@@ -59,6 +61,7 @@ class Prepared:
         files: extension → how many were written.
         small: images that are smaller than a tile in a side, or need no resize.
         channels: number of channels → images.
+        untold: nodata value, as text → images whose files cannot tell it, because they have no tag.
         broken: names of images that cannot be decoded, with the reason.
         left_out: what was not taken → the number of files.
     """
@@ -67,6 +70,7 @@ class Prepared:
     files: Counter = field(default_factory=Counter)
     small: int = 0
     channels: Counter = field(default_factory=Counter)
+    untold: Counter = field(default_factory=Counter)
     broken: list[str] = field(default_factory=list)
     left_out: Counter = field(default_factory=Counter)
 
@@ -82,6 +86,8 @@ class Prepare:
             they overlap their neighbours and no pixel is lost or made up. A side shorter than a tile stays as it is.
         short_side: length of the shorter side; smaller images stay as they are.
         num_channels: of the images, where a file can be read in two ways: pages of a TIFF, arrays, alpha.
+        nodata: the value of pixels without data; "none": no value, whatever tags say; None: by the GDAL_NODATA tag of
+            each file.
         num_workers: processes.
     """
 
@@ -90,6 +96,7 @@ class Prepare:
     tile: int | None = None
     short_side: int | None = None
     num_channels: int | None = None
+    nodata: float | Literal["none"] | None = None
     num_workers: int = 0
 
     def __post_init__(self):
@@ -98,6 +105,7 @@ class Prepare:
             raise ValueError(f"give one of --tile and --short_side, such as --tile 256, not {both}")
         least(1, tile=self.tile, short_side=self.short_side, num_channels=self.num_channels)
         least(0, num_workers=self.num_workers)
+        check_nodata(self.nodata)
         check_destination(self.dest)
         source, dest = Path(self.source).expanduser().resolve(), Path(self.dest).resolve()
         if source.exists() and dest.is_relative_to(source):
@@ -110,7 +118,7 @@ class Prepare:
     def __call__(self, progress: bool = True) -> Prepared:
         """Write all. Raises ImageFormatError for an image that needs another option; then nothing is written."""
         with new_folder(self.dest) as folder:
-            work = _Work(self.tasks, folder, self.tile, self.short_side, self.num_channels)
+            work = _Work(self.tasks, folder, self.tile, self.short_side, self.num_channels, self.nodata)
             loader = DataLoader(work, batch_size=None, num_workers=min(self.num_workers, len(self.tasks)))
             # Not `tqdm(loader)`: that of tqdm.auto begins to read the loader before it is read.
             with tqdm(total=len(work), desc="preparing", unit=" images", disable=None if progress else True) as bar:
@@ -131,6 +139,8 @@ class Prepare:
         self.prepared.files[done["extension"]] += done["files"]
         self.prepared.small += done["small"]
         self.prepared.channels[done["channels"]] += 1
+        if done["untold"] is not None:
+            self.prepared.untold[as_text(done["untold"])] += 1
 
     def _find(self):
         path, splits = Path(self.source).expanduser(), _SPLITS
@@ -185,8 +195,8 @@ def _safe(name: str) -> str:
 class _Work:
     """Task number → what was done, for DataLoader. Each process writes the files of its tasks."""
 
-    def __init__(self, tasks: list[Task], folder: Path, tile, short_side, num_channels):
-        self.tasks, self.folder, self.num_channels = tasks, folder, num_channels
+    def __init__(self, tasks: list[Task], folder: Path, tile, short_side, num_channels, nodata):
+        self.tasks, self.folder, self.num_channels, self.nodata = tasks, folder, num_channels, nodata
         self.change: Callable = self._tiles if tile else self._smaller
         self.side = tile or short_side
 
@@ -202,8 +212,10 @@ class _Work:
             stem = f"{number:06d}_{_safe(given)}" if given else f"{number:06d}"
         try:
             with decoding(task.name):
-                image, is_jpeg = _opened(value, self.num_channels)
-                parts = list(self.change(image))
+                image, form = _opened(value, self.num_channels)
+                tag = gdal_nodata(value)
+                image, nodata, is_told = nodata_of(image, tag, self.nodata)
+                parts = list(self.change(image, nodata))
         except BrokenImage as error:
             return {"broken": str(error)}
         except ImageFormatError as error:
@@ -211,29 +223,35 @@ class _Work:
         folder = self.folder / task.folder
         folder.mkdir(parents=True, exist_ok=True)
         small = len(parts) == 1 and parts[0][1] is None
-        height, width, channels = image.shape if parts[0][1] is None else parts[0][1].shape
-        if small and self.change == self._smaller and (copied := _copied(value, folder / stem)):
-            return {"files": 1, "extension": copied, "small": True, "channels": channels}
+        written = nodata if is_told else None  # what the tags of the files will say
+        unchanged = small and self.change == self._smaller and repr(tag) == repr(written)
+        if unchanged and (extension := copied(value, folder / stem)):
+            untold = nodata if written is None else None
+            about = {"channels": image.shape[2], "untold": untold}
+            return {"files": 1, "extension": extension, "small": True} | about
         for suffix, part in parts:
-            extension = _write(folder / f"{stem}{suffix}", image if part is None else part, is_jpeg)
+            extension = write(folder / f"{stem}{suffix}", image if part is None else part, form, written)
         small |= self.change == self._tiles and min(image.shape[:2]) < self.side
-        return {"files": len(parts), "extension": extension, "small": small, "channels": channels}
+        about = {
+            "channels": image.shape[2] - (form == "alpha" and extension == ".tif"),
+            "untold": None if is_told and extension == ".tif" else nodata,
+        }
+        return {"files": len(parts), "extension": extension, "small": small} | about
 
-    def _tiles(self, image: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
+    def _tiles(self, image: np.ndarray, nodata: float | None) -> Iterator[tuple[str, np.ndarray]]:
         """(end of the name, part) of each tile."""
         tops, lefts = (starts(side, self.side) for side in image.shape[:2])
         for row, top in enumerate(tops):
             for column, left in enumerate(lefts):
                 yield f"_r{row:03d}_c{column:03d}", image[top : top + self.side, left : left + self.side]
 
-    def _smaller(self, image: np.ndarray) -> Iterator[tuple[str, np.ndarray | None]]:
+    def _smaller(self, image: np.ndarray, nodata: float | None) -> Iterator[tuple[str, np.ndarray | None]]:
         """The image with its shorter side as asked; None if it is not longer."""
-        height, width, channels = image.shape
+        height, width = image.shape[:2]
         if (shorter := min(height, width)) <= self.side:
             yield "", None
             return
-        size = round(height * self.side / shorter), round(width * self.side / shorter)
-        yield "", crop_image(image, WholeImage(), size, channels, channels_last=True).permute(1, 2, 0).numpy()
+        yield "", smaller(image, (round(height * self.side / shorter), round(width * self.side / shorter)), nodata)
 
 
 def starts(side: int, tile: int) -> list[int]:
@@ -241,19 +259,21 @@ def starts(side: int, tile: int) -> list[int]:
     return [max(0, min(number * tile, side - tile)) for number in range(math.ceil(side / tile))]
 
 
-def _opened(value, num_channels: int | None) -> tuple[np.ndarray, bool]:
-    """(the whole image upright, [h, w, C] in its own depth; whether it is a JPEG)."""
+def _opened(value, num_channels: int | None) -> tuple[np.ndarray, str]:
+    """(the whole image upright, [h, w, C] in its own depth; "JPEG", "alpha" or "", as `write` takes it)."""
     _check_pages(stored(value), num_channels)
     image = open_image(value, num_channels)
     if not isinstance(image, Image.Image):
-        return _bands_last(np.asarray(image), num_channels), False
+        with np.errstate(over="ignore"):  # the lowest float64, a usual nodata value, becomes -inf
+            return _bands_last(np.asarray(image), num_channels), ""
     is_jpeg, turned = isinstance(image, JpegImagePlugin.JpegImageFile), exif_orientation(image)
     if not (image.mode.startswith("I") or image.mode in ("F", "L", "LA", "RGB", "RGBA")):
         clear = image.mode == "P" and "transparency" in image.info or image.mode.lower().endswith("a")
         grey = image.mode == "1"
         image = image.convert("RGBA" if clear and image.mode != "LAB" else "L" if grey else "RGB")
     array = upright(np.array(image), *turned)
-    return as_pixels(array if array.ndim == 3 else array[..., None]), is_jpeg
+    form = "JPEG" if is_jpeg else "alpha" if image.mode in ("LA", "RGBA") else ""
+    return as_pixels(array if array.ndim == 3 else array[..., None]), form
 
 
 def _bands_last(array: np.ndarray, num_channels: int | None) -> np.ndarray:
@@ -271,7 +291,7 @@ def _bands_last(array: np.ndarray, num_channels: int | None) -> np.ndarray:
 def _check_pages(value, num_channels: int | None):
     """Refuse a TIFF of several pages of one band, which may be its bands, unless `num_channels` decides."""
     path = isinstance(value, str) and value.lower().endswith((".tif", ".tiff"))
-    if num_channels is not None or not (path or isinstance(value, bytes) and is_tiff(value)) or not _has_tifffile():
+    if num_channels is not None or not (path or isinstance(value, bytes) and is_tiff(value)) or not has_tifffile():
         return
     import tifffile
 
@@ -282,46 +302,3 @@ def _check_pages(value, num_channels: int | None):
         raise ImageFormatError(
             f"a TIFF of {alike} pages: give --num_channels {alike} if they are bands, or 1 for its first page"
         )
-
-
-def _has_tifffile() -> bool:
-    return find_spec("tifffile") is not None
-
-
-def _copied(value, path: Path) -> str | None:
-    """Write an encoded image as it is, and return its extension; None if it is an array, or has no known extension."""
-    name, data = image_name(value, value if isinstance(value, str) else ""), stored(value)
-    extension = os.path.splitext(name)[1].lower()
-    if extension not in IMAGE_EXTENSIONS or not isinstance(data, str | bytes):
-        return None
-    with open(f"{path}{extension}", "xb") as file:
-        file.write(Path(data).read_bytes() if isinstance(data, str) else data)
-    return extension
-
-
-def _write(path: Path, array: np.ndarray, is_jpeg: bool) -> str:
-    """Write [h, w, C] in the form that the module describes; the extension. A file of this name is never replaced."""
-    channels = array.shape[2]
-    if array.dtype == np.uint8 and channels <= 4:
-        extension, about = (".jpg", dict(quality=JPEG_QUALITY, subsampling=0)) if is_jpeg else (".png", {})
-        picture = Image.fromarray(np.ascontiguousarray(array[..., 0] if channels == 1 else array))
-        with open(f"{path}{extension}", "xb") as file:
-            picture.save(file, "JPEG" if is_jpeg else "PNG", **about)
-        return extension
-    extension = ".tif" if _has_tifffile() else ".npy"
-    with open(f"{path}{extension}", "xb") as file:
-        if extension == ".npy":
-            np.save(file, array)
-            return extension
-        import tifffile
-
-        bands = dict(planarconfig="contig") if channels > 1 else {}
-        tifffile.imwrite(
-            file,
-            np.ascontiguousarray(array if channels > 1 else array[..., 0]),
-            photometric="minisblack",
-            compression="zlib",
-            metadata=None,
-            **bands,
-        )
-    return extension

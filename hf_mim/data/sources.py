@@ -19,6 +19,7 @@ from .digits import digits
 from .fingerprint import is_copy
 from .folders import readable
 from .local import SplitNotFound, load_local, naming_the_source, picked
+from .metadata import UNREAD
 
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?(:[\w.-]+)?")
 _MAX_SHARDS = 64  # of a local source that is streamed
@@ -74,7 +75,8 @@ def load_described(
     if group is not None and (streaming or isinstance(dataset, IterableDataset)):
         raise ValueError(f"group={group!r} needs the images as a whole, not a stream; leave out streaming or group")
     labels = "label" if labels == FOLDER and account.class_folders else labels
-    dataset, chosen = prepare_columns(dataset, image_column, labels, group)
+    unread = [note for note in account.notes if note.endswith(UNREAD)]
+    dataset, chosen = prepare_columns(dataset, image_column, labels, group, unread)
     account.choose(chosen)
     if streaming and isinstance(dataset, Dataset):
         dataset = dataset.with_format(None).to_iterable_dataset(num_shards=min(len(dataset), _MAX_SHARDS))

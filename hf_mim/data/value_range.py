@@ -31,7 +31,8 @@ def find_value_range(images, given: list[float] | None, num_channels: int) -> tu
 
     Args:
         images: an `ImageDataset`, or an `ImageStream`, of which the first images are taken. If its `value_range` has
-            `nodata`, the result has it too, pixels without data do not count, and a second line counts them.
+            `nodata`, the result has it too, pixels without data do not count, and a second line counts those of the
+            whole images.
         given: low, high, or such a pair for each band.
 
     Raises:
@@ -54,6 +55,7 @@ def find_value_range(images, given: list[float] | None, num_channels: int) -> tu
     if fixed is None and kind == "uint8" and nodata is None:
         return None, "\n".join(lines) or None
     images = images.in_range(None if nodata is None else images.value_range, own_depth=True)
+    images = images if nodata is None else images.count_missing()
     values, counts = _values(sampled(images, _IMAGES, seed=0))
     value_range = fixed or (EIGHT_BITS if kind == "uint8" else _measured(values, kind))
     value_range = ValueRange(value_range.low, value_range.high, kind, nodata)
@@ -85,14 +87,15 @@ def _type_of(image) -> str:
 
 @dataclass
 class _Counts:
-    """Images that were measured; those with pixels without data; the share of these pixels, summed over images."""
+    """Images that were measured; those with pixels without data; values without data, and all, of whole images."""
 
     images: int = 0
     touched: int = 0
-    share: float = 0.0
+    missing: int = 0
+    pixels: int = 0
 
     def line(self, nodata: float, images) -> str:
-        share = 100 * self.share / self.images
+        share = 100 * self.missing / self.pixels
         line = f"nodata: {share:.{1 if share >= 0.1 or not share else 4}f} % of the pixels, in {self.touched:,} of "
         line += f"{self.images:,} images ({as_text(nodata)}{', by GDAL_NODATA tags' if images.checks_tags else ''})"
         if empty := images.num_empty():
@@ -105,10 +108,11 @@ def _values(samples) -> tuple[Tensor, _Counts]:
     parts, counts = [], _Counts()
     for sample in samples:
         pixels = sample["pixel_values"].flatten(1).float()
-        missing = pixels.isnan().float().mean().item()
+        missing, total = sample.get("missing", (0, 0))
         counts.images += 1
         counts.touched += missing > 0
-        counts.share += missing
+        counts.missing += missing
+        counts.pixels += total
         parts.append(pixels[:, :: max(1, pixels.shape[1] // _PIXELS)])
     if not parts:
         raise ImageFormatError("no image of the dataset holds data")

@@ -90,9 +90,9 @@ class MaskedArguments(WholeArguments):
 
     Args:
         dataset: images with a mask each: Parquet, a folder of images/ and masks/, the Hub
-        test: where the test images are; default: dataset
+        test: where the test images are; default: the test or validation split of dataset, or a fifth of it
         train_split: the split of dataset to train on
-        test_split: the split of test, or of dataset if test is not given
+        test_split: the split of test, or of dataset if test is not given; default: test or validation
         image_column: default: found by its type
         mask_column: default: found by its name; or the folder, where images have masks in several
         group: the column of scenes, patients or the like, or folder: each stays on one side of a split made here
@@ -102,7 +102,7 @@ class MaskedArguments(WholeArguments):
     dataset: str | None = None
     test: str | None = None
     train_split: str = "train"
-    test_split: str = "test"
+    test_split: str | None = None
     image_column: str | None = None
     mask_column: str | None = None
     group: str | None = None
@@ -111,13 +111,25 @@ class MaskedArguments(WholeArguments):
 
     def load(self) -> tuple:
         """(train, test)."""
+        from hf_mim.data.labelled import HELD_OUT, load_test
         from hf_mim.data.masks import load_masks
+        from hf_mim.data.splits import random_split
 
-        columns = self.image_column, self.mask_column, self.group
-        if (self.test is None or same_source(self.test, self.dataset)) and self.train_split == self.test_split:
-            raise ValueError(f"test_split must be another split than {self.train_split}, which trains, or give test")
-        train = load_masks(self.dataset, self.train_split, *columns)
-        test = load_masks(self.dataset if self.test is None else self.test, self.test_split, *columns)
+        def load(source, split):
+            return load_masks(source, split, self.image_column, self.mask_column, self.group)
+
+        source = self.dataset if self.test is None else self.test
+        taken = self.train_split if same_source(source, self.dataset) else None
+        if taken is not None and taken == self.test_split:
+            raise ValueError(f"test_split must be another split than {taken}, which trains, or give test")
+        train = load(self.dataset, self.train_split)
+        test, _ = load_test(load, source, self.test_split, taken)
+        if test is None:
+            if len(train) < 3:
+                raise ValueError(f"{train.name} must hold 3 images or more, as a fifth is held out; or give test")
+            name, parts = train.name, random_split(len(train), HELD_OUT, 0, groups=train.read_groups())
+            train, test = (train.select(part.sort().values) for part in parts)
+            test.name = f"a held-out fifth of {name}"
         return fixed_parts(self, train, test)
 
 

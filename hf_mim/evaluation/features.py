@@ -10,7 +10,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
-from tqdm.auto import tqdm
 
 from hf_mim.data import BrokenImagesError
 from hf_mim.data.crop import crop_rng, load_crop
@@ -27,6 +26,7 @@ from hf_mim.evaluation.cache import (
     warn_of_no_cache,
 )
 from hf_mim.evaluation.encoder import FeatureSpec, FrozenEncoder, RawPixels
+from hf_mim.evaluation.progress import progress_bar
 from hf_mim.evaluation.result import installed_versions
 from hf_mim.files import one_line
 from hf_mim.models.pixels import scale_pixels
@@ -104,31 +104,32 @@ class FeatureExtractor:
     def _fill(self, split, specs, stores: list[FeatureStore], missing: list[int]):
         chunks = [range(number * CHUNK, min((number + 1) * CHUNK, len(split))) for number in missing]
         batches = [list(rows[i : i + self.batch_size]) for rows in chunks for i in range(0, len(rows), self.batch_size)]
+        images = _Decoded(split.images, self.encoder, self.crop)
+        images.__getitems__(batches[0][:1])  # raises before the bar if they have other channels than the encoder
         loader = DataLoader(
-            _Decoded(split.images, self.encoder, self.crop),
+            images,
             batch_sampler=batches,
             num_workers=self.num_workers,
             pin_memory=self.encoder.device.type != "cpu",
             generator=torch.Generator(),  # without it, DataLoader draws from torch's generator, which a training uses
         )
-        bar = tqdm(total=sum(map(len, chunks)), desc="features", unit=" images", disable=not self.progress, leave=False)
         broken: list[int] = []
-        for rows, (pixels, decoded) in zip(batches, loader, strict=True):
-            features = self.encoder.extract(self.encoder.preprocess(pixels), specs)
-            for spec, store, tensor in zip(specs, stores, features, strict=True):
-                if not tensor.isfinite().all():
-                    raise ValueError(
-                        f"features {spec} of {self.encoder.name} hold numbers that are not finite: the checkpoint is "
-                        f"broken, or they overflow in {self.encoder.dtype}"
-                    )
-                store.write(rows, tensor)
-            broken += [row for row, good in zip(rows, decoded.tolist(), strict=True) if not good]
-            if (rows[-1] + 1) % CHUNK == 0 or rows[-1] + 1 == len(split):
-                for store in stores:
-                    store.commit(rows[-1] // CHUNK, broken)
-                broken = []
-            bar.update(len(rows))
-        bar.close()
+        with progress_bar(self.progress, "features", sum(map(len, chunks)), " images") as bar:
+            for rows, (pixels, decoded) in zip(batches, loader, strict=True):
+                features = self.encoder.extract(self.encoder.preprocess(pixels), specs)
+                for spec, store, tensor in zip(specs, stores, features, strict=True):
+                    if not tensor.isfinite().all():
+                        raise ValueError(
+                            f"features {spec} of {self.encoder.name} hold numbers that are not finite: the checkpoint "
+                            f"is broken, or they overflow in {self.encoder.dtype}"
+                        )
+                    store.write(rows, tensor)
+                broken += [row for row, good in zip(rows, decoded.tolist(), strict=True) if not good]
+                if (rows[-1] + 1) % CHUNK == 0 or rows[-1] + 1 == len(split):
+                    for store in stores:
+                        store.commit(rows[-1] // CHUNK, broken)
+                    broken = []
+                bar.update(len(rows))
 
     def _leave_out(self, split, broken: list[int]):
         names = [image_name(split.images[row]["image"], f"image {row}") for row in broken[:20]]

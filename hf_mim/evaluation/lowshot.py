@@ -13,13 +13,13 @@ from typing import ClassVar
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from hf_mim.checks import least, numbers
 from hf_mim.data.labelled import LabelledImages
 from hf_mim.data.splits import check_labels, random_ranks
 from hf_mim.evaluation.features import FeatureExtractor
 from hf_mim.evaluation.probe_training import parse_features, standardiser
+from hf_mim.evaluation.progress import progress_bar
 from hf_mim.evaluation.result import Result
 
 MAX_ITERATIONS = 2000
@@ -136,13 +136,14 @@ class LowShot:
         test_features = standardise(test_features).numpy()
         rows, predictions = [], []
         drawn = [(budget, draw) for budget in self.budgets for draw in range(self.draws)]
-        for budget, draw in tqdm(drawn, "draws", leave=False, disable=not extract.progress):
-            ids = draw_images(labels, budget, self.seed, draw)
-            of_drawn = None if groups is None else groups[ids]
-            model = fit_logistic(standardise(features[ids]), labels[ids], self.c, self.seed, of_drawn)
-            predictions.append(torch.from_numpy(model.predict(test_features)))
-            converged = int(model.n_iter_.max()) < MAX_ITERATIONS
-            rows.append({"budget": budget, "draw": draw, "images": len(ids), "C": model.C, "converged": converged})
+        with progress_bar(extract.progress, "draws", len(drawn), steps=drawn) as bar:
+            for budget, draw in bar:
+                ids = draw_images(labels, budget, self.seed, draw)
+                of_drawn = None if groups is None else groups[ids]
+                model = fit_logistic(standardise(features[ids]), labels[ids], self.c, self.seed, of_drawn)
+                predictions.append(torch.from_numpy(model.predict(test_features)))
+                converged = int(model.n_iter_.max()) < MAX_ITERATIONS
+                rows.append({"budget": budget, "draw": draw, "images": len(ids), "C": model.C, "converged": converged})
         test_labels = test.read_labels()
         for row, predicted in zip(rows, predictions, strict=True):
             row["accuracy"] = (predicted == test_labels).double().mean().item()

@@ -6,13 +6,13 @@ from dataclasses import asdict
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from hf_mim.checks import least, numbers, share
 from hf_mim.data.labelled import LabelledImages
 from hf_mim.data.splits import check_labels, generator, stratified_split
 from hf_mim.evaluation.encoder import FeatureSpec
 from hf_mim.evaluation.features import FeatureExtractor
+from hf_mim.evaluation.progress import progress_bar
 from hf_mim.evaluation.result import Result
 from hf_mim.trainer_utils import learning_rate
 
@@ -122,12 +122,12 @@ def train_together(
     in_epoch = -(-len(ids) // batch_size)
     orders = (ids[torch.randperm(len(ids), generator=order)] for _ in range(epochs))
     batches = (batch for epoch in orders for batch in epoch.tensor_split(in_epoch))
-    bar = tqdm(batches, "probes", epochs * in_epoch, leave=False, unit=" steps", disable=not progress)
-    for step, batch in enumerate(bar):
-        rate = learning_rate(step / (epochs * in_epoch), peak=batch_size / 256, warmup=warmup)
-        y = fetch(labels, batch, probes[0].device)
-        for x, probe in zip(features, probes, strict=True):
-            probe.step(fetch(x, batch, probe.device), y, rate)
+    with progress_bar(progress, "probes", epochs * in_epoch, " steps", batches) as bar:
+        for step, batch in enumerate(bar):
+            rate = learning_rate(step / (epochs * in_epoch), peak=batch_size / 256, warmup=warmup)
+            y = fetch(labels, batch, probes[0].device)
+            for x, probe in zip(features, probes, strict=True):
+                probe.step(fetch(x, batch, probe.device), y, rate)
 
 
 def choose_and_test(

@@ -14,7 +14,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from hf_mim.checks import least, positive
 from hf_mim.data import WholeImage
@@ -25,6 +24,7 @@ from hf_mim.evaluation.encoder import FeatureSpec
 from hf_mim.evaluation.features import LARGEST_TABLE, FeatureExtractor
 from hf_mim.evaluation.metrics import object_scores
 from hf_mim.evaluation.probe_training import parse_features
+from hf_mim.evaluation.progress import progress_bar
 from hf_mim.evaluation.result import Result
 from hf_mim.models.pixels import scale_pixels
 
@@ -167,8 +167,8 @@ class Propagate:
         for sequence in chosen:
             if len(videos.frames(sequence)) < 3:
                 raise ValueError(f"sequence {sequence} has 2 frames; a third is needed: first and last are not scored")
-        bar = tqdm(chosen, "sequences", disable=not extract.progress)
-        shares = {sequence: self.predict(extract, videos, sequence) for sequence in bar}
+        with progress_bar(extract.progress, "sequences", len(chosen), " sequences", chosen) as bar:
+            shares = {sequence: self.predict(extract, videos, sequence) for sequence in bar}
         objects, kept, rows = [], [], []
         for sequence in chosen:
             scores, still = _score(videos, sequence, shares[sequence])

@@ -16,6 +16,7 @@ import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from hf_mim.checks import check_license
+from hf_mim.data.nodata import IGNORE_TAGS
 from hf_mim.evaluation import PROTOCOLS
 from hf_mim.evaluation.result import Result, format_number
 from hf_mim.files import replacing
@@ -194,7 +195,7 @@ def _range_text(value_range) -> str:
 
 def _nodata_text(nodata) -> str:
     """The value of pixels without data in words; "" for none."""
-    if nodata is None:
+    if nodata in (None, IGNORE_TAGS):
         return ""
     return "not finite" if str(nodata) == "nan" else f"{shown(nodata)} or not finite"
 

@@ -6,10 +6,18 @@ from datasets import Dataset
 from transformers import PreTrainedConfig
 
 from hf_mim import methods
-from hf_mim.data import DeviceAugment, ImageDataset, ImageStream, NativeCrop, RandomCrop, channel_statistics
+from hf_mim.data import (
+    DeviceAugment,
+    ImageDataset,
+    ImageStream,
+    NativeCrop,
+    RandomCrop,
+    channel_statistics,
+    check_broken,
+)
 from hf_mim.data.crop import image_size
 from hf_mim.data.decode import BrokenImage, decoding, image_name
-from hf_mim.data.nodata import pages_line, tag_nodata
+from hf_mim.data.nodata import IGNORE_TAGS, pages_line, tag_nodata
 from hf_mim.data.sources import fixed_sample
 from hf_mim.data.value_range import find_value_range
 from hf_mim.models.nodata import as_text
@@ -17,6 +25,7 @@ from hf_mim.models.pixels import ValueRange
 from hf_mim.pretraining.final_results import Tell, find_test_split, fixed_view
 from hf_mim.pretraining.recipe import Recipe, RunArguments
 
+NUM_SAMPLED = 1024  # images on which the values are measured, the same for each measurement
 NUM_SIZES = 1024  # images whose sizes are compared with the window
 
 
@@ -41,7 +50,7 @@ def random_crops(images, run: RunArguments, config: PreTrainedConfig, seed: int)
         except ValueError as error:
             raise ValueError(f"crop_{error}") from None
     about = dict(crop=crop, seed=seed, own_depth=True)
-    if run.nodata is not None:
+    if run.nodata not in (None, IGNORE_TAGS):
         about["value_range"] = ValueRange((0.0,), (1.0,), nodata=run.nodata)  # its ends are measured later
     if isinstance(images, Dataset):
         return ImageDataset(images, config.training_size, config.num_channels, **about)
@@ -69,9 +78,18 @@ def measured_crops(
         if value_range.nodata is not None and not method.takes_nodata:
             raise ValueError(
                 f"nodata {as_text(value_range.nodata)} needs a method whose forward takes valid_pixels, and "
-                f"{method.name} has none (docs/new_method.md); --nodata nan ignores GDAL_NODATA tags of whole numbers"
+                f"{method.name} has none (docs/new_method.md); --nodata none ignores GDAL_NODATA tags"
             )
     return crops, value_range, found
+
+
+def check_sample(images: ImageDataset | ImageStream):
+    """Raise BrokenImagesError if too many images of the samples on which the run was measured are broken.
+
+    A stream has checked itself while it was read.
+    """
+    if isinstance(images, ImageDataset):
+        check_broken(images, read=NUM_SAMPLED)
 
 
 def check_windows(images, crops: ImageDataset | ImageStream) -> str:

@@ -6,7 +6,6 @@ the defaults of the classes, overridden by `DEFAULTS`, overridden by the method'
 """
 
 import dataclasses
-import math
 import os
 import re
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from hf_mim import methods
 from hf_mim.checks import check_license, check_statistics, least
 from hf_mim.data.crop import window_pixels
 from hf_mim.data.fingerprint import absolute_source
+from hf_mim.data.nodata import check_nodata
 from hf_mim.files import replacing
 from hf_mim.pretraining.settings import read_yaml, suggestion, to_type
 from hf_mim.pretraining.trainer import MIMTrainingArguments
@@ -100,8 +100,8 @@ class RunArguments:
         image_mean, image_std: for each channel, pixels in [0, 1]; default: measured on 1,024 images
         value_range: low,high or such a pair for each channel: the values of the images that become 0 and 1, -30,5 for
             decibels; default: 0..255 for 8 bits, else measured on 1,024 images
-        nodata: the value of pixels without data, in the images' own depth: a number, or nan. They are left out of the
-            measurements and of the loss; default: what the GDAL_NODATA tags of TIFF files say
+        nodata: the value of pixels without data, in the depth of the images, or nan: loss and measures leave them out;
+            none: no such value, whatever tags say; default: what the GDAL_NODATA tags of TIFF files say
         max_image_pixels: of one image; larger ones are refused; default: 178,956,970
         knn: measure the features at the end by 20-NN, if there are labels
         knn_train_images: labelled images that vote, at most
@@ -138,7 +138,7 @@ class RunArguments:
     image_mean: list[float] | None = None
     image_std: list[float] | None = None
     value_range: list[float] | None = None
-    nodata: float | None = None
+    nodata: float | Literal["none"] | None = None
     max_image_pixels: int | None = None
     knn: bool = True
     knn_train_images: int = 10_000
@@ -159,8 +159,7 @@ class RunArguments:
             window_pixels(self.crop_pixels)
         check_statistics(self.image_mean, self.image_std)
         check_license(self.license)
-        if self.nodata is not None and math.isinf(self.nodata):
-            raise ValueError(f"nodata must be a number or nan, which stands for inf too, not {self.nodata}")
+        check_nodata(self.nodata)
         for name in ("knn_train_images", "knn_test_images", "shuffle_buffer"):
             least(1, **{name: getattr(self, name)})
         least(0, probe_every=self.probe_every)

@@ -33,7 +33,7 @@ from hf_mim.pretraining.final_results import (
     load_split,
     training_record,
 )
-from hf_mim.pretraining.images import check_windows, device_augment, evaluation_images, measured_crops
+from hf_mim.pretraining.images import check_sample, check_windows, device_augment, evaluation_images, measured_crops
 from hf_mim.pretraining.probe import OnlineProbe
 from hf_mim.pretraining.recipe import Recipe
 from hf_mim.pretraining.resume import check_resumed_data, check_run_folder
@@ -66,6 +66,7 @@ class Pretraining:
             train_images, value_range, found = measured_crops(recipe, self.images, config, args.seed)
             windows = None if run.crop_pixels is None else check_windows(self.images, train_images)
             self.augment = device_augment(recipe, train_images.in_range(value_range), config)
+            check_sample(train_images)
             train_images = train_images.in_range(value_range or EIGHT_BITS, own_depth=True)
             self.readout = Readout.find(self.images, account, run, tell) if run.knn or run.probe_every else None
             eval_images = None if args.eval_strategy == "no" else evaluation_images(run, config, value_range, tell)

@@ -113,6 +113,8 @@ def type_in_words(hint: Any) -> str:
     if kind in (Union, types.UnionType):
         words = [type_in_words(argument) for argument in _alternatives(arguments)]
         return " or ".join(word for word in dict.fromkeys(words) if word != "a whole number" or "a number" not in words)
+    if kind is Literal and len(arguments) == 1:
+        return str(arguments[0])
     if kind is Literal or _is_enum(kind):
         return f"one of {', '.join(choices(kind if _is_enum(kind) else hint))}"
     return WORDS[kind]
@@ -136,7 +138,8 @@ def _as(value: Any, hint: Any) -> Any:
                 return _as(value, alternative)
         raise ValueError
     if kind is Literal:
-        return next(argument for argument in arguments if str(value) == str(argument))
+        word = str(value).lower() if isinstance(value, str) else str(value)  # None is no word
+        return next(argument for argument in arguments if str(argument) in (str(value), word))
     if _is_enum(kind):
         return kind(str(value)).value
     if kind is types.NoneType and str(value).lower() in ("none", "null"):

@@ -234,7 +234,7 @@ BAD_INPUT = [
     ("--dataset missing/folder/of/images", "dataset 'missing/folder/of/images'"),
     ("--dataset empty", "dataset 'empty' holds no images"),
     ("--dataset file.txt", "dataset 'file.txt' must be a folder or a file"),
-    ("--image_column pixels", "image_column='pixels' is not a column; there are image, label"),
+    ("--image_column pixels", "image_column='pixels' is not a column; columns: image, label"),
     ("--train_split half", "split 'half' is not in dataset 'digits'; it has test, train"),
     ("--test_dataset empty", "test_dataset 'empty' holds no images"),
     ("--test_split half", "split 'half' is not in dataset 'digits'"),

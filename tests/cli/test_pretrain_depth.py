@@ -82,9 +82,8 @@ def test_a_run_keeps_the_depth_and_the_image_processor_gives_its_features(name, 
         used = model(**processor(arrays, return_tensors="pt")).pooler_output
     assert torch.cosine_similarity(torch.as_tensor(measured), used).min() > 0.999999
     if nodata is not None:
-        share, _, touched = counted[0].removeprefix("nodata: ").partition(" % of the pixels, in ")
-        assert 1 < float(share) < 15 and touched.split(" of 20 images (")[0].isdigit()
-        assert ("GDAL_NODATA" in touched) == (tag is not None)
+        assert counted[0].startswith("nodata: 10.0 % of the pixels, in 10 of 20 images (")  # whole images, not crops
+        assert ("GDAL_NODATA" in counted[0]) == (tag is not None)
         assert (processor(arrays, return_tensors="pt")["pixel_values"] == 0).float().mean() > 0.05
 
 
@@ -135,6 +134,18 @@ def test_a_resume_keeps_the_range_that_was_measured(tmp_path, capsys):
     before = read_yaml(folder / "recipe.yaml")["value_range"]
     run("--output_dir", folder, "--resume", "--max_steps", 3)
     assert read_yaml(folder / "recipe.yaml")["value_range"] == before
+
+
+def test_nodata_none_ignores_the_tags_and_a_resume_does_so_too(tmp_path, capsys):
+    source, folder = scenes(tmp_path / "scenes", 1, "int16", -1024, 3000, -9999, "-9999"), tmp_path / "run"
+    options = [*SMALL, *OPTIONS, "--per_device_train_batch_size", 8, "--num_channels", 1, "--save_steps", 1]
+    run("--dataset", source, *options, "--knn", "false", "--nodata", "none", "--output_dir", folder)
+    run("--output_dir", folder, "--resume", "--max_steps", 3)
+    assert read_yaml(folder / "recipe.yaml")["nodata"] == "none"
+    told = capsys.readouterr().out
+    assert "nodata:" not in told and "pixels: int16, -9,999" in told
+    assert main(["pretrain", "--output_dir", str(folder), "--resume", "--nodata", "-9999"]) == 2
+    assert "nodata is -9999.0, but the run in" in capsys.readouterr().err
 
 
 def test_files_of_several_depths_are_one_line_before_anything_is_written(tmp_path, capsys):

@@ -152,11 +152,23 @@ def test_more_than_one_broken_file_in_a_hundred_stops_the_run_with_one_line(tmp_
     for index in range(8):
         (pictures / "photos" / "cats" / f"broken{index}.jpg").write_bytes(b"no jpeg")
     options = [*SMALL, *OWN_IMAGES, "--max_steps", 20, "--dataloader_num_workers", workers]
+    options += ["--image_mean", ".5,.5,.5", "--image_std", ".2,.2,.2"]  # nothing is measured at the start
     assert (
         main(["pretrain", "--dataset", str(pictures), *map(str, options), "--output_dir", str(tmp_path / "run")]) == 2
     )
     error = [line for line in capsys.readouterr().err.splitlines() if "error: " in line]
     assert len(error) == 1 and "cannot be decoded" in error[0] and "broken" in error[0]
+
+
+def test_broken_files_that_the_start_finds_are_refused_before_anything_is_written(tmp_path, capsys):
+    pictures = make_pictures(tmp_path / "pictures")
+    for index in range(8):
+        (pictures / "photos" / "cats" / f"broken{index}.jpg").write_bytes(b"no jpeg")
+    command = ["pretrain", "--dataset", str(pictures), *map(str, [*SMALL, *OWN_IMAGES])]
+    assert main([*command, "--output_dir", str(tmp_path / "run")]) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("error: 8 of ") and "cannot be decoded; repair or remove them" in error
+    assert not (tmp_path / "run").exists()
 
 
 def test_ten_channels_from_arrays_to_processor(tmp_path):

@@ -71,7 +71,7 @@ def test_the_option_overrules_what_declares_itself():
     assert load_images(data, labels="none")["label"][:2] == [3, 4], "a column that is called so"
     assert load_images(data.remove_columns("none"), labels="none").column_names == ["image"]
     for option in ("folder", "z"):
-        with pytest.raises(ValueError, match=f"labels='{option}' is not a column; there are image, label, y, none"):
+        with pytest.raises(ValueError, match=f"labels='{option}' is not a column; columns: image, label, y, none"):
             load_images(data, labels=option)
 
 
@@ -137,6 +137,8 @@ def test_a_table_of_another_kind_is_only_named(tmp_path):
     draw(tmp_path, "1.png", "2.png")
     (tmp_path / "metadata.csv").write_text("camera,year\nleica,1999\n")
     assert line_of(tmp_path).endswith("no labels; metadata.csv has no column file_name and is not read")
+    with pytest.raises(ValueError, match="columns: image.*; metadata.csv has no column file_name and is not read"):
+        load_images(tmp_path, labels="diagnosis")
     (tmp_path / "notes.txt").write_text("")
     (tmp_path / "metadata.csv").write_text("file_name,label\n1.png,a\n2.png,b\nnotes.txt,c\n")
     assert "1 rows of metadata name files that are no images" in line_of(tmp_path)
@@ -152,7 +154,7 @@ def test_groups_are_the_folders_that_hold_the_images(tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (dict(group="age"), "group='age' is not a column; there are image, label"),
+        (dict(group="age"), "group='age' is not a column; columns: image, label"),
         (dict(group="label", labels="label"), "group must be another column than labels, not 'label' for both"),
         (dict(group="image"), "group='image' must hold ids or names"),
         (dict(group="label", labels="none", streaming=True), "group='label' needs the images as a whole, not a stream"),

@@ -188,7 +188,7 @@ def test_a_mask_column_is_found_by_its_name(tmp_path, pairs, column):
 def test_columns_can_be_named(pairs):
     data = load_masks(table(*pairs, "ids", "view"), image_column="view", mask_column="ids")
     assert first_ids(data) == [0, 1, 2, 3]
-    with pytest.raises(ValueError, match="mask_column='masks' is not a column; there are view, ids"):
+    with pytest.raises(ValueError, match="mask_column='masks' is not a column; columns: view, ids"):
         load_masks(table(*pairs, "ids", "view"), image_column="view", mask_column="masks")
     with pytest.raises(ValueError, match="has no masks: .* set mask_column to one of view, ids"):
         load_masks(table(*pairs, "ids", "view"), image_column="view")

@@ -12,9 +12,9 @@ from datasets import Image as ImageFeature
 from PIL import Image
 from test_value_range import draw, images, npy
 
-from hf_mim.data import DeviceAugment, ImageDataset, ValueRange, WholeImage, channel_statistics
+from hf_mim.data import DeviceAugment, ImageDataset, RandomCrop, ValueRange, WholeImage, channel_statistics, decode
 from hf_mim.data.decode import BrokenImage, decoding, open_image
-from hf_mim.data.nodata import gdal_nodata, tag_nodata
+from hf_mim.data.nodata import count_missing, gdal_nodata, tag_nodata
 from hf_mim.data.value_range import find_value_range
 from hf_mim.models.nodata import resize_valid
 from hf_mim.models.pixels import ImageFormatError, crop_image
@@ -223,6 +223,32 @@ def test_a_tag_that_the_start_has_not_seen_is_an_error_that_names_the_file():
     data = ImageDataset(dataset([tiff(draw(0, 1, "float32")[0][..., 0], "-9999")]), 16, 1, own_depth=True).check_tags()
     with pytest.raises(ImageFormatError, match="^0.tif: its GDAL_NODATA tag is -9999, and the run has begun with none"):
         data[0]
+
+
+def test_pixels_without_data_are_counted_in_whole_images_and_each_is_decoded_once(monkeypatch):
+    arrays = [np.full((40, 60), 7, np.float32) + n for n in range(6)]
+    arrays[1][:, :6], arrays[3][0, 0] = -9999, -9999
+    opened = []
+    source = dataset([tiff(array) for array in arrays])
+    data = ImageDataset(source, 8, 1, RandomCrop((0.05, 0.05)), own_depth=True)
+    data = data.in_range(ValueRange((0.0,), (1.0,), nodata=-9999.0), own_depth=True)
+    decoded = decode._open_bytes
+    monkeypatch.setattr(decode, "_open_bytes", lambda *given: opened.append(given) or decoded(*given))
+    _, lines = find_value_range(data, None, 1)
+    share = 100 * (40 * 6 + 1) / (6 * 40 * 60)
+    assert f"nodata: {share:.1f} % of the pixels, in 2 of 6 images (-9999)" in lines
+    assert len(opened) == 6 + 6  # to see the types; to count and to measure
+
+
+@pytest.mark.parametrize("turn", [1, 6])
+def test_pixels_without_data_are_counted_in_pictures_too(turn):
+    array = np.full((6, 10, 3), 9, np.uint8)
+    array[:2] = 0
+    exif, file = Image.Exif(), io.BytesIO()
+    exif[0x112] = turn
+    Image.fromarray(array).save(file, "PNG", exif=exif)
+    value_range = ValueRange((0.0,), (255.0,), "uint8", 0.0)
+    assert count_missing(Image.open(file), 3, value_range) == count_missing(array, 3, value_range) == (60, 180)
 
 
 # ---- colour

@@ -12,8 +12,7 @@ from datasets import Image as ImageFeature
 from PIL import Image
 
 from hf_mim.cli import main
-from hf_mim.data import ImageDataset, WholeImage, load_images
-from hf_mim.data import prepare as prepare_module
+from hf_mim.data import ImageDataset, WholeImage, load_images, prepare_files
 from hf_mim.data.decode import open_image
 from hf_mim.data.prepare import Prepare, starts
 from hf_mim.models.pixels import ImageFormatError, crop_image
@@ -86,7 +85,7 @@ def test_tiles_put_together_are_the_image_to_the_bit(tmp_path, name, kind, bands
 def test_without_tifffile_deep_tiles_are_arrays(tmp_path, monkeypatch):
     array = drawn("uint16", 5)
     write(tmp_path / "in" / "a.npy", array)
-    monkeypatch.setattr(prepare_module, "find_spec", lambda name: None)
+    monkeypatch.setattr(prepare_files, "find_spec", lambda name: None)
     assert Prepare(str(tmp_path / "in"), str(tmp_path / "out"), tile=32)(progress=False).files == {".npy": 12}
     np.testing.assert_array_equal(put_together(tmp_path / "out", "a", array.shape, array.dtype)[0], array)
 

@@ -77,7 +77,7 @@ def test_a_value_of_json_is_the_label_if_it_is_named(tmp_path):
     for streaming in (False, True):
         assert read(tar, labels="y", streaming=streaming) == [(1, 4), (2, -1)]
     assert read(tar, labels="none") == [(1, None), (2, None)]
-    with pytest.raises(ValueError, match="labels='z' is not a column; there are png"):
+    with pytest.raises(ValueError, match="labels='z' is not a column; columns: png"):
         read(tar, labels="z")
 
 

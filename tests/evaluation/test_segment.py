@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
 
@@ -19,6 +20,7 @@ from hf_mim.data import CenterCrop
 from hf_mim.data.crop import load_crop
 from hf_mim.data.masks import MaskedImages, load_masks
 from hf_mim.evaluation import segment
+from hf_mim.evaluation.data_arguments import MaskedArguments
 from hf_mim.evaluation.encoder import FrozenEncoder
 from hf_mim.evaluation.features import FeatureExtractor
 from hf_mim.evaluation.segment import (
@@ -283,6 +285,22 @@ def test_mistakes_are_named_in_one_line():
         with pytest.raises(ValueError, match=message) as error:
             call()
         assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("group", [None, "folder"])
+def test_without_a_test_split_a_fifth_is_held_out_by_group(tmp_path, group):
+    for number in range(20):
+        for kind in ("images", "masks"):
+            path = tmp_path / "water" / kind / f"scene{number // 2}" / f"{number}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.new("L", (8, 8), number % 2).save(path)
+    loaded = [MaskedArguments(dataset=str(tmp_path / "water"), group=group).load() for _ in range(2)]
+    train, test = ([images.image_name(i) for i in range(len(images))] for images in loaded[0])
+    assert (len(train), len(test)) == (16, 4) and not set(train) & set(test)
+    assert test == [loaded[1][1].image_name(i) for i in range(4)]
+    assert loaded[0][1].describe()["source"] == "a held-out fifth of water, split train"
+    scenes = [{os.path.dirname(name) for name in names} for names in (train, test)]
+    assert group is None or not scenes[0] & scenes[1]
 
 
 def test_camvid_runs_through_an_untrained_encoder(shared_data, tiny_encoder):
