@@ -21,7 +21,7 @@ from hf_mim.data.crop import window_pixels
 from hf_mim.data.fingerprint import absolute_source
 from hf_mim.data.nodata import check_nodata
 from hf_mim.files import replacing
-from hf_mim.pretraining.settings import read_yaml, suggestion, to_type
+from hf_mim.pretraining.settings import YamlDumper, read_yaml, suggestion, to_type
 from hf_mim.pretraining.trainer import MIMTrainingArguments
 from hf_mim.run_folder import LOCAL, RECIPE
 from hf_mim.scrub import public_source, scrubbed_all
@@ -299,7 +299,7 @@ class Recipe:
                 if name not in local and (told := scrubbed_all(value)) != value:
                     section[name], local[name] = told, value
         sections = [
-            f"# {title}\n" + "".join(yaml.dump({name: value}, Dumper=_ListsInline) for name, value in section.items())
+            f"# {title}\n" + "".join(yaml.dump({name: value}, Dumper=YamlDumper) for name, value in section.items())
             for title, section in settings.items()
         ]
         texts = {LOCAL: yaml.safe_dump(local, allow_unicode=True), RECIPE: "\n".join([*sections, f"{END}\n"])}
@@ -342,12 +342,3 @@ def field_type(name: str):
 def _plain(settings: dict[str, Any]) -> dict[str, Any]:
     """Tuples become lists, because YAML has no tuples."""
     return {name: list(value) if isinstance(value, tuple) else value for name, value in settings.items()}
-
-
-class _ListsInline(yaml.SafeDumper):
-    """Writes a list on one line, `[0.2, 1.0]`, and everything else on lines of its own."""
-
-
-_ListsInline.add_representer(
-    list, lambda dumper, value: dumper.represent_sequence("tag:yaml.org,2002:seq", value, flow_style=True)
-)

@@ -72,6 +72,15 @@ YamlLoader.add_implicit_resolver(
 )
 
 
+class YamlDumper(yaml.SafeDumper):
+    """Writes a list on one line, `[0.2, 1.0]`, and everything else on lines of its own."""
+
+
+YamlDumper.add_representer(
+    list, lambda dumper, value: dumper.represent_sequence("tag:yaml.org,2002:seq", value, flow_style=True)
+)
+
+
 def read_yaml(path: str | Path) -> dict[str, Any]:
     """The settings in a file. Raises a ValueError of one line if it is no file, no YAML or no mapping of names."""
     path = Path(path)
