@@ -147,8 +147,8 @@ def _as(value: Any, hint: Any) -> Any:
                 return _as(value, alternative)
         raise ValueError
     if kind is Literal:
-        word = str(value).lower() if isinstance(value, str) else str(value)  # None is no word
-        return next(argument for argument in arguments if str(argument) in (str(value), word))
+        word = "none" if isinstance(value, str) and value.lower() == "none" else str(value)  # None itself is no word
+        return next(argument for argument in arguments if str(argument) == word)
     if _is_enum(kind):
         return kind(str(value)).value
     if kind is types.NoneType and str(value).lower() in ("none", "null"):
