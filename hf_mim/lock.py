@@ -1,7 +1,7 @@
 """One writer at a time in a folder: a lock that a dead owner does not hold.
 
 The lock is a file that names its owner. It is made by a hard link, which is atomic on network file systems too. The
-owner writes into it every `BEAT` seconds. Whoever finds the lock of a process on this machine asks the kernel whether
+owner touches it every `BEAT` seconds. Whoever finds the lock of a process on this machine asks the kernel whether
 it lives. The lock of another machine, or of another container, is held as long as its file changes: after `PATIENCE`
 seconds without a change, its owner is dead. No clock of another machine is compared.
 """
@@ -163,4 +163,5 @@ def _beat(path: Path, mine: dict, over: threading.Event):
         if not _same(_read(path) or {}, mine):
             logger.warning("The lock %s was deleted or taken by another process: two may write into its folder", path)
             return
-        os.utime(path)
+        with contextlib.suppress(OSError):  # it was deleted just now; the next beat tells
+            os.utime(path)

@@ -10,6 +10,7 @@ from hf_mim.evaluation.encoder import FrozenEncoder
 from hf_mim.evaluation.features import FeatureExtractor
 from hf_mim.evaluation.health import measure_health
 from hf_mim.evaluation.knn import KNN
+from hf_mim.pretraining.probe import OnlineProbe
 from hf_mim.pretraining.recipe import Recipe
 from hf_mim.pretraining.run import Pretraining
 
@@ -65,6 +66,14 @@ def test_the_model_trains_on_after_a_probe(tmp_path):
     run.trainer.callback_handler.callbacks[-1].measure()
     assert all(module.training for module in model.modules())
     assert torch.is_grad_enabled()
+
+
+def test_the_probe_asks_only_our_own_image_processor_for_a_crop(tmp_path):
+    run, _ = train(tmp_path / "run", probe_every=4)
+    probe = next(callback for callback in run.trainer.callback_handler.callbacks if isinstance(callback, OnlineProbe))
+    ours = probe.values(run.trainer.model.base_model)
+    run.trainer.processing_class = object()  # that of another library
+    assert probe.values(run.trainer.model.base_model) == ours
 
 
 def test_a_negative_interval_is_an_error():

@@ -30,7 +30,7 @@ HOOKS = [
     (TRAINER, "Trainer._get_grad_norm", "pretraining/trainer.py"),
     (TRAINER, "Trainer._load_optimizer_and_scheduler", "pretraining/trainer.py"),
     (TRAINER, "Trainer._init_training_state", "pretraining/trainer.py"),
-    (TRAINER, "Trainer._init_training_state", "hub/push.py"),
+    (TRAINER, "Trainer._init_training_state", "pretraining/saving.py"),
     ("huggingface_hub.utils", "_http", "hub/push.py"),
     ("huggingface_hub.errors", "HfHubHTTPError.__bases__", "hub/push.py"),
 ]

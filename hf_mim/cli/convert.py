@@ -85,8 +85,9 @@ def summary(record: dict[str, Any], dest: str, hint: bool) -> str:
     assumed = ", ".join(f"{name}={value}" for name, value in record["assumed"].items())
     lines = [f"{record['source']} is {record['method']}: {record['model']}.\n", table(record), ""]
     if record["other_prefixes"]:
-        others = " or ".join(f"--prefix {prefix}" for prefix in record["other_prefixes"])
-        lines.append(f"Taken: {record['prefix']}, because it is an average of the training. Other choices: {others}")
+        others = " or ".join(f"--prefix {prefix or repr(prefix)}" for prefix in record["other_prefixes"])
+        taken = record["prefix"] or "the names without a prefix"
+        lines.append(f"Taken: {taken}, because it is an average of the training. Other choices: {others}")
     if record["tokens_left"]:
         tokens = ", ".join(record["tokens_left"])
         lines.append(

@@ -34,9 +34,9 @@ class DeviceAugment(nn.Module):
         color_jitter: S in [0, 1]. For each image and channel, a gain g is drawn uniformly from 1 - S..1 + S and an
             offset o from -S..S. With x scaled to 0..1 and m the channel's `mean`, x becomes m + g (x - m) + o, clipped
             to 0..1.
+        nodata: whether there may be pixels without data; default: whether the value_range says so.
 
     Images are turned first, then flipped upside down, then left to right.
-        nodata: whether there may be pixels without data; default: if the value_range says so.
     """
 
     def __init__(

@@ -80,26 +80,23 @@ class _Images:
 
     def in_range(self, value_range: ValueRange | None, own_depth: bool = False):
         """A view of the same images with another `value_range` and `own_depth`."""
-        images = copy.copy(self)
-        images.value_range, images.own_depth = value_range, own_depth
-        return images
+        return self._view(value_range=value_range, own_depth=own_depth)
 
     def identify(self):
         """A view of the same images. Its samples also have a `name`, and an `augment_key` for `DeviceAugment`."""
-        images = copy.copy(self)
-        images.identified = True
-        return images
+        return self._view(identified=True)
 
     def count_missing(self):
         """A view of the same images. Its samples also have the numbers of `count_missing`, of the whole image."""
-        images = copy.copy(self)
-        images.counts_missing = True
-        return images
+        return self._view(counts_missing=True)
 
     def check_tags(self):
         """A view of the same images. A TIFF is refused if GDAL's tag has another nodata value than `value_range`."""
+        return self._view(checks_tags=True)
+
+    def _view(self, **settings):
         images = copy.copy(self)
-        images.checks_tags = True
+        vars(images).update(settings)
         return images
 
     def _sample(self, value, label, epoch: int, key: int, name: str) -> dict:
@@ -329,8 +326,8 @@ def _broken_message(broken: int, total: int, names: list[str]) -> str:
 
 def _empty_message(count: int, value_range: ValueRange) -> str:
     return (
-        f"all of {count:,} images that were read hold no data: each of their pixels is nodata "
-        f"({as_text(value_range.nodata)}); give another nodata, or leave such images out"
+        f"{count:,} images hold no data: each of their pixels is nodata ({as_text(value_range.nodata)}); give another "
+        "nodata, or leave such images out"
     )
 
 

@@ -57,6 +57,11 @@ def stored(value):
     return value["bytes"] if value.get("bytes") is not None else value.get("path")
 
 
+def as_file(value: str | bytes):
+    """A path or the bytes of a file, to read from."""
+    return open(value, "rb") if isinstance(value, str) else io.BytesIO(value)
+
+
 def open_image(value, num_channels: int | None = None, as_ids: bool = False) -> Image.Image | np.ndarray:
     """Open one value of an image column: `{"bytes", "path"}`, a path, bytes, a PIL image, or an array.
 

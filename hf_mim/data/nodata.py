@@ -1,26 +1,25 @@
 """The value of pixels without data: what TIFF files say by GDAL's tag, and whether it fits the run."""
 
 import contextlib
-import io
 import math
 import struct
 
 import numpy as np
-import torch
 from datasets import Dataset
 
-from hf_mim.models.nodata import as_text, is_possible
+from hf_mim.models.nodata import as_text, impossible, is_possible
 from hf_mim.models.orientation import exif_orientation
 from hf_mim.models.pixels import ImageFormatError, ValueRange, crop_image, to_channels
 
 from .augment import sampled
 from .crop import WholeImage
-from .decode import BrokenImage, decoding, image_name, stored
+from .decode import BrokenImage, as_file, decoding, image_name, stored
 from .tiff import is_tiff, unused_pages
 
 IGNORE_TAGS = "none"  # as the option nodata: there is no such value, whatever tags say
 GDAL_NODATA = 42113  # the number of the tag
 _BITS, _PHOTOMETRIC, _SAMPLE_FORMAT = 258, 262, 339
+_PALETTE = 3  # of the tag PhotometricInterpretation
 _KINDS = {1: "uint", 2: "int", 3: "float"}  # of the tag SampleFormat
 _PROBES, _SAMPLE = 16, 1024  # images that are opened to see whether there are TIFFs; TIFFs whose tags are read
 
@@ -32,14 +31,15 @@ def check_nodata(nodata: float | str | None):
 
 
 def gdal_nodata(value) -> float | None:
-    """GDAL's nodata value of an image, from its tag; None if it is no TIFF, has no tag, or cannot hold the value.
+    """GDAL's nodata value of an image, from its tag, as `open_image` gives it; None if it is no TIFF, has no tag or a
+    palette, or cannot hold the value.
 
     value: one value of an image column. Only the first directory of the file is read.
     """
     value = stored(value)
     if not isinstance(value, str | bytes):
         return None
-    with open(value, "rb") if isinstance(value, str) else io.BytesIO(value) as file:
+    with as_file(value) as file:
         if not is_tiff(head := file.read(16)):
             return None
         tags = _read_tags(file, head)
@@ -49,15 +49,23 @@ def gdal_nodata(value) -> float | None:
         nodata = float(tags[GDAL_NODATA].split(b"\0")[0])
     except ValueError:
         return None
-    kind = f"{_KINDS.get(tags.get(_SAMPLE_FORMAT, 1), 'float')}{tags.get(_BITS, 8)}"
-    if kind in ("uint8", "uint16", "int8", "int16") and not is_possible(nodata, kind):
+    # The tag is about the stored values, and `tiff.py` changes some: colours for a palette's indices, black as 0, and
+    # 0..255 for fewer than 8 bits.
+    kind, bits = _KINDS.get(tags.get(_SAMPLE_FORMAT, 1), "float"), tags.get(_BITS, 8)
+    if tags.get(_PHOTOMETRIC) == _PALETTE:
         return None
-    # The tag is about the stored values, of which those with white as 0 are inverted (`tiff.py`).
-    return 2 ** tags.get(_BITS, 8) - 1 - nodata if tags.get(_PHOTOMETRIC) == 0 and kind.startswith("uint") else nodata
+    if kind != "float" and bits <= 16:
+        low = 0 if kind == "uint" else -(2 ** (bits - 1))
+        if not low <= nodata < low + 2**bits or nodata != int(nodata):
+            return None
+    if kind == "uint" and tags.get(_PHOTOMETRIC) == 0:
+        nodata = 2**bits - 1 - nodata
+    return nodata * 255 / (2**bits - 1) if bits < 8 else nodata
 
 
 def _read_tags(file, head: bytes) -> dict:
-    """Of the first directory of a TIFF or BigTIFF: bits and format of the first sample, photometric, GDAL's text."""
+    """The tags of the first image in a TIFF or BigTIFF: its photometric, GDAL's text, and bits and format of the first
+    sample."""
     order, is_big = "<" if head[:2] == b"II" else ">", head[2:4] in (b"+\0", b"\0+")
     place, number, size = ("Q", "Q", 8) if is_big else ("I", "H", 4)
 
@@ -114,7 +122,7 @@ def _rows(images):
     for number, row in enumerate(sampled(images, _SAMPLE if isinstance(images, Dataset) else _PROBES, seed=0)):
         if number >= _PROBES and not tiffs:
             return
-        tiffs = tiffs or _is_tiff(row["image"])
+        tiffs = tiffs or holds_tiff(row["image"])
         yield row
 
 
@@ -126,10 +134,10 @@ def pages_line(images, num_channels: int) -> str | None:
     counts, looked = [], 0
     for row in sampled(images, _PROBES, seed=0):
         value = stored(row["image"])
-        if not _is_tiff(value):
+        if not holds_tiff(value):
             continue
         with contextlib.suppress(BrokenImage), decoding("a TIFF"):
-            with open(value, "rb") if isinstance(value, str) else io.BytesIO(value) as file:
+            with as_file(value) as file:
                 pages, looked = unused_pages(file, num_channels), looked + 1
             counts += [pages] if pages > 1 else []
     if not counts:
@@ -141,7 +149,8 @@ def pages_line(images, num_channels: int) -> str | None:
     )
 
 
-def _is_tiff(value) -> bool:
+def holds_tiff(value) -> bool:
+    """Whether a value of an image column is a TIFF, by the name of its file or by its first bytes."""
     value = stored(value)
     if isinstance(value, str):
         return value.lower().endswith((".tif", ".tiff"))
@@ -176,8 +185,4 @@ def check_possible(nodata: float, kinds: dict[str, str]):
     """Raise ValueError if images of none of these types (type → the name of an image) can hold the number."""
     if nodata == nodata and not any(is_possible(nodata, kind) for kind in kinds):
         kind, name = next(iter(kinds.items()))
-        limits = torch.iinfo(getattr(torch, kind))
-        raise ValueError(
-            f"nodata must be a whole number in {limits.min:,}..{limits.max:,} for images of {kind} ({name}), "
-            f"not {as_text(nodata)}"
-        )
+        raise ValueError(impossible(nodata, kind, f"images of {kind} ({name})"))

@@ -12,11 +12,10 @@ What is written:
 """
 
 import contextlib
-import io
 import math
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path, PurePath
 from typing import Literal
@@ -30,14 +29,14 @@ from tqdm.auto import tqdm
 from hf_mim.checks import least
 from hf_mim.files import check_destination, new_folder, one_line
 from hf_mim.models.nodata import as_text
-from hf_mim.models.pixels import ImageFormatError, as_pixels, exif_orientation, upright
+from hf_mim.models.orientation import exif_orientation, upright
+from hf_mim.models.pixels import ImageFormatError, as_pixels
 
-from .decode import BrokenImage, decoding, image_name, open_image, stored
+from .decode import BrokenImage, as_file, decoding, image_name, open_image, stored
 from .folders import IMAGE_EXTENSIONS, TABLE_EXTENSIONS, scan, table_splits, without_masks
-from .nodata import check_nodata, gdal_nodata
+from .nodata import check_nodata, gdal_nodata, holds_tiff
 from .prepare_files import copied, has_tifffile, nodata_of, smaller, write
 from .sources import SplitNotFound, load_images
-from .tiff import is_tiff
 
 _SPLITS = ("train", "validation", "test")
 
@@ -197,8 +196,7 @@ class _Work:
 
     def __init__(self, tasks: list[Task], folder: Path, tile, short_side, num_channels, nodata):
         self.tasks, self.folder, self.num_channels, self.nodata = tasks, folder, num_channels, nodata
-        self.change: Callable = self._tiles if tile else self._smaller
-        self.side = tile or short_side
+        self.is_tiled, self.side = bool(tile), tile or short_side
 
     def __len__(self) -> int:
         return len(self.tasks)
@@ -215,7 +213,7 @@ class _Work:
                 image, form = _opened(value, self.num_channels)
                 tag = gdal_nodata(value)
                 image, nodata, is_told = nodata_of(image, tag, self.nodata)
-                parts = list(self.change(image, nodata))
+                parts = list(self._tiles(image) if self.is_tiled else self._smaller(image, nodata))
         except BrokenImage as error:
             return {"broken": str(error)}
         except ImageFormatError as error:
@@ -224,21 +222,21 @@ class _Work:
         folder.mkdir(parents=True, exist_ok=True)
         small = len(parts) == 1 and parts[0][1] is None
         written = nodata if is_told else None  # what the tags of the files will say
-        unchanged = small and self.change == self._smaller and repr(tag) == repr(written)
+        unchanged = small and not self.is_tiled and repr(tag) == repr(written)
         if unchanged and (extension := copied(value, folder / stem)):
             untold = nodata if written is None else None
             about = {"channels": image.shape[2], "untold": untold}
             return {"files": 1, "extension": extension, "small": True} | about
         for suffix, part in parts:
             extension = write(folder / f"{stem}{suffix}", image if part is None else part, form, written)
-        small |= self.change == self._tiles and min(image.shape[:2]) < self.side
+        small |= self.is_tiled and min(image.shape[:2]) < self.side
         about = {
             "channels": image.shape[2] - (form == "alpha" and extension == ".tif"),
             "untold": None if is_told and extension == ".tif" else nodata,
         }
         return {"files": len(parts), "extension": extension, "small": small} | about
 
-    def _tiles(self, image: np.ndarray, nodata: float | None) -> Iterator[tuple[str, np.ndarray]]:
+    def _tiles(self, image: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
         """(end of the name, part) of each tile."""
         tops, lefts = (starts(side, self.side) for side in image.shape[:2])
         for row, top in enumerate(tops):
@@ -290,12 +288,11 @@ def _bands_last(array: np.ndarray, num_channels: int | None) -> np.ndarray:
 
 def _check_pages(value, num_channels: int | None):
     """Refuse a TIFF of several pages of one band, which may be its bands, unless `num_channels` decides."""
-    path = isinstance(value, str) and value.lower().endswith((".tif", ".tiff"))
-    if num_channels is not None or not (path or isinstance(value, bytes) and is_tiff(value)) or not has_tifffile():
+    if num_channels is not None or not holds_tiff(value) or not has_tifffile():
         return
     import tifffile
 
-    with tifffile.TiffFile(value if isinstance(value, str) else io.BytesIO(value)) as file:
+    with as_file(value) as opened, tifffile.TiffFile(opened) as file:
         page, count = file.pages[0], len(file.pages)
         alike = sum((other.shape, other.dtype) == (page.shape, page.dtype) for other in file.pages) if count > 1 else 1
     if page.samplesperpixel == 1 and alike > 1:

@@ -13,7 +13,7 @@ from typing import Literal
 import numpy as np
 from PIL import Image
 
-from hf_mim.models.nodata import as_text, is_possible
+from hf_mim.models.nodata import as_text, impossible, is_possible
 from hf_mim.models.pixels import ImageFormatError, ValueRange, crop_image
 
 from .crop import WholeImage
@@ -52,11 +52,7 @@ def nodata_of(
     if not is_possible(nodata, kind):
         if given is None:
             return image, None, True
-        limits = np.iinfo(kind)
-        raise ImageFormatError(
-            f"nodata must be a whole number in {limits.min:,}..{limits.max:,} for an image of {kind}, "
-            f"not {as_text(nodata)}"
-        )
+        raise ImageFormatError(impossible(nodata, kind, f"an image of {kind}"))
     return image, nodata, True
 
 

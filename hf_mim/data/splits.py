@@ -60,7 +60,7 @@ def _grouped_split(labels: Tensor, share: float, seed: int, groups: Tensor) -> t
 
     held = set()
     for group in order:
-        if all(left[label] > number for label, number in contents[group]) and (gain(group) > 0):
+        if all(left[label] > number for label, number in contents[group]) and gain(group) > 0:
             held.add(group)
             for label, number in contents[group]:
                 left[label], wanted[label] = left[label] - number, wanted[label] - number

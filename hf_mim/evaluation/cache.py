@@ -84,7 +84,8 @@ def check_room(shapes: list[tuple[int, ...]], folder: Path | None):
     """Raise NoRoom, before hours of work, if the disk or memory has no room for features of these shapes."""
     needed = 4 * sum(math.prod(shape) for shape in shapes)
     if folder is None:
-        free, where = psutil.virtual_memory().available, "memory, where they are without a cache"
+        free = psutil.virtual_memory().available
+        where = "memory, which has to hold them without a cache; give --cache FOLDER or fewer images"
     else:
         existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
         free, where = shutil.disk_usage(existing).free, folder

@@ -83,6 +83,12 @@ def loading_failure(error: Exception) -> str:
     return one_line(error, 300)
 
 
+def forget_code(config):
+    """Take the names of code out of a config, so that what is saved with it names none."""
+    for name in NAMES_OF_CODE:
+        vars(config).pop(name, None)
+
+
 def without_code(settings: Any) -> Any:
     """The content of a JSON file without the names of code that transformers would run, at any depth."""
     if isinstance(settings, dict):

@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForImageClassification
 
 import hf_mim  # noqa: F401 (registers the models)
 from hf_mim.checks import share
-from hf_mim.evaluation.checkpoint import LOADING_ERRORS, NAMES_OF_CODE, blocks_of, load_whole, loading_failure
+from hf_mim.evaluation.checkpoint import LOADING_ERRORS, blocks_of, forget_code, load_whole, loading_failure
 from hf_mim.models.configuration_vit import pair
 from hf_mim.trainer_utils import decayed_parameters
 
@@ -51,8 +51,7 @@ def load_classifier(
     try:
         config = AutoConfig.from_pretrained(checkpoint, trust_remote_code=trust_remote_code)
         if not trust_remote_code:
-            for name in NAMES_OF_CODE:  # so that the saved classifier does not name it either
-                vars(config).pop(name, None)
+            forget_code(config)
         config.id2label = dict(enumerate(map(str, classes)))
         config.label2id = {name: number for number, name in config.id2label.items()}
         if hasattr(config, "drop_path_rate"):

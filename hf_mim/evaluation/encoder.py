@@ -38,9 +38,6 @@ from hf_mim.models.positions import sincos_table
 
 logger = logging.getLogger(__name__)
 
-# What the `forward` of a model raises for images of a size that it was not made for.
-FORWARD_ERRORS = (ValueError, RuntimeError, TypeError, LookupError, AttributeError, AssertionError, NotImplementedError)
-
 
 @dataclass(frozen=True)
 class FeatureSpec:
@@ -143,9 +140,9 @@ class FrozenEncoder:
         Raises ValueError, in one line, for a checkpoint without an encoder, or with only a part of its weights.
         """
         checkpoint = str(checkpoint)
-        model = load_encoder(checkpoint, trust_remote_code)
-        check_forward(image_model(model), checkpoint)
-        channels = channels_of(image_model(model).config)
+        model = image_model(load_encoder(checkpoint, trust_remote_code))
+        check_forward(model, checkpoint)
+        channels = channels_of(model.config)
         known = read_processor(checkpoint, channels)
         if mean is None and known is None:
             if channels != 3:
@@ -156,8 +153,7 @@ class FrozenEncoder:
         device = device or (torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu")
         size, crop = known.size if image_size is None else image_size, None
         if known.crop_pixels is not None:  # at another size, the window follows, so that the scale stays
-            sides = zip(known.crop_pixels, pair(size), known.size, strict=True)
-            crop = CenterWindow(tuple(max(1, round(pixels * new / old)) for pixels, new, old in sides))
+            crop = CenterWindow.for_size(known.crop_pixels, pair(size), known.size)
         encoder = cls(model.to(device), mean, std, size, checkpoint, dtype, known.value_range, crop)
         encoder.trust_remote_code = trust_remote_code
         return encoder
@@ -288,7 +284,7 @@ class FrozenEncoder:
         noise = torch.randn(1, self.num_channels, height, width, generator=torch.Generator().manual_seed(0))
         try:
             return find_layers(self.model, self._encode, noise.to(self.device))
-        except FORWARD_ERRORS as error:
+        except (ValueError, RuntimeError) as error:  # of a forward that was not made for this size, or of find_layers
             reason = one_line(error, 200)
             raise ValueError(f"image_size {height},{width} does not suit {self.name}: {reason}") from error
 

@@ -13,6 +13,8 @@ from hf_mim.models.configuration_vit import pair
 IMAGES, CLIPS = "pixel_values", "pixel_values_videos"
 # Under these names, models of images and text hold their image encoder.
 IMAGE_HALVES = ("vision_model", "image_model", "vision_tower", "vision_encoder")
+# Optional by the signature, but needed: sizes of images whose patches are packed into one sequence (MiniCPM).
+PACKED = {"target_sizes"}
 UNKNOWN_SIZE = (224, 224)  # what most convolutional networks are trained on, whose configs have no size
 
 
@@ -51,6 +53,7 @@ def check_forward(model: nn.Module, name: str | None):
         raise ValueError(f"{about}, which is no vision encoder: its forward must take {IMAGES} first")
     needed = {key for key, value in parameters.items() if value.default is value.empty and "kwargs" not in key}
     unknown = needed - {IMAGES, CLIPS, "pixel_attention_mask", "spatial_shapes"}
+    unknown |= PACKED & parameters.keys()
     if unknown:
         raise ValueError(f"{about}, whose forward needs {', '.join(sorted(unknown))}, which images do not tell")
     frames = getattr(model.config, "num_frames", None)

@@ -5,6 +5,7 @@ stages of a network whose maps shrink (Swin, ConvNeXt, ResNet). If the encoder's
 output of the last of them nor its final norm, it is one more layer.
 """
 
+import contextlib
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -12,7 +13,6 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from hf_mim.evaluation.checkpoint import module_lists
 from hf_mim.models.configuration_vit import pair
@@ -68,15 +68,11 @@ class Layers:
         def keep(number, module, args, output):
             outputs[number] = first_tensor(output)
 
-        hooks: list[RemovableHandle] = []
-        try:
+        with contextlib.ExitStack() as hooks:
             for number in wanted:
                 if (module := self.modules[number - 1]) is not None:
-                    hooks.append(module.register_forward_hook(partial(keep, number)))
+                    hooks.enter_context(module.register_forward_hook(partial(keep, number)))
             result = forward()
-        finally:
-            for hook in hooks:
-                hook.remove()
         if len(self.modules) in wanted and self.modules[-1] is None:
             outputs[len(self.modules)] = own_output(result)
         return {number: self.streams[number - 1].tokens(output) for number, output in outputs.items()}
@@ -145,15 +141,12 @@ def called_modules(model: nn.Module, encode, images: Tensor) -> tuple[list[nn.Mo
     once, in order, and each gives tokens `[B, T, D]` or a map. Empty if there is none."""
     lists = list(module_lists(model).values())
     calls: list[tuple[nn.Module, Tensor | None]] = []
-    hooks = [
-        module.register_forward_hook(lambda module, args, output: calls.append((module, first_tensor(output))))
-        for module in {module for modules in lists for module in modules}
-    ]
-    try:
+    with contextlib.ExitStack() as hooks:
+        for module in {module for modules in lists for module in modules}:
+            hooks.enter_context(
+                module.register_forward_hook(lambda module, args, output: calls.append((module, first_tensor(output))))
+            )
         encode(images)
-    finally:
-        for hook in hooks:
-            hook.remove()
     for outer in lists:
         modules = [module for item in outer for module in (item if isinstance(item, nn.ModuleList) else [item])]
         called = [call for call in calls if any(call[0] is module for module in modules)]
@@ -178,14 +171,13 @@ def ends_of(model: nn.Module, modules: list[nn.Module], encode, images: Tensor):
         if args and args[0] is seen.get("last") and output.ndim == 3:  # the norm of a map may work on another axis
             seen.setdefault("norm", module)
 
-    hooks = [modules[0].register_forward_pre_hook(start, with_kwargs=True), modules[-1].register_forward_hook(end)]
-    norms = [module for module in model.modules() if "norm" in type(module).__name__.lower()]
-    hooks += [module.register_forward_hook(norm) for module in norms]
-    try:
+    with contextlib.ExitStack() as hooks:
+        hooks.enter_context(modules[0].register_forward_pre_hook(start, with_kwargs=True))
+        hooks.enter_context(modules[-1].register_forward_hook(end))
+        for module in model.modules():
+            if "norm" in type(module).__name__.lower():
+                hooks.enter_context(module.register_forward_hook(norm))
         result = encode(images)
-    finally:
-        for hook in hooks:
-            hook.remove()
     return seen["first"], seen["last"], seen.get("norm"), result
 
 
@@ -196,11 +188,8 @@ def input_of(module: nn.Module, encode, images: Tensor) -> Tensor:
     def keep(module, args, kwargs):
         seen.append(next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)))
 
-    hook = module.register_forward_pre_hook(keep, with_kwargs=True)
-    try:
+    with module.register_forward_pre_hook(keep, with_kwargs=True):
         encode(images)
-    finally:
-        hook.remove()
     return seen[0]
 
 
@@ -214,7 +203,7 @@ def patches_in(tokens_of, images: Tensor, patch: tuple[int, int] | None, before,
     """
     if patch is None or last.ndim != 3 or before is None or before.shape[1:] != last.shape[1:]:
         return None
-    rows, columns = (side // length for side, length in zip(images.shape[2:], patch, strict=True))
+    rows, columns = patch_grid(images.shape[2:], patch)
     count = rows * columns
     if last.shape[1] < count:
         return None
@@ -255,10 +244,15 @@ def stream_of(output: Tensor, size, patch, place: tuple | None, hidden_size: int
     raise ValueError(f"nobody can tell the patches in an output of {shape} for an image of {size[0]}×{size[1]}")
 
 
+def patch_grid(size: tuple[int, int], patch: tuple[int, int]) -> tuple[int, int]:
+    """(rows, columns) of the patches of an image."""
+    return size[0] // patch[0], size[1] // patch[1]
+
+
 def grids(size: tuple[int, int], patch: tuple[int, int] | None) -> Iterator[tuple[int, int]]:
     """The grids that tokens of an image can have: one token for each patch, or for each square of any side."""
     if patch is not None:
-        yield tuple(side // length for side, length in zip(size, patch, strict=True))
+        yield patch_grid(size, patch)
     for stride in range(1, max(size) + 1):
         yield from (_grid(size, stride), _grid(size, stride, math.ceil))
 
@@ -269,7 +263,7 @@ def _grid(size: tuple[int, int], stride: int, to_integer=math.floor) -> tuple[in
 
 def stride_of(size: tuple[int, int], grid: tuple[int, int], patch: tuple[int, int] | None) -> tuple[int, int]:
     """(height, width) of the part of an image that belongs to a token."""
-    if patch is not None and grid == tuple(side // length for side, length in zip(size, patch, strict=True)):
+    if patch is not None and grid == patch_grid(size, patch):
         return patch
     strides = (s for s in range(max(size), 0, -1) if grid in (_grid(size, s), _grid(size, s, math.ceil)))
     side = max(strides, key=lambda s: (s & (s - 1) == 0, s))  # usually a power of 2

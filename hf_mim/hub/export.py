@@ -10,7 +10,7 @@ from transformers.utils import cached_file
 import hf_mim
 from hf_mim.checks import one_of
 from hf_mim.data.processor import FILES, transformers_processor
-from hf_mim.evaluation.checkpoint import LOADING_ERRORS, NAMES_OF_CODE, load_whole, loading_failure, without_code
+from hf_mim.evaluation.checkpoint import LOADING_ERRORS, forget_code, load_whole, loading_failure, without_code
 from hf_mim.files import check_destination, new_folder
 from hf_mim.hub.onnx import check_onnx, write_onnx
 from hf_mim.hub.remote_code import write_remote_code
@@ -54,17 +54,17 @@ def export(checkpoint: str | Path, dest: str | Path, to: str, encoder: str | Non
     if to == "onnx":
         check_onnx()
     model = load_ours(checkpoint)
-    for name in NAMES_OF_CODE:  # an export names no code but its own
-        vars(model.config).pop(name, None)
+    forget_code(model.config)
     if encoder is not None:
         if not isinstance(model, TargetNetworkMixin):
             only = f"{type(model).__name__} has only one, and {encoder} was asked for"
             raise ValueError(f"encoder must be left out: {only}")
         model = model.encoder if encoder == "online" else model.target_encoder
+    processor = processor_path(checkpoint)  # found now: inside of `new_folder` all that fails is a failure to write
     with new_folder(dest) as folder:
         how_to_load = WRITERS[to](model, folder, checkpoint).format(dest=dest)
         if to != "timm":  # its config.json says how images are prepared
-            write_processor(checkpoint, folder, to)
+            write_processor(processor, folder, to)
     return how_to_load
 
 
@@ -84,19 +84,25 @@ def load_ours(checkpoint: str | Path) -> MIMPreTrainedModel:
     return load_whole(getattr(hf_mim, architecture), checkpoint, part="model", unusable="cannot be read").eval()
 
 
-def write_processor(checkpoint: str | Path, folder: Path, to: str):
-    """Put an image processor beside the weights, where the checkpoint has one: ours with its code, or one of theirs.
-
-    Raises ValueError if no processor of transformers gives the pixels that ours gives.
-    """
-    paths = [cached_file(str(checkpoint), name, _raise_exceptions_for_missing_entries=False) for name in FILES]
+def processor_path(checkpoint: str | Path) -> Path | None:
+    """The settings of a checkpoint's image processor, downloaded if it is on the Hub; None if there are none."""
+    paths = (cached_file(str(checkpoint), name, _raise_exceptions_for_missing_entries=False) for name in FILES)
     path = next(filter(None, paths), None)
     if path is None:
         logger.warning("checkpoint %s has no image processor, so the export has none", checkpoint)
+    return path and Path(path)
+
+
+def write_processor(path: Path | None, folder: Path, to: str):
+    """Put an image processor with these settings beside the weights: ours with its code, or one of theirs.
+
+    Raises ValueError if no processor of transformers gives the pixels that ours gives.
+    """
+    if path is None:
         return
-    settings = without_code(json.loads(Path(path).read_text()))
+    settings = without_code(json.loads(path.read_text()))
     if settings.get("image_processor_type") != MIMImageProcessor.__name__:
-        (folder / Path(path).name).write_text(json.dumps(settings, indent=2) + "\n")
+        (folder / path.name).write_text(json.dumps(settings, indent=2) + "\n")
     elif to == "transformers":
         transformers_processor(MIMImageProcessor.from_dict(settings)).save_pretrained(folder)
     else:

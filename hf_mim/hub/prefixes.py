@@ -27,7 +27,7 @@ TABLES = (
 PATCH_EMBEDDING = re.compile(r"(embed\.proj|projection)\.weight$")
 PATCHES = sorted({theirs for table in TABLES for _, theirs, _ in table if PATCH_EMBEDDING.search(theirs)})
 NUMBER = re.compile(r"(?<=[.a-z])\d+(?=\.)")  # of a layer; Latent MIM has "linear0." too
-# Of two networks that are equally whole, that with one of these in its prefix is an average over the training.
+# A prefix with one of these words names the average of a network over the training. It wins over an equally whole one.
 AVERAGES = ("ema", "teacher", "momentum", "target")
 
 
@@ -54,7 +54,8 @@ def choose_prefix(state: dict[str, torch.Tensor], name: str, asked: str | None =
             f"{expected}; it has the tensors {listed(grouped(state), 4) or 'of no name'}"
         )
     if asked is not None:
-        begun = {prefix: keys for prefix, keys in found.items() if f".{asked}" in f".{prefix}" or asked == prefix}
+        begun = {prefix: keys for prefix, keys in found.items() if f".{asked}" in f".{prefix}"}
+        begun = {asked: found[asked]} if asked in found else begun  # it may end another prefix too
         if not begun:
             raise ValueError(f"prefix must be one of {listed(map(repr, found))} in {name}, not {asked!r}")
         found = begun
@@ -66,7 +67,7 @@ def choose_prefix(state: dict[str, torch.Tensor], name: str, asked: str | None =
     averages = [prefix for prefix in best if any(word in prefix for word in AVERAGES)]
     chosen = list(best) if len(best) == 1 else averages
     if len(chosen) != 1:
-        choices = " or ".join(f"--prefix {prefix}" for prefix in best)
+        choices = " or ".join(f"--prefix {prefix or repr(prefix)}" for prefix in best)
         raise ValueError(f"{name} has several networks that are equally whole: choose one by {choices}")
     return chosen[0], [prefix for prefix in best if prefix != chosen[0]]
 

@@ -57,14 +57,6 @@ class HubTrainer:
                 raise
             logger.warning(f"The Hub does not answer ({_first_line(error)}); each upload will try again")
 
-    def _init_training_state(self, *args, **kwargs):
-        """As Trainer's. The path of the best checkpoint follows from its step."""
-        done, state = super()._init_training_state(*args, **kwargs), self.state
-        best = Path(self.args.output_dir) / f"{CHECKPOINT}{state.best_global_step}"
-        if state.best_model_checkpoint is None and state.best_global_step and best.is_dir():
-            state.best_model_checkpoint = str(best)
-        return done
-
     def create_model_card(self, license: str | None = None, **kwargs):
         """Write our card, from what the folder holds. Trainer's card is made for fine-tuned text models.
 

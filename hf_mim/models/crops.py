@@ -38,12 +38,18 @@ class WholeImage:
 class CenterWindow:
     """The central window of so many pixels of the image, for evaluation: the scale of a training on such windows.
 
-    pixels: (height, width). Of an image that is smaller, the largest central part of this aspect is taken.
+    pixels: (height, width). A smaller image gives its largest central part of this aspect.
     """
 
     pixels: tuple[int, int]
     exact = True  # the pixels are those of the file, so a JPEG is decoded at full size
     fraction = None
+
+    @classmethod
+    def for_size(cls, pixels: tuple[int, int], size: tuple[int, int], known: tuple[int, int]) -> "CenterWindow":
+        """The window for an input of `size` that has the scale of one of `pixels` for an input of size `known`."""
+        sides = zip(pixels, size, known, strict=True)
+        return cls(tuple(max(1, round(length * new / old)) for length, new, old in sides))
 
     def box(self, width: int, height: int, size: tuple[int, int] | None = None, rng=None) -> Box:
         w, h = fitting(self.pixels, width, height)

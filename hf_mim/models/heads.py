@@ -47,12 +47,16 @@ class ClassificationHead:
         self.post_init()
 
     @can_return_tuple
-    def forward(self, pixel_values, labels=None, **kwargs) -> ImageClassifierOutput:
-        """Images `[B, C, H, W]` (and labels `[B]`) → logits `[B, num_labels]` (and the loss)."""
-        of_the_loss = {name: kwargs.pop(name) for name in ("num_items_in_batch",) if name in kwargs}  # Trainer's
+    def forward(self, pixel_values, labels=None, num_items_in_batch=None, **kwargs) -> ImageClassifierOutput:
+        """Images `[B, C, H, W]` (and labels `[B]`) → logits `[B, num_labels]` (and the loss).
+
+        num_items_in_batch: the labels by which the loss is divided, from Trainer; default: those of this batch.
+        """
         output = self.base_model(pixel_values, **kwargs)
         logits = self.classifier(output.pooler_output)
-        loss = None if labels is None else self.loss_function(labels, logits, self.config, **of_the_loss)
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(labels, logits, self.config, num_items_in_batch=num_items_in_batch)
         return ImageClassifierOutput(
             loss=loss, logits=logits, hidden_states=output.hidden_states, attentions=output.attentions
         )

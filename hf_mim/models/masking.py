@@ -99,7 +99,7 @@ class BlockMasks:
             )
 
     def check_context(self, grid: tuple[int, int]) -> None:
-        """Raise a ValueError that names the argument if the largest targets leave hardly ever a context on this grid.
+        """Raise a ValueError that names the argument if the largest targets almost never leave a context on this grid.
 
         It is for the start of a run: where the sizes do not tell, it draws masks and looks.
         """

@@ -91,8 +91,7 @@ class MAEForPreTraining(MAEPreTrainedModel):
         true pixels. With `norm_pix_loss` the model predicts standardised patches, so each gets the mean and variance of
         the true patch, of its `valid_pixels`.
         """
-        known = {} if valid_pixels is None else {"valid_pixels": valid_pixels}
-        output = self(pixel_values, **known, **masks)
+        output = self(pixel_values, valid_pixels=valid_pixels, **masks)
         patches, grid = self.encoder.cut(pixel_values.float())
         predictions = output.predictions.float()
         if self.config.norm_pix_loss:

@@ -24,14 +24,22 @@ def as_text(nodata: float) -> str:
 
 
 def is_possible(nodata: float, kind: str) -> bool:
-    """Whether images of a type ("uint8") can hold the value. Floats can hold any, and NaN.
-
-    int32 stands for wider types too: their value without data never becomes an int32.
-    """
+    """Whether images of a type ("uint8") can hold the value. Floats can hold any, and NaN."""
     if kind.startswith("float"):
         return True
-    low, high = (-(2**63), 2**64 - 1) if kind == "int32" else (np.iinfo(kind).min, np.iinfo(kind).max)
+    low, high = _limits(kind)
     return bool(low <= nodata <= high) and nodata == int(nodata)
+
+
+def _limits(kind: str) -> tuple[int, int]:
+    """int32 stands for wider types too: their value without data never becomes an int32."""
+    return (-(2**63), 2**64 - 1) if kind == "int32" else (np.iinfo(kind).min, np.iinfo(kind).max)
+
+
+def impossible(nodata: float, kind: str, images: str) -> str:
+    """The message about a value that the images, in words, cannot hold."""
+    low, high = _limits(kind)
+    return f"nodata must be a whole number in {low:,}..{high:,} for {images}, not {as_text(nodata)}"
 
 
 def blanked(pixels: np.ndarray, nodata: float) -> np.ndarray:

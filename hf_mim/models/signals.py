@@ -3,6 +3,8 @@
 import torch
 import torch.nn.functional as F
 
+from .losses import masked_sum
+
 
 def spread(tokens: torch.Tensor) -> torch.Tensor:
     """How much the images of a batch differ, from tokens `[B, K, D]`; a detached scalar, 0 for collapsed features.
@@ -67,7 +69,7 @@ def error_over_constant(
     mean = targets.mean(dim=0)
     if valid is not None:
         valid = valid.flatten()[:, None]
-        mean = torch.where(valid, targets, 0).sum(dim=0) / valid.sum()
+        mean = masked_sum(targets, valid, 0) / valid.sum()
         predictions, targets = (torch.where(valid, x, mean) for x in (predictions, targets))
     constant = (targets - mean).square().sum()
     return (predictions - targets).square().sum() / constant.clamp(min=torch.finfo(constant.dtype).tiny)

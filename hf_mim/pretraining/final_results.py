@@ -82,8 +82,8 @@ def central_crop(run: RunArguments, config: PreTrainedConfig, size=None) -> Cent
     """
     if run.crop_pixels is None:
         return CenterCrop()
-    sides = zip(window_pixels(run.crop_pixels), size or config.image_height_width, config.training_size, strict=True)
-    return CenterWindow(tuple(max(1, round(pixels * new / old)) for pixels, new, old in sides))
+    size = size or config.image_height_width
+    return CenterWindow.for_size(window_pixels(run.crop_pixels), size, config.training_size)
 
 
 def fixed_view(

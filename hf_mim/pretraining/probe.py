@@ -13,6 +13,7 @@ from hf_mim.evaluation.encoder import FrozenEncoder
 from hf_mim.evaluation.features import FeatureExtractor
 from hf_mim.evaluation.health import measure_health
 from hf_mim.evaluation.knn import knn_predict
+from hf_mim.models.image_processing_mim import MIMImageProcessor
 from hf_mim.pretraining.guard import full_tensor
 
 logger = logging.getLogger(__name__)
@@ -60,7 +61,7 @@ class OnlineProbe(TrainerCallback):
         """Health of an encoder's features of the test images, and `knn` if there are labels."""
         augment = self.trainer.augment
         processor = self.trainer.processing_class
-        crop = None if processor is None else processor.crop()
+        crop = processor.crop() if isinstance(processor, MIMImageProcessor) else None
         encoder = FrozenEncoder(model, *augment.statistics(), value_range=augment.value_range, crop=crop)
         extract = FeatureExtractor(encoder, self.trainer.args.per_device_eval_batch_size, progress=False)
         pooled, tokens = extract(self.test, ["last/mean/norm", "last/tokens/norm"])

@@ -101,12 +101,20 @@ class CheckpointTrainer:
         args, state = self.args, self.state
         if state.best_model_checkpoint is not None:
             best = final if state.best_model_checkpoint == str(staged) else state.best_model_checkpoint
-            state.best_model_checkpoint = None  # a checkpoint may be uploaded or moved; `HubTrainer` finds the best
+            state.best_model_checkpoint = None  # a checkpoint may be moved; `_init_training_state` finds the best
             state.save_to_json(str(staged / TRAINER_STATE))
             state.best_model_checkpoint = str(best)
         about = {"step": state.global_step, "processes": args.world_size}
         checkpoints.write_manifest(staged, **about, images_per_step=args.images_per_step, seed=args.seed)
         checkpoints.commit(staged, final)
+
+    def _init_training_state(self, *args, **kwargs):
+        """As Trainer's. The path of the best checkpoint follows from its step."""
+        done, state = super()._init_training_state(*args, **kwargs), self.state
+        best = Path(self.args.output_dir) / f"{CHECKPOINT}{state.best_global_step}"
+        if state.best_model_checkpoint is None and state.best_global_step and best.is_dir():
+            state.best_model_checkpoint = str(best)
+        return done
 
     def save_state(self):
         """As Trainer's, without the path of the best checkpoint, because the file is uploaded. The file is the old or

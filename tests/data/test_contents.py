@@ -1,5 +1,6 @@
 """What images hold, and which sources hold the same."""
 
+import os
 import shutil
 
 import numpy as np
@@ -46,7 +47,13 @@ def test_arrays_have_digests_too_and_a_missing_file_does_not_end_the_run(photos)
     one, same, other = digests(arrays)
     assert one == same != other and stamps(arrays) is None
     images = load_images(str(photos))
-    (photos / "a" / "00.png").unlink()
+    path, before = photos / "a" / "00.png", stamps(images)
+    assert before is not None and before == stamps(images)
+    times = path.stat().st_atime_ns, path.stat().st_mtime_ns
+    path.write_bytes(path.read_bytes())
+    os.utime(path, ns=times)
+    assert stamps(images)[0] != before[0]  # size and time are as before, but the file was written
+    path.unlink()
     assert len(digests(images)) == 12 and stamps(images) is None
 
 

@@ -148,7 +148,13 @@ def test_groups_are_the_folders_that_hold_the_images(tmp_path):
     draw(tmp_path, "ill/P1/1.png", "ill/P2/images/1.png", "well/P1/1.png", "well/2.png", "train/3.png")
     images = load_images(tmp_path, labels="none", group="folder")
     names = {row["image"]["path"].removeprefix(f"{tmp_path}/"): row["group"] for row in images}
-    assert {"ill/P1/1.png": "P1", "ill/P2/images/1.png": "P2", "well/P1/1.png": "P1"}.items() <= names.items()
+    assert names == {
+        "ill/P1/1.png": "P1",
+        "ill/P2/images/1.png": "P2",
+        "well/P1/1.png": "P1",
+        "well/2.png": "well",
+        "train/3.png": None,
+    }
 
 
 @pytest.mark.parametrize(

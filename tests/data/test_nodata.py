@@ -177,7 +177,7 @@ def test_images_without_data_are_left_out_and_counted_and_a_set_of_them_is_refus
     assert data.num_empty() == 2 and data.num_broken() == 0 and data.broken() == []
     kept = ImageDataset(dataset([good, empty]), 8, 1, WholeImage(), value_range=UNIT, keep_empty=True)
     assert kept[1]["pixel_values"].isnan().all() and kept.num_empty() == 0
-    with pytest.raises(ImageFormatError, match="^all of 3 images that were read hold no data"):
+    with pytest.raises(ImageFormatError, match="^3 images hold no data"):
         ImageDataset(dataset([empty] * 3), 8, 1, WholeImage(), value_range=UNIT)
 
 

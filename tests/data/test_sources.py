@@ -173,7 +173,7 @@ def test_scikit_learn_is_imported_only_when_digits_are_asked_for(monkeypatch):
         data.digits()
 
 
-def test_the_image_and_labelss_are_found_whatever_they_are_called(table):
+def test_the_image_and_label_columns_are_found_whatever_they_are_called(table):
     encoded = load_images(table)["image"][:]
     other = Dataset.from_dict({"photo": encoded[::-1], "mask": encoded, "kind": table["label"][:]}).cast(
         Features(photo=ImageFeature(), mask=ImageFeature(), kind=table.features["label"])

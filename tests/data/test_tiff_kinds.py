@@ -112,18 +112,20 @@ def test_white_as_0_without_a_largest_value_is_refused(kind):
         open_image(written(GREY.astype(kind), "one page", photometric="miniswhite"))
 
 
-def packed(bits: int, white_is_zero: bool, pages: int) -> tuple[bytes, np.ndarray]:
-    """A grey TIFF of less than 8 bits, by hand; and its values."""
+def packed(bits: int, white_is_zero: bool, pages: int, nodata: bytes = b"") -> tuple[bytes, np.ndarray]:
+    """A grey TIFF of less than 8 bits, by hand, perhaps with GDAL's tag; and its values."""
     values = GREY >> (8 - bits)
     per_byte = 8 // bits
     parts = values.reshape(HEIGHT, WIDTH // per_byte, per_byte)
     body = sum(parts[..., k] << (bits * (per_byte - 1 - k)) for k in range(per_byte)).astype(np.uint8).tobytes()
     tags = {256: WIDTH, 257: HEIGHT, 258: bits, 259: 1, 262: 0 if white_is_zero else 1, 273: 8, 277: 1, 278: HEIGHT}
     tags[279] = len(body)
-    size, start = 2 + 12 * len(tags) + 4, 8 + len(body)
+    gdal = struct.pack("<HHI4s", 42113, 2, len(nodata) + 1, nodata) if nodata else b""
+    count = len(tags) + bool(gdal)
+    size, start = 2 + 12 * count + 4, 8 + len(body)
     data = b"II*\0" + struct.pack("<I", start) + body
     for page in range(pages):
-        data += struct.pack("<H", len(tags)) + b"".join(struct.pack("<HHII", k, 4, 1, v) for k, v in tags.items())
+        data += struct.pack("<H", count) + b"".join(struct.pack("<HHII", k, 4, 1, v) for k, v in tags.items()) + gdal
         data += struct.pack("<I", start + (page + 1) * size if page + 1 < pages else 0)
     return data, values
 
@@ -137,6 +139,20 @@ def test_packed_grey_of_less_than_8_bits_is_scaled_as_by_pillow(bits, white_is_z
     expected = 255 - levels if white_is_zero else levels
     np.testing.assert_array_equal(np.asarray(Image.open(io.BytesIO(data)).convert("L")), expected)
     np.testing.assert_array_equal(pixels(data, 1)[..., 0], expected)
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4])
+@pytest.mark.parametrize("white_is_zero", [False, True])
+def test_a_nodata_tag_of_packed_grey_means_the_pixels_that_hold_its_value(bits, white_is_zero):
+    data, values = packed(bits, white_is_zero, 1, nodata=b"1")
+    np.testing.assert_array_equal(pixels(data, 1)[..., 0] == gdal_nodata(data), values == 1)
+    assert gdal_nodata(packed(bits, white_is_zero, 1, nodata=b"16")[0]) is None  # no pixel can hold it
+
+
+def test_a_nodata_tag_of_a_palette_is_ignored_because_an_index_is_no_colour():
+    colours = RANDOM.integers(0, 65536, (3, 256)).astype(np.uint16)
+    tag = [(42113, "s", 0, "3", True)]
+    assert gdal_nodata(written(GREY, "one page", photometric="palette", colormap=colours, extratags=tag)) is None
 
 
 def test_masks_keep_what_images_scale_or_colour():

@@ -22,7 +22,7 @@ REFUSALS = {
     "videoprism",
     "an encoder of videos of": "timesformer videomae videoprism_vision_model vivit",
     "nobody can tell": "groupvit swin2sr",
-    "does not suit": "minicpm_ocr_vision minicpmv4_7_vision",
+    "whose forward needs target_sizes, which images do not tell": "minicpm_ocr_vision minicpmv4_7_vision",
 }
 REFUSED = {kind: message for message, kinds in REFUSALS.items() for kind in kinds.split()}
 # These encode images of one size only.
@@ -76,6 +76,9 @@ def check(encoder, images):
     for pooling, expected in (("mean", own.mean(1)), ("tokens", own)):
         features = [x for kind, x in zip(kinds, found, strict=True) if kind.pooling == pooling]
         assert not features or min(distance(x, expected) for x in features) < 1e-5, pooling
+    if encoder.layers.pools_first:
+        (pooled,) = encoder.extract(images, [FeatureSpec("last", "mean", True)])
+        assert distance(pooled, output.pooler_output.flatten(1)) < 1e-5
 
 
 def check_hidden_states(encoder, images):

@@ -188,7 +188,8 @@ def load_saved(folder):
 
 
 def test_training_has_the_rates_and_the_loss_that_were_asked_for(checkpoint, digits_splits, monkeypatch):
-    """Of the Trainer as it begins: the groups of its optimizer, and its loss against torch's with smoothed labels."""
+    """Looks at the Trainer before its first step: the groups of its optimizer, and its loss against torch's with
+    smoothed labels."""
     trainers, few = [], digits_splits[0].select(range(32))
     monkeypatch.setattr(Trainer, "train", lambda trainer: trainers.append(trainer))
     options = dict(base_lr=0.8, layer_decay=0.5, weight_decay=0.2, label_smoothing=0.6, epochs=8, warmup_epochs=2)

@@ -103,6 +103,11 @@ def test_of_two_whole_networks_the_average_is_taken_and_the_other_can_be_asked_f
     assert json.loads((tmp_path / "out" / "conversion.json").read_text())["prefix"] == f"{average}.backbone."
 
 
+def test_a_prefix_that_ends_another_one_can_be_asked_for(tmp_path):
+    torch.save({"model": other(encoder()), "ema": {"model": encoder()}}, tmp_path / "nested.pth")
+    same(taken(convert(tmp_path / "nested.pth", prefix="model.", **HEADS)), other(encoder()))
+
+
 def test_the_network_with_more_of_a_table_wins(tmp_path):
     some = dict(list(encoder().items())[:-3])
     torch.save({"teacher": some, "student": encoder()}, tmp_path / "file.pth")

@@ -88,7 +88,7 @@ def test_whoever_uploads_the_folder_by_hand_uploads_no_secret_either(run):
 
 
 @pytest.mark.slow
-def test_the_best_checkpoint_is_found_again_and_the_recipe_runs_again_on_this_machine(start, run, home):
+def test_the_recipe_runs_again_on_this_machine(start, run, home):
     assert yaml.safe_load((run / "recipe.yaml").read_text())["dataset"] == "photos"
     local = yaml.safe_load((run / "_local.yaml").read_text())
     assert local == {"dataset": str(home / "photos"), "output_dir": str(run)}

@@ -68,7 +68,7 @@ torch.save(model.eval()(**inputs).pooler_output, out)
 
 
 def features(hub, folder, name):
-    """Of one image, by the encoder and the image processor that a fresh process pulls by name."""
+    """The features of one image, from the encoder and the image processor that a fresh process pulls by name."""
     folder.mkdir(parents=True, exist_ok=True)
     done = start(hub, folder, "-c", PULL, name, folder / "features.pt")
     assert done.returncode == 0, done.stderr
