@@ -36,7 +36,7 @@ def test_perfect_predictions_give_the_image_back_in_the_right_places(monkeypatch
     noise = torch.rand(2, 24)
     true = model(images, noise=noise)
 
-    def oracle(pixel_values, noise):
+    def oracle(pixel_values, noise, valid_pixels=None):
         return SimpleNamespace(predictions=true.targets, target_ids=true.target_ids)
 
     monkeypatch.setattr(model, "forward", oracle)
