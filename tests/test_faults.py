@@ -131,7 +131,8 @@ def test_weights_that_find_no_room_at_the_end_leave_the_old_ones_and_say_so_in_o
 # ---- signals
 
 
-@pytest.mark.parametrize("streaming", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["map-style", "stream"])
+@pytest.mark.slow
+@pytest.mark.parametrize("streaming", [False, True], ids=["map-style", "stream"])
 def test_a_schedulers_signal_to_all_processes_ends_the_run_by_75_and_it_goes_on(tmp_path, streaming):
     run, options = tmp_path / "run", ["--max_steps", 30, "--save_steps", 1000, "--dataloader_num_workers", 2]
     if streaming:

@@ -30,6 +30,7 @@ def add_data(subcommands):
     parser.add_argument("--scale", type=float, nargs=2, default=(0.2, 1.0), help="share of the area that a crop takes")
     parser.add_argument("--num_images", type=int, default=256, help="how many images of the source to use at most")
     parser.add_argument("--repeats", type=int, default=5, help="rounds; the fastest counts")
+    parser.add_argument("--cached", action="store_true", help="also measure images that were decoded before")
     parser.add_argument("--deep", action="store_true", help="also measure deep images, made from those of the source")
     parser.set_defaults(run=benchmark_data)
 
@@ -67,12 +68,15 @@ def benchmark_data(args) -> dict:
         for data, box in zip(encoded, boxes, strict=True):
             plain_pipeline(data, box, size)
 
-    seconds = fastest({"plain": plain, "ours": worker, "ours + augment": worker_and_augment}, args.repeats)
+    pipelines = {"plain": plain, "ours": worker, "ours + augment": worker_and_augment}
+    pipelines |= as_a_run_loads(ours, augment) if args.cached else {}
+    seconds = fastest(pipelines, args.repeats)
     rates = {name: len(indices) / value for name, value in seconds.items()}
     result = {
         "images_per_second": {name: round(rate, 1) for name, rate in rates.items()},
         "speedup": round(rates["ours"] / rates["plain"], 2),
         "speedup_with_augment": round(rates["ours + augment"] / rates["plain"], 2),
+        **({"cached_speedup": round(rates["run, cached"] / rates["run, decoded"], 2)} if args.cached else {}),
         "images": len(indices),
         "size": args.size,
         "scale": list(args.scale),
@@ -83,6 +87,28 @@ def benchmark_data(args) -> dict:
         print(f"{name:<18}{rate:>10.0f}{1000 / rate:>10.2f}{rate / rates['plain']:>9.2f}x")
     result |= crop_differences(worker(), encoded, boxes, size)
     return result | deep_rates(encoded[:DEEP_IMAGES], crop, size, args.repeats) if args.deep else result
+
+
+def as_a_run_loads(images, augment) -> dict:
+    """What a run does for its batches of 64, with keys, names and augmentation: with decoding, and from a cache."""
+    from hf_mim.data.cached import CachedImages, make_cache
+    from hf_mim.data.dataset import collate
+
+    images, indices = images.identify(), range(len(images))
+    from_cache = CachedImages(images, make_cache(images, None, "", lambda line: None))
+    batches = [indices[start : start + 64] for start in range(0, len(images), 64)]
+
+    def decoded():
+        for rows in batches:
+            batch = collate(images.__getitems__(rows))
+            augment(batch["pixel_values"], batch["augment_key"])
+
+    def cached():
+        for rows in batches:
+            batch = from_cache.__getitems__(rows)
+            augment(from_cache.crops(batch), batch["augment_key"])
+
+    return {"run, decoded": decoded, "run, cached": cached}
 
 
 def deep_rates(encoded: list[bytes], crop, size: tuple[int, int], repeats: int) -> dict:

@@ -313,8 +313,13 @@ def check_broken(images: ImageDataset | ImageStream, max_share: float = MAX_BROK
         raise BrokenImagesError(_broken_message(broken, total, images.broken(limit=20)))
 
 
-def collate(samples: list[dict]) -> dict:
-    """transformers' `default_data_collator`, which drops texts, plus the images' names as a list."""
+def collate(samples: list[dict] | dict) -> dict:
+    """transformers' `default_data_collator`, which drops texts, plus the images' names as a list.
+
+    `CachedImages` gives a whole batch, which stays as it is.
+    """
+    if isinstance(samples, dict):
+        return samples
     batch = default_data_collator(samples)
     return batch | {"name": [sample["name"] for sample in samples]} if "name" in samples[0] else batch
 

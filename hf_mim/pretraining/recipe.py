@@ -103,6 +103,8 @@ class RunArguments:
         nodata: the value of pixels without data, in the depth of the images, or nan: loss and measures leave them out;
             none: no such value, whatever tags say; default: what the GDAL_NODATA tags of TIFF files say
         max_image_pixels: of one image; larger ones are refused; default: 178,956,970
+        cache_images: decode 8-bit images once, and crop them on the device, where decoding is slower than training; or
+            the folder that hf-mim cache has made of them
         knn: measure the features at the end by 20-NN, if there are labels
         knn_train_images: labelled images that vote, at most
         knn_test_images: labelled images that are classified, at most
@@ -140,6 +142,7 @@ class RunArguments:
     value_range: list[float] | None = None
     nodata: float | Literal["none"] | None = None
     max_image_pixels: int | None = None
+    cache_images: bool | str = False
     knn: bool = True
     knn_train_images: int = 10_000
     knn_test_images: int = 2_000
@@ -241,6 +244,8 @@ class Recipe:
         defaults = DEFAULTS | method.training_defaults
         if given.get("dataset", RunArguments.dataset) == "digits":
             defaults |= digits_settings(method)
+        if given.get("cache_images"):
+            defaults["dataloader_num_workers"] = 0  # nothing is left to do for them
         defaults |= {"method": method.name} | method.settings
         settings = {}
         for layer in (defaults, *layers):

@@ -33,6 +33,7 @@ from hf_mim.pretraining.final_results import (
     load_split,
     training_record,
 )
+from hf_mim.pretraining.image_cache import cached_images
 from hf_mim.pretraining.images import check_sample, check_windows, device_augment, evaluation_images, measured_crops
 from hf_mim.pretraining.probe import OnlineProbe
 from hf_mim.pretraining.recipe import Recipe
@@ -68,6 +69,8 @@ class Pretraining:
             self.augment = device_augment(recipe, train_images.in_range(value_range), config)
             check_sample(train_images)
             train_images = train_images.in_range(value_range or EIGHT_BITS, own_depth=True)
+            if run.cache_images:
+                train_images = cached_images(train_images, run.cache_images, tell)
             self.readout = Readout.find(self.images, account, run, tell) if run.knn or run.probe_every else None
             eval_images = None if args.eval_strategy == "no" else evaluation_images(run, config, value_range, tell)
         check_resumed_data(recipe, self.folder)  # again, because only now are the commits of data on the Hub known

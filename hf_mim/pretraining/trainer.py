@@ -20,6 +20,7 @@ from transformers.trainer_callback import ProgressCallback
 from transformers.trainer_utils import has_length
 
 from hf_mim.data import DeviceAugment, ImageDataset, ImageStream
+from hf_mim.data.cached import CachedImages
 from hf_mim.data.dataset import collate
 from hf_mim.data.stream import RING, EndlessStream
 from hf_mim.hub.push import HubTrainer
@@ -89,6 +90,8 @@ class MIMTrainer(CheckpointTrainer, HubTrainer, Trainer):
         if isinstance(train_dataset, ImageDataset | ImageStream):
             train_dataset = train_dataset.identify()
             kwargs.setdefault("data_collator", collate)
+        if isinstance(train_dataset, CachedImages):
+            train_dataset.move_to(args.device)
         super().__init__(model, args, train_dataset=train_dataset, **kwargs)
         vars(model.config).pop("use_cache", None)  # Trainer adds it for language models; keep it out of config.json
         # The loss is a mean over a batch, so Trainer has to divide it by the accumulation steps.
@@ -132,6 +135,8 @@ class MIMTrainer(CheckpointTrainer, HubTrainer, Trainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         inputs = {name: value for name, value in inputs.items() if name != "labels"}
         names, keys = inputs.pop("name", None), inputs.pop("augment_key", None)
+        if "boxes" in inputs:
+            inputs["pixel_values"] = self.train_dataset.crops(inputs)
         if isinstance(self.augment, nn.Module):
             self.augment.train(model.training)
         if self.augment is not None:

@@ -162,7 +162,9 @@ def test_a_resume_on_other_images_is_refused_unless_it_is_accepted(tmp_path, cap
         for number in range(40):
             Image.new("L", (32, 32), number).save(tmp_path / place / "photos" / f"{number:02}.png")
     monkeypatch.chdir(tmp_path / "one")
-    run(*TINY_RUN, "--image_size", 32, "--save_steps", 2, "--dataset", "photos", "--output_dir", tmp_path / "run")
+    shape = "--hidden_size", 16, "--num_hidden_layers", 1, "--num_attention_heads", 2, "--decoder_hidden_size", 16
+    shape += "--decoder_num_hidden_layers", 1, "--decoder_num_attention_heads", 2, "--image_size", 32
+    run(*TINY_RUN, *shape, "--save_steps", 2, "--dataset", "photos", "--output_dir", tmp_path / "run")
     line = "dataset 'photos', split train: 40 images (40 .png); no labels"
     assert capsys.readouterr().out.splitlines()[0] == line
     recipe, local = (read_yaml(tmp_path / "run" / name) for name in ("recipe.yaml", "_local.yaml"))
