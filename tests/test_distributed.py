@@ -105,6 +105,19 @@ def train_with_a_nan_on_rank_1(folder):
     return [trainer.guard.skipped, same]
 
 
+def options_of_ddp(folder, **options):
+    """What torch's DDP has taken of the options, and the losses of a run with them."""
+    args = arguments(folder, max_steps=2, logging_steps=1, **options)
+    trainer = MIMTrainer(make_model("stop_jepa"), args, Images(make_model("stop_jepa")))
+    trainer.train()
+    ddp = trainer.model_wrapped
+    taken = [ddp.bucket_bytes_cap, ddp.broadcast_buffers, ddp.find_unused_parameters, ddp.static_graph]
+    return taken, [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+DDP = dict(ddp_bucket_cap_mb=3, ddp_broadcast_buffers=True, ddp_find_unused_parameters=True, ddp_static_graph=True)
+
+
 def train_ranks(folder, rank):
     for method in METHODS:
         model = train_on_given_masks(folder / "equal", method, batch_size=2)
@@ -132,6 +145,7 @@ def train_ranks(folder, rank):
     stopped, _ = images_of_each_step(folder / "told", 2, after_step=tell_rank_1_to_stop)
     found["told"] = [stopped.state.global_step, stopped.guard.signal]
     found["nan"] = train_with_a_nan_on_rank_1(folder / "nan")
+    found["ddp"] = [options_of_ddp(folder / "ddp", **options) for options in ({}, DDP)]
     (folder / f"found_{rank}.json").write_text(json.dumps(found))
 
 
@@ -210,6 +224,13 @@ def test_a_signal_to_one_rank_ends_all_at_the_same_whole_checkpoint(ranks):
     (step, number), other = found[0]["told"], found[1]["told"]
     assert other == [step, number] and step in (4, 5) and number == signal.SIGTERM
     assert is_whole(folder / f"told/checkpoint-{step}")
+
+
+def test_ddp_takes_the_options_that_are_given_and_they_change_no_loss(ranks):
+    for rank in ranks[1]:
+        (usual, losses), (taken, same) = rank["ddp"]
+        assert usual == [25 * 2**20, False, False, False] and taken == [3 * 2**20, True, True, True]
+        assert len(losses) == 2 and same == pytest.approx(losses, rel=1e-6)
 
 
 def test_a_nan_on_one_rank_skips_the_step_on_all(ranks):

@@ -214,7 +214,7 @@ def test_bfloat16_is_on_a_cpu_only_if_asked_for(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "name, value, right", [("max_skipped_steps", 0, "at least 1"), ("enable_jit_checkpoint", True, "must be false")]
+    "name, value, right", [("max_skipped_steps", 0, "at least 1"), ("enable_jit_checkpoint", True, "must stay False")]
 )
 def test_wrong_arguments_are_named_in_one_line(tmp_path, name, value, right):
     with pytest.raises(ValueError, match=rf"^{name} .*{right}"):

@@ -35,13 +35,14 @@ EQUAL |= dict(gradient_accumulation_steps=2, max_grad_norm=0.1, weight_decay=0.1
 
 
 class ShardedTrainer(MIMTrainer):
-    """MIMTrainer with FSDP2 by accelerate's defaults, on a CPU."""
+    """MIMTrainer with FSDP2 as its arguments say, on a CPU."""
 
     def create_accelerator_and_postprocess(self):
+        plugin, self.args.fsdp_plugin_args = self.args.fsdp_plugin_args, None
         super().create_accelerator_and_postprocess()
-        state, wrap = self.accelerator.state, "transformer_based_wrap"
+        state = self.accelerator.state
         state.distributed_type = PartialState._shared_state["distributed_type"] = DistributedType.FSDP
-        state.fsdp_plugin = FullyShardedDataParallelPlugin(fsdp_version=2, auto_wrap_policy=wrap)
+        state.fsdp_plugin = FullyShardedDataParallelPlugin(**plugin)
         self.is_fsdp_enabled = True
 
 
@@ -113,7 +114,7 @@ def whole(tensor):
 def train_on_given_masks(folder, method, batch_size, sharded):
     """A few steps in which nothing is random; on two ranks with half the batch each, or in one process."""
     model = make_equal_model(method)
-    args = arguments(folder, per_device_train_batch_size=batch_size, **EQUAL)
+    args = arguments(folder, per_device_train_batch_size=batch_size, fsdp=sharded, **EQUAL)
     images, augment = Images(model, uint8=True, **fixed_ids(model)), DeviceAugment(flip_probability=0)
     trainer = (ShardedTrainer if sharded else MIMTrainer)(model, args, images, augment)
     trainer.add_callback(OnlineProbe(trainer, args.max_steps, None, image_column(8)))
@@ -132,7 +133,8 @@ def train_through_a_nan(folder, method, **kwargs):
     """
     model = make_model(method)
     sampling = dict(train_sampling_strategy="sequential", per_device_train_batch_size=2)
-    args = arguments(folder, max_steps=4, save_strategy="steps", save_steps=3, **sampling)
+    fsdp = dict(fsdp=True, fsdp_config={"state_dict_type": "SHARDED_STATE_DICT"})
+    args = arguments(folder, max_steps=4, save_strategy="steps", save_steps=3, **sampling, **fsdp)
     trainer = ShardedTrainer(model, args, OneNaN(model))
     changes = Changes(trainer)
     trainer.add_callback(changes)

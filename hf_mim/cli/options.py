@@ -17,7 +17,7 @@ import click
 
 from hf_mim.cli.errors import Mistake
 from hf_mim.docstrings import argument_texts
-from hf_mim.pretraining.settings import choices, suggestion, type_in_words
+from hf_mim.pretraining.settings import choices, default_of, suggestion, type_in_words
 
 HELP = {"-h", "--help"}
 CONTEXT = {
@@ -69,8 +69,7 @@ def settings_of(
     hints = get_type_hints(cls) if any(isinstance(field.type, str) for field in chosen) else {}
     settings = []
     for field in chosen:
-        default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
-        default = (defaults or {}).get(field.name, default)
+        default = (defaults or {}).get(field.name, default_of(field))
         text = texts.get(field.name) or field.metadata.get("help", "")
         settings.append(Setting(field.name, hints.get(field.name, field.type), default, text, section))
     return settings
@@ -150,7 +149,7 @@ class Command(click.Command):
         """The message about an unknown option."""
         if not option.startswith("--"):  # click gives only its first letter
             option = next((word for word in args if word.startswith(option)), option)
-        name, known = option.lstrip("-") or option, [setting.name for setting in self.settings]
+        name, known = option.lstrip("-") or option, [setting.name for setting in self.settings if not setting.hidden]
         hint = suggestion(name, known)
         if not hint and len(known) < 5:
             hint = f"; there is {' and '.join(known)}"

@@ -54,7 +54,7 @@ OTHERS = "and of transformers.TrainingArguments"
 
 def settings() -> list[Setting]:
     """All arguments of the run, of each method and of the training, with their defaults."""
-    from hf_mim.pretraining.recipe import DEFAULTS, TRAINING_FIELDS, RunArguments, all_fields, model_fields
+    from hf_mim.pretraining.recipe import DEFAULTS, NOT_OFFERED, TRAINING_FIELDS, RunArguments, all_fields, model_fields
     from hf_mim.pretraining.trainer import MIMTrainingArguments
 
     fields = {method.name: list(model_fields(method.name)) for method in methods.rows()}
@@ -66,9 +66,12 @@ def settings() -> list[Setting]:
     for method in methods.rows():
         own = [name for name in fields[method.name] if name not in shared]
         found += settings_of(method.config_class, f"the model, method {method.name}", own)
-    training = [*COMMON, *(name for name in MIMTrainingArguments.__annotations__ if name not in COMMON)]
+    own = [name for name in MIMTrainingArguments.__annotations__ if name in TRAINING_FIELDS]
+    training = [*COMMON, *(name for name in own if name not in COMMON)]
     found += settings_of(MIMTrainingArguments, "training", training, DEFAULTS)
-    return found + settings_of(MIMTrainingArguments, OTHERS, sorted(TRAINING_FIELDS.keys() - set(training)))
+    found += settings_of(MIMTrainingArguments, OTHERS, sorted(TRAINING_FIELDS.keys() - set(training)))
+    # `Recipe` tells why these are refused, whatever their value.
+    return found + [Setting(name, bool | str, hidden=True) for name in NOT_OFFERED]
 
 
 class Pretrain(Command):
@@ -95,8 +98,9 @@ class Pretrain(Command):
         return formatter.getvalue().rstrip("\n")
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter):
-        others = [setting for setting in self.settings if setting.section == OTHERS]
-        self.format_settings(ctx, formatter, self.settings[: -len(others)])
+        shown = [setting for setting in self.settings if not setting.hidden]
+        others = [setting for setting in shown if setting.section == OTHERS]
+        self.format_settings(ctx, formatter, shown[: -len(others)])
         with formatter.section(OTHERS):
             formatter.write_text(", ".join(setting.name for setting in others))
 

@@ -89,6 +89,7 @@ class MIMConfig(BackboneConfigMixin, PreTrainedConfig):
         StrictDataclassFieldValidationError: a value of the wrong type.
     """
 
+    keys_to_ignore_at_inference: ClassVar[list[str]] = ["metrics"]  # they are of a batch, and Trainer joins batches
     initialization: ClassVar[str] = "xavier"
     mask_token_std: ClassVar[float] = 0.02
     rescaled_positions: ClassVar[bool] = False

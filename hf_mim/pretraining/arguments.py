@@ -3,11 +3,13 @@
 from dataclasses import dataclass, field
 
 import torch
+from accelerate.utils import get_cpu_distributed_information
 from transformers.utils import logging
 
 from hf_mim import trainer_utils
 from hf_mim.checks import least, positive, share
 from hf_mim.pretraining.settings import to_type
+from hf_mim.pretraining.trainer_options import check_accelerator, check_arguments
 from hf_mim.trainer_utils import ProcessArguments
 
 logger = logging.get_logger(__name__)
@@ -45,6 +47,7 @@ class MIMTrainingArguments(ProcessArguments):
         dataloader_persistent_workers: Keep workers between epochs.
         ddp_find_unused_parameters: Search for parameters without a gradient; no model here has any.
         ddp_broadcast_buffers: Send buffers from rank 0 to the others at each step.
+        fsdp: Divide the model among the GPUs by FSDP2 (docs/scaling.md).
 
     Raises:
         ValueError: a value outside its range, in one line that names the argument.
@@ -76,23 +79,22 @@ class MIMTrainingArguments(ProcessArguments):
     ddp_find_unused_parameters: bool | None = False
     # The buffers are tables that never change, and a similarity target that is the same on each rank.
     ddp_broadcast_buffers: bool | None = False
+    fsdp: bool | str | None = None
 
     def __post_init__(self):
         self._check_numbers()
-        if self.enable_jit_checkpoint:
-            raise ValueError("enable_jit_checkpoint must be false: SIGTERM and SIGINT always save a checkpoint here")
+        check_arguments(self)
         if self.bf16 is None:
             self.bf16 = not (self.fp16 or self.use_cpu) and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
         default_accelerator = self.accelerator_config is None
+        if isinstance(self.report_to, str):
+            self.report_to = self.report_to.replace(" ", "").split(",")
+        if get_cpu_distributed_information().world_size == 1:
+            self.ddp_backend = None  # one process needs none, and accelerate fails with one
         super().__post_init__()
-        if self.lr_scheduler_type != "cosine" or self.lr_scheduler_kwargs:
-            raise ValueError(
-                f"lr_scheduler_type must be 'cosine' without lr_scheduler_kwargs (start_lr_ratio and final_lr_ratio "
-                f"shape it), got {getattr(self.lr_scheduler_type, 'value', self.lr_scheduler_type)!r}"
-            )
+        if self.fp16 and self.device.type == "cpu":
+            raise ValueError("fp16 needs a GPU: on a CPU it would do nothing; bf16 works on both")
         if self.learning_rate is None:
-            if self.auto_find_batch_size:
-                raise ValueError("auto_find_batch_size needs learning_rate: base_lr cannot follow the batch it finds")
             self.learning_rate = self.base_lr * self.images_per_step / 256
         if (gpus := self.visible_gpus) > 1:
             logger.warning(f"Using one of {gpus} GPUs; `torchrun --nproc_per_node={gpus}` uses all.")
@@ -101,7 +103,8 @@ class MIMTrainingArguments(ProcessArguments):
         self.settle_loaders()
         if default_accelerator:
             self.accelerator_config.non_blocking = self.dataloader_pin_memory
-            self.accelerator_config.dispatch_batches = False  # each rank reads its own part of a stream
+        check_accelerator(self.accelerator_config)
+        self.accelerator_config.dispatch_batches = False  # each rank reads its own part of a stream
 
     def _check_numbers(self):
         """Turn numbers that are text into numbers (PyYAML reads `1e-4` as text), and check the range of each."""

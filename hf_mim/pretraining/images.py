@@ -22,6 +22,7 @@ from hf_mim.data.sources import fixed_sample
 from hf_mim.data.value_range import find_value_range
 from hf_mim.models.nodata import as_text
 from hf_mim.models.pixels import ValueRange
+from hf_mim.pretraining.arguments import MIMTrainingArguments
 from hf_mim.pretraining.final_results import Tell, find_test_split, fixed_view
 from hf_mim.pretraining.recipe import Recipe, RunArguments
 
@@ -29,7 +30,9 @@ NUM_SAMPLED = 1024  # images on which the values are measured, the same for each
 NUM_SIZES = 1024  # images whose sizes are compared with the window
 
 
-def random_crops(images, run: RunArguments, config: PreTrainedConfig, seed: int) -> ImageDataset | ImageStream:
+def random_crops(
+    images, run: RunArguments, config: PreTrainedConfig, args: MIMTrainingArguments
+) -> ImageDataset | ImageStream:
     """Random crops in the size that the method trains on, in their own depth. A stream is shuffled within a buffer."""
     height, width = config.training_size
     if run.rotate90 and height != width:
@@ -49,17 +52,17 @@ def random_crops(images, run: RunArguments, config: PreTrainedConfig, seed: int)
             crop = RandomCrop(run.crop_scale, run.crop_ratio)
         except ValueError as error:
             raise ValueError(f"crop_{error}") from None
-    about = dict(crop=crop, seed=seed, own_depth=True)
+    about = dict(crop=crop, seed=args.seed, own_depth=True)
     if run.nodata not in (None, IGNORE_TAGS):
         about["value_range"] = ValueRange((0.0,), (1.0,), nodata=run.nodata)  # its ends are measured later
     if isinstance(images, Dataset):
         return ImageDataset(images, config.training_size, config.num_channels, **about)
-    images = images.shuffle(seed=seed, buffer_size=run.shuffle_buffer)
+    images = images.shuffle(seed=args.data_seed, buffer_size=run.shuffle_buffer)
     return ImageStream(images, config.training_size, config.num_channels, **about)
 
 
 def measured_crops(
-    recipe: Recipe, images, config: PreTrainedConfig, seed: int
+    recipe: Recipe, images, config: PreTrainedConfig, args: MIMTrainingArguments
 ) -> tuple[ImageDataset | ImageStream, ValueRange | None, str | None]:
     """(`random_crops`, their value range, lines that say what was found). The recipe gets what was not given.
 
@@ -69,7 +72,7 @@ def measured_crops(
     given = run.nodata is not None
     if not given:
         run.nodata = tag_nodata(images)
-    crops = random_crops(images, run, config, seed)
+    crops = random_crops(images, run, config, args)
     crops = crops if given else crops.check_tags()
     value_range, found = find_value_range(crops, run.value_range, config.num_channels)
     found = "\n".join(line for line in (pages_line(images, config.num_channels), found) if line) or None

@@ -23,6 +23,7 @@ from hf_mim.data.nodata import check_nodata
 from hf_mim.files import replacing
 from hf_mim.pretraining.settings import YamlDumper, read_yaml, suggestion, to_type
 from hf_mim.pretraining.trainer import MIMTrainingArguments
+from hf_mim.pretraining.trainer_options import PYTHON_ONLY, REFUSED, check_options
 from hf_mim.run_folder import LOCAL, RECIPE
 from hf_mim.scrub import public_source, scrubbed_all
 
@@ -44,8 +45,7 @@ OVERRULED_BY = {
     "crop_ratio": ("crop_pixels",),
 }
 
-# Fields of TrainingArguments that would do nothing in a run of ours.
-NOT_OFFERED = {"do_train", "do_eval", "do_predict", "resume_from_checkpoint", "local_rank"}
+NOT_OFFERED = REFUSED | PYTHON_ONLY  # options of transformers that must keep their default
 SECRET = {"hub_token"}
 OF_ONE_START = {"resume", "accept_changed_data"}  # these belong to one start of a run, not to its recipe
 # Defaults that decide the result of a run. recipe.yaml records them, so that a later version repeats the run.
@@ -222,9 +222,13 @@ class Recipe:
     def resolve(cls, *layers: dict[str, Any]) -> "Recipe":
         """A recipe from layers of settings (file, command line). Each overrides those before it, and all the defaults.
 
-        Raises ValueError for an unknown argument and for a value of the wrong type.
+        Raises ValueError for an unknown argument, for a value of the wrong type and for an option that is refused.
         """
-        layers = [{name: _typed(name, value) for name, value in layer.items()} for layer in layers]
+        for layer in layers:
+            check_options(MIMTrainingArguments, layer, NOT_OFFERED)
+        layers = [
+            {name: _typed(name, value) for name, value in layer.items() if name not in NOT_OFFERED} for layer in layers
+        ]
         for layer in layers:
             if layer.get("crop_pixels") and (others := {"crop_scale", "crop_ratio"} & layer.keys()):
                 raise ValueError(f"crop_pixels cannot be given together with {min(others)}; give one of them")

@@ -64,7 +64,7 @@ class Pretraining:
         tell = functools.cache(print if args.process_index == 0 else lambda line: None)
         with args.main_process_first(desc="loading the images"):
             self.images, account = load_split(run, "dataset", run.train_split, tell)
-            train_images, value_range, found = measured_crops(recipe, self.images, config, args.seed)
+            train_images, value_range, found = measured_crops(recipe, self.images, config, args)
             windows = None if run.crop_pixels is None else check_windows(self.images, train_images)
             self.augment = device_augment(recipe, train_images.in_range(value_range), config)
             check_sample(train_images)

@@ -1,6 +1,7 @@
 """Turns text and YAML into typed values: also `1e-4` in YAML and pairs, which `HfArgumentParser` does not read."""
 
 import contextlib
+import dataclasses
 import difflib
 import os
 import re
@@ -81,6 +82,11 @@ YamlDumper.add_representer(
 )
 
 
+def default_of(field: dataclasses.Field) -> Any:
+    """The default of a dataclass's field."""
+    return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+
+
 def read_yaml(path: str | Path) -> dict[str, Any]:
     """The settings in a file. Raises a ValueError of one line if it is no file, no YAML or no mapping of names."""
     path = Path(path)
@@ -142,13 +148,13 @@ def choices(hint: Any) -> list[str]:
 def _as(value: Any, hint: Any) -> Any:
     kind, arguments = get_origin(hint) or hint, get_args(hint)
     if kind in (Union, types.UnionType):
-        for alternative in _alternatives(arguments):
+        for alternative in sorted(_alternatives(arguments), key=lambda one: get_origin(one) is not Literal):
             with contextlib.suppress(*NOT_THIS):
                 return _as(value, alternative)
         raise ValueError
     if kind is Literal:
         word = "none" if isinstance(value, str) and value.lower() == "none" else str(value)  # None itself is no word
-        return next(argument for argument in arguments if str(argument) == word)
+        return next(a for a in arguments if str(a) == (word.capitalize() if isinstance(a, bool) else word))
     if _is_enum(kind):
         return kind(str(value)).value
     if kind is types.NoneType and str(value).lower() in ("none", "null"):

@@ -31,6 +31,7 @@ from hf_mim.pretraining.collapse import CollapseAlarm
 from hf_mim.pretraining.guard import StepGuard, leave_signals_to_the_main_process
 from hf_mim.pretraining.saving import CheckpointTrainer
 from hf_mim.pretraining.signals import SHARED_MEMORY, Ended, NoImagesError, free_shared_memory
+from hf_mim.pretraining.trainer_options import check_optimizer
 from hf_mim.trainer_utils import BrokenImages, DatasetEpoch, StepSeeds, decayed_parameters, seeded
 
 
@@ -78,13 +79,17 @@ class MIMTrainer(CheckpointTrainer, HubTrainer, Trainer):
         kwargs: as for `transformers.Trainer`. With an `eval_dataset`, every `eval_loss` is measured on the same masks.
 
     Raises:
-        ValueError: the data have no length and `max_steps` is not given, no `pixel_values`, or less than one batch.
+        ValueError: the data have no length and `max_steps` is not given, no `pixel_values`, or less than one batch;
+            `optim_args` that the optimizer does not read.
+        ImportError: the optimizer needs a package that is missing.
     """
 
     def __init__(self, model, args: MIMTrainingArguments, train_dataset=None, augment=None, **kwargs):
         if not isinstance(args, MIMTrainingArguments):
             raise ValueError(f"args must be MIMTrainingArguments, got {type(args).__name__}")
         check_data(args, train_dataset)
+        if not kwargs.keys() & {"optimizers", "optimizer_cls_and_kwargs"}:
+            check_optimizer(args, model)
         if args.world_size > 1 and isinstance(train_dataset, ImageStream):
             train_dataset = train_dataset.split(args.process_index, args.world_size)
         if isinstance(train_dataset, ImageDataset | ImageStream):
@@ -253,6 +258,7 @@ class MIMTrainer(CheckpointTrainer, HubTrainer, Trainer):
             num_workers=workers,
             pin_memory=args.dataloader_pin_memory,
             prefetch_factor=args.dataloader_prefetch_factor if workers else None,
+            multiprocessing_context=args.dataloader_multiprocessing_context if workers else None,
         )
         loader = prepare_data_loader(
             loader,
@@ -293,6 +299,11 @@ def check_data(args: MIMTrainingArguments, train_dataset):
     if not has_length(train_dataset):
         if args.max_steps <= 0:
             raise ValueError("max_steps must be given for a train_dataset without a length, such as a stream")
+        if args.train_sampling_strategy != "random":
+            raise ValueError(
+                "train_sampling_strategy must stay random for a train_dataset without a length: it has its own order, "
+                "and shuffle_buffer mixes it"
+            )
     elif args.dataloader_drop_last and len(train_dataset) < args.per_device_train_batch_size * args.world_size:
         raise ValueError(
             f"per_device_train_batch_size × processes must be at most the {len(train_dataset)} images of "

@@ -57,7 +57,11 @@ def test_no_argument_has_two_meanings():
         ("save_strategy", "no", "no"),
         ("size", "tiny", "tiny"),
         ("dataset", 12, "12"),
-        ("accelerator_config", "{split_batches: true}", {"split_batches": True}),
+        ("accelerator_config", "{even_batches: false}", {"even_batches": False}),
+        ("fsdp", "true", True),
+        ("fsdp", "full_shard", "full_shard"),
+        ("trackio_static_space_id", "false", False),
+        ("trackio_static_space_id", "me/curves", "me/curves"),
     ],
 )
 def test_values_become_the_type_of_their_argument(name, value, expected):
