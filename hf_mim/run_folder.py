@@ -217,6 +217,8 @@ def _notes(results: dict[str, Result], sha256: str | None) -> dict[str, str]:
     for name, result in results.items():
         if result.settings.get("untrained"):
             notes[name] = "untrained encoder, to compare"
+        elif result.settings.get("pixels"):
+            notes[name] = "raw pixels, to compare"
         elif sha256 and result.checkpoint_sha256 and result.checkpoint_sha256 != sha256:
             notes[name] = "**of other weights**"
     return notes
