@@ -121,12 +121,7 @@ class Evaluation:
     """
 
     def __init__(self, protocol: str, checkpoint: str, values: dict[str, Any]):
-        kinds = argument_kinds(protocol_class := load_protocol(protocol))
-        encoder, source, self.protocol = (
-            kind(**{name: value for name, value in values.items() if name in field_types(kind)}) for kind in kinds
-        )
-        if protocol_class.needs != "nothing" and source.dataset is None:
-            raise ValueError(f"dataset must be given: {argument_texts(type(source))['dataset']}")
+        encoder, source, self.protocol = arguments_of(load_protocol(protocol), values)
         self.checkpoint = checkpoint
         self._arguments = self.protocol, source, encoder
         self.extract = encoder.extractor(checkpoint, source.crop())
@@ -273,6 +268,17 @@ def _short(value) -> str:
     if isinstance(value, list | tuple):
         return ",".join(map(_short, value))
     return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def arguments_of(protocol: type, values: dict[str, Any]) -> tuple:
+    """The options of a measurement, checked, as instances of its `argument_kinds`. Raises ValueError in one line."""
+    encoder, source, own = (
+        kind(**{name: value for name, value in values.items() if name in field_types(kind)})
+        for kind in argument_kinds(protocol)
+    )
+    if protocol.needs != "nothing" and source.dataset is None:
+        raise ValueError(f"dataset must be given: {argument_texts(type(source))['dataset']}")
+    return encoder, source, own
 
 
 def argument_kinds(protocol: type) -> tuple[type, type, type]:

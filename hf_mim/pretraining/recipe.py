@@ -242,10 +242,7 @@ class Recipe:
         if given.get("dataset", RunArguments.dataset) == "digits":
             defaults |= digits_settings(method)
         defaults |= {"method": method.name} | method.settings
-        settings = {}
-        for layer in (defaults, *layers):
-            dropped = [other for name in layer for other in OVERRULED_BY.get(name, ())]
-            settings = {name: value for name, value in settings.items() if name not in dropped} | layer
+        settings = layered(defaults, *layers)
         run, model, training = (
             {name: to_type(name, settings[name], field_type(name)) for name in names if name in settings}
             for names in (RUN_FIELDS, of_the_model, TRAINING_FIELDS)
@@ -306,6 +303,15 @@ class Recipe:
         for name, text in texts.items():
             with replacing(folder / name) as aside:
                 aside.write_text(text)
+
+
+def layered(*layers: dict[str, Any]) -> dict[str, Any]:
+    """One layer of settings from several. Each overrides those before it."""
+    settings = {}
+    for layer in layers:
+        dropped = [other for name in layer for other in OVERRULED_BY.get(name, ())]
+        settings = {name: value for name, value in settings.items() if name not in dropped} | layer
+    return settings
 
 
 def held_settings(folder: Path) -> list[dict[str, Any]]:
