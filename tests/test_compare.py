@@ -25,7 +25,7 @@ from hf_mim.cli import main
 from hf_mim.evaluation.result import Result
 from hf_mim.pretraining.run import Pretraining
 from hf_mim.pretraining.signals import INTERRUPTED
-from hf_mim.run_folder import checkpoints, logged, step_of
+from hf_mim.run_folder import RECIPE, checkpoints, logged, step_of
 
 TRAINING = Path(__file__).parents[1] / "training"
 FEW = {"train_images": 100, "test_images": 50}
@@ -156,6 +156,12 @@ def test_only_one_untrained_encoder_of_each_kind_is_measured(scripts, tmp_path):
     assert rows == ["untrained encoder of MAE", "untrained encoder of JEPA", None, "untrained encoder of Latent"]
 
 
+@pytest.mark.parametrize("path", sorted((TRAINING / "comparisons").glob("*.yaml")), ids=lambda path: path.stem)
+def test_the_comparisons_of_the_repository_are_fair(path, scripts):
+    comparison = scripts.plan.Comparison.read(path, {})
+    assert len(comparison.runs) > 1 and not comparison.varies
+
+
 # ---- processes
 
 
@@ -237,6 +243,20 @@ def test_the_reason_of_a_failure_is_the_last_error_that_was_printed(scripts, mak
         (tmp_path / "a.log").write_text(text)
         assert launcher.reason(job, 2) == reason
     assert launcher.reason(job, -9) == "ended by SIGKILL"
+
+
+def test_a_run_that_has_begun_is_resumed_and_what_is_done_is_left_out(scripts, tmp_path):
+    job = scripts.jobs.jobs_of(read(scripts, tmp_path), tmp_path)[0]
+    launcher = scripts.run.Launcher(["my_methods"], tmp_path)
+    assert [words[2] for words in launcher.commands(job)] == ["pretrain", "evaluate", "evaluate"]
+    assert all(words[:2] == ["--import", "my_methods"] and "--resume" not in words for words in launcher.commands(job))
+    (tmp_path / "MAE_0").mkdir()
+    (tmp_path / "MAE_0" / RECIPE).touch()
+    assert ["--resume" in words for words in launcher.commands(job)] == [True, False, False]
+    for step in job.steps[:2]:
+        step.file.parent.mkdir(exist_ok=True)
+        step.file.touch()
+    assert [words[2:4] for words in launcher.commands(job)] == [["evaluate", "knn"]]
 
 
 # ---- a comparison of two runs of six steps, one of which fails
@@ -348,11 +368,18 @@ def test_another_start_tries_again_only_what_has_failed(made, make):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"images": 200}, "images is 200 for MAE, but the training in .* has 100: give another output"),
-        ({"runs": {"MAE": {"base_lr": 0.1}}}, "base_lr is 0.1 for MAE, but the training in .* has none"),
-        ({"settings": {"probe_images": 48}}, "probe_images is 48 for MAE, but the training in .* has 40"),
-        ({"evaluate": {"20-NN": {"protocol": "knn", "k": 5, **FEW}}}, "k is 5 for MAE, but the 20-NN in .* has none"),
-        ({"supervised": {"batch_size": 16}}, "batch_size is 16 for supervised from scratch, but the training in"),
+        ({"images": 200}, "images is 200, and was 100 for the training of MAE in .*: give another output"),
+        ({"runs": {"MAE": {"method": "mae", "base_lr": 0.1}}}, "base_lr is 0.1, and was none for the training of MAE"),
+        ({"settings": {"probe_images": 48}}, "probe_images is 48, and was 40 for the training of MAE"),
+        ({"evaluate": {"20-NN": {"protocol": "knn", "k": 5, **FEW}}}, "k is 5, and was none for the 20-NN of MAE"),
+        (
+            {"evaluate": {"20-NN": {"protocol": "linear", **FEW}}},
+            "protocol is linear, and was knn for the 20-NN of MAE",
+        ),
+        (
+            {"supervised": {"batch_size": 16}},
+            "batch_size is 16, and was 32 for the training of supervised from scratch",
+        ),
     ],
 )
 def test_another_start_with_a_changed_setting_is_refused_by_its_name(changes, message, made, make, tmp_path, capsys):
@@ -367,16 +394,17 @@ def test_more_runs_seeds_and_columns_may_join(scripts, made, tmp_path):
     changes = {"runs": {"JEPA": {"method": "ijepa"}}, "evaluate": {"linear": {}}, "seeds": [0, 1, 2]}
     comparison = read(scripts, tmp_path, **changes)
     jobs = scripts.jobs.jobs_of(comparison, made.output)
-    scripts.report.go_on(comparison, jobs, made.output, "new")
+    left_out = scripts.report.go_on(comparison, jobs, made.output, "new")
     commits = {(step.row, step.measures, step.seed): step.commit for job in jobs for step in job.steps}
     assert commits["MAE", "linear", 0] == commits["JEPA", "training", 0] == commits["MAE", "training", 2] == "new"
     assert commits["MAE", "training", 0] != "new"
+    assert [result["row"] for result in left_out] == ["broken"] * 4  # it is remembered, and may come back
 
 
 def test_runs_that_nobody_has_recorded_are_left_alone(made, make, tmp_path, capsys):
     (tmp_path / "MAE_0").symlink_to(made.output / "MAE_0")
     assert make(made.path, tmp_path) == (2, [])
-    assert "holds MAE_0, of which its comparison.json knows nothing" in capsys.readouterr().err
+    assert "holds MAE_0, and comparison.json does not tell how it was made" in capsys.readouterr().err
 
 
 # ---- with real processes

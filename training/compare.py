@@ -97,8 +97,8 @@ def prepare(words: list[str], given: dict[str, Any], modules: Sequence[str], arg
     jobs = jobs_of(comparison, output)
     for folder in filter(Path.is_dir, [output, *(job.folder for job in jobs)]):
         check_unlocked(folder, "output", print)  # a run may live on after its comparison was killed
-    go_on(comparison, jobs, output, commit())
-    return Report(comparison, jobs, output, shlex.join(["python", "training/compare.py", *argv]), place.jobs)
+    left_out = go_on(comparison, jobs, output, commit())
+    return Report(comparison, jobs, output, shlex.join(["python", "training/compare.py", *argv]), place.jobs, left_out)
 
 
 def compare(report: Report, modules: Sequence[str]) -> int:

@@ -8,9 +8,7 @@ from typing import Any
 
 from compare_plan import Comparison, file_name, spelled
 
-from hf_mim.checks import least
 from hf_mim.evaluation import load_protocol
-from hf_mim.evaluation.data_arguments import LabelledArguments
 from hf_mim.evaluation.measure import option_types
 from hf_mim.pretraining.recipe import RunArguments, layered
 from hf_mim.run_folder import TRAINING_RESULT, contents, result_path
@@ -134,11 +132,13 @@ def supervised_options(comparison: Comparison) -> dict[str, Any]:
     from the budget; they are rounded up to whole steps."""
     run, config = comparison.first.run, comparison.first.config()
     same = {"crop_scale": list(run.crop_scale), "flip": run.flip_probability, "drop_path": config.drop_path_rate}
-    options = comparison.data_options("finetune") | FROM_SCRATCH | same | comparison.supervised
-    names = {f.name for f in fields(LabelledArguments)}
-    train, _ = LabelledArguments(**{name: value for name, value in options.items() if name in names}).load()
-    least(options["batch_size"], **{"labelled images": len(train)})
-    return options | {"epochs": comparison.images / (len(train) // options["batch_size"] * options["batch_size"])}
+    options = FROM_SCRATCH | same | comparison.supervised
+    _, source, own = comparison.arguments("finetune", options)
+    images = len(source.load()[0])
+    if images < own.batch_size:
+        raise ValueError(f"batch_size of supervised must be at most the {images} labelled images, not {own.batch_size}")
+    epochs = comparison.images / (images // own.batch_size * own.batch_size)  # the last, smaller batch is dropped
+    return comparison.data_options("finetune") | options | {"epochs": epochs}
 
 
 def missing_augmentation(run: RunArguments) -> list[str]:

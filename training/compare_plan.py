@@ -88,11 +88,11 @@ class Comparison:
         self._check_equal()
         for column in self.evaluate:
             with named(f"column {column}"):
-                self._check_protocol(self.protocol(column), self.own_options(column))
+                self.arguments(self.protocol(column), self.own_options(column))
         with named("supervised"):
             if "epochs" in self.supervised:
                 raise ValueError("epochs cannot be given here: images sets it")
-            self._check_protocol("finetune", self.supervised)
+            self.arguments("finetune", self.supervised)
 
     def _check_equal(self):
         """Raise ValueError if the runs differ, by a setting or by a default, in what has to be equal."""
@@ -104,21 +104,6 @@ class Comparison:
                         f"{setting} must be equal for all runs, and is {spelled(one[setting])} for {first} and "
                         f"{spelled(other[setting])} for {name}: give it in settings, or name it in varies"
                     )
-
-    def _check_protocol(self, protocol: str, given: dict[str, Any]):
-        """Raise ValueError unless there is such a protocol, and has these options."""
-        if protocol not in PROTOCOLS:
-            known = f"{', '.join(PROTOCOLS)}, not {protocol}{suggestion(protocol, PROTOCOLS)}"
-            raise ValueError(f"protocol must be one of {known}")
-        kind = load_protocol(protocol)
-        types = option_types(kind)
-        for name in given:
-            if name in SET_IN_EVALUATION:
-                raise ValueError(f"{name} cannot be given here: the comparison sets it")
-            if name not in types:
-                raise ValueError(f"{protocol} has no option {name}{suggestion(name, types)}")
-        options = self.data_options(protocol) | given
-        arguments_of(kind, {name: to_type(name, value, types[name]) for name, value in options.items()})
 
     @cached_property
     def recipes(self) -> dict[str, Recipe]:
@@ -165,6 +150,21 @@ class Comparison:
     def own_options(self, column: str) -> dict[str, Any]:
         """The options of a column's protocol in the file."""
         return {name: value for name, value in self.evaluate[column].items() if name != "protocol"}
+
+    def arguments(self, protocol: str, given: dict[str, Any]) -> tuple:
+        """The options of a protocol, typed and checked, as `measure.arguments_of` gives them. Or a ValueError."""
+        if protocol not in PROTOCOLS:
+            known = f"{', '.join(PROTOCOLS)}, not {protocol}{suggestion(protocol, PROTOCOLS)}"
+            raise ValueError(f"protocol must be one of {known}")
+        kind = load_protocol(protocol)
+        types = option_types(kind)
+        for name in given:
+            if name in SET_IN_EVALUATION:
+                raise ValueError(f"{name} cannot be given here: the comparison sets it")
+            if name not in types:
+                raise ValueError(f"{protocol} has no option {name}{suggestion(name, types)}")
+        options = self.data_options(protocol) | given
+        return arguments_of(kind, {name: to_type(name, value, types[name]) for name, value in options.items()})
 
     def data_options(self, protocol: str) -> dict[str, Any]:
         """The options of a protocol that follow from the images and the device of the runs."""

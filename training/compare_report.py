@@ -29,6 +29,7 @@ class Report:
     """Writes the three files again each time it is called.
 
     command: what the user has typed. at_once: processes at the same time.
+    left_out: what is recorded of results that the comparison no longer has; they may come back.
     """
 
     comparison: Comparison
@@ -36,6 +37,7 @@ class Report:
     output: Path
     command: str
     at_once: int
+    left_out: list[dict[str, Any]]
 
     @property
     def steps(self) -> list[Step]:
@@ -55,6 +57,7 @@ class Report:
         names = [*self.comparison.runs, *untrained, PIXELS, SUPERVISED]
         rows = {name: Row(name, {column: [] for column in columns}) for name in names}
         classifiers = []
+        self._add_states(rows)
         for step in self.steps:
             row = rows[step.row]
             if step.words == ["pretrain"]:
@@ -78,15 +81,13 @@ class Report:
             rows[SUPERVISED].notes.append(f"its own classifier has {as_text(classifiers, percent=True)} %")
         if missing := missing_augmentation(first):
             rows[SUPERVISED].notes.append(f"without {' and '.join(missing)}")
-        self._add_failures(rows)
         return [row for name, row in rows.items() if any(step.row == name for step in self.steps)]
 
-    def _add_failures(self, rows: dict[str, Row]):
-        for job in self.jobs:
-            if job.failure:
-                step = job.left[0]
-                seed = "" if step.seed is None else f"seed {step.seed} "
-                rows[step.row].notes.append(f"{seed}failed in {job.failure}")
+    def _add_states(self, rows: dict[str, Row]):
+        """Note in the rows what has failed, or how many seeds are done."""
+        for step, failure in [(job.left[0], job.failure) for job in self.jobs if job.failure]:
+            seed = "" if step.seed is None else f"seed {step.seed} "
+            rows[step.row].notes.append(f"{seed}failed in {failure}")
         for name, row in rows.items():
             seeds = {step.seed for step in self.steps if step.row == name}
             left = {step.seed for step in self.steps if step.row == name and not step.is_done}
@@ -128,6 +129,7 @@ Each value with its command is in {RECORD}.
             "versions": installed_versions(),
             "rows": [self._row_record(row) for row in rows],
             "results": list(self._results()),
+            "left_out": self.left_out,
         }
         text = json.dumps(scrubbed_all(values), indent=1) + "\n"
         return LIST.sub(lambda match: f"[{' '.join(match[1].split())}]", text)
@@ -152,6 +154,7 @@ Each value with its command is in {RECORD}.
                 "commit": step.commit,
                 "file": str(step.file.relative_to(self.output)),
                 "command": step.command,
+                "protocol": step.words[1:2],
                 "options": step.options,
             }
 
@@ -161,32 +164,37 @@ def typed(*words: str) -> str:
     return f"`{plain(' '.join(words)).replace('`', '')}`"
 
 
-def go_on(comparison: Comparison, jobs: Sequence[Job], output: Path, commit: str | None):
+def go_on(comparison: Comparison, jobs: Sequence[Job], output: Path, commit: str | None) -> list[dict[str, Any]]:
     """Take over what an earlier start has recorded in the folder: with which code each step was done.
 
-    Raises ValueError, which names what has changed, if something there was begun with other settings.
+    Returns what is recorded of other steps than those of the jobs. Raises ValueError, which names what has changed, if
+    a step was begun with other settings.
     """
-    before, results = {}, {}
-    if (output / RECORD).is_file():
-        before = json.loads((output / RECORD).read_text())
-        results = {result["file"]: result for result in before["results"]}
+    path, before, known = output / RECORD, {}, {}
+    if path.is_file():
+        before = json.loads(path.read_text())
+        known = {result["file"]: result for result in before["results"] + before["left_out"]}
+    now = as_recorded({name: getattr(comparison, name) for name in FIXED})
     for step in [step for job in jobs for step in job.steps]:
-        step.commit = commit
+        recorded, step.commit = known.pop(str(step.file.relative_to(output)), None), commit
         if not step.is_begun:
             continue
-        if (known := results.get(str(step.file.relative_to(output)))) is None:
-            raise ValueError(
-                f"output {output} holds {step.file.parent.parent.name}, of which its {RECORD} knows nothing"
-            )
-        now = as_recorded(step.options | {name: getattr(comparison, name) for name in FIXED})
-        then = known["options"] | {name: before["comparison"][name] for name in FIXED}
-        for name in [*FIXED, *(now | then)]:
-            if now.get(name) != then.get(name):
-                raise ValueError(
-                    f"{name} is {spelled(now.get(name))} for {step.row}, but the {step.measures} in {output} has "
-                    f"{spelled(then.get(name))}: give another output"
-                )
-        step.commit = known["commit"] if step.is_done else commit
+        if recorded is None:
+            folder = step.file.parent.parent.name
+            raise ValueError(f"output {output} holds {folder}, and {RECORD} does not tell how it was made")
+        then = {name: before["comparison"][name] for name in FIXED} | recorded["options"]
+        one, other = then | {"protocol": recorded["protocol"]}, now | as_recorded(step.options)
+        check_equal(one, other | {"protocol": step.words[1:2]}, f"for the {step.measures} of {step.row} in {output}")
+        step.commit = recorded["commit"] if step.is_done else commit
+    return list(known.values())
+
+
+def check_equal(then: dict[str, Any], now: dict[str, Any], place: str):
+    """Raise ValueError if a setting is another than before."""
+    for name in then | now:
+        if then.get(name) != now.get(name):
+            was, is_ = spelled(then.get(name)), spelled(now.get(name))
+            raise ValueError(f"{name} is {is_}, and was {was} {place}: give another output")
 
 
 def as_recorded(values: dict[str, Any]) -> dict[str, Any]:
