@@ -77,10 +77,10 @@ def run_jobs(jobs: Sequence[Job], at_once: int, launcher: Launcher, ended: Calla
                     status = running.pop(job).returncode
                     if job.left and not listener.asked:
                         job.failure = f"{job.left[0].measures}: {launcher.reason(job, status)}"
-                    print(f"{job.name}: {job.failure or ('ended' if job.left else 'done')}")
+                    print(f"{job.name}: {job.failure or ('ended' if job.left else 'done')}", flush=True)
                     ended()
                 while not listener.asked and len(running) < at_once and (job := next(filter(may_begin, waiting), None)):
-                    print(f"{job.name}: begins")
+                    print(f"{job.name}: begins", flush=True)
                     waiting.remove(job)
                     running[job] = launcher.start(job)
                 if not running:
