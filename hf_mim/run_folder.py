@@ -10,6 +10,7 @@ README.md               the model card
 checkpoint-STEP/        checkpoints to resume from, each with a manifest.json
 """
 
+import contextlib
 import hashlib
 import json
 import re
@@ -83,6 +84,17 @@ def contents(folder: Path) -> list[str]:
     """The files in a folder that show that it holds a run: recipe, config, Trainer's state, checkpoints."""
     names = [name for name in (RECIPE, CONFIG, TRAINER_STATE) if (folder / name).exists()]
     return names + [path.name for path in checkpoints(folder)]
+
+
+def logged(folder: str | Path, name: str) -> dict[int, float]:
+    """Optimizer step → value of what a run has logged under a name, such as `probe_knn`; also while it trains."""
+    found, path = {}, Path(folder) / METRICS
+    for line in path.read_text().splitlines() if path.is_file() else ():
+        with contextlib.suppress(ValueError):  # a run that is killed, or that writes just now, leaves half a line
+            entry = json.loads(line)
+            if entry.get(name) is not None:
+                found[entry["step"]] = entry[name]
+    return found
 
 
 def read_config(folder: Path) -> PreTrainedConfig:
@@ -217,6 +229,8 @@ def _notes(results: dict[str, Result], sha256: str | None) -> dict[str, str]:
     for name, result in results.items():
         if result.settings.get("untrained"):
             notes[name] = "untrained encoder, to compare"
+        elif result.settings.get("pixels"):
+            notes[name] = "raw pixels, to compare"
         elif sha256 and result.checkpoint_sha256 and result.checkpoint_sha256 != sha256:
             notes[name] = "**of other weights**"
     return notes

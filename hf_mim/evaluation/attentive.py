@@ -120,6 +120,7 @@ class Attentive:
 
     name: ClassVar[str] = "attentive"
     needs: ClassVar[str] = "labels"
+    unused: ClassVar[tuple[str, ...]] = ("pixels",)  # pixels are no tokens
 
     features: str = "last/tokens/norm"
     attention_heads: int = 8

@@ -88,7 +88,7 @@ class FrozenEncoder:
 
     Attributes: `image_size`; `num_channels`; of the last layer `grid` (rows, columns), `width` (D), `patch_size` (what
     a token sees of the image); `num_layers`; `num_prefix_tokens` (CLS, registers); `norm` (the final
-    norm); `device`; `is_untrained` (see `untrained`); `trust_remote_code` (as in `load`).
+    norm); `device`; `untrained_seed` (see `untrained`); `trust_remote_code` (as in `load`).
 
     Raises:
         ValueError: the model is of another kind, or its positions cannot be resized to image_size.
@@ -107,7 +107,7 @@ class FrozenEncoder:
     ):
         model = image_model(model)
         self.value_range, self.crop = value_range, CenterCrop() if crop is None else crop
-        self.model, self.name, self.dtype, self.is_untrained = model.eval(), name, dtype, False
+        self.model, self.name, self.dtype, self.untrained_seed = model.eval(), name, dtype, None
         self.trust_remote_code = False
         self.mean, self.std = list(mean), list(std)
         check_forward(model, name)
@@ -163,6 +163,10 @@ class FrozenEncoder:
         return next(self.model.parameters()).device
 
     @property
+    def is_untrained(self) -> bool:
+        return self.untrained_seed is not None
+
+    @property
     def has_nodata(self) -> bool:
         """Whether images may have pixels without data."""
         return self.value_range is not None and self.value_range.nodata is not None
@@ -187,8 +191,13 @@ class FrozenEncoder:
                 table.copy_(sincos_table((side, side), table.shape[-1], num_prefix_tokens=1))
         about = self.mean, self.std, self.image_size, self.name, self.dtype, self.value_range, self.crop
         encoder = FrozenEncoder(model.to(self.device), *about)
-        encoder.is_untrained, encoder.trust_remote_code = True, self.trust_remote_code
+        encoder.untrained_seed, encoder.trust_remote_code = seed, self.trust_remote_code
         return encoder
+
+    def pixels(self) -> "RawPixels":
+        """The pixels that this encoder sees."""
+        about = self.mean, self.std, self.image_size, self.device, self.value_range, self.crop
+        return RawPixels(*about)
 
     def describe(self) -> dict:
         """Everything about the encoder that decides a feature, except its layer and pooling."""
@@ -302,6 +311,7 @@ class RawPixels:
     """
 
     name, num_layers, num_prefix_tokens, grid, dtype = "raw pixels", 1, 0, (1, 1), torch.float32
+    norm, is_untrained = None, False
 
     def __init__(
         self, mean, std, image_size: tuple[int, int], device="cpu", value_range: ValueRange | None = None, crop=None

@@ -147,7 +147,8 @@ class Finetune:
 
     name: ClassVar[str] = "finetune"
     needs: ClassVar[str] = "labels"
-    unused: ClassVar[tuple[str, ...]] = ("dtype", "cache", "extract_batch_size")  # of the encoder's options
+    # Of the encoder's options. The untrained weights follow from `seed`.
+    unused: ClassVar[tuple[str, ...]] = ("dtype", "cache", "extract_batch_size", "untrained_seed", "pixels")
 
     epochs: float = 100.0
     batch_size: int = 128

@@ -231,6 +231,7 @@ class Health:
 
     name: ClassVar[str] = "health"
     needs: ClassVar[str] = "images"
+    unused: ClassVar[tuple[str, ...]] = ("pixels",)  # it judges an encoder
 
     features: str = "last/mean/norm"
     num_images: int = 2048

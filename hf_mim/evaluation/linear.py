@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from hf_mim.data.labelled import LabelledImages
-from hf_mim.evaluation.encoder import FeatureSpec, FrozenEncoder
+from hf_mim.evaluation.encoder import FeatureSpec, FrozenEncoder, RawPixels
 from hf_mim.evaluation.features import FeatureExtractor
 from hf_mim.evaluation.probe_training import (
     LARGEST_PIECE,
@@ -150,11 +150,12 @@ class Linear:
         return choose_and_test(self, fit, extract, train, test, specs, features=names, optimizer=optimizer)
 
 
-def default_features(encoder: FrozenEncoder) -> list[str]:
+def default_features(encoder: FrozenEncoder | RawPixels) -> list[str]:
     """The kinds of features that papers report, if the encoder has them."""
     norm = "raw" if encoder.norm is None else "norm"
     features = [f"last/mean/{norm}"]
     features += [f"last/cls/{norm}"] if encoder.num_prefix_tokens else []
-    widths = {stream.width for stream in encoder.layers.streams[-4:]}
-    last4 = f"last4/mean/{norm if len(widths) == 1 else 'raw'}"
-    return features + ([last4] if encoder.num_layers >= 4 else [])
+    if encoder.num_layers >= 4:
+        widths = {stream.width for stream in encoder.layers.streams[-4:]}
+        features.append(f"last4/mean/{norm if len(widths) == 1 else 'raw'}")
+    return features

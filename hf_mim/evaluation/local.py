@@ -70,6 +70,7 @@ class Local:
 
     name: ClassVar[str] = "local"
     needs: ClassVar[str] = "nothing"
+    unused: ClassVar[tuple[str, ...]] = ("pixels",)  # it measures them anyway
 
     features: str = "last/mean/norm"
     num_train: int = 4000

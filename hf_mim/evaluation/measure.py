@@ -30,7 +30,7 @@ from hf_mim.evaluation import load_protocol
 from hf_mim.evaluation.cache import default_cache, fingerprint, image_digests
 from hf_mim.evaluation.checkpoint import checkpoint_sha256
 from hf_mim.evaluation.data_arguments import NEEDS
-from hf_mim.evaluation.encoder import FrozenEncoder
+from hf_mim.evaluation.encoder import FrozenEncoder, RawPixels
 from hf_mim.evaluation.features import FeatureExtractor
 from hf_mim.evaluation.result import NotKept, Result
 
@@ -44,6 +44,8 @@ class EncoderArguments:
         image_mean, image_std: one value for each channel; default: the image processor's
         trust_remote_code: run the Python that CHECKPOINT brings along; read it first
         untrained: take the same architecture with random weights, to compare
+        untrained_seed: of these weights
+        pixels: take the pixels that the encoder sees, at most 32x32 of them, as features, to compare
         dtype: bfloat16 computes by autocast
         device: default: the accelerator if there is one, otherwise the CPU
         extract_batch_size: images at a time; changes no feature
@@ -60,6 +62,8 @@ class EncoderArguments:
     image_std: list[float] | None = None
     trust_remote_code: bool = False
     untrained: bool = False
+    untrained_seed: int = 0
+    pixels: bool = False
     dtype: Literal["float32", "bfloat16"] = "float32"
     device: str | None = None
     extract_batch_size: int = 64
@@ -72,6 +76,11 @@ class EncoderArguments:
             raise ValueError(f"image_size must be a side or height,width, not {self.image_size}")
         least(1, extract_batch_size=self.extract_batch_size)
         least(0, num_workers=self.num_workers)
+        least(0, untrained_seed=self.untrained_seed)
+        if self.untrained_seed and not self.untrained:
+            raise ValueError("untrained_seed must be given together with untrained")
+        if self.pixels and self.untrained:
+            raise ValueError("pixels cannot be given together with untrained; give one of them")
         check_statistics(self.image_mean, self.image_std)
         if self.device is not None:
             try:
@@ -86,7 +95,9 @@ class EncoderArguments:
         statistics = self.image_mean, self.image_std
         encoder = FrozenEncoder.load(checkpoint, size, self.device, dtype, *statistics, self.trust_remote_code)
         if self.untrained:
-            encoder = encoder.untrained()
+            encoder = encoder.untrained(self.untrained_seed)
+        elif self.pixels:
+            encoder = encoder.pixels()
         cache = default_cache() if self.cache == "default" else None if self.cache == "none" else Path(self.cache)
         return FeatureExtractor(encoder, self.extract_batch_size, self.num_workers, cache, crop)
 
@@ -110,12 +121,7 @@ class Evaluation:
     """
 
     def __init__(self, protocol: str, checkpoint: str, values: dict[str, Any]):
-        kinds = argument_kinds(protocol_class := load_protocol(protocol))
-        encoder, source, self.protocol = (
-            kind(**{name: value for name, value in values.items() if name in field_types(kind)}) for kind in kinds
-        )
-        if protocol_class.needs != "nothing" and source.dataset is None:
-            raise ValueError(f"dataset must be given: {argument_texts(type(source))['dataset']}")
+        encoder, source, self.protocol = arguments_of(load_protocol(protocol), values)
         self.checkpoint = checkpoint
         self._arguments = self.protocol, source, encoder
         self.extract = encoder.extractor(checkpoint, source.crop())
@@ -154,7 +160,7 @@ class Evaluation:
             if field.name not in UNDECIDING
         }
         encoder = self.extract.encoder.describe()
-        architecture = encoder.pop("architecture")
+        architecture = encoder.pop("architecture", {})  # raw pixels have none
         about = {
             "protocol": type(self.protocol).name,
             "settings": settings | {name: _place(settings[name]) for name in ("dataset", "test") if name in settings},
@@ -176,16 +182,16 @@ def measure(
 
     Args:
         protocol: such as `KNN(k=5)`.
-        extract: with the encoder of the checkpoint, or its untrained twin.
+        extract: with the encoder of the checkpoint, its untrained twin, or the pixels that it sees.
         splits: the images that `protocol.run` takes after `extract`.
         checkpoint: folder, or name on the Hub.
         contents: the digests of the images of each split, if they are known already.
 
     Returns:
-        The protocol's result. It also has the checkpoint and its hash (none if untrained), the device, the seconds that
-        it took, and, in its settings, how the encoder saw the images and where labels and groups come from. Its data
-        have a short hash of what the images hold, and the number of test images that are among the training images,
-        byte for byte.
+        The protocol's result. It also has the checkpoint and its hash (none if its weights were not used), the device,
+        the seconds that it took, and, in its settings, how the encoder saw the images and where labels and groups come
+        from. Its data have a short hash of what the images hold, and the number of test images that are among the
+        training images, byte for byte.
 
     Raises:
         NotKept: the protocol could not write what it keeps beside the result; the result is in the error.
@@ -200,7 +206,8 @@ def measure(
     _add_contents(result, contents)
     result.seconds = round(time.perf_counter() - start, 1)
     result.checkpoint, result.device = source_name(checkpoint), str(encoder.device)
-    result.checkpoint_sha256 = None if encoder.is_untrained else checkpoint_sha256(checkpoint)
+    is_pixels = isinstance(encoder, RawPixels)
+    result.checkpoint_sha256 = None if encoder.is_untrained or is_pixels else checkpoint_sha256(checkpoint)
     about = {
         "image_size": list(encoder.image_size),
         "dtype": str(encoder.dtype).removeprefix("torch."),
@@ -212,6 +219,10 @@ def measure(
     offered = option_types(type(protocol))
     result.settings |= {name: value for name, value in about.items() if name in offered}
     result.settings["untrained"] = encoder.is_untrained
+    if encoder.is_untrained and "untrained_seed" in offered:
+        result.settings["untrained_seed"] = encoder.untrained_seed
+    if is_pixels:
+        result.settings["pixels"] = True
     result.settings |= where_from(splits)
     if failure is not None:
         raise failure
@@ -257,6 +268,17 @@ def _short(value) -> str:
     if isinstance(value, list | tuple):
         return ",".join(map(_short, value))
     return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def arguments_of(protocol: type, values: dict[str, Any]) -> tuple:
+    """The options of a measurement, checked, as instances of its `argument_kinds`. Raises ValueError in one line."""
+    encoder, source, own = (
+        kind(**{name: value for name, value in values.items() if name in field_types(kind)})
+        for kind in argument_kinds(protocol)
+    )
+    if protocol.needs != "nothing" and source.dataset is None:
+        raise ValueError(f"dataset must be given: {argument_texts(type(source))['dataset']}")
+    return encoder, source, own
 
 
 def argument_kinds(protocol: type) -> tuple[type, type, type]:

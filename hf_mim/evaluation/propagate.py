@@ -148,7 +148,8 @@ class Propagate:
 
     name: ClassVar[str] = "propagate"
     needs: ClassVar[str] = "videos"
-    unused: ClassVar[tuple[str, ...]] = ("image_size", "cache")  # short_side tells the size; frames are read only once
+    # short_side tells the size, and frames are read only once.
+    unused: ClassVar[tuple[str, ...]] = ("image_size", "cache", "pixels")
 
     def __post_init__(self):
         parse_features(self.features, self.name, tokens=True)

@@ -257,6 +257,7 @@ class Segment:
 
     name: ClassVar[str] = "segment"
     needs: ClassVar[str] = "masks"
+    unused: ClassVar[tuple[str, ...]] = ("pixels",)  # pixels are no tokens
 
     features: str = "last/tokens/norm"
     ignore_index: int | None = 255

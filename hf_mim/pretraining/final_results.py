@@ -26,7 +26,7 @@ from hf_mim.data.labelled import (
 from hf_mim.data.sources import SplitNotFound, first_split, fixed_sample, load_described, same_source, source_name
 from hf_mim.data.splits import stratified_split
 from hf_mim.evaluation.checkpoint import checkpoint_sha256
-from hf_mim.evaluation.encoder import FrozenEncoder, RawPixels
+from hf_mim.evaluation.encoder import FrozenEncoder
 from hf_mim.evaluation.features import FeatureExtractor
 from hf_mim.evaluation.health import Health
 from hf_mim.evaluation.knn import KNN
@@ -156,13 +156,12 @@ class Readout:
     def measure(self, model, untrained, augment, batch_size: int, folder: Path) -> Result:
         """Measure the trained encoder, the untrained one and raw pixels. Prints and saves the result."""
         train, test = self.sample(*self.most)
-        normalization, size = augment.statistics(), model.config.image_height_width
         sees = dict(value_range=augment.value_range, crop=central_crop(self.run, model.config))
-        encoders = {
-            "trained": FrozenEncoder(model.base_model, *normalization, name=str(folder), **sees),
-            "untrained": FrozenEncoder(untrained.base_model, *normalization, name="untrained", **sees),
-            "raw pixels": RawPixels(*normalization, size, model.device, **sees),
-        }
+        trained, untrained = (
+            FrozenEncoder(one.base_model, *augment.statistics(), name=name, **sees)
+            for one, name in ((model, str(folder)), (untrained, "untrained"))
+        )
+        encoders = {"trained": trained, "untrained": untrained, "raw pixels": trained.pixels()}
         protocol = KNN(k=min(20, len(train)))
         extractors = {name: FeatureExtractor(encoder, batch_size, progress=False) for name, encoder in encoders.items()}
         result = measure(protocol, extractors.pop("trained"), (train, test), folder)

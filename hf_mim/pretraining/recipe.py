@@ -251,10 +251,7 @@ class Recipe:
         if given.get("cache_images"):
             defaults["dataloader_num_workers"] = 0  # nothing is left to do for them
         defaults |= {"method": method.name} | method.settings
-        settings = {}
-        for layer in (defaults, *layers):
-            dropped = [other for name in layer for other in OVERRULED_BY.get(name, ())]
-            settings = {name: value for name, value in settings.items() if name not in dropped} | layer
+        settings = layered(defaults, *layers)
         run, model, training = (
             {name: to_type(name, settings[name], field_type(name)) for name in names if name in settings}
             for names in (RUN_FIELDS, of_the_model, TRAINING_FIELDS)
@@ -315,6 +312,15 @@ class Recipe:
         for name, text in texts.items():
             with replacing(folder / name) as aside:
                 aside.write_text(text)
+
+
+def layered(*layers: dict[str, Any]) -> dict[str, Any]:
+    """One layer of settings from several. Each overrides those before it."""
+    settings = {}
+    for layer in layers:
+        dropped = [other for name in layer for other in OVERRULED_BY.get(name, ())]
+        settings = {name: value for name, value in settings.items() if name not in dropped} | layer
+    return settings
 
 
 def held_settings(folder: Path) -> list[dict[str, Any]]:

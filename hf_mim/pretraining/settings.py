@@ -87,20 +87,23 @@ def default_of(field: dataclasses.Field) -> Any:
     return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
 
 
-def read_yaml(path: str | Path) -> dict[str, Any]:
-    """The settings in a file. Raises a ValueError of one line if it is no file, no YAML or no mapping of names."""
+def read_yaml(path: str | Path, kind: str = "recipe") -> dict[str, Any]:
+    """The settings in a file. Raises a ValueError of one line if it is no file, no YAML or no mapping of names.
+
+    kind: what the file is to be, for messages.
+    """
     path = Path(path)
     if path.is_dir():
-        raise ValueError(f"the recipe must be a YAML file, and {path} is a folder; give images by --dataset {path}")
+        raise ValueError(f"the {kind} must be a YAML file, and {path} is a folder; give images by --dataset {path}")
     if not path.is_file():
-        raise ValueError(f"there is no recipe {path}")
+        raise ValueError(f"there is no {kind} {path}")
     try:
         settings = yaml.load(path.read_text(), YamlLoader)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"the recipe {path} is no YAML: {one_line(error)}") from None
+        raise ValueError(f"the {kind} {path} is no YAML: {one_line(error)}") from None
     settings = {} if settings is None else settings
     if not isinstance(settings, dict) or not all(isinstance(name, str) for name in settings):
-        raise ValueError(f"the recipe {path} must consist of lines like `name: value`")
+        raise ValueError(f"the {kind} {path} must consist of lines like `name: value`")
     return settings
 
 

@@ -3,14 +3,18 @@
 import dataclasses
 import json
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 from transformers import BertConfig, BertModel
 
 from hf_mim.cli import main
+from hf_mim.data.decode import open_image
+from hf_mim.data.sources import fixed_sample
 from hf_mim.docstrings import argument_texts
-from hf_mim.evaluation import PROTOCOLS, load_protocol
+from hf_mim.evaluation import PROTOCOLS, load_labelled, load_protocol
+from hf_mim.evaluation.knn import knn_predict
 from hf_mim.evaluation.measure import EncoderArguments, Evaluation, argument_kinds, option_types
 from hf_mim.models.configuration_mae import MAEConfig
 from hf_mim.models.modeling_mae import MAEForPreTraining
@@ -76,6 +80,38 @@ def test_the_untrained_encoder_has_a_file_of_its_own(checkpoint):
     assert result["settings"]["untrained"] is True and result["checkpoint_sha256"] is None
 
 
+def test_another_seed_draws_other_untrained_weights(checkpoint, tmp_path):
+    values = []
+    for seed in (0, 1, 1):
+        path = tmp_path / f"{len(values)}.json"
+        assert evaluate("knn", checkpoint, *SMALL, "--untrained", "--untrained_seed", seed, "--output", path) == 0
+        result = json.loads(path.read_text())
+        assert result["settings"]["untrained_seed"] == seed
+        values.append(result["table"])
+    assert values[0] != values[1] == values[2]
+
+
+@pytest.mark.parametrize("options", [["knn"], ["linear", "--epochs", 2], ["lowshot", "--draws", 1], ["leave_one_out"]])
+def test_raw_pixels_are_measured_as_an_encoder_is(options, checkpoint, tmp_path):
+    protocol, *options = options
+    assert evaluate(protocol, checkpoint, *SMALL, *options, "--pixels", "--output", tmp_path / "result.json") == 0
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert result["settings"]["pixels"] is True and result["checkpoint_sha256"] is None
+    assert 0.5 < result["value"] <= 1  # far above the .1 of chance
+
+
+def test_the_pixels_are_those_that_the_encoder_sees(checkpoint, tmp_path):
+    assert evaluate("knn", checkpoint, *SMALL, "--pixels", "--output", tmp_path / "result.json") == 0
+    parts = [fixed_sample(part, n, in_order=True) for part, n in zip(load_labelled("digits"), (200, 100), strict=True)]
+    grey = [[np.array(open_image(row["image"])) / 255 for row in part.images] for part in parts]
+    # The digits are grey, and this encoder takes three channels.
+    normal = [(np.stack(side)[..., None] - [0.485, 0.456, 0.406]) / [0.229, 0.224, 0.225] for side in grey]
+    train, test = (torch.from_numpy(side).flatten(1) for side in normal)
+    predicted = knn_predict(train, parts[0].read_labels(), test)
+    value = json.loads((tmp_path / "result.json").read_text())["value"]
+    assert value == (predicted == parts[1].read_labels()).double().mean().item()
+
+
 def test_other_options_do_not_overwrite_a_result(checkpoint):
     before = set((checkpoint / "results").glob("*")) if (checkpoint / "results").exists() else set()
     for options in ([], ["--features", "1/cls/raw"], ["--crop_fraction", 0.5], ["--extract_batch_size", 7]):
@@ -138,6 +174,12 @@ def fails_with(capsys, *words) -> str:
         ("knn {checkpoint} --dataset digits --image_size 8,16,24", "image_size must be a side or height,width"),
         ("knn {checkpoint} --dataset digits --image_mean 0.5", "image_mean and image_std must be given together"),
         ("knn {checkpoint} --dataset digits --extract_batch_size 0", "extract_batch_size must be at least 1, not 0"),
+        (
+            "knn {checkpoint} --dataset digits --untrained_seed 1",
+            "untrained_seed must be given together",
+        ),
+        ("knn {checkpoint} --dataset digits --untrained --pixels", "pixels cannot be given together with untrained"),
+        ("finetune {checkpoint} --dataset digits --pixels", "finetune has no option pixels"),
         ("knn {checkpoint} --dataset digits --crop_fraction 2", "crop_fraction must lie in (0, 1], not 2.0"),
         ("knn {checkpoint} --dataset digits --device abacus", "device must be one that this machine has"),
         ("knn {checkpoint} --dataset digits --image_size 0", "image_size must be divisible by the patch size"),
