@@ -18,6 +18,7 @@ from hf_mim.data import ImageDataset, RandomCrop, check_broken
 from hf_mim.data.mix import MixAugment
 from hf_mim.data.randaugment import LARGEST_MAGNITUDE, RandAugment, RandAugmentedImages
 from hf_mim.data.splits import check_labels
+from hf_mim.evaluation.checkpoint import check_unchanged
 from hf_mim.evaluation.classifier import load_classifier, parameter_groups, save_classifier, size_options
 from hf_mim.evaluation.metrics import top_k_accuracy
 from hf_mim.evaluation.result import NotKept, Result
@@ -204,6 +205,7 @@ class Finetune:
         with seeded(self.seed, encoder.device), tempfile.TemporaryDirectory() as folder:
             about = self.drop_path, self.blocks, encoder.is_untrained, encoder.trust_remote_code
             model = load_classifier(encoder.name, classes, *about)
+            check_unchanged(encoder.name, encoder.stamps)
             args = self._arguments(folder, encoder.device, extract.num_workers, not extract.progress)
             trainer = make_trainer(
                 model, args, self._augment(encoder.mean, encoder.std, encoder.has_nodata), train_images

@@ -14,7 +14,7 @@ from huggingface_hub.utils import _http
 from transformers.trainer_utils import HubStrategy
 from transformers.utils import logging
 
-from hf_mim.files import replacing
+from hf_mim.files import PARTIAL, replacing
 from hf_mim.hub.card import write_card
 from hf_mim.run_folder import CHECKPOINT
 
@@ -27,9 +27,11 @@ UPLOAD_ERRORS = (HTTPError, ConnectionError, LocalTokenNotFoundError, ValueError
 BUSY = (408, 429)  # 400 to 499 mean that the user is at fault, except these, which pass
 SILENCE = 60  # seconds without a byte from the Hub; by default the client waits for ever
 LONGEST_WAIT = 1800  # seconds for uploads in the background, before the next one or the end
+# Locks, files that another process is writing, and an export that is not whole yet.
+UNFINISHED = ["_*", "*/_*", f".*{PARTIAL}/*"]
 # What Trainer leaves out, its pickled arguments, which no model needs, and what reporting tools write: the names and
 # first lines of TensorBoard's files tell the host and the folders of this machine.
-NOT_UPLOADED = ["_*", f"{CHECKPOINT}*", "training_args.bin", "runs/*", "*tfevents*"]
+NOT_UPLOADED = [*UNFINISHED, f"{CHECKPOINT}*", "training_args.bin", "runs/*", "*tfevents*"]
 # The files of Trainer's checkpoint that users of the model need. The other files are for resuming.
 MODEL_FILES = ("config.json", "preprocessor_config.json", "*.safetensors", "*.safetensors.index.json")
 
@@ -132,7 +134,7 @@ class HubTrainer:
             if self.args.hub_strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
                 last = self.args.hub_strategy == HubStrategy.CHECKPOINT
                 name = "last-checkpoint" if last else Path(checkpoint_folder).name
-                settings = {"run_as_future": True, "path_in_repo": name}
+                settings = {"run_as_future": True, "path_in_repo": name, "ignore_patterns": UNFINISHED}
                 self.uploads += (self._upload(checkpoint_folder, f"{message}, checkpoint", **settings),)
         except UPLOAD_ERRORS as error:
             self._warn(error)

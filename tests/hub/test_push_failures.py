@@ -9,10 +9,11 @@ from concurrent import futures
 import pytest
 import torch
 from huggingface_hub import HfApi, get_session, set_client_factory
-from huggingface_hub.utils import _http
+from huggingface_hub.utils import _http, filter_repo_objects
 from tiny_runs import arguments
 
-from hf_mim.hub.push import SILENCE, HubTrainer, end_silence
+from hf_mim.files import new_folder, replacing
+from hf_mim.hub.push import NOT_UPLOADED, SILENCE, UNFINISHED, HubTrainer, end_silence
 
 
 def test_pickled_arguments_hold_no_token(tmp_path):
@@ -50,10 +51,21 @@ def test_the_warning_is_one_line_that_can_be_pasted(tmp_path, told):
     line, private = told
     assert "\n" not in line and "(500 for url)" in line
     excluded = (
-        " --exclude '_*' --exclude 'checkpoint-*' --exclude training_args.bin --exclude 'runs/*' --exclude '*tfevents*'"
+        " --exclude '_*' --exclude '*/_*' --exclude '.*.partial/*' --exclude 'checkpoint-*' --exclude training_args.bin"
+        " --exclude 'runs/*' --exclude '*tfevents*'"
     )
     assert line.endswith(f"hf upload 'me/my model' '{tmp_path}/a run' .{excluded}")
     assert private.endswith(f"{excluded} --private --revision 'a branch'")
+
+
+def test_what_other_processes_write_beside_a_run_is_not_uploaded(tmp_path):
+    kept = ["model.safetensors", "results/knn.json", "results/checkpoint-3/knn.json"]
+    (tmp_path / "results").mkdir()
+    with replacing(tmp_path / "results/knn.json") as result, new_folder(tmp_path / "timm") as export:
+        result.touch()
+        names = [str(path.relative_to(tmp_path)) for path in (result, export / "model.safetensors")]
+    assert list(filter_repo_objects([*kept, *names, "_lock"], ignore_patterns=NOT_UPLOADED)) == kept
+    assert list(filter_repo_objects([*kept, *names, "_lock"], ignore_patterns=UNFINISHED)) == kept
 
 
 class Trainer:
