@@ -6,55 +6,21 @@ import os
 import pkgutil
 import shutil
 
-import numpy as np
 import psutil
 import pytest
-import torch
 from huggingface_hub.constants import HF_HOME
-from PIL import Image
 from safetensors.torch import load_file, save_file
+from small_runs import evaluate, photos
 
 from hf_mim import lock
 from hf_mim.cli import main
 from hf_mim.cli.errors import Mistake, told_in_one_line
-from hf_mim.data.processor import image_processor
 from hf_mim.evaluation.checkpoint import checkpoint_sha256
 from hf_mim.evaluation.knn import KNN
 from hf_mim.evaluation.measure import Evaluation
 from hf_mim.evaluation.result import Result
 from hf_mim.files import replacing
-from hf_mim.models.configuration_mae import MAEConfig
 from hf_mim.models.modeling_mae import MAEForPreTraining
-
-
-@pytest.fixture(scope="module")
-def original(tmp_path_factory):
-    torch.manual_seed(0)
-    folder = tmp_path_factory.mktemp("original")
-    sizes = dict(image_size=16, patch_size=8, hidden_size=16, num_hidden_layers=1, num_attention_heads=2)
-    MAEForPreTraining(MAEConfig(**sizes)).save_pretrained(folder)
-    image_processor((16, 16), [0.5] * 3, [0.5] * 3).save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture
-def run(original, tmp_path, monkeypatch):
-    monkeypatch.setenv("HF_MIM_CACHE", str(tmp_path / "cache"))
-    monkeypatch.chdir(tmp_path)
-    return shutil.copytree(original, tmp_path / "run")
-
-
-def photos(folder, seed=0, count=24):
-    random = np.random.default_rng(seed)
-    for number in range(count):
-        path = folder / "ab"[number % 2] / f"{number:02}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(random.integers(0, 256, (16, 16, 3), dtype=np.uint8)).save(path)
-    return folder
-
-
-def evaluate(protocol, run, *words) -> int:
-    return main(["evaluate", protocol, str(run), *map(str, words)])
 
 
 def results(run):
