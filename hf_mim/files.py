@@ -3,10 +3,13 @@
 import contextlib
 import hashlib
 import os
+import secrets
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+
+PARTIAL = ".partial"  # the end of the name of a folder that is not whole yet
 
 
 def sha256(*paths: Path) -> str:
@@ -19,11 +22,16 @@ def sha256(*paths: Path) -> str:
     return digest.hexdigest()
 
 
+def beside(path: Path, before: str, after: str) -> Path:
+    """A new name beside a path. No process has it, on other machines with the same file system neither."""
+    return path.with_name(f"{before}{path.name}.{secrets.token_hex(6)}{after}")
+
+
 @contextlib.contextmanager
 def replacing(path: str | Path) -> Iterator[Path]:
     """A file to write, beside `path`. It is renamed to `path` if the block raises nothing, and deleted otherwise."""
     path = Path(path)
-    aside = path.with_name(f"_{path.name}.{os.getpid()}.part")
+    aside = beside(path, "_", ".part")
     try:
         yield aside
         os.replace(aside, path)
@@ -75,7 +83,7 @@ def new_folder(dest: str | Path, argument: str = "DEST") -> Iterator[Path]:
         OSError: in one line, if the disk is full or fails, whatever wrote the files.
     """
     dest = check_destination(dest, argument).absolute()
-    partial = dest.with_name(f".{dest.name}.{os.getpid()}.partial")
+    partial = beside(dest, ".", PARTIAL)
     try:
         with disk_errors(f"{dest} cannot be written: "):
             partial.mkdir(parents=True)

@@ -18,6 +18,8 @@ from pathlib import Path
 
 import psutil
 
+from hf_mim.files import beside
+
 logger = logging.getLogger(__name__)
 
 LOCK = "_lock"  # the file; like all names with a _ it is never uploaded
@@ -31,7 +33,7 @@ class LockedError(ValueError):
 
 @contextlib.contextmanager
 def locked(folder: str | Path, argument: str, tell: Callable[[str], None] = logger.warning) -> Iterator[None]:
-    """Inside, this process alone writes into an existing folder.
+    """Inside, this process alone writes into an existing folder. Such a block may stand in another one.
 
     Args:
         argument: the name of the argument that gave the folder, for the error.
@@ -43,7 +45,10 @@ def locked(folder: str | Path, argument: str, tell: Callable[[str], None] = logg
     """
     path = Path(folder).absolute() / LOCK
     mine = _about_this_process()
-    aside = path.with_name(f"{LOCK}.{mine['host']}.{os.getpid()}")
+    if _same(_read(path) or {}, mine):
+        yield
+        return
+    aside = beside(path, "", "")
     try:
         aside.write_text(json.dumps(mine))
         while not _take(path, aside):
@@ -81,7 +86,7 @@ def _take(path: Path, aside: Path) -> bool:
 
 def _remove(path: Path, dead: dict | None):
     """Remove the lock of this owner. If another process has taken it over meanwhile, that one keeps it."""
-    gone = path.with_name(f"{LOCK}.dead.{os.getpid()}")
+    gone = beside(path, "", ".dead")
     with contextlib.suppress(FileNotFoundError):
         os.rename(path, gone)
         if _read(gone) != dead:

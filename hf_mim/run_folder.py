@@ -6,6 +6,7 @@ trainer_state.json      the state of transformers' Trainer, with the log
 metrics.jsonl           the same log, a line for each entry, written during the run
 loss.png, reconstructions.png
 results/*.json          measurements: the run writes training.json, health.json and knn.json, `hf-mim evaluate` others
+results/checkpoint-STEP/    measurements of a checkpoint that was deleted since
 README.md               the model card
 checkpoint-STEP/        checkpoints to resume from, each with a manifest.json
 """
@@ -61,18 +62,30 @@ def result_path(folder: str | Path, *names: str, key: str = "") -> Path:
 def evaluation_path(checkpoint: str, names: list[str], key: str) -> Path:
     """Where `hf-mim evaluate` saves a result: `names` and `key` are those of `Evaluation`.
 
-    A checkpoint on the Hub has no local folder: its results go to `results/` in the current folder.
+    A checkpoint on the Hub has no local folder: its results go to `results/` in the current folder. If a training has
+    deleted the checkpoint meanwhile, see `kept_results`.
     """
-    if Path(checkpoint).is_dir():
-        return result_path(checkpoint, *names, key=key)
+    if (folder := Path(checkpoint)).is_dir():
+        return result_path(folder, *names, key=key)
+    if is_checkpoint(folder) and folder.parent.is_dir():
+        return kept_results(folder) / result_path(folder, *names, key=key).name
     return result_path(".", checkpoint.replace("/", "_"), *names, key=key)
 
 
 def checkpoints(run_folder: str | Path) -> list[Path]:
     """The folders `checkpoint-STEP` of a run, whole or not, the latest step first."""
-    pattern = re.compile(re.escape(CHECKPOINT) + r"\d+")
-    found = [path for path in Path(run_folder).glob(f"{CHECKPOINT}*") if pattern.fullmatch(path.name)]
-    return sorted(filter(Path.is_dir, found), key=step_of, reverse=True)
+    found = [path for path in Path(run_folder).glob(f"{CHECKPOINT}*") if is_checkpoint(path) and path.is_dir()]
+    return sorted(found, key=step_of, reverse=True)
+
+
+def is_checkpoint(path: Path) -> bool:
+    """Whether the name is `checkpoint-STEP`."""
+    return re.fullmatch(re.escape(CHECKPOINT) + r"\d+", path.name) is not None
+
+
+def kept_results(checkpoint: Path) -> Path:
+    """Where the run folder keeps the results of a checkpoint that is deleted: `results/checkpoint-STEP/`."""
+    return checkpoint.parent / RESULTS / checkpoint.name
 
 
 def step_of(checkpoint: str | Path) -> int:

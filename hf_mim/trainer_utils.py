@@ -15,6 +15,7 @@ from transformers import TrainerCallback, TrainingArguments
 from transformers.trainer_utils import has_length
 
 from hf_mim.data.dataset import MAX_BROKEN, BrokenImagesError, ImageStream, check_broken
+from hf_mim.data.workers import leaving_signals
 from hf_mim.models.target_encoder import cosine, linear
 from hf_mim.scrub import scrubbed_all
 
@@ -57,6 +58,19 @@ class ProcessArguments(TrainingArguments):
             self.dataloader_persistent_workers = False  # torch refuses it
         if self.device.type == "cpu":
             self.dataloader_pin_memory = False  # torch warns that there is nothing to pin for
+
+
+class QuietWorkers:
+    """A mixin before `transformers.Trainer`: its data workers leave signals to the main process."""
+
+    def get_train_dataloader(self):
+        return leaving_signals(super().get_train_dataloader())
+
+    def get_eval_dataloader(self, eval_dataset=None):
+        return leaving_signals(super().get_eval_dataloader(eval_dataset))
+
+    def get_test_dataloader(self, test_dataset):
+        return leaving_signals(super().get_test_dataloader(test_dataset))
 
 
 # Learned tokens and position tables. Zero means nothing special for them, so a decay should not pull them there.

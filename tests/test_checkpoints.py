@@ -65,6 +65,16 @@ def test_rotation_never_deletes_the_last_whole_one_whatever_the_clock_says(tmp_p
     assert [path.name for path in checkpoints.checkpoints(tmp_path)] == ["checkpoint-2"]  # nothing better is there
 
 
+def test_rotation_keeps_what_was_measured_on_a_checkpoint(tmp_path):
+    for step in (1, 2):
+        make(tmp_path, step)
+    (tmp_path / "checkpoint-1/results").mkdir()
+    (tmp_path / "checkpoint-1/results/knn_photos.json").write_text("{}")
+    checkpoints.rotate(tmp_path, limit=1)
+    assert [path.name for path in checkpoints.checkpoints(tmp_path)] == ["checkpoint-2"]
+    assert (tmp_path / "results/checkpoint-1/knn_photos.json").read_text() == "{}"
+
+
 def test_rotation_keeps_the_best_one_too(tmp_path):
     for step in (1, 2, 3):
         make(tmp_path, step)

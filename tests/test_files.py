@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from hf_mim.checks import least, numbers, one_of, positive, share
-from hf_mim.files import check_writable, one_line, replacing
+from hf_mim.files import check_writable, new_folder, one_line, replacing
 
 
 def test_a_file_is_replaced_whole_or_stays_as_it_was(tmp_path):
@@ -20,6 +20,18 @@ def test_a_file_is_replaced_whole_or_stays_as_it_was(tmp_path):
         aside.write_text("new")
         assert path.read_text() == "old"
     assert path.read_text() == "new" and list(tmp_path.iterdir()) == [path]
+
+
+def test_two_writers_of_one_file_or_folder_do_not_touch_each_others_half(tmp_path):
+    """In one process, as on two machines whose processes have the same number."""
+    with replacing(tmp_path / "file") as first, replacing(tmp_path / "file") as second:
+        first.write_text("first")
+        second.write_text("second")
+    assert (tmp_path / "file").read_text() == "first"  # it ended last
+    with pytest.raises(OSError), new_folder(tmp_path / "folder") as first, new_folder(tmp_path / "folder") as second:
+        (first / "a").write_text("first")
+        (second / "b").write_text("second")
+    assert [path.name for path in tmp_path.rglob("*")] == ["file", "folder", "b"]
 
 
 def test_what_can_be_written_passes_and_nothing_is_left(tmp_path):

@@ -72,6 +72,15 @@ def test_the_owner_itself_may_look(tmp_path):
         check_unlocked(tmp_path, "output_dir")
 
 
+def test_a_block_within_a_block_takes_nothing_away(tmp_path):
+    with locked(tmp_path, "output_dir"):
+        before = lock._state(tmp_path / LOCK)
+        with locked(tmp_path, "checkpoint"):
+            assert [path.name for path in tmp_path.iterdir()] == [LOCK]
+        assert lock._state(tmp_path / LOCK) == before
+    assert not list(tmp_path.iterdir())
+
+
 def test_an_owner_on_another_machine_is_dead_if_its_lock_stays_as_it_is(tmp_path, quick):
     elsewhere(tmp_path)
     told = []

@@ -113,3 +113,72 @@ def test_batches_that_do_not_fit_into_shared_memory_are_refused_before_the_start
     with pytest.raises(ValueError, match="dataloader_num_workers must be smaller than 2, or 0: 4 batches .* 10 MiB"):
         check_shared_memory(args, 2**19 * 5 // 4)
     check_shared_memory(arguments(tmp_path, dataloader_num_workers=0), 2**40)
+
+
+class Freed:
+    """Python drops what is raised while it frees this."""
+
+    def __del__(self):
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.05)
+
+
+def test_a_signal_whose_exception_python_drops_is_sent_again(capsys):
+    begun = time.monotonic()
+    with pytest.raises(Ended), ended_at_once():
+        freed = Freed()
+        del freed
+        time.sleep(10)
+    assert time.monotonic() - begun < 5 and "Traceback" not in capsys.readouterr().err
+
+
+def test_a_second_signal_does_not_interrupt_what_ends(capsys):
+    cleaned = False
+    with pytest.raises(Ended), ended_at_once():
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(10)
+        finally:
+            os.kill(os.getpid(), signal.SIGTERM)
+            freed = Failing()
+            del freed
+            cleaned = True
+    assert cleaned and "Traceback" not in capsys.readouterr().err
+
+
+class Failing:
+    """As data workers that the signal has reached too."""
+
+    def __del__(self):
+        raise RuntimeError("DataLoader worker is killed by signal: Terminated")
+
+
+def test_a_process_that_was_forked_just_now_leaves_the_signal_to_the_other():
+    with ended_at_once():
+        if (child := os.fork()) == 0:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0.05)
+            os._exit(7)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+
+
+def test_a_process_whose_thread_still_waits_ends_where_it_is(monkeypatch, capsys):
+    statuses = []
+    monkeypatch.setattr(signals, "LONGEST_END", 0.2)
+    monkeypatch.setattr(os, "_exit", statuses.append)
+    with pytest.raises(Ended), ended_at_once():
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(10)
+        finally:
+            time.sleep(1.2)
+    assert statuses and set(statuses) == {75} and "SIGTERM has ended the process" in capsys.readouterr().err
+
+
+def test_a_signal_after_the_last_step_ends_the_run_too(tmp_path):
+    """While the trainer waits for its uploads."""
+    model = make_model("mae")
+    trainer = MIMTrainer(model, arguments(tmp_path, max_steps=2), Images(model))
+    trainer._finish_current_push = lambda: os.kill(os.getpid(), signal.SIGTERM)
+    trainer.train()
+    assert trainer.guard.signal == signal.SIGTERM and trainer.state.global_step == 2

@@ -1,9 +1,11 @@
 """What MAE's pictures show is what the model saw and said."""
 
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from matplotlib.figure import Figure
 from PIL import Image
 
 from hf_mim.data import DeviceAugment
@@ -66,6 +68,19 @@ def test_pictures_of_any_number_of_channels_are_written(tmp_path, num_channels):
     picture = Image.open(tmp_path / "a.png")
     assert picture.width > picture.height > 100
     assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()  # the masks are the same
+
+
+def test_a_picture_is_replaced_whole_or_stays_as_it_was(tmp_path, monkeypatch):
+    (tmp_path / "loss.png").write_text("old")
+
+    def interrupted(figure, path, **kwargs):
+        Path(path).write_text("half")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Figure, "savefig", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        plot_training([{"step": 1, "loss": 2.0}], tmp_path / "loss.png")
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["old"]
 
 
 def test_the_curve_has_the_losses_and_spreads_of_the_log(tmp_path, monkeypatch):

@@ -10,8 +10,10 @@ folder or a name on the Hub, of one of our models or of any that `AutoModelForIm
 of transformers' `TrainingArguments` works too (`--help`). The learning rate is `--base_lr` × images per step / 256.
 """
 
+import contextlib
 import sys
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from accelerate.utils import set_seed
 from transformers import HfArgumentParser
@@ -24,6 +26,7 @@ from hf_mim.evaluation.encoder import FrozenEncoder
 from hf_mim.evaluation.finetune import FinetuningArguments, make_trainer, training_images
 from hf_mim.evaluation.metrics import compute_metrics
 from hf_mim.files import check_destination
+from hf_mim.lock import locked
 
 
 @dataclass
@@ -72,9 +75,15 @@ def main():
     trainer = make_trainer(
         model, args, augment, train_images, eval_dataset=test_images, compute_metrics=compute_metrics
     )
-    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
-    if trainer.is_world_process_zero():  # the last epoch counts, as in the papers
-        save_classifier(model, args.output_dir, encoder.image_processor(encoder.crop))
+    main_process = trainer.is_world_process_zero()
+    with contextlib.ExitStack() as stack:
+        if main_process:  # no other process may write there meanwhile
+            Path(args.output_dir).mkdir(parents=True, exist_ok=True)
+            stack.enter_context(locked(args.output_dir, "output_dir"))
+        trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+        if main_process:  # the last epoch counts, as in the papers
+            save_classifier(model, args.output_dir, encoder.image_processor(encoder.crop))
+    if main_process:
         print(f"\nThe classifier is in {args.output_dir}: pipeline('image-classification', model='{args.output_dir}')")
 
 

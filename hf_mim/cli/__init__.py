@@ -6,7 +6,9 @@ quick.
 """
 
 import argparse
+import os
 import sys
+import threading
 from importlib.metadata import version
 
 import click
@@ -48,6 +50,22 @@ program = Menu("hf-mim", refuse, TEXT, params=[VERSION], commands=COMMANDS, subc
 
 def main(argv: list[str] | None = None) -> int:
     """Run a command and return the exit status."""
+    threads = set(threading.enumerate())
+    status = status_of(argv)
+    if status in (INTERRUPTED, 130):
+        end_threads(threads, status)
+    return status
+
+
+def end_threads(but: set[threading.Thread], status: int):
+    """End the process if it has other threads than these that Python would wait for, such as of an upload."""
+    if any(not thread.daemon and thread not in but for thread in threading.enumerate()):
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+
+
+def status_of(argv: list[str] | None) -> int:
     try:
         with ended_at_once():
             arguments, modules = split_imports(sys.argv[1:] if argv is None else argv)

@@ -56,14 +56,13 @@ def run(protocol: str, checkpoint: str, **given: str):
         chosen = Path(values["output"]) if values.get("output") else None
         check_result_path(chosen or evaluation_path(checkpoint, [protocol], ""), "output")
         evaluation = Evaluation(protocol, checkpoint, values)
-        path = chosen or evaluation_path(checkpoint, evaluation.names, evaluation.key)
         try:
             result, failure = evaluation(), None
         except NotKept as error:
             result, failure = error.result, error
     print(result)  # first, so that the user sees it even if it cannot be saved
     with told_in_one_line("the result was not saved"):
-        result.save(path)
+        path = result.save(chosen or evaluation_path(checkpoint, evaluation.names, evaluation.key))
         print(f"\nThe result is in {path}.")
         if failure is not None:
             raise failure

@@ -37,6 +37,7 @@ from .folders import IMAGE_EXTENSIONS, TABLE_EXTENSIONS, scan, table_splits, wit
 from .nodata import check_nodata, gdal_nodata, holds_tiff
 from .prepare_files import copied, has_tifffile, nodata_of, smaller, write
 from .sources import SplitNotFound, load_images
+from .workers import leave_signals_to_the_main_process
 
 _SPLITS = ("train", "validation", "test")
 
@@ -118,7 +119,12 @@ class Prepare:
         """Write all. Raises ImageFormatError for an image that needs another option; then nothing is written."""
         with new_folder(self.dest) as folder:
             work = _Work(self.tasks, folder, self.tile, self.short_side, self.num_channels, self.nodata)
-            loader = DataLoader(work, batch_size=None, num_workers=min(self.num_workers, len(self.tasks)))
+            loader = DataLoader(
+                work,
+                batch_size=None,
+                num_workers=min(self.num_workers, len(self.tasks)),
+                worker_init_fn=leave_signals_to_the_main_process,
+            )
             # Not `tqdm(loader)`: that of tqdm.auto begins to read the loader before it is read.
             with tqdm(total=len(work), desc="preparing", unit=" images", disable=None if progress else True) as bar:
                 for done in loader:

@@ -129,11 +129,29 @@ def left_over_blocks(model: nn.Module, keys: Sequence[str]) -> list[str]:
     return [key for key, match in found if match and int(match[1]) >= len(blocks)]
 
 
+def weight_stamps(checkpoint: str | Path) -> list[tuple]:
+    """What tells whether the weight files in a folder are still the same ones; [] for a checkpoint on the Hub."""
+    return [(file.name, (about := file.stat()).st_size, about.st_mtime_ns) for file in _weight_files(Path(checkpoint))]
+
+
+def check_unchanged(checkpoint: str | Path, stamps: list[tuple] | None):
+    """Raise ValueError if the weight files are others than those of `weight_stamps`. None: there were no files."""
+    if stamps is not None and weight_stamps(checkpoint) != stamps:
+        raise ValueError(
+            f"checkpoint {checkpoint} got other weights, or was deleted, while it was read: a training goes on there; "
+            "wait until it has ended, or take one of its checkpoint-STEP folders"
+        )
+
+
 def checkpoint_sha256(checkpoint: str | Path) -> str | None:
     """The hash of a checkpoint's weight files, in the order of their names; None if there are none."""
     folder = Path(checkpoint)
     if not folder.is_dir():
         config = cached_file(str(checkpoint), "config.json", _raise_exceptions_for_missing_entries=False)
         folder = Path(config).parent if config else folder
-    files = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
+    files = _weight_files(folder)
     return sha256(*files) if files else None
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    return sorted(folder.glob("*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from hf_mim.data import IMAGENET_MEAN, IMAGENET_STD, CenterCrop, CenterWindow, DeviceAugment, WholeImage
 from hf_mim.data.processor import InputSpec, image_processor, read_processor
-from hf_mim.evaluation.checkpoint import load_encoder
+from hf_mim.evaluation.checkpoint import load_encoder, weight_stamps
 from hf_mim.evaluation.inputs import (
     UNKNOWN_SIZE,
     channels_of,
@@ -88,7 +88,8 @@ class FrozenEncoder:
 
     Attributes: `image_size`; `num_channels`; of the last layer `grid` (rows, columns), `width` (D), `patch_size` (what
     a token sees of the image); `num_layers`; `num_prefix_tokens` (CLS, registers); `norm` (the final
-    norm); `device`; `untrained_seed` (see `untrained`); `trust_remote_code` (as in `load`).
+    norm); `device`; `untrained_seed` (see `untrained`); `trust_remote_code` (as in `load`); `stamps` (of the files from
+    which it was loaded, see `weight_stamps`).
 
     Raises:
         ValueError: the model is of another kind, or its positions cannot be resized to image_size.
@@ -108,7 +109,7 @@ class FrozenEncoder:
         model = image_model(model)
         self.value_range, self.crop = value_range, CenterCrop() if crop is None else crop
         self.model, self.name, self.dtype, self.untrained_seed = model.eval(), name, dtype, None
-        self.trust_remote_code = False
+        self.trust_remote_code, self.stamps = False, None
         self.mean, self.std = list(mean), list(std)
         check_forward(model, name)
         self.num_channels = channels_of(model.config)
@@ -140,6 +141,7 @@ class FrozenEncoder:
         Raises ValueError, in one line, for a checkpoint without an encoder, or with only a part of its weights.
         """
         checkpoint = str(checkpoint)
+        stamps = weight_stamps(checkpoint)
         model = image_model(load_encoder(checkpoint, trust_remote_code))
         check_forward(model, checkpoint)
         channels = channels_of(model.config)
@@ -155,7 +157,7 @@ class FrozenEncoder:
         if known.crop_pixels is not None:  # at another size, the window follows, so that the scale stays
             crop = CenterWindow.for_size(known.crop_pixels, pair(size), known.size)
         encoder = cls(model.to(device), mean, std, size, checkpoint, dtype, known.value_range, crop)
-        encoder.trust_remote_code = trust_remote_code
+        encoder.trust_remote_code, encoder.stamps = trust_remote_code, stamps
         return encoder
 
     @property
@@ -311,7 +313,7 @@ class RawPixels:
     """
 
     name, num_layers, num_prefix_tokens, grid, dtype = "raw pixels", 1, 0, (1, 1), torch.float32
-    norm, is_untrained = None, False
+    norm, is_untrained, stamps = None, False, None
 
     def __init__(
         self, mean, std, image_size: tuple[int, int], device="cpu", value_range: ValueRange | None = None, crop=None

@@ -15,6 +15,7 @@ from hf_mim.data import BrokenImagesError
 from hf_mim.data.crop import crop_rng, load_crop
 from hf_mim.data.dataset import MAX_BROKEN
 from hf_mim.data.decode import BrokenImage, decoding, image_name
+from hf_mim.data.workers import leave_signals_to_the_main_process
 from hf_mim.evaluation.cache import (
     CHUNK,
     FORMAT,
@@ -111,6 +112,7 @@ class FeatureExtractor:
             batch_sampler=batches,
             num_workers=self.num_workers,
             pin_memory=self.encoder.device.type != "cpu",
+            worker_init_fn=leave_signals_to_the_main_process,
             generator=torch.Generator(),  # without it, DataLoader draws from torch's generator, which a training uses
         )
         broken: list[int] = []

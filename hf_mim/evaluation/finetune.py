@@ -18,11 +18,12 @@ from hf_mim.data import ImageDataset, RandomCrop, check_broken
 from hf_mim.data.mix import MixAugment
 from hf_mim.data.randaugment import LARGEST_MAGNITUDE, RandAugment, RandAugmentedImages
 from hf_mim.data.splits import check_labels
+from hf_mim.evaluation.checkpoint import check_unchanged
 from hf_mim.evaluation.classifier import load_classifier, parameter_groups, save_classifier, size_options
 from hf_mim.evaluation.metrics import top_k_accuracy
 from hf_mim.evaluation.result import NotKept, Result
 from hf_mim.files import check_destination, new_folder, one_line
-from hf_mim.trainer_utils import BrokenImages, DatasetEpoch, ProcessArguments, StepSeeds, seeded
+from hf_mim.trainer_utils import BrokenImages, DatasetEpoch, ProcessArguments, QuietWorkers, StepSeeds, seeded
 
 
 @dataclass
@@ -84,6 +85,10 @@ def training_images(images, encoder, crop_scale=(0.08, 1.0), magnitude=9.0, magn
     return RandAugmentedImages(images, encoder.image_size, encoder.num_channels, **arguments, randaugment=randaugment)
 
 
+class FinetuningTrainer(QuietWorkers, Trainer):
+    """A plain Trainer."""
+
+
 def make_trainer(model, args: FinetuningArguments, augment: MixAugment, train_images: ImageDataset, **options):
     """A plain Trainer for a classifier: AdamW with learning rates by depth, augmentation on the device and its loss.
 
@@ -94,7 +99,7 @@ def make_trainer(model, args: FinetuningArguments, augment: MixAugment, train_im
     """
     augment.attach(model, **size_options(model, train_images.size))
     groups = parameter_groups(model, args.learning_rate, args.weight_decay, args.layer_decay)
-    return Trainer(
+    return FinetuningTrainer(
         model,
         args,
         train_dataset=train_images,
@@ -205,6 +210,7 @@ class Finetune:
         with seeded(self.seed, encoder.device), tempfile.TemporaryDirectory() as folder:
             about = self.drop_path, self.blocks, encoder.is_untrained, encoder.trust_remote_code
             model = load_classifier(encoder.name, classes, *about)
+            check_unchanged(encoder.name, encoder.stamps)
             args = self._arguments(folder, encoder.device, extract.num_workers, not extract.progress)
             trainer = make_trainer(
                 model, args, self._augment(encoder.mean, encoder.std, encoder.has_nodata), train_images

@@ -28,7 +28,7 @@ from hf_mim.data.sources import source_name
 from hf_mim.docstrings import argument_texts
 from hf_mim.evaluation import load_protocol
 from hf_mim.evaluation.cache import default_cache, fingerprint, image_digests
-from hf_mim.evaluation.checkpoint import checkpoint_sha256
+from hf_mim.evaluation.checkpoint import check_unchanged, checkpoint_sha256
 from hf_mim.evaluation.data_arguments import NEEDS
 from hf_mim.evaluation.encoder import FrozenEncoder, RawPixels
 from hf_mim.evaluation.features import FeatureExtractor
@@ -194,11 +194,16 @@ def measure(
         training images, byte for byte.
 
     Raises:
+        ValueError: the checkpoint's folder holds other weights by now.
         NotKept: the protocol could not write what it keeps beside the result; the result is in the error.
     """
     if contents is None:
         contents = [image_digests(split.images, extract.cache) for split in splits]
-    start, encoder, failure = time.perf_counter(), extract.encoder, None
+    encoder, failure = extract.encoder, None
+    is_pixels = isinstance(encoder, RawPixels)
+    sha256 = None if encoder.is_untrained or is_pixels else checkpoint_sha256(checkpoint)
+    check_unchanged(checkpoint, encoder.stamps)
+    start = time.perf_counter()
     try:
         result = protocol.run(extract, *splits)
     except NotKept as error:
@@ -206,8 +211,7 @@ def measure(
     _add_contents(result, contents)
     result.seconds = round(time.perf_counter() - start, 1)
     result.checkpoint, result.device = source_name(checkpoint), str(encoder.device)
-    is_pixels = isinstance(encoder, RawPixels)
-    result.checkpoint_sha256 = None if encoder.is_untrained or is_pixels else checkpoint_sha256(checkpoint)
+    result.checkpoint_sha256 = sha256
     about = {
         "image_size": list(encoder.image_size),
         "dtype": str(encoder.dtype).removeprefix("torch."),

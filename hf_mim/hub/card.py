@@ -21,8 +21,9 @@ from hf_mim.evaluation import PROTOCOLS
 from hf_mim.evaluation.result import Result, format_number
 from hf_mim.files import replacing
 from hf_mim.hub.card_text import code, fenced, is_hub_name, literal, markdown_table, plain, shown, shown_number
+from hf_mim.lock import locked
 from hf_mim.methods import Method, of_config
-from hf_mim.run_folder import CARD, RESULTS, RunFacts
+from hf_mim.run_folder import CARD, RESULTS, RunFacts, read_config
 from hf_mim.scrub import last_name, scrubbed_all
 
 TEMPLATE = Path(__file__).with_name("card_template.md")
@@ -88,10 +89,19 @@ def model_card(folder: str | Path, repo_id: str | None = None, license: str | No
 
 
 def write_card(folder: str | Path, repo_id: str | None = None, license: str | None = None) -> Path:
-    """Write the `model_card` to the folder's README.md. The file is whole, or stays as it was."""
-    card, path = model_card(folder, repo_id, license), Path(folder) / CARD
-    with replacing(path) as aside:
-        card.save(aside)
+    """Write the `model_card` to the folder's README.md. The file is whole, or stays as it was.
+
+    Raises:
+        ValueError: as `model_card`; or a training or another card is being written there (`LockedError`).
+        OSError: the folder cannot be written.
+    """
+    path = Path(folder) / CARD
+    if not path.parent.is_dir():
+        read_config(path.parent)  # raises
+    with locked(folder, "checkpoint"):
+        card = model_card(folder, repo_id, license)
+        with replacing(path) as aside:
+            card.save(aside)
     return path
 
 

@@ -10,7 +10,15 @@ from transformers.utils import cached_file
 import hf_mim
 from hf_mim.checks import one_of
 from hf_mim.data.processor import FILES, transformers_processor
-from hf_mim.evaluation.checkpoint import LOADING_ERRORS, forget_code, load_whole, loading_failure, without_code
+from hf_mim.evaluation.checkpoint import (
+    LOADING_ERRORS,
+    check_unchanged,
+    forget_code,
+    load_whole,
+    loading_failure,
+    weight_stamps,
+    without_code,
+)
 from hf_mim.files import check_destination, new_folder
 from hf_mim.hub.onnx import check_onnx, write_onnx
 from hf_mim.hub.remote_code import write_remote_code
@@ -81,7 +89,10 @@ def load_ours(checkpoint: str | Path) -> MIMPreTrainedModel:
         raise ValueError(
             f"checkpoint {checkpoint} must be of a model of hf_mim, and it is of {architecture} ({config.model_type})"
         )
-    return load_whole(getattr(hf_mim, architecture), checkpoint, part="model", unusable="cannot be read").eval()
+    stamps = weight_stamps(checkpoint)
+    model = load_whole(getattr(hf_mim, architecture), checkpoint, part="model", unusable="cannot be read").eval()
+    check_unchanged(checkpoint, stamps)
+    return model
 
 
 def processor_path(checkpoint: str | Path) -> Path | None:

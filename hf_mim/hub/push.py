@@ -5,6 +5,7 @@ If an upload fails, a warning gives the command that repeats it. The run goes on
 
 import shlex
 import shutil
+import time
 from concurrent import futures
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from huggingface_hub.utils import _http
 from transformers.trainer_utils import HubStrategy
 from transformers.utils import logging
 
-from hf_mim.files import replacing
+from hf_mim.files import PARTIAL, replacing
 from hf_mim.hub.card import write_card
 from hf_mim.run_folder import CHECKPOINT
 
@@ -27,9 +28,12 @@ UPLOAD_ERRORS = (HTTPError, ConnectionError, LocalTokenNotFoundError, ValueError
 BUSY = (408, 429)  # 400 to 499 mean that the user is at fault, except these, which pass
 SILENCE = 60  # seconds without a byte from the Hub; by default the client waits for ever
 LONGEST_WAIT = 1800  # seconds for uploads in the background, before the next one or the end
+LOOKS = 0.5  # seconds between two looks whether a signal asks to end
+# Locks, files that another process is writing, and an export that is not whole yet.
+UNFINISHED = ["_*", "*/_*", f".*{PARTIAL}/*"]
 # What Trainer leaves out, its pickled arguments, which no model needs, and what reporting tools write: the names and
 # first lines of TensorBoard's files tell the host and the folders of this machine.
-NOT_UPLOADED = ["_*", f"{CHECKPOINT}*", "training_args.bin", "runs/*", "*tfevents*"]
+NOT_UPLOADED = [*UNFINISHED, f"{CHECKPOINT}*", "training_args.bin", "runs/*", "*tfevents*"]
 # The files of Trainer's checkpoint that users of the model need. The other files are for resuming.
 MODEL_FILES = ("config.json", "preprocessor_config.json", "*.safetensors", "*.safetensors.index.json")
 
@@ -38,6 +42,11 @@ class HubTrainer:
     """A mixin that stands before `transformers.Trainer` among the bases. `uploads` are those in the background."""
 
     uploads: tuple[futures.Future, ...] = ()
+
+    @property
+    def is_ending(self) -> bool:
+        """Whether a signal asks the training to end: then it waits for no upload, and begins none."""
+        return False
 
     def init_hf_repo(self, token: str | None = None, private: bool | None = None):
         """Make the repository. Trainer calls this before training, and each push again until the repository exists.
@@ -81,7 +90,7 @@ class HubTrainer:
         """Save the model and upload the folder without its checkpoints, as Trainer does. Call it on every process.
 
         The folder is complete before anything is sent. Returns None if the upload failed. `kwargs` go to
-        `create_model_card`.
+        `create_model_card`. What is raised while this waits, such as by a signal, ends the wait at once.
         """
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
         self.save_model(_internal_call=True)
@@ -93,14 +102,15 @@ class HubTrainer:
             if self.hub_model_id is None:
                 self.init_hf_repo(token, private)
             self._finish_current_push()
-            return self._upload(
+            job = self._upload(
                 self.args.output_dir,
                 commit_message,
                 token=token or self.args.hub_token,
-                run_as_future=not blocking,
+                run_as_future=True,
                 ignore_patterns=NOT_UPLOADED,
                 revision=revision or self.args.hub_revision,
             )
+            return job.result() if blocking else job
         except UPLOAD_ERRORS as error:
             self._warn(error)
             return None
@@ -110,7 +120,7 @@ class HubTrainer:
 
         If `hub_strategy` uploads the checkpoint too, all its files go, because a run is resumed from them.
         """
-        if not self.is_world_process_zero() or self.args.hub_strategy == HubStrategy.END:
+        if not self.is_world_process_zero() or self.args.hub_strategy == HubStrategy.END or self.is_ending:
             return
         if self.args.hub_strategy != HubStrategy.EVERY_SAVE:
             self._finish_current_push()  # it may be sending a checkpoint that `save_total_limit` is about to delete
@@ -132,7 +142,7 @@ class HubTrainer:
             if self.args.hub_strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
                 last = self.args.hub_strategy == HubStrategy.CHECKPOINT
                 name = "last-checkpoint" if last else Path(checkpoint_folder).name
-                settings = {"run_as_future": True, "path_in_repo": name}
+                settings = {"run_as_future": True, "path_in_repo": name, "ignore_patterns": UNFINISHED}
                 self.uploads += (self._upload(checkpoint_folder, f"{message}, checkpoint", **settings),)
         except UPLOAD_ERRORS as error:
             self._warn(error)
@@ -143,13 +153,16 @@ class HubTrainer:
 
     def _finish_current_push(self):
         """Wait for the uploads in the background, but not for ever."""
-        futures.wait(self.uploads, LONGEST_WAIT)
+        end = time.monotonic() + LONGEST_WAIT
+        while time.monotonic() < end and not self.is_ending and futures.wait(self.uploads, LOOKS).not_done:
+            pass
         self._tell_failures()
         late, self.uploads = self.uploads, ()
         for job in late:
             job.cancel()  # this stops those that have not begun
         if late:
-            self._warn(TimeoutError(f"not done after {LONGEST_WAIT} seconds"))
+            reason = "a signal has ended it" if self.is_ending else f"not done after {LONGEST_WAIT} seconds"
+            self._warn(TimeoutError(reason))
 
     def _tell_failures(self):
         """Warn of the uploads that failed: in the background, nobody sees their errors. Forget those that are done."""

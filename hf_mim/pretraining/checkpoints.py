@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from hf_mim.files import follow_umask, sha256
-from hf_mim.run_folder import MANIFEST, STAGING, checkpoints, step_of
+from hf_mim.run_folder import MANIFEST, RESULTS, STAGING, checkpoints, kept_results, step_of
 
 
 def write_manifest(folder: Path, **about):
@@ -144,11 +144,15 @@ def written_aside(run_folder: str | Path) -> Iterator[Path]:
 
 
 def _remove(folder: Path):
-    """Delete a checkpoint. It is renamed first, so that a half-deleted one does not look like a checkpoint."""
+    """Delete a checkpoint, but keep its results. It is renamed first, so that a half-deleted one does not look like a
+    checkpoint."""
     trash = folder.parent / STAGING / f"removed-{folder.name}"
     trash.parent.mkdir(exist_ok=True)
     shutil.rmtree(trash, ignore_errors=True)
     os.rename(folder, trash)
+    for result in (trash / RESULTS).glob("*.json"):
+        kept_results(folder).mkdir(parents=True, exist_ok=True)
+        os.replace(result, kept_results(folder) / result.name)
     shutil.rmtree(trash, ignore_errors=True)
     with contextlib.suppress(OSError):  # it is not empty: a save may be under way
         trash.parent.rmdir()

@@ -6,10 +6,7 @@ The votes of all ranks are added on the device, and there the optimizer obeys th
 """
 
 import logging
-import multiprocessing
-import os
 import signal
-import threading
 from collections import deque
 from dataclasses import dataclass
 
@@ -147,23 +144,6 @@ class StepGuard(TrainerCallback):
             self.signal = self.listener.asked or signal.SIGTERM  # or: another rank was told to stop
             control.should_save = control.should_training_stop = True
             control.should_evaluate = False
-
-
-def leave_signals_to_the_main_process(worker: int):
-    """For `DataLoader.worker_init_fn`. A scheduler signals the workers too, but the last step still needs them."""
-    for number in (signal.SIGINT, signal.SIGHUP):
-        signal.signal(number, signal.SIG_IGN)
-    if hasattr(signal, "sigwaitinfo"):  # Linux
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-        threading.Thread(target=_end_with_the_main_process, daemon=True).start()
-
-
-def _end_with_the_main_process():
-    """End this worker when the SIGTERM comes from the main process, which ends its workers in this way."""
-    main = multiprocessing.parent_process().pid  # with a fork server, os.getppid() is the server
-    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != main:
-        pass
-    os._exit(0)
 
 
 def full_tensor(value):

@@ -125,12 +125,13 @@ class Pretraining:
             if main:
                 self.folder.mkdir(parents=True, exist_ok=True)
                 stack.enter_context(locked(self.folder, "output_dir", print))
-                self.recipe.save(self.folder)
-            trainer.train(resume_from_checkpoint=self.checkpoint)
-            if trainer.guard.signal:
-                return trainer.guard.signal
             try:
                 with ended_at_once():
+                    if main:
+                        self.recipe.save(self.folder)
+                    trainer.train(resume_from_checkpoint=self.checkpoint)
+                    if trainer.guard.signal:
+                        return trainer.guard.signal
                     trainer.save_model(_internal_call=True)  # not pushed yet: the card is still to come
                     trainer.save_state()
                     if main:

@@ -6,16 +6,20 @@ mount hangs, a worker found no room in shared memory. So a thread watches how lo
 
 import contextlib
 import logging
+import os
 import shutil
 import signal
+import sys
 import threading
 import time
+import traceback
 from collections.abc import Iterator
 
 logger = logging.getLogger(__name__)
 
 INTERRUPTED = 75  # EX_TEMPFAIL, the exit status of what a signal has ended: start it again
 GRACE = 5.0  # seconds that a step may still wait for its images after a signal
+LONGEST_END = 10.0  # seconds that `Ended` may take to leave `ended_at_once`
 PATIENCE = 60.0  # seconds without images until a warning
 SHARED_MEMORY = "/dev/shm"
 
@@ -38,13 +42,51 @@ class _Stalled(BaseException):
 
 @contextlib.contextmanager
 def ended_at_once() -> Iterator[None]:
-    """Inside, SIGTERM and SIGHUP raise `Ended` wherever the main thread is. SIGINT raises KeyboardInterrupt as ever."""
+    """Inside, SIGTERM and SIGHUP raise `Ended` wherever the main thread is. SIGINT raises KeyboardInterrupt as ever.
+
+    Python drops what is raised while it forks or frees an object; then the signal is sent again. If the block is not
+    left after `LONGEST_END` seconds, because a thread of a library still waits, the process ends where it is. Nothing
+    is half then: files get their names when they are whole.
+    """
+    process, over, usual = os.getpid(), threading.Event(), sys.unraisablehook
+    raised, dropped = [], []  # (signal, when)
 
     def end(number, frame):
-        raise Ended(signal.Signals(number))
+        if os.getpid() == process and not raised:  # not in a process that was forked just now, and not twice
+            raised.append((signal.Signals(number), time.monotonic()))
+            raise Ended(signal.Signals(number))
 
-    with _handled(end, signal.SIGTERM, signal.SIGHUP):
-        yield
+    def unraisable(about):
+        if isinstance(about.exc_value, Ended):
+            dropped.extend(raised)
+            raised.clear()
+        elif not raised:  # what fails because the process ends is not told
+            usual(about)
+
+    def watch():
+        while not over.wait(0.5):
+            if dropped:
+                signal.pthread_kill(threading.main_thread().ident, dropped.pop()[0])
+            elif raised and time.monotonic() - raised[0][1] > LONGEST_END:
+                print(f"\n{raised[0][0].name} has ended the process, a thread of which still waited", file=sys.stderr)
+                os._exit(INTERRUPTED)
+
+    with _handled(end, signal.SIGTERM, signal.SIGHUP) as handled:
+        if not handled:
+            yield
+            return
+        sys.unraisablehook = unraisable
+        watcher = threading.Thread(target=watch, daemon=True)
+        watcher.start()
+        try:
+            yield
+        except Ended as error:
+            traceback.clear_frames(error.__traceback__)  # what they hold, such as data workers, ends here
+            raise
+        finally:
+            over.set()
+            watcher.join()
+            sys.unraisablehook = usual
 
 
 @contextlib.contextmanager

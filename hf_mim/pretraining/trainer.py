@@ -6,13 +6,13 @@ on each rank, and evaluation on fixed masks. For runs that last weeks it adds a 
 checkpoints that are whole or absent (`saving.py`).
 """
 
-import functools
 import os
 import sys
 
 import torch
 from accelerate import skip_first_batches
 from accelerate.data_loader import prepare_data_loader
+from accelerate.utils import gather_object
 from torch import nn
 from torch.utils.data import DataLoader
 from transformers import Trainer
@@ -23,16 +23,17 @@ from hf_mim.data import DeviceAugment, ImageDataset, ImageStream
 from hf_mim.data.cached import CachedImages
 from hf_mim.data.dataset import collate
 from hf_mim.data.stream import RING, EndlessStream
+from hf_mim.data.workers import leaving_signals
 from hf_mim.hub.push import HubTrainer
 from hf_mim.models.target_encoder import TargetNetworkMixin
 from hf_mim.pretraining.arguments import MIMTrainingArguments
 from hf_mim.pretraining.callbacks import MetricsFile, MIMProgress, TargetUpdate, Throughput, WeightDecay
 from hf_mim.pretraining.collapse import CollapseAlarm
-from hf_mim.pretraining.guard import StepGuard, leave_signals_to_the_main_process
+from hf_mim.pretraining.guard import StepGuard
 from hf_mim.pretraining.saving import CheckpointTrainer
 from hf_mim.pretraining.signals import SHARED_MEMORY, Ended, NoImagesError, free_shared_memory
 from hf_mim.pretraining.trainer_options import check_optimizer
-from hf_mim.trainer_utils import BrokenImages, DatasetEpoch, StepSeeds, decayed_parameters, seeded
+from hf_mim.trainer_utils import BrokenImages, DatasetEpoch, QuietWorkers, StepSeeds, decayed_parameters, seeded
 
 
 class ScalarMeans:
@@ -63,7 +64,7 @@ class ScalarMeans:
         return dict(zip(names, (totals / counts).tolist(), strict=True))
 
 
-class MIMTrainer(CheckpointTrainer, HubTrainer, Trainer):
+class MIMTrainer(CheckpointTrainer, HubTrainer, QuietWorkers, Trainer):
     """Pretrains a model whose `forward(pixel_values, **ids)` returns `loss`, `predictions` and `metrics`.
 
     Args:
@@ -128,7 +129,10 @@ class MIMTrainer(CheckpointTrainer, HubTrainer, Trainer):
         self.guard.begin()
         with self.guard.listener.listening():
             try:
-                return super().train(resume_from_checkpoint=checkpoint, **kwargs)
+                output = super().train(resume_from_checkpoint=checkpoint, **kwargs)
+                late = gather_object([self.guard.listener.asked])  # it came when no step was left to end at
+                self.guard.signal = self.guard.signal or next(filter(None, late), None)
+                return output
             except (Ended, NoImagesError) as error:  # in a wait for images: the weights are those after a whole step
                 if self.args.world_size == 1 and self.state.global_step > self._initial_global_step:
                     self._save_checkpoint(self.model, None)
@@ -136,6 +140,10 @@ class MIMTrainer(CheckpointTrainer, HubTrainer, Trainer):
                 if isinstance(error, NoImagesError):
                     raise
                 self.guard.signal = error.signal
+
+    @property
+    def is_ending(self) -> bool:
+        return self.guard.listener.asked is not None
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         inputs = {name: value for name, value in inputs.items() if name != "labels"}
@@ -239,9 +247,7 @@ class MIMTrainer(CheckpointTrainer, HubTrainer, Trainer):
             loader = self._endless_loader()
         else:
             loader = super().get_train_dataloader()
-        base = getattr(loader, "base_dataloader", loader)
-        base.worker_init_fn = functools.partial(start_worker, base.worker_init_fn)
-        return loader
+        return leaving_signals(loader)
 
     def _endless_loader(self):
         """Each rank has its own part of the stream already, so Trainer must not divide it among the ranks again."""
@@ -340,10 +346,3 @@ def check_warmup(args: MIMTrainingArguments, steps: int):
             f"warmup_steps must be at most the {steps} steps of the run, or below 1 as a share of them, "
             f"not {args.warmup_steps:g}"
         )
-
-
-def start_worker(before, worker: int):
-    """For `DataLoader.worker_init_fn`: runs Trainer's own function, and leaves signals to the main process."""
-    if before is not None:
-        before(worker)
-    leave_signals_to_the_main_process(worker)

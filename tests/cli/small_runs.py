@@ -1,5 +1,8 @@
 """Runs of a few seconds."""
 
+import numpy as np
+from PIL import Image
+
 from hf_mim.cli import main, pretrain
 from hf_mim.pretraining.recipe import Recipe
 
@@ -16,3 +19,16 @@ def read_recipe(arguments) -> Recipe:
     """The recipe that a command line asks for."""
     words, values = pretrain.command.read(arguments)
     return Recipe.read(words[0] if words else None, values)
+
+
+def photos(folder, seed=0, count=24):
+    random = np.random.default_rng(seed)
+    for number in range(count):
+        path = folder / "ab"[number % 2] / f"{number:02}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(random.integers(0, 256, (16, 16, 3), dtype=np.uint8)).save(path)
+    return folder
+
+
+def evaluate(protocol, run, *words) -> int:
+    return main(["evaluate", protocol, str(run), *map(str, words)])

@@ -3,50 +3,24 @@
 import errno
 import json
 import os
+import pkgutil
 import shutil
 
-import numpy as np
+import psutil
 import pytest
-import torch
 from huggingface_hub.constants import HF_HOME
-from PIL import Image
+from safetensors.torch import load_file, save_file
+from small_runs import evaluate, photos
 
+from hf_mim import lock
 from hf_mim.cli import main
 from hf_mim.cli.errors import Mistake, told_in_one_line
-from hf_mim.data.processor import image_processor
+from hf_mim.evaluation.checkpoint import checkpoint_sha256
+from hf_mim.evaluation.knn import KNN
+from hf_mim.evaluation.measure import Evaluation
 from hf_mim.evaluation.result import Result
-from hf_mim.models.configuration_mae import MAEConfig
+from hf_mim.files import replacing
 from hf_mim.models.modeling_mae import MAEForPreTraining
-
-
-@pytest.fixture(scope="module")
-def original(tmp_path_factory):
-    torch.manual_seed(0)
-    folder = tmp_path_factory.mktemp("original")
-    sizes = dict(image_size=16, patch_size=8, hidden_size=16, num_hidden_layers=1, num_attention_heads=2)
-    MAEForPreTraining(MAEConfig(**sizes)).save_pretrained(folder)
-    image_processor((16, 16), [0.5] * 3, [0.5] * 3).save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture
-def run(original, tmp_path, monkeypatch):
-    monkeypatch.setenv("HF_MIM_CACHE", str(tmp_path / "cache"))
-    monkeypatch.chdir(tmp_path)
-    return shutil.copytree(original, tmp_path / "run")
-
-
-def photos(folder, seed=0, count=24):
-    random = np.random.default_rng(seed)
-    for number in range(count):
-        path = folder / "ab"[number % 2] / f"{number:02}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(random.integers(0, 256, (16, 16, 3), dtype=np.uint8)).save(path)
-    return folder
-
-
-def evaluate(protocol, run, *words) -> int:
-    return main(["evaluate", protocol, str(run), *map(str, words)])
 
 
 def results(run):
@@ -120,6 +94,88 @@ def test_copies_of_training_images_among_the_test_images_are_counted_and_told(ru
     result = Result.load(run / "results" / name)
     assert result.data["test"]["copies_of_training_images"] == 3 and note in result.notes
     assert main(["card", str(run)]) == 0 and "copies of training images: 3" in (run / "README.md").read_text()
+
+
+def test_a_run_that_another_process_is_writing_can_be_evaluated_but_gets_no_card(run, tmp_path, living_owner, capsys):
+    photos(tmp_path / "photos")
+    living_owner(run)
+    assert evaluate("knn", run, "--dataset", "photos", "--k", 3) == 0 and len(results(run)) == 1
+    assert main(["export", str(run), "exported", "--to", "timm"]) == 0
+    before = sorted(run.iterdir())
+    assert main(["card", str(run)]) == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line.startswith(f"error: checkpoint {run} is in use by process {os.getppid()} on ")
+    assert sorted(run.iterdir()) == before
+
+
+@pytest.fixture
+def living_owner():
+    """living_owner(folder): the parent of this process holds its lock."""
+
+    def own(folder):
+        parent = psutil.Process(os.getppid())
+        about = lock._about_this_process() | {"process": parent.pid, "started": parent.create_time()}
+        (folder / lock.LOCK).write_text(json.dumps(about))
+
+    return own
+
+
+def test_the_result_of_a_checkpoint_that_its_run_deletes_meanwhile_is_kept_in_the_run(run, tmp_path, monkeypatch):
+    photos(tmp_path / "photos")
+    checkpoint = shutil.move(run, tmp_path / "mine" / "checkpoint-3")
+    at_once = Evaluation.__call__
+
+    def slowly(evaluation):
+        result = at_once(evaluation)
+        shutil.rmtree(checkpoint)
+        return result
+
+    monkeypatch.setattr(Evaluation, "__call__", slowly)
+    assert evaluate("knn", checkpoint, "--dataset", "photos", "--k", 3) == 0
+    (path,) = (tmp_path / "mine").rglob("*.json")
+    assert path.parent == tmp_path / "mine/results/checkpoint-3" and path.name.startswith("knn_photos_k_3_")
+    assert Result.load(path).checkpoint_sha256 is not None
+
+
+def other_weights(folder):
+    """A training puts other weights in the place of these."""
+    state = load_file(folder / "model.safetensors")
+    with replacing(folder / "model.safetensors") as aside:
+        save_file({name: tensor + 1 for name, tensor in state.items()}, aside, {"format": "pt"})
+
+
+def test_weights_that_are_replaced_before_they_are_hashed_give_no_result(run, tmp_path):
+    photos(tmp_path / "photos")
+    evaluation = Evaluation("knn", str(run), {"dataset": "photos", "k": 3})
+    other_weights(run)
+    with pytest.raises(ValueError, match="got other weights, or was deleted, while it was read"):
+        evaluation()
+
+
+def test_weights_that_are_replaced_later_are_not_those_of_the_result(run, tmp_path, monkeypatch):
+    photos(tmp_path / "photos")
+    sha256 = checkpoint_sha256(run)
+    at_once = KNN.run
+    monkeypatch.setattr(KNN, "run", lambda *arguments: other_weights(run) or at_once(*arguments))
+    assert Evaluation("knn", str(run), {"dataset": "photos", "k": 3})().checkpoint_sha256 == sha256
+    assert checkpoint_sha256(run) != sha256
+
+
+@pytest.mark.parametrize("module", ["evaluation.encoder", "evaluation.finetune", "hub.export"])
+def test_weights_that_are_replaced_while_they_are_loaded_are_refused(run, tmp_path, monkeypatch, capsys, module):
+    photos(tmp_path / "photos")
+    name = {"evaluation.encoder": "load_encoder", "evaluation.finetune": "load_classifier", "hub.export": "load_whole"}
+    name = f"hf_mim.{module}.{name[module]}"
+    at_once = pkgutil.resolve_name(name)
+    monkeypatch.setattr(name, lambda *words, **more: (at_once(*words, **more), other_weights(run))[0])
+    words = {
+        "evaluation.encoder": ["evaluate", "knn", str(run), "--dataset", "photos"],
+        "evaluation.finetune": ["evaluate", "finetune", str(run), "--dataset", "photos", "--batch_size", "4"],
+        "hub.export": ["export", str(run), "exported", "--to", "timm"],
+    }
+    assert main(words[module]) == 2
+    assert "got other weights" in capsys.readouterr().err.splitlines()[-1]
+    assert not (run / "results").exists() and not (tmp_path / "exported").exists()
 
 
 def test_a_result_that_cannot_be_saved_is_printed(run, tmp_path, monkeypatch, capsys):

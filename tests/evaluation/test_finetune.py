@@ -1,5 +1,6 @@
 """Short runs on the embedded digits: learned, reproducible, resumed, kept, refused."""
 
+import os
 import pickle
 import shutil
 import subprocess
@@ -35,6 +36,7 @@ from hf_mim.evaluation.features import FeatureExtractor
 from hf_mim.evaluation.finetune import Finetune, FinetuningArguments, make_trainer, training_images
 from hf_mim.evaluation.measure import measure
 from hf_mim.evaluation.result import NotKept
+from hf_mim.lock import locked
 
 TINY = dict(image_size=32, patch_size=8, hidden_size=64, num_hidden_layers=2, num_attention_heads=4)
 CLASSES = [f"class {number}" for number in range(10)]
@@ -265,6 +267,11 @@ def test_the_script_trains_and_keeps_in_one_process_and_in_two(checkpoint, tmp_p
         assert load_saved(tmp_path / "out").config.id2label[7] == "7"
         again = subprocess.run([*launch, *run, *extra], env=environment, capture_output=True, text=True, timeout=200)
         assert again.returncode and "output_dir must be a new folder" in again.stderr
+        resume = "--resume_from_checkpoint", str(next((tmp_path / "out").glob("checkpoint-*")))
+        with locked(tmp_path / "out", "output_dir"):  # as a run that goes on does
+            second = [*launch, *run, *extra, *resume]
+            done = subprocess.run(second, env=environment, capture_output=True, text=True, timeout=200)
+        assert done.returncode and f"is in use by process {os.getpid()}" in done.stderr
         shutil.rmtree(tmp_path / "out")
 
 

@@ -1,18 +1,25 @@
 """What a Hub that is slow, busy or silent does to a trainer: a warning, in this process."""
 
 import io
+import os
 import pickle
+import signal
 import socket
+import threading
+import time
 import types
 from concurrent import futures
+from unittest import mock
 
 import pytest
 import torch
 from huggingface_hub import HfApi, get_session, set_client_factory
-from huggingface_hub.utils import _http
+from huggingface_hub.utils import _http, filter_repo_objects
 from tiny_runs import arguments
 
-from hf_mim.hub.push import SILENCE, HubTrainer, end_silence
+from hf_mim.files import new_folder, replacing
+from hf_mim.hub.push import NOT_UPLOADED, SILENCE, UNFINISHED, HubTrainer, end_silence
+from hf_mim.pretraining.signals import Ended, ended_at_once
 
 
 def test_pickled_arguments_hold_no_token(tmp_path):
@@ -50,10 +57,21 @@ def test_the_warning_is_one_line_that_can_be_pasted(tmp_path, told):
     line, private = told
     assert "\n" not in line and "(500 for url)" in line
     excluded = (
-        " --exclude '_*' --exclude 'checkpoint-*' --exclude training_args.bin --exclude 'runs/*' --exclude '*tfevents*'"
+        " --exclude '_*' --exclude '*/_*' --exclude '.*.partial/*' --exclude 'checkpoint-*' --exclude training_args.bin"
+        " --exclude 'runs/*' --exclude '*tfevents*'"
     )
     assert line.endswith(f"hf upload 'me/my model' '{tmp_path}/a run' .{excluded}")
     assert private.endswith(f"{excluded} --private --revision 'a branch'")
+
+
+def test_what_other_processes_write_beside_a_run_is_not_uploaded(tmp_path):
+    kept = ["model.safetensors", "results/knn.json", "results/checkpoint-3/knn.json"]
+    (tmp_path / "results").mkdir()
+    with replacing(tmp_path / "results/knn.json") as result, new_folder(tmp_path / "timm") as export:
+        result.touch()
+        names = [str(path.relative_to(tmp_path)) for path in (result, export / "model.safetensors")]
+    assert list(filter_repo_objects([*kept, *names, "_lock"], ignore_patterns=NOT_UPLOADED)) == kept
+    assert list(filter_repo_objects([*kept, *names, "_lock"], ignore_patterns=UNFINISHED)) == kept
 
 
 class Trainer:
@@ -121,6 +139,36 @@ def test_the_wait_for_an_upload_has_an_end(tmp_path, told, monkeypatch):
     trainer._finish_current_push()
     assert ["refused" in line for line in told] == [True, False] and "not done after 0.05 seconds" in told[1]
     assert trainer.uploads == () and never.cancelled()
+
+
+class Ending(Refused):
+    """A signal asks it to end."""
+
+    is_ending = True
+
+
+def test_a_run_that_is_to_end_waits_for_no_upload_and_begins_none(tmp_path, told):
+    trainer, never = Ending(tmp_path, hub_strategy="checkpoint"), futures.Future()
+    trainer.uploads, begun = (never,), time.monotonic()
+    trainer._push_from_checkpoint(str(tmp_path / "checkpoint-3"))
+    assert trainer.uploads == (never,) and not told
+    trainer._finish_current_push()
+    assert time.monotonic() - begun < 0.4 and "failed (a signal has ended it)" in told[0]
+
+
+def test_a_signal_ends_the_last_upload_at_once(tmp_path, told):
+    """Threads of the client may wait for the Hub for long; the main thread does not."""
+    trainer = Refused(tmp_path)
+    trainer.callback_handler, trainer.state, trainer.control = mock.Mock(), None, None
+    trainer.save_model = trainer.save_state = trainer.create_model_card = trainer.init_hf_repo = mock.Mock()
+    never = futures.Future()
+    trainer._upload = mock.Mock(return_value=never)
+    threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGTERM)).start()
+    with pytest.raises(Ended), ended_at_once():
+        trainer.push_to_hub()
+    assert trainer._upload.call_args.kwargs["run_as_future"] and not told
+    never.set_result("done")
+    assert trainer.push_to_hub() == "done" and trainer.push_to_hub(blocking=False) is never
 
 
 def test_a_card_that_cannot_be_written_is_a_warning(tmp_path, told, monkeypatch):
