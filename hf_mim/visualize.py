@@ -5,6 +5,7 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 from hf_mim.data import DeviceAugment
+from hf_mim.files import replacing
 from hf_mim.trainer_utils import seeded
 
 INK, MUTED, GRID = "#1f2328", "#656d76", "#d8dee4"
@@ -38,7 +39,7 @@ def plot_training(log_history: list[dict], path: str | Path):
         ax.spines[["top", "right"]].set_visible(False)
         ax.tick_params(colors=MUTED)
     axes[-1].set_xlabel("optimizer step")
-    figure.savefig(path, dpi=120)
+    _save(figure, path)
 
 
 def plot_reconstructions(model, images, augment: DeviceAugment, path: str | Path, seed: int = 0):
@@ -71,4 +72,10 @@ def plot_reconstructions(model, images, augment: DeviceAugment, path: str | Path
             ax.imshow(shown.permute(1, 2, 0).numpy(), cmap="gray", vmin=0, vmax=255, interpolation="nearest")
             ax.set(xticks=[], yticks=[])
             ax.spines[:].set_visible(False)
-    figure.savefig(path, dpi=120)
+    _save(figure, path)
+
+
+def _save(figure: Figure, path: str | Path):
+    """Write a PNG, completely or not at all."""
+    with replacing(path) as aside:
+        figure.savefig(aside, dpi=120, format="png")
