@@ -10,11 +10,11 @@ from tiny import METHODS, make_model
 from tiny_runs import AtEachStep, Images, arguments, image_column, snapshot
 
 from hf_mim.data import DeviceAugment, ImageDataset
-from hf_mim.pretraining.arguments import gpu_has_bfloat16
 from hf_mim.pretraining.checkpoints import is_whole
 from hf_mim.pretraining.guard import NonFiniteError
 from hf_mim.pretraining.trainer import MIMTrainer, ScalarMeans
 from hf_mim.run_folder import checkpoints
+from hf_mim.trainer_utils import gpu_has_bfloat16
 
 SHARED = dict(max_steps=4, logging_steps=1, train_sampling_strategy="sequential")
 

@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass, field
 
-import torch
 from transformers.utils import logging
 
 from hf_mim import trainer_utils
@@ -82,7 +81,7 @@ class MIMTrainingArguments(ProcessArguments):
         if self.enable_jit_checkpoint:
             raise ValueError("enable_jit_checkpoint must be false: SIGTERM and SIGINT always save a checkpoint here")
         if self.bf16 is None:
-            self.bf16 = not (self.fp16 or self.use_cpu) and gpu_has_bfloat16()
+            self.bf16 = not (self.fp16 or self.use_cpu) and trainer_utils.gpu_has_bfloat16()
         default_accelerator = self.accelerator_config is None
         super().__post_init__()
         if self.lr_scheduler_type != "cosine" or self.lr_scheduler_kwargs:
@@ -129,8 +128,3 @@ class MIMTrainingArguments(ProcessArguments):
         return trainer_utils.learning_rate(
             progress, peak, start=self.start_lr_ratio * peak, final=self.final_lr_ratio * peak, warmup=warmup
         )
-
-
-def gpu_has_bfloat16() -> bool:
-    """Whether the GPU computes in bfloat16. Older ones only emulate it, which is slower than float32."""
-    return torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
