@@ -30,6 +30,11 @@ def learning_rate(progress: float, peak: float, start: float = 0.0, final: float
     return cosine(peak, final, (progress - warmup) / (1 - warmup)) if warmup < 1 else peak
 
 
+def gpu_has_bfloat16() -> bool:
+    """Whether the GPU computes in bfloat16. Older ones only emulate it, which is slower than float32."""
+    return torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
+
+
 class ProcessArguments(TrainingArguments):
     """What the arguments of pretraining and of fine-tuning share: one GPU per process, and options for loaders."""
 

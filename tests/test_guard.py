@@ -2,6 +2,7 @@
 
 import os
 import signal
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from hf_mim.pretraining.checkpoints import is_whole
 from hf_mim.pretraining.guard import NonFiniteError
 from hf_mim.pretraining.trainer import MIMTrainer, ScalarMeans
 from hf_mim.run_folder import checkpoints
+from hf_mim.trainer_utils import gpu_has_bfloat16
 
 SHARED = dict(max_steps=4, logging_steps=1, train_sampling_strategy="sequential")
 
@@ -211,6 +213,15 @@ def test_a_second_interrupt_ends_the_run_at_once(tmp_path):
 def test_bfloat16_is_on_a_cpu_only_if_asked_for(tmp_path):
     assert arguments(tmp_path).bf16 is False  # it is 20 times slower there
     assert arguments(tmp_path, bf16=True).bf16 is True
+
+
+@pytest.mark.parametrize("generation, has_it", [(7, False), (8, True)])
+def test_bfloat16_is_not_the_default_of_a_gpu_that_only_emulates_it(monkeypatch, generation, has_it):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(major=generation))
+    monkeypatch.setattr(torch.cuda, "_check_bf16_tensor_supported", lambda device: True)  # what a T4 says
+    assert gpu_has_bfloat16() is has_it
 
 
 @pytest.mark.parametrize(

@@ -109,3 +109,15 @@ def test_the_curve_has_the_losses_and_spreads_of_the_log(tmp_path, monkeypatch):
         "probe_rank_me": ([0, 5], [3.0, 4.0]),
     }
     assert (tmp_path / "loss.png").stat().st_size > 1000
+
+
+def test_a_picture_that_cannot_be_written_leaves_the_old_one(tmp_path, monkeypatch):
+    def fill_the_disk(figure, path, **options):
+        path.write_bytes(b"half")
+        raise OSError("No space left on device")
+
+    (tmp_path / "loss.png").write_bytes(b"old")
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", fill_the_disk)
+    with pytest.raises(OSError, match="No space left"):
+        plot_training([{"step": 1, "loss": 0.5}], tmp_path / "loss.png")
+    assert [path.read_bytes() for path in tmp_path.iterdir()] == [b"old"]

@@ -23,7 +23,7 @@ class EndlessStream(IterableDataset):
         stream: this rank's part.
         batch_size: of the DataLoader.
         num_workers: of the DataLoader; 0 for none.
-        start: a `state()` to continue from, made with as many workers.
+        start: a `state()` to continue from, made with as many workers and, if there are several, the same batch size.
 
     Raises:
         ValueError: while reading, if a worker's part of the stream has no image.
@@ -57,4 +57,5 @@ class EndlessStream(IterableDataset):
     def state(self, batches: int) -> dict:
         """Where to continue after so many batches since `start`, without `skipped_batches`. Can be saved as JSON."""
         batches += self.skipped_batches
-        return {"batches": batches % self.lanes, "places": self._places[:, batches // self.lanes % RING].tolist()}
+        places = self._places[:, batches // self.lanes % RING].tolist()
+        return {"batches": batches % self.lanes, "places": places, "batch_size": self.batch_size}

@@ -23,7 +23,15 @@ from hf_mim.evaluation.classifier import load_classifier, parameter_groups, save
 from hf_mim.evaluation.metrics import top_k_accuracy
 from hf_mim.evaluation.result import NotKept, Result
 from hf_mim.files import check_destination, new_folder, one_line
-from hf_mim.trainer_utils import BrokenImages, DatasetEpoch, ProcessArguments, QuietWorkers, StepSeeds, seeded
+from hf_mim.trainer_utils import (
+    BrokenImages,
+    DatasetEpoch,
+    ProcessArguments,
+    QuietWorkers,
+    StepSeeds,
+    gpu_has_bfloat16,
+    seeded,
+)
 
 
 @dataclass
@@ -145,7 +153,7 @@ class Finetune:
         randaugment_std: standard deviation of the magnitude
         crop_scale: smallest and largest share of the image in a crop
         flip: probability of a left-right flip
-        bf16: autocast to bfloat16; default: on CUDA
+        bf16: autocast to bfloat16; default: if the GPU has it
         output_dir: keep the fine-tuned classifier in this new folder
         seed: for the new classifier, the order and all augmentation
     """
@@ -252,7 +260,7 @@ class Finetune:
             layer_decay=self.layer_decay,
             warmup_epochs=self.warmup_epochs,
             weight_decay=self.weight_decay,
-            bf16=device.type == "cuda" if self.bf16 is None else self.bf16,
+            bf16=device.type == "cuda" and gpu_has_bfloat16() if self.bf16 is None else self.bf16,
             seed=self.seed,
             use_cpu=device.type == "cpu",
             dataloader_num_workers=num_workers,

@@ -221,6 +221,8 @@ class Health:
     first `num_token_images` of these. The headline is RankMe. `compare` also measures the same encoder with fresh
     weights: most measures have no accepted limits, and a number that was worse before training is no reason to worry.
 
+    Source: Garrido et al., ICML 2023 (arXiv 2210.02885) for RankMe.
+
     Args:
         features: layer/pooling/norm of the pooled features
         num_images: images, drawn at random; all if there are fewer

@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass, field
 
-import torch
 from accelerate.utils import get_cpu_distributed_information
 from transformers.utils import logging
 
@@ -85,7 +84,7 @@ class MIMTrainingArguments(ProcessArguments):
         self._check_numbers()
         check_arguments(self)
         if self.bf16 is None:
-            self.bf16 = not (self.fp16 or self.use_cpu) and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+            self.bf16 = not (self.fp16 or self.use_cpu) and trainer_utils.gpu_has_bfloat16()
         default_accelerator = self.accelerator_config is None
         if isinstance(self.report_to, str):
             self.report_to = self.report_to.replace(" ", "").split(",")

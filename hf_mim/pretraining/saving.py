@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from accelerate.utils import broadcast_object_list, gather_object
+from transformers.trainer_utils import has_length
 from transformers.utils import logging
 
 from hf_mim.data.stream import EndlessStream
@@ -104,8 +105,9 @@ class CheckpointTrainer:
             state.best_model_checkpoint = None  # a checkpoint may be moved; `_init_training_state` finds the best
             state.save_to_json(str(staged / TRAINER_STATE))
             state.best_model_checkpoint = str(best)
-        about = {"step": state.global_step, "processes": args.world_size}
-        checkpoints.write_manifest(staged, **about, images_per_step=args.images_per_step, seed=args.seed)
+        about = {"step": state.global_step, "processes": args.world_size, "images_per_step": args.images_per_step}
+        about |= {"gradient_accumulation_steps": args.gradient_accumulation_steps, "seed": args.seed}
+        checkpoints.write_manifest(staged, **about)
         checkpoints.commit(staged, final)
 
     def _init_training_state(self, *args, **kwargs):
@@ -202,24 +204,44 @@ class CheckpointTrainer:
                 f"{manifest['images_per_step']}, as in {folder}, got {args.per_device_train_batch_size} × "
                 f"{args.gradient_accumulation_steps} × {args.world_size}"
             )
+        self._warn_of_another_end(manifest)
         return str(folder)
+
+    def _warn_of_another_end(self, manifest: dict):
+        """Warn if the last, smaller step of an epoch is not what it was, because the steps after it shift."""
+        if not self.args.dataloader_drop_last or not has_length(self.train_dataset):
+            return
+        images, per_step = len(self.train_dataset), self.args.images_per_step
+        now = self.args.gradient_accumulation_steps
+        then = manifest.get("gradient_accumulation_steps", now)
+        batches = per_step // now, per_step // then
+        last = [images // batch * batch % per_step or per_step for batch in batches]
+        if last[0] != last[1]:
+            logger.warning(
+                f"gradient_accumulation_steps is {now} and was {then}: the last step of an epoch of {images:,} images "
+                f"has {last[0]} of them now and had {last[1]}, so the steps from here on are not given the images that "
+                "they would have had"
+            )
 
     def stream_place(self, workers: int) -> dict | None:
         """The place from which this process reads its stream after a resume; None for a new run.
 
-        With another number of processes or workers than before, it is the start of the next pass.
+        It is the start of the next pass with another number of processes or workers than before, or if several workers
+        make batches of another size.
         """
         if self._resumed_from is None:
             return None
         held = {path.name: json.loads(path.read_text()) for path in Path(self._resumed_from).glob("stream_*.json")}
         own = held.get(f"stream_{self.args.process_index}.json")
-        lanes = max(1, workers)
-        if len(held) == self.args.world_size and own and len(own["places"]) == lanes:
+        lanes, size = max(1, workers), self._train_batch_size
+        same_batches = lanes == 1 or (own or {}).get("batch_size", size) == size
+        if len(held) == self.args.world_size and own and len(own["places"]) == lanes and same_batches:
             return own
         epoch = 1 + max((epoch for place in held.values() for epoch, _ in place["places"]), default=-1)
         logger.warning(
             f"{len(held)} processes read the stream before and {self.args.world_size} do now, or the number of workers "
-            f"has changed: the run goes on at the start of pass {epoch + 1}, not where it had stopped"
+            f"or the size of their batches has changed: the run goes on at the start of pass {epoch + 1}, not where it "
+            "had stopped"
         )
         return {"batches": 0, "places": [[epoch, 0]] * lanes}
 
