@@ -162,12 +162,11 @@ def test_the_page_in_docs_is_made_from_these_tables():
 def code_of(test: str) -> str:
     """The code of a test, and of all that it uses from its file and from the helpers."""
     path, name = test.split("::")
-    parts = {}
-    for node in [
-        node for file in ("tiny_runs.py", "option_runs.py", path) for node in ast.parse((HERE / file).read_text()).body
-    ]:
+    sources, parts = [(HERE / file).read_text() for file in ("tiny_runs.py", "option_runs.py", path)], {}
+    for node in (node for source in sources for node in ast.parse(source).body):
         targets = [node] if hasattr(node, "name") else getattr(node, "targets", [])
         parts |= {getattr(target, "name", getattr(target, "id", "")): node for target in targets}
+    assert name in parts
     # What two ranks do is in a function that another process calls.
     todo, code = [name, *["train_ranks"] * ("train_ranks" in parts)], {}
     while todo:
@@ -185,12 +184,10 @@ def test_a_test_that_is_named_is_there_and_gives_the_option(option, test):
 
 # ---- what is refused
 
-ANOTHER = {bool: lambda value: not value, float: lambda value: 0.5, int: lambda value: 3}
-
 
 def another(name: str):
     """A value that an option does not have by default."""
-    return ANOTHER.get(type(default(name)), lambda value: "other")(default(name))
+    return {bool: not default(name), float: 0.5, int: 3}.get(type(default(name)), "other")
 
 
 @pytest.mark.parametrize("name", REFUSED)
