@@ -1,8 +1,11 @@
 """Numbers in the docs are those of the files beside them."""
 
+import dataclasses
+import json
 import re
 from pathlib import Path
 
+from hf_mim.comparison import Row, table
 from hf_mim.evaluation.result import Result
 
 REPOSITORY = Path(__file__).parents[1]
@@ -33,3 +36,10 @@ def test_the_numbers_in_the_docs_of_evaluation_are_those_of_the_results_files():
     )
     told = {name: re.findall(r"\d+\.\d", cells) for name, cells in rows}
     assert told == {name: [f"{100 * value:.1f}" for value in values] for name, values in expected.items()}
+
+
+def test_the_table_in_the_docs_of_comparisons_is_that_of_the_record():
+    rows = json.loads((REPOSITORY / "docs" / "comparisons" / "digits.json").read_text())["rows"]
+    names = [field.name for field in dataclasses.fields(Row)]
+    expected = table([Row(**{name: row[name] for name in names}) for row in rows])
+    assert expected in (REPOSITORY / "docs" / "compare.md").read_text()

@@ -57,12 +57,14 @@ class Place:
 
 
 TYPES = get_type_hints(Place) | get_type_hints(Comparison)
-REPLACED = ["dataset", "images", "seeds"]  # arguments of the file that the command line may replace
+REPLACED = dict.fromkeys(("dataset", "images", "seeds"))  # arguments of the file that the command line may replace
 COMMAND = Command(
     "compare",
     None,
     ("COMPARISON",),
-    lambda: settings_of(Place, "options") + settings_of(Comparison, "in place of what the file says", REPLACED),
+    lambda: (
+        settings_of(Place, "options") + settings_of(Comparison, "in place of what the file says", REPLACED, REPLACED)
+    ),
     __doc__,
 )
 
