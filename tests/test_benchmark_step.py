@@ -19,6 +19,7 @@ def benchmark(monkeypatch):
     return importlib.import_module("benchmark")
 
 
+@pytest.mark.slow
 def test_step_measures_every_method_beside_transformers_and_counts_its_flops(benchmark, monkeypatch, tmp_path):
     step, path = importlib.import_module("benchmark_step"), tmp_path / "step.json"
     monkeypatch.setitem(SIZES, "tiny", (192, 3, 3, 768))  # a quarter of its layers: counting takes long

@@ -200,6 +200,7 @@ def test_a_nan_that_only_a_worker_finds_ends_the_run_with_its_name_and_the_optio
 # ---- the clock
 
 
+@pytest.mark.slow
 def test_a_clock_set_back_changes_nothing_but_the_times_in_the_log(tmp_path, monkeypatch):
     now = time.time
     clock = {"shift": 0.0}

@@ -209,7 +209,7 @@ def test_a_checkpoint_with_more_layers_than_the_model_does_not_load_unnoticed(me
     assert any("layers.1." in key for key in info["unexpected_keys"])
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", ["mae", *(pytest.param(name, marks=pytest.mark.slow) for name in METHODS[1:])])
 def test_models_compile_without_graph_breaks_when_ids_are_given(method):
     model = make(method).train()
     images = torch.randn(2, 3, *model.config.training_size)

@@ -81,6 +81,7 @@ def coloured_images(count, seed):
     return 3 * colours + 0.3 * noise
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tied", [True, False])
 def test_an_untied_noise_projection_shrinks_while_the_tied_one_does_not(tied):
     """Section 3.2: noise with a projection of its own is trained away; through the context's projection it cannot be,
