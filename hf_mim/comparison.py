@@ -14,6 +14,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
+from hf_mim.files import replacing
 from hf_mim.hub.card_text import markdown_table, shown
 from hf_mim.visualize import GRID, INK, MUTED
 
@@ -118,4 +119,5 @@ def plot_curves(rows: Sequence[Row], levels: dict[str, float], path: str | Path,
     title = f"Line: mean over {seeds} seeds; band: ± 1 standard deviation" if seeds > 1 else "One seed"
     ax.set_title(title, color=MUTED, fontsize=9)
     figure.legend(handles=handles, loc="outside right upper", frameon=False, labelcolor=INK, fontsize=9)
-    figure.savefig(path, dpi=120)
+    with replacing(path) as aside:
+        figure.savefig(aside, dpi=120, format=Path(path).suffix.removeprefix(".") or "png")

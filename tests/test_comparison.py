@@ -49,7 +49,10 @@ def test_a_curve_is_the_mean_of_the_seeds_that_have_come_so_far():
 
 def test_the_picture_shows_mean_band_levels_and_the_untrained_encoder(tmp_path, monkeypatch):
     drawn = []
-    monkeypatch.setattr(Figure, "savefig", lambda figure, path, **options: drawn.append(figure))
+    savefig = Figure.savefig
+    monkeypatch.setattr(
+        Figure, "savefig", lambda figure, *args, **more: [drawn.append(figure), savefig(figure, *args, **more)]
+    )
     rows = [Row("MAE", curves=[{0: 0.2, 64: 0.4}, {0: 0.3, 64: 0.6}]), Row("raw pixels")]
     plot_curves(rows, {"raw pixels": 0.39}, tmp_path / "picture.png")
     (ax,) = drawn[0].axes

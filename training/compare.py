@@ -1,7 +1,7 @@
 """Compare methods or settings under equal conditions: the same encoder, augmentation and images, and several seeds.
 
 \b
-python training/compare.py training/comparisons/digits.yaml          # about 3 minutes on 2 cores
+python training/compare.py training/comparisons/digits.yaml          # 3 to 4 minutes on 2 cores
 python training/compare.py training/comparisons/cifar10.yaml --dataset path/to/cifar10 --output runs/methods
 
 COMPARISON is a YAML file; docs/compare.md explains it. Each run is made once with each seed, and each is measured in

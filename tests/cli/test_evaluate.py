@@ -18,6 +18,7 @@ from hf_mim.evaluation.knn import knn_predict
 from hf_mim.evaluation.measure import EncoderArguments, Evaluation, argument_kinds, option_types
 from hf_mim.models.configuration_mae import MAEConfig
 from hf_mim.models.modeling_mae import MAEForPreTraining
+from hf_mim.run_folder import RunFacts
 
 
 @pytest.fixture(scope="module")
@@ -98,6 +99,13 @@ def test_raw_pixels_are_measured_as_an_encoder_is(options, checkpoint, tmp_path)
     result = json.loads((tmp_path / "result.json").read_text())
     assert result["settings"]["pixels"] is True and result["checkpoint_sha256"] is None
     assert 0.5 < result["value"] <= 1  # far above the .1 of chance
+
+
+def test_raw_pixels_are_no_result_of_the_checkpoint(checkpoint):
+    assert evaluate("knn", checkpoint, *SMALL[:2], "--test_images", 30, "--pixels") == 0
+    facts = RunFacts.read(checkpoint)
+    (name,) = [name for name in facts.results if name.startswith("knn_digits_pixels_test_images_30")]
+    assert facts.notes[name] == "raw pixels, to compare" and name not in facts.own_results
 
 
 def test_the_pixels_are_those_that_the_encoder_sees(checkpoint, tmp_path):
