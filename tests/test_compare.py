@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import signal
 import statistics
 import subprocess
@@ -288,14 +289,18 @@ def make(scripts):
     return compare
 
 
-@pytest.fixture(scope="module")
-def made(tmp_path_factory, make):
-    folder = tmp_path_factory.mktemp("compare")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("HF_MIM_CACHE", str(folder / "cache"))
-        status, started = make(write(folder, runs={"broken": {"base_lr": -1}}), folder / "out")
-    assert status == 1 and len(started) == 7
-    return SimpleNamespace(path=folder / "tiny.yaml", output=folder / "out")
+@pytest.fixture
+def made(once, make, tmp_path):
+    """A finished comparison: its file and its output, which a test may change."""
+
+    def fill(folder):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("HF_MIM_CACHE", str(folder / "cache"))
+            status, started = make(write(folder, runs={"broken": {"base_lr": -1}}), folder / "out")
+        assert status == 1 and len(started) == 7
+
+    shutil.copytree(once("comparison", fill), tmp_path / "made")
+    return SimpleNamespace(path=tmp_path / "made" / "tiny.yaml", output=tmp_path / "made" / "out")
 
 
 def record(made) -> dict:
