@@ -20,7 +20,9 @@ from hf_mim.pretraining.recipe import RUN_FIELDS, Recipe
 from hf_mim.pretraining.settings import read_yaml, suggestion, to_type
 
 REFERENCES = ("untrained", "pixels", "supervised")
-RESERVED = ("", "supervised", "training", "probe", "logs")  # these name files and folders of the comparison itself
+# These name files and folders of the comparison itself, other rows and other columns.
+RESERVED = ("", "supervised", "training", "probe", "logs", "raw_pixels", "supervised_from_scratch")
+RESERVED += ("images_seen", "minutes", "device", "note")
 # Settings of a run that the comparison sets → from what.
 SET = {"dataset": "dataset", "seed": "seeds", "max_steps": "images", "num_train_epochs": "images"}
 SET |= {"probe_every": "points", "output_dir": "--output", "resume": "another start"}
@@ -145,7 +147,7 @@ class Comparison:
 
     def protocol(self, column: str) -> str:
         """What measures a column of the table."""
-        return self.evaluate[column].get("protocol", column)
+        return str(self.evaluate[column].get("protocol", column))
 
     def own_options(self, column: str) -> dict[str, Any]:
         """The options of a column's protocol in the file."""
@@ -195,7 +197,7 @@ def mappings(argument: str, given: dict[str, Any]) -> dict[str, dict[str, Any]]:
         if not isinstance(settings, dict | None):
             raise ValueError(f"{argument} must have names with settings, and {name} has {settings!r}")
         if file in RESERVED or files.count(file) > 1:
-            raise ValueError(f"{argument} must have names that differ in letters and digits, and {name!r} does not")
+            raise ValueError(f"{argument} must have names of their own, in letters and digits, not {name!r}")
     return {name: settings or {} for name, settings in given.items()}
 
 
