@@ -10,6 +10,7 @@ from pathlib import Path
 import pyarrow
 from datasets import Features
 from datasets.exceptions import DatasetsError
+from datasets.table import CastError
 
 from hf_mim.files import one_line
 
@@ -23,6 +24,8 @@ class DamagedFile(ValueError):
 
 def damaged(file: str | Path, error: BaseException) -> DamagedFile:
     """One line that names the file, and says what is wrong and what helps."""
+    if isinstance(error, CastError):
+        return DamagedFile(f"{file} has other columns or types than the files before it; make them alike")
     return DamagedFile(f"{file} is damaged ({one_line(error, 120)}); copy or make it again, or leave it out")
 
 

@@ -126,6 +126,14 @@ def test_a_damaged_image_in_a_file_is_left_out_and_counted(whole, tmp_path, kind
     assert read(whole / kind, streaming).num_broken() == 0
 
 
+@pytest.mark.parametrize("streaming", [False, True], ids=["whole", "streamed"])
+def test_a_file_of_other_columns_is_named_and_not_called_damaged(whole, tmp_path, streaming):
+    folder = shutil.copytree(whole / "parquet", tmp_path / "parquet")
+    pyarrow.parquet.write_table(pyarrow.table({"picture": [png(0)]}), folder / "b.parquet")
+    with pytest.raises(ValueError, match=r"b.parquet has other columns or types than the files before it"):
+        read(folder, streaming)
+
+
 def test_an_error_that_no_file_has_caused_names_none():
     try:
         raise ValueError("another")
