@@ -118,7 +118,7 @@ def run(recipe: str | None = None, **given: str) -> int:
     from transformers.utils import logging
 
     from hf_mim.data import BrokenImagesError, ImageFormatError
-    from hf_mim.data.tars import DamagedTar
+    from hf_mim.data.damage import DamagedFile
     from hf_mim.lock import LockedError
     from hf_mim.pretraining.guard import NonFiniteError
     from hf_mim.pretraining.recipe import Recipe
@@ -134,7 +134,7 @@ def run(recipe: str | None = None, **given: str) -> int:
         if ended_by := pretraining():
             say(f"{ended_by.name} has ended the run; {resume}")
             return INTERRUPTED
-    except (BrokenImagesError, ImageFormatError, DamagedTar, LockedError, NonFiniteError) as error:
+    except (BrokenImagesError, ImageFormatError, DamagedFile, LockedError, NonFiniteError) as error:
         print(file=sys.stderr)  # ends the line with the progress bar
         return fail(one_line(error))
     except OSError as error:

@@ -9,6 +9,8 @@ from torch import Tensor, nn
 from hf_mim.checks import share
 from hf_mim.models.pixels import LUMINANCE, ValueRange, scale, scale_and_shift
 
+from .damage import rows_of
+
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
@@ -268,6 +270,6 @@ def channel_statistics(
 def sampled(images, num_images: int, seed: int) -> Iterator[dict]:
     """So many samples of an `ImageDataset` or rows of a `Dataset`, drawn at random; of a stream, the first."""
     if not hasattr(images, "__len__"):
-        return islice(images, num_images)
+        return islice(rows_of(images), num_images)
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
     return (images[index] for index in order[:num_images].tolist())

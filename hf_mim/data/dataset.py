@@ -24,6 +24,7 @@ from hf_mim.models.pixels import ImageFormatError, ValueRange, scale_pixels, typ
 
 from .columns import typed
 from .crop import RandomCrop, crop_rng, load_crop
+from .damage import rows_of
 from .decode import BrokenImage, decoding, image_name, open_image, stored
 from .nodata import check_tag, count_missing
 
@@ -255,7 +256,7 @@ class ImageStream(_Images, torch.utils.data.IterableDataset):
         images.set_epoch(epoch)
         empty_in_a_row = 0
         feature = self.images.features["image"] if self.images.features else None
-        for position, row in enumerate(images, start=1):
+        for position, row in enumerate(rows_of(images), start=1):
             if position <= skip:
                 continue
             value = typed(row["image"], feature)

@@ -10,10 +10,10 @@ import datasets
 import pyarrow
 from datasets import ClassLabel, Dataset, Features, IterableDataset, Value, concatenate_datasets
 from datasets import Image as ImageFeature
-from datasets.exceptions import DatasetsError
 
 from .account import Account
 from .columns import FOLDER
+from .damage import READING_ERRORS, check_saved, damaged, file_being_read, first_cause
 from .folders import (
     IMAGE_EXTENSIONS,
     TABLE_EXTENSIONS,
@@ -56,10 +56,11 @@ def naming_the_source(source, where: str = ""):
         yield
     except SplitNotFound:
         raise
-    except (DatasetsError, ValueError, OSError, RuntimeError, tarfile.TarError) as error:
-        while error.__cause__ is not None:  # the first cause says what is wrong with the data
-            error = error.__cause__
-        reason = next(iter(str(error).strip().splitlines()), "") or type(error).__name__
+    except (*READING_ERRORS, tarfile.TarError) as error:
+        cause = first_cause(error)
+        if file := file_being_read(cause):
+            cause = damaged(file, cause)
+        reason = next(iter(str(cause).strip().splitlines()), "") or type(cause).__name__
         raise ValueError(f"source {str(source)!r}: {where + ': ' if where else ''}{reason}") from error
 
 
@@ -69,6 +70,7 @@ def load_local(
     """A split of a file or folder, with all its columns. `labels`: as in `load_images`."""
     if path.is_dir() and ((path / "dataset_dict.json").exists() or (path / "state.json").exists()):
         with naming_the_source(path):
+            check_saved(path)
             saved = datasets.load_from_disk(str(path))
         return picked(saved, split, path) if isinstance(saved, dict) else (saved, Account())
     if path.is_file():

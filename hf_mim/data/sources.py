@@ -14,6 +14,7 @@ from datasets import Dataset, IterableDataset
 
 from .account import Account
 from .columns import FOLDER, keep_types, prepare_columns, typed
+from .damage import rows_of
 from .decode import BrokenImage, decoding, image_name, open_image
 from .digits import digits
 from .fingerprint import is_copy
@@ -165,7 +166,7 @@ def fixed_sample(images, count: int, start: int = 0, random: torch.Generator | N
         in_order: sort the drawn images back into the order of `images`.
     """
     if isinstance(images, IterableDataset):
-        return keep_types(Dataset.from_list(list(images.skip(start).take(count)), features=images.features))
+        return keep_types(Dataset.from_list(list(rows_of(images.skip(start).take(count))), features=images.features))
     order = torch.randperm(len(images), generator=random or torch.Generator().manual_seed(0))
     drawn = order[start : start + count].tolist()
     return images.select(sorted(drawn) if in_order else drawn)
@@ -174,7 +175,7 @@ def fixed_sample(images, count: int, start: int = 0, random: torch.Generator | N
 def _check_readable(dataset: Dataset | IterableDataset, source):
     """Raise ValueError unless at least one of a few images, spread over the dataset, can be opened."""
     if isinstance(dataset, IterableDataset):
-        rows = dataset.take(_NUM_PROBED)
+        rows = rows_of(dataset.take(_NUM_PROBED))
     else:
         rows = (dataset[index] for index in range(0, len(dataset), max(1, len(dataset) // _NUM_PROBED)))
     error = None

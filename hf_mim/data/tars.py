@@ -18,18 +18,13 @@ from pathlib import Path, PurePosixPath
 from datasets import ClassLabel, Dataset, Features, IterableDataset, Value
 from datasets import Image as ImageFeature
 
-from hf_mim.files import one_line
-
 from .columns import FOLDER, IMAGE_NAMES, LABEL_NAMES, NO_LABELS
+from .damage import damaged
 from .folders import IMAGE_EXTENSIONS, Layout, image_splits
 from .names import group_folder
 
 _MOST_PEEKED = 20_000  # files in all tars whose names are read before a stream begins
 _ORDER = {name: place for place, name in enumerate(IMAGE_NAMES)}  # of "7.jpg" and "7.png", the first is the image
-
-
-class DamagedTar(ValueError):
-    """A tar that ends too early, or is none."""
 
 
 @dataclass
@@ -58,7 +53,7 @@ def look_into(tars: list[Path], peek: bool = False, labels: str | None = None) -
         "none": nothing. By default, `LABEL_NAMES`, or else folders that look like classes.
 
     Raises:
-        DamagedTar: in one line that names the file.
+        DamagedFile: in one line that names the file.
     """
     most = max(20, _MOST_PEEKED // len(tars)) if peek else None
     is_column = labels not in (None, FOLDER, NO_LABELS)
@@ -240,4 +235,4 @@ def _damage(tar: str | Path):
     try:
         yield
     except (tarfile.TarError, EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise DamagedTar(f"{tar} is damaged ({one_line(error, 60)}); copy or make it again, or leave it out") from error
+        raise damaged(tar, error) from error

@@ -1,8 +1,10 @@
 """What a protocol returns: a number, all settings of the protocol, and the data it was measured on."""
 
+import functools
 import json
 import math
 import os
+import subprocess
 from dataclasses import asdict, dataclass, field, fields
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -27,6 +29,28 @@ def installed_versions() -> dict[str, str]:
     return found
 
 
+@functools.cache
+def git_state() -> dict | None:
+    """The commit of hf_mim, and whether its files have changes, if it runs from a git checkout.
+
+    None if it is installed as a package, or without git. The first call decides, because code that changes while a
+    process runs is not what it runs.
+    """
+    root = Path(__file__).absolute().parents[2]
+    if not (root / ".git").exists():  # a package may lie in an environment within the user's own checkout
+        return None
+    command = ["git", "-c", "safe.directory=*", "--no-optional-locks", "status", "--porcelain=v2", "--branch"]
+    elsewhere = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
+    try:
+        done = subprocess.run([*command, "--", "hf_mim"], cwd=root, env=elsewhere, capture_output=True, timeout=5)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    about, *lines = done.stdout.decode(errors="replace").splitlines() or [""]
+    if not about.startswith("# branch.oid "):
+        return None
+    return {"commit": about.split()[-1], "changes": any(not line.startswith("#") for line in lines)}
+
+
 @dataclass
 class Result:
     """One measurement. Model cards take their numbers from files of these, and from nowhere else.
@@ -37,7 +61,7 @@ class Result:
     scores: every other number, by name. table: rows with equal keys, such as one for each head or class.
     notes: sentences that a reader of the number needs.
     checkpoint, checkpoint_sha256 (of its weight files), device, seconds: `measure` fills them in.
-    versions: of the packages that a number may depend on.
+    versions: of the packages that a number may depend on. git: the commit of hf_mim (`git_state`).
     """
 
     protocol: str
@@ -51,6 +75,7 @@ class Result:
     checkpoint: str | None = None
     checkpoint_sha256: str | None = None
     versions: dict[str, str] = field(default_factory=installed_versions)
+    git: dict | None = field(default_factory=git_state)
     device: str | None = None
     seconds: float | None = None
 
@@ -79,7 +104,7 @@ class Result:
             data = known.get("data", {})
             if not all(isinstance(data[part], dict) for part in ("train", "test") if part in data):
                 raise ValueError(f"data is {str(data)[:100]!r}")
-            return cls(**known)
+            return cls(**{"git": None} | known)  # older files do not say it
         except (ValueError, TypeError, AttributeError) as error:
             raise ValueError(f"{path} holds no result: {error}") from error
 

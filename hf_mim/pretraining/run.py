@@ -23,6 +23,7 @@ from hf_mim.data.decode import MAX_PIXELS_VARIABLE
 from hf_mim.data.fingerprint import fingerprint
 from hf_mim.data.processor import image_processor
 from hf_mim.data.sources import fixed_sample
+from hf_mim.evaluation.result import git_state
 from hf_mim.lock import locked
 from hf_mim.models.pixels import EIGHT_BITS
 from hf_mim.pretraining.final_results import (
@@ -51,6 +52,7 @@ class Pretraining:
     """A run that is ready to start. Raises ValueError, before anything is written, if the recipe cannot work."""
 
     def __init__(self, recipe: Recipe):
+        git_state()  # now, because a checkout may change before the run ends
         self.recipe, run = recipe, recipe.run
         config = recipe.config()
         args = training_arguments(recipe)

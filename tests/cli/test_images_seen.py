@@ -1,12 +1,15 @@
 """How many images a run has seen: counted one by one in the batches, against what its record says."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 from small_runs import run
 
+import hf_mim
+from hf_mim.evaluation.result import git_state
 from hf_mim.pretraining.trainer import MIMTrainer
 
 TINY = "--image_size 16 --patch_size 8 --hidden_size 16 --num_hidden_layers 1 --num_attention_heads 2 --use_cpu true "
@@ -53,7 +56,9 @@ def test_a_resumed_run_counts_all_its_images_and_its_rate_is_one_of_images_that_
         path.rename(tmp_path / "elsewhere")
     counted.clear()
     run("--output_dir", tmp_path / "run", "--resume")
-    scores = json.loads((tmp_path / "run" / "results" / "training.json").read_text())["scores"]
+    text = (tmp_path / "run" / "results" / "training.json").read_text()
+    assert json.loads(text)["git"] == git_state() and str(Path(hf_mim.__file__).parents[1]) not in text
+    scores = json.loads(text)["scores"]
     assert scores["images_seen"] == whole > sum(counted)
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     rates = [line["images_per_second"] for line in lines if "loss" in line]

@@ -11,9 +11,10 @@ from layouts import TARS, tar_table
 from PIL import Image
 
 from hf_mim.data import load_images
+from hf_mim.data.damage import DamagedFile
 from hf_mim.data.decode import open_image
 from hf_mim.data.masks import load_masks
-from hf_mim.data.tars import DamagedTar, look_into
+from hf_mim.data.tars import look_into
 
 
 def content(name: str, value) -> bytes:
@@ -140,7 +141,7 @@ def test_a_damaged_tar_is_named(tmp_path, damage):
     else:
         data = b"\x1f\x8b" + data
     tar.write_bytes(data)
-    with pytest.raises(DamagedTar, match="^.*bad.tar is damaged .*; copy or make it again, or leave it out$"):
+    with pytest.raises(DamagedFile, match="^.*bad.tar is damaged .*; copy or make it again, or leave it out$"):
         look_into([tar])
     with pytest.raises(ValueError, match="bad.tar"):
         load_images(tar)

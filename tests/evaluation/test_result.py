@@ -1,10 +1,13 @@
 """Results as files and as text."""
 
 import json
+import shutil
+import subprocess
 
 import pytest
 
-from hf_mim.evaluation.result import Result, format_table
+from hf_mim.evaluation import result as results
+from hf_mim.evaluation.result import Result, format_table, git_state
 from hf_mim.run_folder import result_path
 
 
@@ -18,6 +21,63 @@ def test_a_saved_result_is_the_same_when_loaded(tmp_path):
     path = one.save(tmp_path / "results" / "knn.json")
     assert Result.load(path) == one
     assert [file.name for file in path.parent.iterdir()] == ["knn.json"]
+
+
+def test_a_file_that_does_not_tell_the_commit_gets_none_by_being_loaded(tmp_path):
+    path = result(git={"commit": "0" * 40, "changes": True}).save(tmp_path / "x.json")
+    assert Result.load(path).git == {"commit": "0" * 40, "changes": True}
+    values = json.loads(path.read_text())
+    del values["git"]
+    path.write_text(json.dumps(values))
+    assert Result.load(path).git is None
+
+
+@pytest.fixture
+def package(tmp_path, monkeypatch):
+    """A package of our name somewhere else."""
+    file = tmp_path / "hf_mim" / "evaluation" / "result.py"
+    file.parent.mkdir(parents=True)
+    file.write_text("")
+    monkeypatch.setattr(results, "__file__", str(file))
+    return tmp_path
+
+
+def git(folder, *words) -> str:
+    who = ["-c", "user.name=a", "-c", "user.email=a@b"]
+    return subprocess.run(["git", *who, *words], cwd=folder, check=True, capture_output=True, text=True).stdout.strip()
+
+
+def test_a_package_without_a_checkout_has_no_commit(package):
+    assert git_state.__wrapped__() is None
+
+
+@pytest.mark.skipif(shutil.which("git") is None, reason="needs git")
+def test_a_checkout_tells_its_commit_and_whether_the_package_has_changes(package, tmp_path, monkeypatch):
+    state = git_state.__wrapped__
+    git(package, "init")
+    (package / ".gitignore").write_text("ignored.py")
+    git(package, "add", ".")
+    git(package, "commit", "-m", "first")
+    commit = git(package, "rev-parse", "HEAD")
+    monkeypatch.setenv("GIT_DIR", str(tmp_path / "elsewhere"))  # as in a hook of another repository
+    for name in ("README.md", "hf_mim/ignored.py"):
+        (package / name).write_text("x")
+    assert state() == {"commit": commit, "changes": False}
+    (package / "hf_mim" / "new.py").write_text("x")
+    assert state() == {"commit": commit, "changes": True}
+    (package / "hf_mim" / "new.py").unlink()
+    (package / "hf_mim" / "evaluation" / "result.py").write_text("x")
+    assert state() == {"commit": commit, "changes": True}
+    monkeypatch.setenv("PATH", "")
+    assert state() is None
+
+
+@pytest.mark.skipif(shutil.which("git") is None, reason="needs git")
+def test_a_package_in_an_environment_within_a_checkout_of_something_else_has_no_commit(package, monkeypatch):
+    git(package, "init")
+    inner = package / "env" / "hf_mim" / "evaluation" / "result.py"
+    monkeypatch.setattr(results, "__file__", str(inner))
+    assert git_state.__wrapped__() is None
 
 
 def test_another_file_is_no_result(tmp_path):
