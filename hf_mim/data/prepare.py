@@ -30,12 +30,12 @@ from hf_mim.checks import least
 from hf_mim.files import check_destination, new_folder, one_line
 from hf_mim.models.nodata import as_text
 from hf_mim.models.orientation import exif_orientation, upright
-from hf_mim.models.pixels import ImageFormatError, as_pixels
+from hf_mim.models.pixels import ImageFormatError
 
 from .decode import BrokenImage, as_file, decoding, image_name, open_image, stored
 from .folders import IMAGE_EXTENSIONS, TABLE_EXTENSIONS, scan, table_splits, without_masks
-from .nodata import check_nodata, gdal_nodata, holds_tiff
-from .prepare_files import copied, has_tifffile, nodata_of, smaller, write
+from .nodata import IGNORE_TAGS, check_nodata, gdal_nodata, holds_tiff
+from .prepare_files import copied, has_tifffile, narrowed, nodata_of, smaller, write
 from .sources import SplitNotFound, load_images
 from .workers import leave_signals_to_the_main_process
 
@@ -216,9 +216,10 @@ class _Work:
             stem = f"{number:06d}_{_safe(given)}" if given else f"{number:06d}"
         try:
             with decoding(task.name):
-                image, form = _opened(value, self.num_channels)
                 tag = gdal_nodata(value)
-                image, nodata, is_told = nodata_of(image, tag, self.nodata)
+                nodata = None if self.nodata == IGNORE_TAGS else tag if self.nodata is None else self.nodata
+                image, form = _opened(value, self.num_channels, nodata)
+                image, nodata, is_told = nodata_of(image, nodata, is_given=self.nodata is not None)
                 parts = list(self._tiles(image) if self.is_tiled else self._smaller(image, nodata))
         except BrokenImage as error:
             return {"broken": str(error)}
@@ -263,13 +264,16 @@ def starts(side: int, tile: int) -> list[int]:
     return [max(0, min(number * tile, side - tile)) for number in range(math.ceil(side / tile))]
 
 
-def _opened(value, num_channels: int | None) -> tuple[np.ndarray, str]:
-    """(the whole image upright, [h, w, C] in its own depth; "JPEG", "alpha" or "", as `write` takes it)."""
+def _opened(value, num_channels: int | None, nodata: float | None) -> tuple[np.ndarray, str]:
+    """(the whole image upright, [h, w, C] in its own depth; "JPEG", "alpha" or "", as `write` takes it).
+
+    nodata: the value that may stand for pixels without data.
+    """
     _check_pages(stored(value), num_channels)
     image = open_image(value, num_channels)
     if not isinstance(image, Image.Image):
         with np.errstate(over="ignore"):  # the lowest float64, a usual nodata value, becomes -inf
-            return _bands_last(np.asarray(image), num_channels), ""
+            return narrowed(_bands_last(np.asarray(image), num_channels), nodata), ""
     is_jpeg, turned = isinstance(image, JpegImagePlugin.JpegImageFile), exif_orientation(image)
     if not (image.mode.startswith("I") or image.mode in ("F", "L", "LA", "RGB", "RGBA")):
         clear = image.mode == "P" and "transparency" in image.info or image.mode.lower().endswith("a")
@@ -277,7 +281,7 @@ def _opened(value, num_channels: int | None) -> tuple[np.ndarray, str]:
         image = image.convert("RGBA" if clear and image.mode != "LAB" else "L" if grey else "RGB")
     array = upright(np.array(image), *turned)
     form = "JPEG" if is_jpeg else "alpha" if image.mode in ("LA", "RGBA") else ""
-    return as_pixels(array if array.ndim == 3 else array[..., None]), form
+    return narrowed(array if array.ndim == 3 else array[..., None], nodata), form
 
 
 def _bands_last(array: np.ndarray, num_channels: int | None) -> np.ndarray:
@@ -289,7 +293,7 @@ def _bands_last(array: np.ndarray, num_channels: int | None) -> np.ndarray:
     if first == last or num_channels not in (None, first, last):
         raise ImageFormatError(f"which side of the array {list(array.shape)} are its bands? give --num_channels")
     is_first = first == num_channels or num_channels is None and first < last
-    return as_pixels(np.ascontiguousarray(np.moveaxis(array, 0, -1) if is_first else array))
+    return np.ascontiguousarray(np.moveaxis(array, 0, -1) if is_first else array)
 
 
 def _check_pages(value, num_channels: int | None):

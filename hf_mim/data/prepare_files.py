@@ -8,18 +8,17 @@ needs `--nodata`.
 import os
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 from PIL import Image
 
 from hf_mim.models.nodata import as_text, impossible, is_possible
-from hf_mim.models.pixels import ImageFormatError, ValueRange, crop_image
+from hf_mim.models.pixels import ImageFormatError, ValueRange, as_pixels, crop_image, pixel_type
 
 from .crop import WholeImage
 from .decode import image_name, stored
 from .folders import IMAGE_EXTENSIONS
-from .nodata import GDAL_NODATA, IGNORE_TAGS
+from .nodata import GDAL_NODATA
 
 JPEG_QUALITY = 95
 _TIFF_ALPHA = 2  # unassociated
@@ -29,18 +28,29 @@ def has_tifffile() -> bool:
     return find_spec("tifffile") is not None
 
 
-def nodata_of(
-    image: np.ndarray, tag: float | None, given: float | Literal["none"] | None
-) -> tuple[np.ndarray, float | None, bool]:
-    """(the image, its nodata value, whether files have to tell it): the value that is given, or else the tag's.
+def narrowed(image: np.ndarray, nodata: float | None) -> np.ndarray:
+    """The image as `as_pixels` gives it; but whole numbers stay as wide as they are if int32 cannot hold `nodata`.
+
+    Raises ImageFormatError if int32 cannot hold the other values.
+    """
+    limits = np.iinfo(np.int32)
+    wide = pixel_type(image.dtype) == "int32" and nodata is not None and is_possible(nodata, "int32")
+    if not wide or limits.min <= nodata <= limits.max:
+        return as_pixels(image)
+    as_pixels(np.where(image == int(nodata), 0, image))
+    return image
+
+
+def nodata_of(image: np.ndarray, nodata: float | None, is_given: bool) -> tuple[np.ndarray, float | None, bool]:
+    """(the image, its nodata value, whether files have to tell it). The value is given by the user, or the tag's.
 
     Floats that are not finite never have data, so NaN is their value if there is no other; that is not told, because
     the image did not tell it. A value that float32 cannot hold (the lowest float64) becomes NaN, in the pixels too.
 
     Raises ImageFormatError if the type of the image cannot hold the given value.
     """
-    nodata, kind = (None if given == IGNORE_TAGS else tag if given is None else given), image.dtype.name
-    if image.dtype.kind == "f":
+    kind = pixel_type(image.dtype)
+    if kind == "float32":
         with np.errstate(over="ignore"):
             fits = nodata is None or nodata != nodata or np.isfinite(np.float32(nodata))
         finite = np.isfinite(image)
@@ -50,7 +60,7 @@ def nodata_of(
     if nodata is None or nodata != nodata:  # whole numbers are never NaN
         return image, None, True
     if not is_possible(nodata, kind):
-        if given is None:
+        if not is_given:
             return image, None, True
         raise ImageFormatError(impossible(nodata, kind, f"an image of {kind}"))
     return image, nodata, True

@@ -22,8 +22,11 @@ _TAIL = 0.001  # share of the values at either end that may lie outside a measur
 _FEW_LEVELS = 64
 
 
-def find_value_range(images, given: list[float] | None, num_channels: int) -> tuple[ValueRange | None, str | None]:
-    """(the range, a line that says what was found); (None, None) for 8-bit images if no range is given.
+def find_value_range(
+    images, given: list[float] | None, num_channels: int
+) -> tuple[ValueRange | None, str | None, str | None]:
+    """(the range, a line that says what was found, how many pixels have no data, in words); Nones for 8-bit images if
+    no range is given.
 
     - uint16: from 0 to the least 2^k - 1 that only a thousandth of the values exceed, the same for all bands.
     - Floats that lie in 0..1, other whole numbers that lie in 0..255, but for a thousandth at either end: these limits.
@@ -53,16 +56,17 @@ def find_value_range(images, given: list[float] | None, num_channels: int) -> tu
         if nodata != nodata and "float32" not in found:
             nodata, lines = None, ["nodata: none, because whole numbers are never NaN; GDAL_NODATA tags are ignored"]
     if fixed is None and kind == "uint8" and nodata is None:
-        return None, "\n".join(lines) or None
+        return None, "\n".join(lines) or None, None
     images = images.in_range(None if nodata is None else images.value_range, own_depth=True)
     images = images if nodata is None else images.count_missing()
     values, counts = _values(sampled(images, _IMAGES, seed=0))
     value_range = fixed or (EIGHT_BITS if kind == "uint8" else _measured(values, kind))
     value_range = ValueRange(value_range.low, value_range.high, kind, nodata)
     lines.insert(0, _line(value_range, kind or "several depths", values, counts.images, fixed is None))
-    if nodata is not None:
-        lines.append(counts.line(nodata, images))
-    return value_range, "\n".join(lines)
+    missing = None if nodata is None else counts.missing_in_words(nodata, images)
+    if missing is not None:
+        lines.append(f"nodata: {missing}")
+    return value_range, "\n".join(lines), missing
 
 
 def _types(images) -> dict[str, str]:
@@ -94,13 +98,13 @@ class _Counts:
     missing: int = 0
     pixels: int = 0
 
-    def line(self, nodata: float, images) -> str:
+    def missing_in_words(self, nodata: float, images) -> str:
         share = 100 * self.missing / self.pixels
-        line = f"nodata: {share:.{1 if share >= 0.1 or not share else 4}f} % of the pixels, in {self.touched:,} of "
-        line += f"{self.images:,} images ({as_text(nodata)}{', by GDAL_NODATA tags' if images.checks_tags else ''})"
+        words = f"{share:.{1 if share >= 0.1 or not share else 4}f} % of the pixels, in {self.touched:,} of "
+        words += f"{self.images:,} images ({as_text(nodata)}{', by GDAL_NODATA tags' if images.checks_tags else ''})"
         if empty := images.num_empty():
-            line += f"; {empty:,} images hold no data at all and are left out"
-        return line
+            words += f"; {empty:,} images hold no data at all and are left out"
+        return words
 
 
 def _values(samples) -> tuple[Tensor, _Counts]:

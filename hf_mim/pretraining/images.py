@@ -63,8 +63,9 @@ def random_crops(
 
 def measured_crops(
     recipe: Recipe, images, config: PreTrainedConfig, args: MIMTrainingArguments
-) -> tuple[ImageDataset | ImageStream, ValueRange | None, str | None]:
-    """(`random_crops`, their value range, lines that say what was found). The recipe gets what was not given.
+) -> tuple[ImageDataset | ImageStream, ValueRange | None, str | None, str | None]:
+    """(`random_crops`, their value range, lines that say what was found, how many pixels have no data, in words). The
+    recipe gets what was not given.
 
     Raises ValueError for pixels without data if the method cannot leave them out.
     """
@@ -74,7 +75,7 @@ def measured_crops(
         run.nodata = tag_nodata(images)
     crops = random_crops(images, run, config, args)
     crops = crops if given else crops.check_tags()
-    value_range, found = find_value_range(crops, run.value_range, config.num_channels)
+    value_range, found, missing = find_value_range(crops, run.value_range, config.num_channels)
     found = "\n".join(line for line in (pages_line(images, config.num_channels), found) if line) or None
     if value_range is not None:
         run.value_range = value_range.as_list()
@@ -83,7 +84,7 @@ def measured_crops(
                 f"nodata {as_text(value_range.nodata)} needs a method whose forward takes valid_pixels, and "
                 f"{method.name} has none (docs/new_method.md); --nodata none ignores GDAL_NODATA tags"
             )
-    return crops, value_range, found
+    return crops, value_range, found, missing
 
 
 def check_sample(images: ImageDataset | ImageStream):

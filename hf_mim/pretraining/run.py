@@ -66,7 +66,7 @@ class Pretraining:
         tell = functools.cache(print if args.process_index == 0 else lambda line: None)
         with args.main_process_first(desc="loading the images"):
             self.images, account = load_split(run, "dataset", run.train_split, tell)
-            train_images, value_range, found = measured_crops(recipe, self.images, config, args)
+            train_images, value_range, found, self.nodata = measured_crops(recipe, self.images, config, args)
             windows = None if run.crop_pixels is None else check_windows(self.images, train_images)
             self.augment = device_augment(recipe, train_images.in_range(value_range), config)
             check_sample(train_images)
@@ -79,8 +79,6 @@ class Pretraining:
         if args.process_index == 0:
             for line in filter(None, (found, windows)):
                 print(line)
-        has_nodata = value_range is not None and value_range.nodata is not None
-        self.nodata = found.rpartition("nodata: ")[2] if has_nodata else None
         steps = number_of_steps(args, train_images)
         if steps > 0:
             check_warmup(args, steps)  # Trainer would find out only after it has begun

@@ -129,7 +129,7 @@ def test_range_mean_and_deviation_are_those_of_the_valid_pixels(kind, low, high,
     about = dict(own_depth=True, value_range=ValueRange((0.0,), (1.0,), nodata=nodata))
     files = dataset([npy(array) for array in with_stripe(arrays, nodata)], "{}.npy")
     data = ImageDataset(files, 16, 1, WholeImage(), **about)
-    found, lines = find_value_range(data, None, 1)
+    found, lines, missing = find_value_range(data, None, 1)
     left = [np.delete(array, np.s_[4:8], axis=1) if number % 2 == 0 else array for number, array in enumerate(arrays)]
     ends = np.quantile(np.concatenate([array.ravel() for array in left]), [0.001, 0.999])
     assert found.nodata == nodata and found.pixel_type == kind
@@ -137,7 +137,8 @@ def test_range_mean_and_deviation_are_those_of_the_valid_pixels(kind, low, high,
         np.testing.assert_allclose(found.as_list(), ends, atol=0.1)
     else:
         assert found.as_list() == [0, 2047]
-    assert lines.splitlines()[1] == f"nodata: 12.5 % of the pixels, in 5 of 10 images ({nodata:.0f})"
+    assert missing == f"12.5 % of the pixels, in 5 of 10 images ({nodata:.0f})"
+    assert lines.splitlines()[1] == f"nodata: {missing}"
     mean, std = channel_statistics(data.in_range(found))
     low, high = found.low[0], found.high[0]
     scaled = (np.concatenate([array.ravel() for array in left]).astype(np.float64) - low) / (high - low)
@@ -163,7 +164,7 @@ def test_a_number_that_the_type_has_not_is_refused(nodata):
 def test_nan_on_whole_numbers_says_that_there_are_none():
     about = dict(own_depth=True, value_range=ValueRange((0.0,), (1.0,), nodata=NAN))
     data = ImageDataset(dataset([tiff(draw(1, 255, "uint8")[0][..., 0])]), 16, 1, WholeImage(), **about)
-    value_range, line = find_value_range(data, None, 1)
+    value_range, line, _ = find_value_range(data, None, 1)
     assert value_range is None and line.startswith("nodata: none, because whole numbers are never NaN")
 
 
@@ -234,7 +235,7 @@ def test_pixels_without_data_are_counted_in_whole_images_and_each_is_decoded_onc
     data = data.in_range(ValueRange((0.0,), (1.0,), nodata=-9999.0), own_depth=True)
     decoded = decode._open_bytes
     monkeypatch.setattr(decode, "_open_bytes", lambda *given: opened.append(given) or decoded(*given))
-    _, lines = find_value_range(data, None, 1)
+    _, lines, _ = find_value_range(data, None, 1)
     share = 100 * (40 * 6 + 1) / (6 * 40 * 60)
     assert f"nodata: {share:.1f} % of the pixels, in 2 of 6 images (-9999)" in lines
     assert len(opened) == 6 + 6  # to see the types; to count and to measure

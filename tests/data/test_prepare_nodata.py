@@ -9,6 +9,7 @@ from PIL import Image
 
 from hf_mim.cli import main
 from hf_mim.data import WholeImage, load_images, prepare_files
+from hf_mim.data.crop import load_crop
 from hf_mim.data.nodata import gdal_nodata, tag_nodata
 from hf_mim.data.prepare import Prepare
 from hf_mim.models.pixels import ImageFormatError, ValueRange, crop_image
@@ -39,7 +40,9 @@ def prepared(tmp_path, folder, **options):
 
 
 @pytest.mark.parametrize(
-    ("kind", "nodata"), [("float32", -9999), ("int16", -32768), ("uint16", 65535), ("uint8", 0), ("int32", -1)]
+    ("kind", "nodata"),
+    [("float32", -9999), ("int16", -32768), ("uint16", 65535), ("uint8", 0), ("int32", -1), ("uint32", 2**32 - 1)]
+    + [("uint32", 2**31), ("int64", -(2**63))],
 )
 @pytest.mark.parametrize("options", [{"tile": 32}, {"short_side": 30}])
 def test_the_tag_is_in_every_file_and_a_run_finds_it(tmp_path, kind, nodata, options):
@@ -60,6 +63,24 @@ def test_a_short_side_is_the_resize_of_the_training(tmp_path, kind, nodata):
     expected = crop_image(array, WholeImage(), (30, 40), 2, channels_last=True, value_range=about).numpy()
     expected = expected.transpose(1, 2, 0) if kind == "float32" else np.rint(expected.transpose(1, 2, 0))
     np.testing.assert_array_equal(arrays["a.tif"], np.where(np.isnan(expected), nodata, expected).astype(kind))
+
+
+@pytest.mark.parametrize("options", [{"tile": 32}, {"short_side": 30}, {"short_side": 99}])
+def test_a_value_that_int32_cannot_hold_stays_and_the_others_are_trained_on(tmp_path, options):
+    """In the value range of the training, on the files that were written."""
+    (tmp_path / "in").mkdir()
+    array = striped("uint32", 2**32 - 1, value=70_000)
+    np.save(tmp_path / "in" / "a.npy", array[..., None])
+    _, arrays, tags = prepared(tmp_path, str(tmp_path / "in"), num_channels=1, nodata=float(2**32 - 1), **options)
+    assert set(tags.values()) == {2**32 - 1} and all(array.dtype == "uint32" for array in arrays.values())
+    about = ValueRange((0.0,), (1.0,), nodata=2**32 - 1)
+    for image in load_images(tmp_path / "out")["image"]:
+        pixels = load_crop(image, WholeImage(), (16, 16), 1, None, about)
+        assert pixels.isnan().any() and set(pixels[~pixels.isnan()].tolist()) == {70_000}
+    array[0, 0] = 2**31
+    np.save(tmp_path / "in" / "a.npy", array[..., None])
+    with pytest.raises(ImageFormatError, match="values above 2147483647 .2147483648."):
+        Prepare(str(tmp_path / "in"), str(tmp_path / "no"), num_channels=1, nodata=float(2**32 - 1), tile=32)(False)
 
 
 def test_a_pixel_with_data_does_not_get_the_value_by_rounding(tmp_path):

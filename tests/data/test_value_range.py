@@ -47,7 +47,7 @@ def draw(low, high, kind, bands=1, count=8):
     ],
 )
 def test_types_that_tell_a_range_get_it(arrays, expected):
-    value_range, line = find_value_range(images(arrays, 1), None, 1)
+    value_range, line, _ = find_value_range(images(arrays, 1), None, 1)
     assert value_range.as_list() == expected and value_range.pixel_type in line
     assert (
         f"scaled from {expected[0]:,}..{expected[1]:,}; change it with --value_range {expected[0]},{expected[1]}"
@@ -58,9 +58,9 @@ def test_types_that_tell_a_range_get_it(arrays, expected):
 def test_one_hot_pixel_decides_nothing():
     for kind, low, high in (("uint16", 55, 2494), ("float32", -30, 5)):
         arrays = draw(low, high, kind)
-        expected, _ = find_value_range(images(arrays, 1), None, 1)
+        expected, _, _ = find_value_range(images(arrays, 1), None, 1)
         arrays[3][2, 2] = 65535
-        found, line = find_value_range(images(arrays, 1), None, 1)
+        found, line, _ = find_value_range(images(arrays, 1), None, 1)
         np.testing.assert_allclose(found.as_list(), expected.as_list(), atol=0.2)
         assert "% of the values lie outside and are clipped" in line
 
@@ -70,16 +70,16 @@ def test_bands_of_other_ranges_are_scaled_each_by_its_own():
         np.concatenate([a, 1000 * b], axis=2)
         for a, b in zip(draw(-30, 5, "float32"), draw(1, 2, "float32"), strict=True)
     ]
-    value_range, _ = find_value_range(images(arrays, 2), None, 2)
+    value_range, _, _ = find_value_range(images(arrays, 2), None, 2)
     np.testing.assert_allclose(value_range.as_list(), [-30, 5, 1000, 2000], rtol=0.02)
 
 
 def test_8_bit_images_need_none():
-    assert find_value_range(images([png(), png()], 3), None, 3) == (None, None)
+    assert find_value_range(images([png(), png()], 3), None, 3) == (None, None, None)
 
 
 def test_a_given_range_is_taken_and_said_with_what_it_clips():
-    value_range, line = find_value_range(images(draw(0, 4000, "uint16"), 1), [0.0, 2000.0], 1)
+    value_range, line, _ = find_value_range(images(draw(0, 4000, "uint16"), 1), [0.0, 2000.0], 1)
     assert value_range.as_list() == [0, 2000] and value_range.pixel_type == "uint16"
     assert "as given; " in line and float(line.split("; ")[1].split("%")[0]) == pytest.approx(50, abs=3)
 
@@ -90,13 +90,13 @@ def test_several_depths_need_a_range_and_two_files_are_named():
         ImageFormatError, match=r"several depths, (uint8|uint16) \(\d.npy\) and (uint8|uint16) \(\d.npy\)"
     ):
         find_value_range(images(mixed, 1), None, 1)
-    value_range, _ = find_value_range(images(mixed, 1), [0.0, 4095.0], 1)
+    value_range, _, _ = find_value_range(images(mixed, 1), [0.0, 4095.0], 1)
     assert value_range.pixel_type is None
 
 
 def test_few_levels_are_said():
     arrays = [(a > 0.5).astype("uint16") for a in draw(0, 1, "float32")]
-    _, line = find_value_range(images(arrays, 1), None, 1)
+    _, line, _ = find_value_range(images(arrays, 1), None, 1)
     assert "WARNING: only 2 levels of the data are used" in line
 
 
