@@ -102,15 +102,11 @@ class HubTrainer:
             if self.hub_model_id is None:
                 self.init_hf_repo(token, private)
             self._finish_current_push()
-            job = self._upload(
-                self.args.output_dir,
-                commit_message,
-                token=token or self.args.hub_token,
-                run_as_future=True,
-                ignore_patterns=NOT_UPLOADED,
-                revision=revision or self.args.hub_revision,
-            )
-            return job.result() if blocking else job
+            settings = {"token": token or self.args.hub_token, "revision": revision or self.args.hub_revision}
+            settings |= {"run_as_future": not blocking, "ignore_patterns": NOT_UPLOADED}
+            # In a thread: the client waits for its own threads before it lets an exception through.
+            upload = futures.ThreadPoolExecutor(1).submit
+            return upload(self._upload, self.args.output_dir, commit_message, **settings).result()
         except UPLOAD_ERRORS as error:
             self._warn(error)
             return None

@@ -161,14 +161,15 @@ def test_a_signal_ends_the_last_upload_at_once(tmp_path, told):
     trainer = Refused(tmp_path)
     trainer.callback_handler, trainer.state, trainer.control = mock.Mock(), None, None
     trainer.save_model = trainer.save_state = trainer.create_model_card = trainer.init_hf_repo = mock.Mock()
-    never = futures.Future()
-    trainer._upload = mock.Mock(return_value=never)
+    over = threading.Event()
+    trainer._upload = mock.Mock(side_effect=lambda *words, **more: over.wait(20))
     threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGTERM)).start()
     with pytest.raises(Ended), ended_at_once():
         trainer.push_to_hub()
-    assert trainer._upload.call_args.kwargs["run_as_future"] and not told
-    never.set_result("done")
-    assert trainer.push_to_hub() == "done" and trainer.push_to_hub(blocking=False) is never
+    assert not over.is_set() and not told
+    over.set()
+    assert trainer.push_to_hub() is True and not trainer._upload.call_args.kwargs["run_as_future"]
+    assert trainer.push_to_hub(blocking=False) is True and trainer._upload.call_args.kwargs["run_as_future"]
 
 
 def test_a_card_that_cannot_be_written_is_a_warning(tmp_path, told, monkeypatch):
