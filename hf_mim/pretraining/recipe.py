@@ -49,21 +49,8 @@ NOT_OFFERED = REFUSED | PYTHON_ONLY  # options of transformers that must keep th
 SECRET = {"hub_token"}
 OF_ONE_START = {"resume", "accept_changed_data"}  # these belong to one start of a run, not to its recipe
 # Defaults that decide the result of a run. recipe.yaml records them, so that a later version repeats the run.
-RECORDED = (
-    "base_lr",
-    "learning_rate",
-    "start_lr_ratio",
-    "final_lr_ratio",
-    "weight_decay",
-    "weight_decay_end",
-    "adam_beta1",
-    "adam_beta2",
-    "max_grad_norm",
-    "gradient_accumulation_steps",
-    "seed",
-)
-
-
+RECORDED = ("base_lr", "learning_rate", "start_lr_ratio", "final_lr_ratio", "weight_decay", "weight_decay_end")
+RECORDED += ("adam_beta1", "adam_beta2", "max_grad_norm", "gradient_accumulation_steps", "seed")
 END = "# end of the recipe"  # a recipe without this line is cut off
 
 
