@@ -2,6 +2,7 @@
 MODULE...`. The `train_ranks(folder, rank)` of each module trains, and leaves in the folder what its tests compare.
 """
 
+import faulthandler
 import gc
 import importlib
 import os
@@ -33,6 +34,7 @@ def run(rank: int, folder: Path, modules):
 
 
 if __name__ == "__main__":
+    faulthandler.enable()  # a rank that dies in native code says where
     folder, *names = sys.argv[1:]
     modules = [importlib.import_module(name) for name in names]
     gc.freeze()  # as in conftest.py
