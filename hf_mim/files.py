@@ -74,6 +74,15 @@ def check_destination(dest: str | Path, argument: str = "DEST") -> Path:
     return dest
 
 
+def free_space(folder: Path | None) -> int:
+    """Bytes that are free on the disk of a folder, which may not exist yet; without one, in memory."""
+    if folder is None:
+        import psutil  # the command line imports this file, and has to be quick
+
+        return psutil.virtual_memory().available
+    return shutil.disk_usage(next(place for place in (folder, *folder.absolute().parents) if place.exists())).free
+
+
 @contextlib.contextmanager
 def new_folder(dest: str | Path, argument: str = "DEST") -> Iterator[Path]:
     """A folder to write into. It is renamed to `dest` when the block ends well, and removed when the block fails.

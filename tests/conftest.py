@@ -1,9 +1,12 @@
 """What all tests share."""
 
 import gc
+import importlib
 import os
 import signal
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -56,3 +59,12 @@ def once(tmp_path_factory):
 def two_ranks(once) -> Path:
     """The folder where two ranks have left what the tests compare."""
     return once("two_ranks", lambda folder: launch(folder, "test_distributed", "test_sharded"))
+
+
+@pytest.fixture(scope="session")
+def scripts():
+    """The modules of training/compare.py, by the ends of their names."""
+    sys.path.insert(0, training := str(Path(__file__).parents[1] / "training"))
+    names = "compare", "compare_plan", "compare_jobs", "compare_report", "compare_run"
+    yield SimpleNamespace(**{name.rpartition("_")[2]: importlib.import_module(name) for name in names})
+    sys.path.remove(training)

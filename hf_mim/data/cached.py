@@ -9,7 +9,6 @@ as without, up to rounding.
 import functools
 import json
 import math
-import shutil
 import zlib
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -17,11 +16,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import psutil
 import torch
 from torch import Tensor
 
-from hf_mim.files import new_folder
+from hf_mim.files import free_space, new_folder
 from hf_mim.models.pixels import ImageFormatError, type_name
 
 from .contents import short_hash
@@ -199,16 +197,11 @@ def make_cache(images: ImageDataset, folder: Path | None, key: str, tell: Callab
 
 def check_room(shape: tuple[int, ...], folder: Path | None):
     """Raise ValueError if a cache of this shape has no room on the disk or in memory."""
-    if folder is None:
-        free, where = psutil.virtual_memory().available, "memory"
-    else:
-        existing = next(parent for parent in folder.absolute().parents if parent.exists())
-        free, where = shutil.disk_usage(existing).free, existing
-    if (needed := math.prod(shape)) > free:
+    if (needed := math.prod(shape)) > (free := free_space(folder)):
         needed, free = (f"{size / 2**30:.1f} GiB" for size in (needed, free))
         raise ValueError(
-            f"cache_images must be false: the images take {needed} in full size, and {free} are free in {where}; "
-            "`hf-mim prepare SOURCE DEST --short_side N` makes smaller ones"
+            f"cache_images must be false: the images take {needed} in full size, and {free} are free in "
+            f"{folder or 'memory'}; `hf-mim prepare SOURCE DEST --short_side N` makes smaller ones"
         )
 
 

@@ -10,19 +10,17 @@ import json
 import logging
 import math
 import os
-import shutil
 import time
 import zlib
 from pathlib import Path
 
 import numpy as np
-import psutil
 import torch
 from datasets import Dataset
 from torch import Tensor
 
 from hf_mim.data.contents import DIGEST, digests, stamps
-from hf_mim.files import one_line, replacing
+from hf_mim.files import free_space, one_line, replacing
 
 logger = logging.getLogger(__name__)
 
@@ -83,13 +81,8 @@ class NoRoom(ValueError):
 def check_room(shapes: list[tuple[int, ...]], folder: Path | None):
     """Raise NoRoom, before hours of work, if the disk or memory has no room for features of these shapes."""
     needed = 4 * sum(math.prod(shape) for shape in shapes)
-    if folder is None:
-        free = psutil.virtual_memory().available
-        where = "memory, which has to hold them without a cache; give --cache FOLDER or fewer images"
-    else:
-        existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
-        free, where = shutil.disk_usage(existing).free, folder
-    if needed > free:
+    where = folder or "memory, which has to hold them without a cache; give --cache FOLDER or fewer images"
+    if needed > (free := free_space(folder)):
         needed, free = (f"{size / 2**30:.1f} GiB" for size in (needed, free))
         raise NoRoom(f"the features take {needed}, and {free} are free in {where}")
 

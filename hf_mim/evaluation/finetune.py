@@ -160,7 +160,7 @@ class Finetune:
 
     name: ClassVar[str] = "finetune"
     needs: ClassVar[str] = "labels"
-    # Of the encoder's options. The untrained weights follow from `seed`.
+    # Options of the encoder that do nothing here: `seed` also draws the untrained weights.
     unused: ClassVar[tuple[str, ...]] = ("dtype", "cache", "extract_batch_size", "untrained_seed", "pixels")
 
     epochs: float = 100.0

@@ -4,9 +4,12 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+from filelock import FileLock
+
 from hf_mim.data import ImageDataset, ImageStream
 from hf_mim.data.cached import CachedImages, cache_key, load_cache, make_cache
 from hf_mim.evaluation.cache import default_cache, image_digests
+from hf_mim.files import check_writable
 
 FOLDER = "decoded_images"  # in the user's cache folder
 
@@ -33,12 +36,16 @@ def cached_images(images: ImageDataset | ImageStream, given: bool | str, tell: C
                 f"and {given} holds none; `hf-mim cache SOURCE {given}` makes it in a new folder"
             )
         return CachedImages(images, cache)
-    folder = None if place is None else place.parent / FOLDER / key
-    cache = None if folder is None else load_cache(folder, key)
-    if cache is None:
-        if folder is not None and folder.exists():  # damaged
-            shutil.rmtree(folder)
-        cache = make_cache(images, folder, key, tell)
+    if place is None:
+        return CachedImages(images, make_cache(images, None, key, tell))
+    folder = place / FOLDER / key
+    check_writable(folder.parent, "HF_MIM_CACHE")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder.with_name(f"{key}.lock")):  # of several runs that begin at once, the first decodes for all
+        cache = load_cache(folder, key)
+        if cache is None:
+            shutil.rmtree(folder, ignore_errors=True)  # it is damaged
+            cache = make_cache(images, folder, key, tell)
     return CachedImages(images, cache)
 
 

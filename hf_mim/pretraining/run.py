@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from accelerate import PartialState
 from accelerate.utils import set_seed
-from transformers import AutoModelForPreTraining
+from transformers import AutoModelForPreTraining, PreTrainedConfig
 
 from hf_mim.data import ImageDataset, ImageStream
 from hf_mim.data.decode import MAX_PIXELS_VARIABLE
@@ -25,7 +25,7 @@ from hf_mim.data.processor import image_processor
 from hf_mim.data.sources import fixed_sample
 from hf_mim.evaluation.result import git_state
 from hf_mim.lock import locked
-from hf_mim.models.pixels import EIGHT_BITS
+from hf_mim.models.pixels import EIGHT_BITS, ValueRange
 from hf_mim.pretraining.final_results import (
     Readout,
     central_crop,
@@ -37,7 +37,7 @@ from hf_mim.pretraining.final_results import (
 from hf_mim.pretraining.image_cache import cached_images
 from hf_mim.pretraining.images import check_sample, check_windows, device_augment, evaluation_images, measured_crops
 from hf_mim.pretraining.probe import OnlineProbe
-from hf_mim.pretraining.recipe import Recipe
+from hf_mim.pretraining.recipe import Recipe, RunArguments
 from hf_mim.pretraining.resume import check_resumed_data, check_run_folder
 from hf_mim.pretraining.signals import Ended, ended_at_once
 from hf_mim.pretraining.trainer import MIMTrainer, MIMTrainingArguments, check_shared_memory, check_warmup
@@ -94,15 +94,7 @@ class Pretraining:
             train_dataset=train_images,
             eval_dataset=eval_images,
             augment=self.augment,
-            # It is saved with each checkpoint, so that each can be evaluated.
-            processing_class=image_processor(
-                config.image_height_width,
-                run.image_mean,
-                run.image_std,
-                value_range,
-                crop_fraction=(part := central_crop(run, config)).fraction,
-                crop_pixels=getattr(part, "pixels", None),
-            ),
+            processing_class=evaluation_processor(run, config, value_range),
         )
         about = self.images, run, args, config.training_size, config.num_channels
         self.trainer.add_callback(WaitingAdvice(functools.partial(advice, *about)))
@@ -182,6 +174,13 @@ class Pretraining:
                 self.readout.measure(model, untrained, self.augment, batch_size, self.folder)
             except ValueError as error:  # too many broken images, no label in a stream; the run itself is good
                 print(f"\nThe k-NN accuracy was not measured: {error}")
+
+
+def evaluation_processor(run: RunArguments, config: PreTrainedConfig, value_range: ValueRange | None):
+    """The image processor that is saved with each checkpoint, so that each can be evaluated."""
+    part = central_crop(run, config)
+    about = config.image_height_width, run.image_mean, run.image_std, value_range
+    return image_processor(*about, crop_fraction=part.fraction, crop_pixels=getattr(part, "pixels", None))
 
 
 def training_arguments(recipe: Recipe) -> MIMTrainingArguments:

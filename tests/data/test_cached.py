@@ -1,6 +1,7 @@
 """Images from a cache: the crops, keys and replacements are those of a worker that decodes each image anew."""
 
 import io
+from concurrent.futures import ThreadPoolExecutor
 
 import datasets
 import numpy as np
@@ -46,8 +47,12 @@ def photos(picture):
 
 @pytest.fixture
 def own_place(tmp_path, monkeypatch):
-    monkeypatch.setenv("HF_MIM_CACHE", str(tmp_path / "cache" / "features"))
+    monkeypatch.setenv("HF_MIM_CACHE", str(tmp_path / "cache"))
     return tmp_path / "cache" / "decoded_images"
+
+
+def caches(place):
+    return [path for path in place.glob("*") if path.is_dir()]
 
 
 def with_cache(images, folder=None):
@@ -118,25 +123,36 @@ def test_too_many_broken_images_leave_no_cache(tmp_path):
 def test_the_cache_of_a_run_is_made_once_and_used_again(photos, own_place, monkeypatch):
     lines, images = [], ImageDataset(photos, 24).identify()
     first = cached_images(images, True, lines.append)
-    (folder,) = own_place.iterdir()
+    (folder,) = caches(own_place)
     assert lines == [f"cache: 12 images are decoded once, 0 MiB in {folder}"]
     monkeypatch.setattr(cached, "load_crop", lambda *args: pytest.fail("decoded again"))
     second = cached_images(images, True, lines.append)
     assert torch.equal(cropped(first, [0, 5]), cropped(second, [0, 5])) and len(lines) == 1
 
 
+def test_of_runs_that_begin_at_once_one_decodes_for_all(photos, own_place):
+    lines = []
+
+    def begin(_):
+        return cropped(cached_images(ImageDataset(photos, 24), True, lines.append), [0, 5])
+
+    with ThreadPoolExecutor(4) as pool:
+        first, *others = pool.map(begin, range(4))
+    assert all(torch.equal(first, other) for other in others) and len(lines) == 1
+
+
 def test_other_images_get_a_cache_of_their_own(photos, picture, own_place):
     cached_images(ImageDataset(photos, 24), True, print)
     cached_images(ImageDataset(column([picture(*size, seed=9) for size in SIZES * 3]), 24), True, print)
     cached_images(ImageDataset(photos, 24, 1), True, print)
-    assert len(list(own_place.iterdir())) == 3
+    assert len(caches(own_place)) == 3
 
 
 @pytest.mark.parametrize("damage", ["pixel", "cut", "record"])
 def test_a_damaged_cache_is_made_again(photos, own_place, damage):
     images = ImageDataset(photos, 24)
     expected = cropped(cached_images(images, True, print), [0, 5])
-    (folder,) = own_place.iterdir()
+    (folder,) = caches(own_place)
     data = bytearray((folder / "pixels.npy").read_bytes())
     if damage == "record":
         (folder / "about.json").write_text('{"key": ')
@@ -179,11 +195,11 @@ def deep():
 def test_what_a_cache_cannot_hold_is_refused_in_one_line(make, error, message, own_place):
     with pytest.raises(error, match=message) as raised:
         cached_images(make(), True, print)
-    assert "\n" not in str(raised.value) and not list(own_place.glob("*"))
+    assert "\n" not in str(raised.value) and not caches(own_place)
 
 
 def test_a_cache_without_room_is_refused_before_work(photos, tmp_path, monkeypatch):
-    monkeypatch.setattr(cached.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 1000}))
+    monkeypatch.setattr(cached, "free_space", lambda folder: 1000)
     with pytest.raises(ValueError, match="cache_images must be false: .* `hf-mim prepare SOURCE DEST --short_side N"):
         with_cache(ImageDataset(photos, 24), tmp_path / "cache")
     assert not list(tmp_path.iterdir())
