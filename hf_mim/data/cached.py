@@ -9,6 +9,7 @@ as without, up to rounding.
 import functools
 import json
 import math
+import random
 import zlib
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -78,8 +79,9 @@ class CachedImages(ImageDataset):
         epoch, rows, boxes, keys = int(self._epoch), torch.as_tensor(indices), [], []
         if self._broken[rows].any():
             rows = torch.tensor([self._whole(index, epoch) for index in indices])
+        rng = random.Random()
         for row in rows.tolist():
-            rng, (height, width) = crop_rng(self.seed, epoch, row), self._sizes[row]
+            rng, (height, width) = crop_rng(self.seed, epoch, row, rng), self._sizes[row]
             boxes.append(self.crop.box(width, height, self.size, rng))
             keys.append(rng.getrandbits(63))
         if self.device_pixels is None:

@@ -24,9 +24,16 @@ __all__ = [
 ]
 
 
-def crop_rng(seed: int, epoch: int, key: int) -> random.Random:
-    """The randomness of one image in one epoch. A resumed run, or one with other workers, draws the same."""
-    return random.Random(f"{seed}/{epoch}/{key}")  # seeding by a string is the same in every process and version
+def crop_rng(seed: int, epoch: int, key: int, rng: random.Random | None = None) -> random.Random:
+    """The randomness of one image in one epoch. A resumed run, or one with other workers, draws the same.
+
+    rng: this one is seeded again and returned, which takes less than half the time of making one.
+    """
+    words = f"{seed}/{epoch}/{key}"  # seeding by a string is the same in every process and version
+    if rng is None:
+        return random.Random(words)
+    rng.seed(words)
+    return rng
 
 
 @dataclass(frozen=True)
