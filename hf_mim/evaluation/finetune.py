@@ -20,6 +20,7 @@ from hf_mim.data.randaugment import LARGEST_MAGNITUDE, RandAugment, RandAugmente
 from hf_mim.data.splits import check_labels
 from hf_mim.evaluation.checkpoint import check_unchanged
 from hf_mim.evaluation.classifier import load_classifier, parameter_groups, save_classifier, size_options
+from hf_mim.evaluation.lowshot import draw_images, parse_budget
 from hf_mim.evaluation.metrics import top_k_accuracy
 from hf_mim.evaluation.result import NotKept, Result
 from hf_mim.files import check_destination, new_folder, one_line
@@ -155,7 +156,8 @@ class Finetune:
         flip: probability of a left-right flip
         bf16: autocast to bfloat16; default: if the GPU has it
         output_dir: keep the fine-tuned classifier in this new folder
-        seed: for the new classifier, the order and all augmentation
+        budget: train on a part of the images, the same number of each class: 1%, or 5 of each class; default: all
+        seed: for the new classifier, the order, all augmentation and the images of budget
     """
 
     name: ClassVar[str] = "finetune"
@@ -181,6 +183,7 @@ class Finetune:
     flip: float = 0.5
     bf16: bool | None = None
     output_dir: str | None = None
+    budget: str | None = None
     seed: int = 0
 
     def __post_init__(self):
@@ -188,6 +191,8 @@ class Finetune:
             check_destination(self.output_dir, "output_dir")  # before hours of training
         least(1, batch_size=self.batch_size)
         least(0, blocks=self.blocks)
+        if self.budget is not None:
+            parse_budget(self.budget, "budget")
         share("[0, 1)", drop_path=self.drop_path)
         check_schedule(self.epochs, self.warmup_epochs, self.base_lr, self.layer_decay, self.weight_decay)
         self._augment([0.5], [0.5])  # checks its arguments
@@ -207,9 +212,11 @@ class Finetune:
             )
         labels = train.read_labels()
         check_labels(labels)
+        classes = train.class_names or [str(number) for number in range(int(labels.max()) + 1)]
+        if self.budget is not None:
+            train = train.select(draw_images(labels, self.budget, self.seed, argument="budget").tolist())
         if self.batch_size > len(train):
             raise ValueError(f"batch_size must be at most the {len(train)} training images, not {self.batch_size}")
-        classes = train.class_names or [str(number) for number in range(int(labels.max()) + 1)]
         crop = self.crop_scale, self.randaugment_magnitude, self.randaugment_std, self.seed
         train_images = training_images(train.images, encoder, *crop)
         unlabelled = test.images.select_columns("image")

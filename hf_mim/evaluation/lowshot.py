@@ -26,17 +26,17 @@ MAX_ITERATIONS = 2000
 FOLDS = 3  # of the cross-validation, at most
 
 
-def parse_budget(budget: str) -> tuple[float | None, int | None]:
-    """("1%" → 1.0, None), ("5" → None, 5). Raises ValueError for anything else."""
+def parse_budget(budget: str, argument: str = "budgets") -> tuple[float | None, int | None]:
+    """("1%" → 1.0, None), ("5" → None, 5). Raises ValueError, which names the argument, for anything else."""
     match = re.fullmatch(r"(\d+\.?\d*|\.\d+)%|(\d+)", budget.strip())
     if match and match[1] and 0 < float(match[1]) <= 100:
         return float(match[1]), None
     if match and match[2] and int(match[2]) > 0:
         return None, int(match[2])
-    raise ValueError(f"budgets must be percentages such as 1% or images per class such as 5, not {budget}")
+    raise ValueError(f"{argument} must be percentages such as 1% or images per class such as 5, not {budget}")
 
 
-def draw_images(labels: Tensor, budget: str, seed: int, draw: int = 0) -> Tensor:
+def draw_images(labels: Tensor, budget: str, seed: int, draw: int = 0, argument: str = "budgets") -> Tensor:
     """Ids of a seeded draw: the same number of images of each class, and at least one for a percentage.
 
     If a percentage asks for more images than a small class has, all of them are drawn. Within one draw, a larger budget
@@ -45,13 +45,13 @@ def draw_images(labels: Tensor, budget: str, seed: int, draw: int = 0) -> Tensor
     Raises:
         ValueError: no such budget, or a class is smaller than the number.
     """
-    percent, count = parse_budget(budget)
+    percent, count = parse_budget(budget, argument)
     ranks, sizes = random_ranks(labels, seed, draw)
     if percent is not None:
         count = max(1, round(len(labels) * percent / 100 / len(labels.unique())))
     elif count > sizes.min():
         label, size = int(labels[sizes.argmin()]), int(sizes.min())
-        raise ValueError(f"budgets {budget} asks for {count} images of each class, and class {label} has {size}")
+        raise ValueError(f"{argument} {budget} asks for {count} images of each class, and class {label} has {size}")
     return (ranks < count).nonzero()[:, 0]
 
 

@@ -30,6 +30,7 @@ from hf_mim.data.decode import open_image
 from hf_mim.data.labelled import LabelledImages
 from hf_mim.data.mix import MixAugment
 from hf_mim.data.processor import image_processor
+from hf_mim.evaluation import finetune
 from hf_mim.evaluation.classifier import load_classifier, save_classifier
 from hf_mim.evaluation.encoder import FrozenEncoder
 from hf_mim.evaluation.features import FeatureExtractor
@@ -75,6 +76,25 @@ def test_the_same_seed_gives_the_same_result_with_all_augmentation(checkpoint, d
     )
     assert (first.value, first.table) == (again.value, again.table)
     assert first.table != other.table
+
+
+def test_a_budget_trains_on_as_many_images_of_each_class_and_each_seed_draws_others(
+    checkpoint, digits_splits, monkeypatch
+):
+    train, test = digits_splits
+    drawn = []
+
+    def note(images, *_):
+        drawn.append([image["bytes"] for image in images["image"]])
+        raise InterruptedError
+
+    monkeypatch.setattr(finetune, "training_images", note)
+    for options in (dict(seed=0), dict(seed=0), dict(seed=1)):
+        with pytest.raises(InterruptedError):
+            Finetune(budget="3", batch_size=30, **options).run(extractor(checkpoint), train, test)
+    label_of = dict(zip([image["bytes"] for image in train.images["image"]], train.read_labels().tolist(), strict=True))
+    assert sorted(label_of[image] for image in drawn[0]) == sorted([*range(10)] * 3)
+    assert drawn[0] == drawn[1] != drawn[2]
 
 
 def test_the_global_random_state_is_left_alone(checkpoint, digits_splits):
@@ -226,7 +246,7 @@ def test_bad_options_are_named_in_one_line():
         dict(layer_decay=0), dict(layer_decay=1.5), dict(base_lr=0), dict(epochs=0), dict(warmup_epochs=200),
         dict(batch_size=0), dict(blocks=-1), dict(mixup=-1), dict(label_smoothing=1), dict(random_erase=2),
         dict(randaugment_magnitude=11), dict(randaugment_std=-1), dict(crop_scale=(0.5, 0.2)), dict(flip=2),
-        dict(weight_decay=-1), dict(drop_path=1),
+        dict(weight_decay=-1), dict(drop_path=1), dict(budget="-1%"), dict(budget="all"),
     ):  # fmt: skip
         with pytest.raises(ValueError, match=next(iter(bad))) as error:
             Finetune(**bad)
@@ -240,6 +260,8 @@ def test_bad_input_is_refused_before_training(checkpoint, digits_splits, tmp_pat
     unlabelled.images = unlabelled.images.map(lambda row: {"label": -1})
     for options, images, message in (
         (dict(blocks=3), train, "blocks must be between 0 (linear probe) and the 2 of the model, not 3"),
+        (dict(budget="2000"), train, "budget 2000 asks for 2000 images of each class, and class"),
+        (dict(budget="3"), train, "batch_size must be at most the 30 training images, not 32"),
         (dict(batch_size=99), train.select(range(98)), "batch_size must be at most the 98 training images, not 99"),
         (dict(), train.select(of_one), "at least two classes"),
         (dict(), unlabelled, "have no label"),
