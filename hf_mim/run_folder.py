@@ -101,12 +101,16 @@ def contents(folder: Path) -> list[str]:
 
 def logged(folder: str | Path, name: str) -> dict[int, float]:
     """Optimizer step → value of what a run has logged under a name, such as `probe_knn`; also while it trains."""
-    found, path = {}, Path(folder) / METRICS
+    return {entry["step"]: entry[name] for entry in log_lines(folder) if entry.get(name) is not None}
+
+
+def log_lines(folder: str | Path) -> list[dict[str, Any]]:
+    """What a run has logged, oldest first, also while it trains. Steps that were made again after a stop are there
+    twice."""
+    found, path = [], Path(folder) / METRICS
     for line in path.read_text().splitlines() if path.is_file() else ():
         with contextlib.suppress(ValueError):  # a run that is killed, or that writes just now, leaves half a line
-            entry = json.loads(line)
-            if entry.get(name) is not None:
-                found[entry["step"]] = entry[name]
+            found.append(json.loads(line))
     return found
 
 
@@ -122,6 +126,23 @@ def read_config(folder: Path) -> PreTrainedConfig:
         *titles, last = (method.title for method in methods.rows())
         raise ValueError(f"checkpoint must be {', '.join(titles)} or {last}, and {folder} holds {config.model_type}")
     return config
+
+
+def read_recipe(folder: Path) -> dict[str, Any]:
+    """The settings in the recipe of a run; {} if there is none. Raises ValueError for a damaged one."""
+    return _mapping(folder / RECIPE, yaml.safe_load)
+
+
+def read_log(folder: Path) -> list[dict[str, Any]]:
+    """What a run has logged, each step once: from its own log, or else from Trainer's state."""
+    entries = log_lines(folder) or _mapping(folder / TRAINER_STATE, json.loads).get("log_history") or []
+    entries = [entry for entry in entries if isinstance(entry, dict) and isinstance(entry.get("step"), int)]
+    last: list[dict[str, Any]] = []
+    for entry in entries:  # a run that was stopped has made some steps again, after an earlier checkpoint
+        while last and last[-1]["step"] > entry["step"]:
+            last.pop()
+        last.append(entry)
+    return last
 
 
 @dataclass(frozen=True)
@@ -147,7 +168,7 @@ class RunFacts:
         """Raises a ValueError of one line if there is no checkpoint of ours, or if a file is damaged."""
         folder = Path(folder).absolute()
         config = read_config(folder)
-        recipe = _mapping(folder / RECIPE, yaml.safe_load)
+        recipe = read_recipe(folder)
         state = _mapping(folder / TRAINER_STATE, json.loads)
         results = {path.name: Result.load(path) for path in sorted((folder / RESULTS).glob("*.json"))}
         notes = _notes(results, checkpoint_sha256(folder))

@@ -45,6 +45,7 @@ def protocol_settings(protocol: type) -> list[Setting]:
 def run(protocol: str, checkpoint: str, **given: str):
     from transformers.utils import logging
 
+    from hf_mim.companions import save_beside
     from hf_mim.evaluation.measure import Evaluation, option_types
     from hf_mim.evaluation.result import NotKept, check_result_path
     from hf_mim.run_folder import evaluation_path
@@ -63,7 +64,9 @@ def run(protocol: str, checkpoint: str, **given: str):
     print(result)  # first, so that the user sees it even if it cannot be saved
     with told_in_one_line("the result was not saved"):
         path = result.save(chosen or evaluation_path(checkpoint, evaluation.names, evaluation.key))
-        print(f"\nThe result is in {path}.")
+        beside = save_beside(result, path)
+        ends = ", ".join(other.name.removeprefix(path.stem) for other in beside)
+        print(f"\nThe result is in {path}{f', beside it under the same name {ends}' if beside else ''}.")
         if failure is not None:
             raise failure
 

@@ -99,6 +99,19 @@ def load_labelled(
     return splits
 
 
+def load_all_labelled(
+    source,
+    split: str = "train",
+    image_column: str | None = None,
+    labels: str | None = None,
+    group: str | None = None,
+) -> LabelledImages:
+    """The labelled images of one split. The arguments are those of `load_labelled`."""
+    images, about = load_described(source, split, image_column=image_column, labels=labels, group=group)
+    images = labelled_only(images, source, split, about.notes)
+    return LabelledImages(images, f"{source_name(source)}, split {split}", about.labels, about.group)
+
+
 def load_test(load, source, split: str | None, taken: str | None):
     """(what `load` gives, the split), or (None, None) if the source has no split but `taken`, which trains."""
     if split is not None and split == taken:

@@ -12,6 +12,7 @@ import math
 import os
 import time
 import zlib
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -127,7 +128,7 @@ class FeatureStore:
         """Images that could not be decoded. Their rows hold no features."""
         return sorted(index for entry in self.chunks.values() for index in entry["broken"])
 
-    def write(self, rows: list[int], features: Tensor):
+    def write(self, rows: Sequence[int], features: Tensor):
         """Write features `[b, ...]` of these images, which must be consecutive."""
         assert len(features) == len(rows) == rows[-1] + 1 - rows[0]
         self.array[rows[0] : rows[-1] + 1] = features.cpu().numpy()

@@ -1,7 +1,7 @@
 """Which images `hf-mim evaluate` gives to a protocol. `NEEDS` has a dataclass of options for each kind of images."""
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from hf_mim.checks import least
 from hf_mim.data import CenterCrop, CenterWindow, WholeImage
@@ -61,6 +61,8 @@ class LabelledArguments(CropArguments):
         labels: the column of the classes; folder: class folders; none: no labels; default: what declares itself
         group: the column of patients, scenes or the like, or folder: each stays on one side of a split made here
         train_images, test_images: at most so many, drawn at random with a fixed seed; default: all
+        folds: test every image of train_split once, in so many folds, or leave_one_out (up to 200 images)
+        beside: measure untrained weights and raw pixels too, to compare
     """
 
     dataset: str | None = None
@@ -72,11 +74,27 @@ class LabelledArguments(CropArguments):
     group: str | None = None
     train_images: int | None = None
     test_images: int | None = None
+    folds: int | Literal["leave_one_out"] | None = None
+    beside: bool = True
+
+    def __post_init__(self):
+        super().__post_init__()
+        least(2, folds=self.folds if isinstance(self.folds, int) else None)
+        if self.folds is not None:
+            for name in ("test", "test_split", "test_images"):
+                if getattr(self, name) is not None:
+                    raise ValueError(f"{name} cannot be given together with folds, which test images of train_split")
 
     def load(self) -> tuple:
-        """(train, test)."""
-        from hf_mim.data.labelled import check_classes, load_labelled
+        """(train, test), or (images,) for folds."""
+        from hf_mim.data.labelled import check_classes, load_all_labelled, load_labelled
 
+        if self.folds is not None:
+            least(1, train_images=self.train_images)
+            about = self.image_column, self.labels, self.group
+            images = load_all_labelled(self.dataset, self.train_split, *about)
+            check_classes(images, images)
+            return (images if self.train_images is None else fixed_sample(images, self.train_images, in_order=True),)
         splits = self.train_split, self.test_split
         train, test = load_labelled(self.dataset, self.test, *splits, self.image_column, self.labels, self.group)
         train, test = fixed_parts(self, train, test)

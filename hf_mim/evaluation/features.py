@@ -78,16 +78,16 @@ class FeatureExtractor:
         stores = self._stores(split, specs)
         missing = sorted({number for store in stores for number in store.missing()})
         if missing:
-            self._fill(split, specs, stores, missing)
+            self.fill(split, specs, stores, missing)
         if broken := sorted({row for store in stores for row in store.broken()}):
-            self._leave_out(split, broken)
+            self.leave_out(split, broken)
             kept = torch.ones(stores[0].shape[0], dtype=torch.bool)
             kept[broken] = False
             stores = [store.copy_to(new, kept) for store, new in zip(stores, self._stores(split, specs), strict=True)]
         return [store.tensor() for store in stores]
 
     def _stores(self, split, specs: list[FeatureSpec]) -> list[FeatureStore]:
-        shapes = [(len(split), *self._row(spec)) for spec in specs]
+        shapes = [(len(split), *self.row_shape(spec)) for spec in specs]
         if self.cache is not None:
             try:
                 return self._kept_stores(split, specs, shapes)
@@ -102,9 +102,10 @@ class FeatureExtractor:
         check_room([shape for shape, path in zip(shapes, paths, strict=True) if not path.exists()], self.cache)
         return [FeatureStore(shape, path) for shape, path in zip(shapes, paths, strict=True)]
 
-    def _fill(self, split, specs, stores: list[FeatureStore], missing: list[int]):
+    def fill(self, split, specs: Sequence[FeatureSpec], stores: Sequence[FeatureStore], missing: list[int]):
+        """Extract the chunks of these numbers, and write them to the stores, one for each spec."""
         chunks = [range(number * CHUNK, min((number + 1) * CHUNK, len(split))) for number in missing]
-        batches = [list(rows[i : i + self.batch_size]) for rows in chunks for i in range(0, len(rows), self.batch_size)]
+        batches = [rows[i : i + self.batch_size] for rows in chunks for i in range(0, len(rows), self.batch_size)]
         images = _Decoded(split.images, self.encoder, self.crop)
         images.__getitems__(batches[0][:1])  # raises before the bar if they have other channels than the encoder
         loader = DataLoader(
@@ -133,7 +134,8 @@ class FeatureExtractor:
                     broken = []
                 bar.update(len(rows))
 
-    def _leave_out(self, split, broken: list[int]):
+    def leave_out(self, split, broken: list[int]):
+        """Drop images that could not be decoded from the split, with a warning. Raises as `__call__`."""
         names = [image_name(split.images[row]["image"], f"image {row}") for row in broken[:20]]
         more = f" and {len(broken) - 20} more" if len(broken) > 20 else ""
         message = f"{len(broken)} of {len(split)} images cannot be decoded: {', '.join(names)}{more}"
@@ -142,7 +144,8 @@ class FeatureExtractor:
         logger.warning("%s; left out", message)
         split.leave_out(broken)
 
-    def _row(self, spec: FeatureSpec) -> tuple[int, ...]:
+    def row_shape(self, spec: FeatureSpec) -> tuple[int, ...]:
+        """The shape of an image's features."""
         width = self.encoder.feature_width(spec)
         rows, columns = self.encoder.grid
         return (rows * columns, width) if spec.pooling == "tokens" else (width,)
@@ -166,7 +169,7 @@ class _Decoded(Dataset):
         self.images, self.crop = images.select_columns("image"), crop
         self.size, self.num_channels, self.value_range = encoder.image_size, encoder.num_channels, encoder.value_range
 
-    def __getitems__(self, rows: list[int]) -> list[tuple[Tensor, bool]]:
+    def __getitems__(self, rows: Sequence[int]) -> list[tuple[Tensor, bool]]:
         return [self._decode(row, value) for row, value in zip(rows, self.images[rows]["image"], strict=True)]
 
     def _decode(self, row: int, value) -> tuple[Tensor, bool]:

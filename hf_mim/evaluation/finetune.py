@@ -164,6 +164,7 @@ class Finetune:
     needs: ClassVar[str] = "labels"
     # Options of the encoder that do nothing here: `seed` also draws the untrained weights.
     unused: ClassVar[tuple[str, ...]] = ("dtype", "cache", "extract_batch_size", "untrained_seed", "pixels")
+    unused += ("folds", "beside")
 
     epochs: float = 100.0
     batch_size: int = 128
@@ -292,7 +293,7 @@ class Finetune:
             "optimizer": "AdamW (.9, .999), cosine to 0",
             "classifier": type(trainer.model).__name__,
         }
-        return Result(
+        result = Result(
             protocol=self.name,
             metric="top-1 accuracy",
             value=scores.pop("top1_accuracy"),
@@ -302,6 +303,8 @@ class Finetune:
             table=[{"epoch": row["epoch"], "training loss": row["loss"]} for row in history if "loss" in row],
             notes=self.notes(trainer.model, trainer.args.device),
         )
+        result.predicted = logits.argmax(dim=1)
+        return result
 
     def notes(self, model, device: torch.device) -> list[str]:
         """What a reader of the result must know about this model and device."""

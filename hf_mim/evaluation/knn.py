@@ -178,7 +178,7 @@ class KNN:
         predictions = knn_sweep(train_features.to(device), train_labels, test_features.to(device), ks, temperatures)
         labels = test.read_labels().to(device)
         accuracy = {setting: (p == labels).double().mean().item() for setting, p in predictions.items()}
-        return Result(
+        result = Result(
             self.name,
             "accuracy",
             accuracy[self.k, self.temperature],
@@ -186,6 +186,8 @@ class KNN:
             data={"train": train.describe(), "test": test.describe()},
             table=[{"k": k} | {f"T {t:g}": accuracy[k, t] for t in temperatures} for k in ks],
         )
+        result.predicted = predictions[self.k, self.temperature].cpu()
+        return result
 
 
 @dataclass
@@ -202,6 +204,7 @@ class LeaveOneOut:
 
     name: ClassVar[str] = "leave_one_out"
     needs: ClassVar[str] = "labels"
+    unused: ClassVar[tuple[str, ...]] = ("folds",)
 
     features: str = "last/mean/raw"
 
@@ -217,13 +220,15 @@ class LeaveOneOut:
             raise ValueError("group must tell two groups at least in the test images, and all of them are of one")
         nearest = nearest_other(features.to(exact_device(extract.encoder.device)), groups).cpu()
         labels = test.read_labels()
-        return Result(
+        result = Result(
             self.name,
             "accuracy",
             (labels[nearest] == labels).double().mean().item(),
             settings=asdict(self) | {"similarity": "negative Euclidean distance", "k": 1},
             data={"test": test.describe()},
         )
+        result.predicted = labels[nearest]
+        return result
 
 
 def nearest_other(features: Tensor, groups: Tensor | None = None) -> Tensor:

@@ -134,8 +134,8 @@ class LowShot:
         standardise = standardiser(features, str(spec))
         (test_features,) = extract(test, [spec])
         test_features = standardise(test_features).numpy()
-        rows, predictions = [], []
-        drawn = [(budget, draw) for budget in self.budgets for draw in range(self.draws)]
+        rows, predictions, budgets = [], [], self._told_apart(labels)
+        drawn = [(budget, draw) for budget in budgets for draw in range(self.draws)]
         with progress_bar(extract.progress, "draws", len(drawn), steps=drawn) as bar:
             for budget, draw in bar:
                 ids = draw_images(labels, budget, self.seed, draw)
@@ -143,15 +143,25 @@ class LowShot:
                 model = fit_logistic(standardise(features[ids]), labels[ids], self.c, self.seed, of_drawn)
                 predictions.append(torch.from_numpy(model.predict(test_features)))
                 converged = int(model.n_iter_.max()) < MAX_ITERATIONS
-                rows.append({"budget": budget, "draw": draw, "images": len(ids), "C": model.C, "converged": converged})
+                row = {"budget": budgets[budget], "draw": draw, "images": len(ids)}
+                rows.append(row | {"C": model.C, "converged": converged})
         test_labels = test.read_labels()
         for row, predicted in zip(rows, predictions, strict=True):
             row["accuracy"] = (predicted == test_labels).double().mean().item()
-        return self._result(rows, {"train": train.describe(), "test": test.describe()})
+        result = self._result(rows, {"train": train.describe(), "test": test.describe()}, list(budgets.values()))
+        result.predicted = torch.stack(predictions[: self.draws])
+        return result
 
-    def _result(self, rows: list[dict], data: dict) -> Result:
-        scores, first = {}, self.budgets[0]
+    def _told_apart(self, labels: Tensor) -> dict[str, str]:
+        """Budget → its name, which has all budgets that come to the same images: "1% = 5" of a small set."""
+        names: dict[int, list[str]] = {}
         for budget in self.budgets:
+            names.setdefault(len(draw_images(labels, budget, self.seed)), []).append(budget)
+        return {same[0]: " = ".join(same) for same in names.values()}
+
+    def _result(self, rows: list[dict], data: dict, budgets: list[str]) -> Result:
+        scores, first = {}, budgets[0]
+        for budget in budgets:
             drawn = [row["accuracy"] for row in rows if row["budget"] == budget]
             scores[f"top1 {budget}"] = statistics.fmean(drawn)
             if len(drawn) > 1:

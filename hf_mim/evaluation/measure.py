@@ -13,6 +13,7 @@ already.
 import dataclasses
 import os
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -32,6 +33,8 @@ from hf_mim.evaluation.checkpoint import check_unchanged, checkpoint_sha256
 from hf_mim.evaluation.data_arguments import NEEDS
 from hf_mim.evaluation.encoder import FrozenEncoder, RawPixels
 from hf_mim.evaluation.features import FeatureExtractor
+from hf_mim.evaluation.folds import CrossValidation
+from hf_mim.evaluation.predictions import Predictions
 from hf_mim.evaluation.result import NotKept, Result
 
 
@@ -103,7 +106,7 @@ class EncoderArguments:
 
 
 # Options that change no number. The names of files have the data anyway.
-UNDECIDING = {"device", "extract_batch_size", "num_workers", "cache", "output", "output_dir"}
+UNDECIDING = {"device", "extract_batch_size", "num_workers", "cache", "output", "output_dir", "beside"}
 UNNAMED = UNDECIDING | {"dataset", "test"}
 OF_THE_WRITER = ("_name_or_path", "transformers_version")  # in a config: who wrote it and where
 
@@ -129,7 +132,24 @@ class Evaluation:
 
     def __call__(self) -> Result:
         """Measure. Raises NotKept, with the result, if what the protocol keeps beside it cannot be written."""
-        return measure(self.protocol, self.extract, self.splits, self.checkpoint, self._contents)
+        result = measure(self._in_folds, self.extract, self.splits, self.checkpoint, self._contents)
+        for name, encoder in self._beside():
+            result.scores[name] = self._in_folds.run(self.extract.replace(encoder=encoder), *self.splits).value
+        return result
+
+    @property
+    def _in_folds(self):
+        folds = getattr(self._arguments[1], "folds", None)
+        return self.protocol if folds is None else CrossValidation(self.protocol, folds)
+
+    def _beside(self) -> Iterator[tuple[str, FrozenEncoder | RawPixels]]:
+        """What the features are compared with, and its name."""
+        encoder, unused = self.extract.encoder, getattr(type(self.protocol), "unused", ())
+        is_trained = isinstance(encoder, FrozenEncoder) and not encoder.is_untrained
+        if getattr(self._arguments[1], "beside", False) and "beside" not in unused and is_trained:
+            yield "untrained", encoder.untrained()
+            if "pixels" not in unused:
+                yield "raw pixels", encoder.pixels()
 
     @cached_property
     def _contents(self) -> list[np.ndarray]:
@@ -208,6 +228,10 @@ def measure(
         result = protocol.run(extract, *splits)
     except NotKept as error:
         result, failure = error.result, error
+    if result.predicted is not None:
+        result.predictions = Predictions.of(result.predicted, splits[-1], result.fold_numbers)
+        result.scores |= result.predictions.scores()
+        result.classes = result.predictions.by_class()
     _add_contents(result, contents)
     result.seconds = round(time.perf_counter() - start, 1)
     result.checkpoint, result.device = source_name(checkpoint), str(encoder.device)
@@ -220,7 +244,7 @@ def measure(
     }
     window = getattr(extract.crop, "pixels", None)
     about |= {"crop_fraction": extract.crop.fraction} if window is None else {"crop_pixels": list(window)}
-    offered = option_types(type(protocol))
+    offered = option_types(type(getattr(protocol, "protocol", protocol)))
     result.settings |= {name: value for name, value in about.items() if name in offered}
     result.settings["untrained"] = encoder.is_untrained
     if encoder.is_untrained and "untrained_seed" in offered:

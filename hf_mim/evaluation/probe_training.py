@@ -176,7 +176,7 @@ def choose_and_test(
         for s, spec in enumerate(specs)
         for h, (rate, decay) in enumerate(grid)
     ]
-    return Result(
+    result = Result(
         protocol=protocol.name,
         metric="accuracy",
         value=top1[chosen],
@@ -186,6 +186,8 @@ def choose_and_test(
         table=table,
         notes=describe_choice(str(specs[chosen]), grid, best[chosen], len(held)),
     )
+    result.predicted = found[chosen][:, 0]
+    return result
 
 
 def describe_choice(features: str, grid: SearchGrid, best: int, held_out: int) -> list[str]:

@@ -58,7 +58,8 @@ class Result:
     protocol, metric, value: the headline; accuracies and other shares are in 0..1.
     settings: all settings of the protocol: features (layer, pooling, norm), hyper-parameters, seed.
     data: what it was measured on: source, split, number of images.
-    scores: every other number, by name. table: rows with equal keys, such as one for each head or class.
+    scores: every other number, by name. table: rows with equal keys, such as one for each head.
+    classes: rows about the classes, of protocols that classify.
     notes: sentences that a reader of the number needs.
     checkpoint, checkpoint_sha256 (of its weight files), device, seconds: `measure` fills them in.
     versions: of the packages that a number may depend on. git: the commit of hf_mim (`git_state`).
@@ -71,6 +72,7 @@ class Result:
     data: dict
     scores: dict[str, float] = field(default_factory=dict)
     table: list[dict] = field(default_factory=list)
+    classes: list[dict] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     checkpoint: str | None = None
     checkpoint_sha256: str | None = None
@@ -78,6 +80,9 @@ class Result:
     git: dict | None = field(default_factory=git_state)
     device: str | None = None
     seconds: float | None = None
+    # No fields, because the file does not have them: the predicted classes `[n]` or `[draws, n]` of the test images,
+    # the fold in which each was tested, and what `measure` makes of them (`predictions.Predictions`).
+    predicted = fold_numbers = predictions = None
 
     def save(self, path: str | Path) -> Path:
         """Write the result as JSON, completely or not at all. The folder is made if it is missing.
@@ -125,6 +130,8 @@ class Result:
             parts.append(format_table(self.table))
         elif self.table:
             parts.append(f"The table of {len(self.table)} rows is in the file.")
+        if 0 < len(self.classes) <= LONGEST_TABLE:
+            parts.append(format_table(self.classes))
         parts += self.notes
         return "\n\n".join(parts)
 

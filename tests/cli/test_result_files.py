@@ -24,7 +24,7 @@ from hf_mim.models.modeling_mae import MAEForPreTraining
 
 
 def results(run):
-    return sorted(path.name for path in (run / "results").glob("*"))
+    return sorted(path.name for path in (run / "results").glob("*.json"))
 
 
 def test_data_settings_and_encoders_that_differ_have_files_of_their_own(run, tmp_path):

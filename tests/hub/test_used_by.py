@@ -1,7 +1,6 @@
 """Checkpoints in the hands of users: plain transformers code, and our scripts on a name on the Hub."""
 
 import os
-import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -15,8 +14,6 @@ from transformers import UperNetConfig, UperNetForSemanticSegmentation
 from hf_mim import LatentMIMConfig, LatentMIMForPreTraining, MAEBackbone, MAEConfig, MAEForPreTraining
 from hf_mim.data.labelled import load_labelled
 from hf_mim.data.processor import image_processor
-from hf_mim.evaluation.encoder import FrozenEncoder
-from hf_mim.evaluation.features import FeatureExtractor
 
 REPOSITORY = Path(__file__).parents[2]
 TINY = dict(image_size=32, patch_size=8, hidden_size=32, num_hidden_layers=4, num_attention_heads=4)
@@ -82,21 +79,8 @@ def test_a_plain_trainer_and_a_pipeline_need_nothing_of_hf_mim_but_the_import(ch
     run(tmp_path / "script.py", checkpoint, tmp_path / "digits", tmp_path / "out", HF_HUB_OFFLINE="1")
 
 
-def test_the_script_for_features_writes_what_the_extractor_gives(checkpoint, tmp_path, monkeypatch):
-    output = tmp_path / "features.parquet"
-    options = ["--dataset", "digits", "--split", "test", "--features", "last/mean/norm", "1/cls/raw"]
-    monkeypatch.setattr(sys, "argv", ["features.py", str(checkpoint), *options, "--output", str(output)])
-    runpy.run_path(str(REPOSITORY / "training" / "features.py"), run_name="__main__")
-    table = datasets.Dataset.from_parquet(str(output), cache_dir=str(tmp_path)).with_format("torch")
-    test = load_labelled("digits")[1]
-    expected = FeatureExtractor(FrozenEncoder.load(checkpoint), progress=False)(test, ["last/mean/norm", "1/cls/raw"])
-    torch.testing.assert_close(table["last/mean/norm"][:], expected[0])
-    torch.testing.assert_close(table["1/cls/raw"][:], expected[1])
-    assert table["label"][:].tolist() == test.read_labels().tolist()
-
-
 @pytest.mark.slow
-def test_the_scripts_take_a_name_on_the_hub(tmp_path):
+def test_embed_and_the_script_take_a_name_on_the_hub(tmp_path):
     torch.manual_seed(0)
     model = LatentMIMForPreTraining(LatentMIMConfig(**TINY, decoder_num_hidden_layers=1, patch_gap=2))
     model.save_pretrained(tmp_path / "latent")
@@ -108,7 +92,7 @@ def test_the_scripts_take_a_name_on_the_hub(tmp_path):
         push += "api.upload_folder(repo_id='tester/latent', folder_path=sys.argv[1])"
         run("-c", push, tmp_path / "latent", **environment)
         options = ["--dataset", "digits", "--output", tmp_path / "f.parquet", "--split", "test"]
-        run(REPOSITORY / "training" / "features.py", "tester/latent", *options, **environment)
+        run("-m", "hf_mim.cli", "embed", "tester/latent", *options, **environment)
         assert (tmp_path / "f.parquet").exists()
         options = [
             "--dataset",

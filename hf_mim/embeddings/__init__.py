@@ -1,0 +1,1 @@
+"""Features of whole collections as files (`embed.py`, `formats.py`), and what can be found in them (`search.py`)."""
