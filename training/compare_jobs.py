@@ -31,7 +31,7 @@ class Step:
         None if the result stands for all seeds.
     words: the command without its options.
     options: what decides its result.
-    places: options that only say where it writes.
+    places: options that decide nothing of it: where it is written, and whether others are measured beside.
     file: the result, which is there when the step is done.
     commit: of the code that was asked to do it.
     """
@@ -41,7 +41,7 @@ class Step:
     seed: int | None
     words: list[str]
     options: dict[str, Any]
-    places: dict[str, Path]
+    places: dict[str, Any]
     file: Path
     commit: str | None = None
 
@@ -169,4 +169,5 @@ def evaluations(comparison: Comparison, row: str, seed: int | None, checkpoint: 
         options |= {name: value for name, value in more.items() if name in offered}
         file = result_path(checkpoint, "compared", file_name(measures), next(iter(more), ""))
         words = ["evaluate", protocol, str(checkpoint)]
-        yield Step(row, measures, seed, words, options, {"output": file}, file)
+        places = {"output": file} | ({"beside": False} if "beside" in offered else {})  # the references are rows here
+        yield Step(row, measures, seed, words, options, places, file)

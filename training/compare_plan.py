@@ -26,7 +26,7 @@ RESERVED += ("images_seen", "minutes", "device", "note")
 # Settings of a run that the comparison sets → from what.
 SET = {"dataset": "dataset", "seed": "seeds", "max_steps": "images", "num_train_epochs": "images"}
 SET |= {"probe_every": "points", "output_dir": "--output", "resume": "another start"}
-SET_IN_EVALUATION = ("output", "output_dir", "untrained", "untrained_seed", "pixels")
+SET_IN_EVALUATION = ("output", "output_dir", "untrained", "untrained_seed", "pixels", "beside")
 # What has to be equal for all runs: the encoder, and what `RunArguments` says of images and augmentation.
 FREE = {"method", "license", "probe_every", "resume", "accept_changed_data"}
 FREE |= {"dataset_fingerprint", "test_dataset_fingerprint"}
