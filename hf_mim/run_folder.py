@@ -4,7 +4,8 @@ config.json, model.safetensors, preprocessor_config.json    the checkpoint
 recipe.yaml             every setting of the run
 trainer_state.json      the state of transformers' Trainer, with the log
 metrics.jsonl           the same log, a line for each entry, written during the run
-loss.png, reconstructions.png
+loss.png, pca.png, and by the method reconstructions.png or prediction.png
+pictures/step-STEP/     the same pictures from the time of each probe
 results/*.json          measurements: the run writes training.json, health.json and knn.json, `hf-mim evaluate` others
 results/checkpoint-STEP/    measurements of a checkpoint that was deleted since
 README.md               the model card
@@ -38,6 +39,7 @@ TRAINER_STATE = "trainer_state.json"
 METRICS = "metrics.jsonl"
 CURVE = "loss.png"
 RECONSTRUCTIONS = "reconstructions.png"
+PICTURES = "pictures"
 CARD = "README.md"
 RESULTS = "results"
 # The results that the run itself writes.
@@ -110,6 +112,17 @@ def logged(folder: str | Path, name: str) -> dict[int, float]:
     return found
 
 
+def picture_path(folder: str | Path, name: str, step: int | None = None) -> Path:
+    """The file of a picture of a run, such as `pca`: at its end, or at a step."""
+    folder = Path(folder) if step is None else Path(folder) / PICTURES / f"step-{step}"
+    return folder / f"{name}.png"
+
+
+def read_recipe(folder: str | Path) -> dict[str, Any]:
+    """The settings in a folder's recipe; {} if there is none. Raises ValueError if it is damaged."""
+    return _mapping(Path(folder) / RECIPE, yaml.safe_load)
+
+
 def read_config(folder: Path) -> PreTrainedConfig:
     """The config in a folder. Raises ValueError if there is none, or none of our methods."""
     if not (folder / CONFIG).is_file():
@@ -147,7 +160,7 @@ class RunFacts:
         """Raises a ValueError of one line if there is no checkpoint of ours, or if a file is damaged."""
         folder = Path(folder).absolute()
         config = read_config(folder)
-        recipe = _mapping(folder / RECIPE, yaml.safe_load)
+        recipe = read_recipe(folder)
         state = _mapping(folder / TRAINER_STATE, json.loads)
         results = {path.name: Result.load(path) for path in sorted((folder / RESULTS).glob("*.json"))}
         notes = _notes(results, checkpoint_sha256(folder))

@@ -14,16 +14,16 @@ from importlib.metadata import version
 import click
 
 import hf_mim
-from hf_mim.cli import cache, card, convert, evaluate, export, prepare, pretrain
+from hf_mim.cli import cache, card, convert, evaluate, export, prepare, pretrain, show
 from hf_mim.cli.errors import Mistake, fail, say, told_in_one_line
 from hf_mim.cli.options import Menu
 from hf_mim.methods import load_module
 from hf_mim.pretraining.settings import suggestion
 from hf_mim.pretraining.signals import INTERRUPTED, Ended, ended_at_once
 
-COMMANDS = [module.command for module in (prepare, cache, pretrain, evaluate, convert, export, card)]
+COMMANDS = [module.command for module in (prepare, cache, pretrain, evaluate, show, convert, export, card)]
 TEXT = """
-Masked image modeling: pretrain on images, measure what was learned, bring checkpoints in and out.
+Masked image modeling: pretrain on images, measure and show what was learned, bring checkpoints in and out.
 
 hf-mim COMMAND --help lists the options of a command. Every command also takes --import MODULE, once or more, which adds
 the methods that a Python module registers (hf_mim.methods.register).
