@@ -83,11 +83,13 @@ def plot_map(
     low, high = places.min(axis=0), places.max(axis=0)
     places = (places - low) / np.maximum(high - low, 1e-9)
     figure = Picture(figsize=(9, 9.4), layout="constrained", facecolor="white")
+    figure.get_layout_engine().set(w_pad=0.1, h_pad=0.1)
     axes = figure.add_subplot()
     classes = [] if labels is None else sorted(set(labels) - {-1})
     colored = 2 <= len(classes) <= len(COLORS)
     colors = [COLORS[classes.index(x)] if colored and x in classes else MUTED for x in (labels or [-1] * len(places))]
-    axes.scatter(*places.T, s=8, c=colors, linewidths=0)
+    # Beside thumbnails, the points are only those that found no place.
+    axes.scatter(*places.T, s=8, c=colors, linewidths=0, alpha=1.0 if pictures is None or colored else 0.3)
     if pictures is not None:
         _thumbnails(axes, places, pictures, colors if colored else None)
     if colored:

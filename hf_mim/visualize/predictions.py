@@ -30,6 +30,7 @@ def plot_reconstructions(model, images, seed: int = 0, hidden: Tensor | None = N
         raise ValueError(f"reconstructions needs a method that predicts pixels, and {viewer.name} does not")
     task = Task.make("reconstructions", viewer, images, seed, hidden)
     pixels, gone = task.reconstruct()
+    pixels[task.view.pixels.isnan() & ~gone[:, None]] = torch.nan
     restored = task.view.shown(pixels)
     note = STRIPES + task.view.note
     if getattr(viewer.pretraining.config, "norm_pix_loss", False):
@@ -133,5 +134,5 @@ def _nearest_patches(task: Task, predictions: Tensor, targets: Tensor, found: Te
         nearest = (queries @ keys.T).fill_diagonal_(-torch.inf).argmax(dim=1)
         patches[found] = patches[found][nearest]
     replaced = unpatchify(patches, task.cell, task.viewer.grid).permute(0, 2, 3, 1).numpy()
-    cells = torch.from_numpy(np.kron(task.targets().numpy(), np.ones((1, *task.cell)))) > 0
-    return masked(replaced, cells | task.pixels_of(task.context()))
+    known = (task.targets() | task.context()).numpy()
+    return masked(replaced, torch.from_numpy(np.kron(known, np.ones((1, *task.cell)))) > 0)

@@ -74,7 +74,7 @@ def draw_rows(title: str, rows: Sequence[Row], note: str = "", scales: Sequence[
     """Rows of pictures: a label at the left of each, title and note above, colour scales below."""
     columns = max(len(row.pictures) for row in rows)
     height, width = max((row.pictures[0].shape[:2] for row in rows), key=lambda shape: shape[0] / shape[1])
-    side = min(3.0, max(1.2, 8.4 / columns))  # inches
+    side = min(2.2, max(1.2, 8.4 / columns))  # inches
     cell, left, gap = (side, side * height / width), 1.35, 0.07
     total = max(left + columns * (side + gap) + 0.1, 6.0)
     title, note = _wrapped(title, total, TEXT + 2), _wrapped(note, total, SMALL)

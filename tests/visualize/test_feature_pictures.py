@@ -151,7 +151,7 @@ def test_on_the_map_images_with_like_features_are_neighbours(monkeypatch):
 
 
 @pytest.mark.parametrize("plot", [plot_pca, plot_similarity, plot_clusters, plot_attention, plot_nearest])
-@pytest.mark.parametrize("channels", [1, 2, 3, 13])
+@pytest.mark.parametrize("channels", [1, 13])
 def test_pictures_of_features_are_made_of_any_channels_and_equal_from_run_to_run(plot, channels):
     first, second = (plot(viewer(num_channels=channels), images(3, channels))._repr_png_() for _ in range(2))
     assert first == second and first.startswith(b"\x89PNG")
