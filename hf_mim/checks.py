@@ -7,7 +7,7 @@ None passes: it stands for a default that is chosen elsewhere.
 import math
 import operator
 import re
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 
@@ -78,3 +78,14 @@ def check_license(license: str | None) -> str | None:
     if license is not None and not (isinstance(license, str) and re.fullmatch(r"[a-z0-9][a-z0-9.-]*", license)):
         raise ValueError(f"license must be an identifier of the Hub such as apache-2.0 or cc-by-nc-4.0, not {license}")
     return license
+
+
+def check_bands(bands: Sequence[int] | None, num_channels: int | None = None):
+    """Raise ValueError unless these are one or three numbers of bands, from 1."""
+    if bands is None:
+        return
+    if len(bands) not in (1, 3):
+        raise ValueError(f"bands must be one number or three, such as 3,2,1, not {','.join(map(str, bands))}")
+    least(1, bands=min(bands))
+    if num_channels is not None and max(bands) > num_channels:
+        raise ValueError(f"bands must lie in 1..{num_channels}, the channels of the images, not {max(bands)}")

@@ -11,15 +11,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from hf_mim.files import replacing
 from hf_mim.hub.card_text import markdown_table, shown
-from hf_mim.visualize import GRID, INK, MUTED
+from hf_mim.visualize.style import COLORS, GRID, INK, MUTED, Picture
 
-# Okabe and Ito's colours, which colour-blind people can tell apart, without the yellow that is hard to see on white.
-COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = "osD^vPX"
 DASHES = ("--", "-.", (0, (1, 1)))
 
@@ -92,7 +88,7 @@ def plot_curves(rows: Sequence[Row], levels: dict[str, float], path: str | Path,
         levels: name → accuracy, drawn as a horizontal line. Each run's own accuracy before training is one too.
         measure: what the curves show.
     """
-    figure = Figure(figsize=(8, 4.8), layout="constrained")
+    figure = Picture(figsize=(8, 4.8), layout="constrained")
     ax, handles = figure.subplots(), []
     drawn = [row for row in rows if any(row.curves)]
     for number, row in enumerate(drawn):
@@ -119,5 +115,4 @@ def plot_curves(rows: Sequence[Row], levels: dict[str, float], path: str | Path,
     title = f"Line: mean over {seeds} seeds; band: ± 1 standard deviation" if seeds > 1 else "One seed"
     ax.set_title(title, color=MUTED, fontsize=9)
     figure.legend(handles=handles, loc="outside right upper", frameon=False, labelcolor=INK, fontsize=9)
-    with replacing(path) as aside:
-        figure.savefig(aside, dpi=120, format=Path(path).suffix.removeprefix(".") or "png")
+    figure.save(path)

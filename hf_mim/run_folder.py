@@ -4,7 +4,8 @@ config.json, model.safetensors, preprocessor_config.json    the checkpoint
 recipe.yaml             every setting of the run
 trainer_state.json      the state of transformers' Trainer, with the log
 metrics.jsonl           the same log, a line for each entry, written during the run
-loss.png, reconstructions.png
+loss.png, pca.png, and by the method reconstructions.png or prediction.png
+pictures/step-STEP/     the same pictures from the time of each probe
 results/*.json          measurements: the run writes training.json, health.json and knn.json, `hf-mim evaluate` others
 results/checkpoint-STEP/    measurements of a checkpoint that was deleted since
 README.md               the model card
@@ -38,6 +39,7 @@ TRAINER_STATE = "trainer_state.json"
 METRICS = "metrics.jsonl"
 CURVE = "loss.png"
 RECONSTRUCTIONS = "reconstructions.png"
+PICTURES = "pictures"
 CARD = "README.md"
 RESULTS = "results"
 # The results that the run itself writes.
@@ -114,6 +116,17 @@ def log_lines(folder: str | Path) -> list[dict[str, Any]]:
     return found
 
 
+def picture_path(folder: str | Path, name: str, step: int | None = None) -> Path:
+    """The file of a picture of a run, such as `pca`: at its end, or at a step."""
+    folder = Path(folder) if step is None else Path(folder) / PICTURES / f"step-{step}"
+    return folder / f"{name}.png"
+
+
+def read_recipe(folder: str | Path) -> dict[str, Any]:
+    """The settings in a folder's recipe; {} if there is none. Raises ValueError if it is damaged."""
+    return _mapping(Path(folder) / RECIPE, yaml.safe_load)
+
+
 def read_config(folder: Path) -> PreTrainedConfig:
     """The config in a folder. Raises ValueError if there is none, or none of our methods."""
     if not (folder / CONFIG).is_file():
@@ -126,11 +139,6 @@ def read_config(folder: Path) -> PreTrainedConfig:
         *titles, last = (method.title for method in methods.rows())
         raise ValueError(f"checkpoint must be {', '.join(titles)} or {last}, and {folder} holds {config.model_type}")
     return config
-
-
-def read_recipe(folder: Path) -> dict[str, Any]:
-    """The settings in the recipe of a run; {} if there is none. Raises ValueError for a damaged one."""
-    return _mapping(folder / RECIPE, yaml.safe_load)
 
 
 def read_log(folder: Path) -> list[dict[str, Any]]:

@@ -27,7 +27,7 @@ from hf_mim.lock import LockedError, check_unlocked
 from hf_mim.models.configuration_vit import SIZES
 from hf_mim.run_folder import CONFIG, RECIPE, RunFacts, checkpoints, read_log, read_recipe, step_of
 from hf_mim.scrub import last_name
-from hf_mim.visualize import GRID, INK, MUTED
+from hf_mim.visualize.style import GRID, INK, MUTED
 
 # What the picture shows: name in the log → label.
 CURVES = {"loss": "loss", "probe_knn": "probe: k-NN accuracy", "probe_rank_me": "probe: RankMe"}

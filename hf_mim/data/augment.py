@@ -177,9 +177,9 @@ class DeviceAugment(nn.Module):
         return images.nan_to_num_(nan=0.0) if self.nodata else images
 
     def denormalize(self, pixel_values: Tensor) -> Tensor:
-        """The inverse of `normalize`, rounded and clipped to uint8."""
+        """The inverse of `normalize`: float32 in 0..255, not rounded: a dark image of 16 bits would have few levels."""
         images = (pixel_values.float() - self.shift.to(pixel_values.device)) / self.scale.to(pixel_values.device)
-        return images.round().clamp(0, 255).to(torch.uint8)
+        return images.clamp(0, 255)
 
     def statistics(self) -> tuple[list[float], list[float]]:
         """The mean and std of each channel that `normalize` uses."""

@@ -10,7 +10,7 @@ from .heads import BackboneHead, ClassificationHead
 from .losses import mean_and_variance, mean_squared_error, standardize
 from .masking import gather, split_at_random
 from .recording import pretraining_forward
-from .signals import spread
+from .signals import error_over_constant, spread
 from .vit import MIMPreTrainedModel, PretrainingOutput, ViTEncoder, are_ids_absent, unpatchify
 
 
@@ -74,7 +74,10 @@ class MAEForPreTraining(MAEPreTrainedModel):
             loss=mean_squared_error(predictions.float(), targets, valid),
             predictions=predictions,
             targets=targets,
-            metrics={"feature_std": spread(latents[:, self.config.num_prefix_tokens :])},
+            metrics={
+                "feature_std": spread(latents[:, self.config.num_prefix_tokens :]),
+                "error_over_constant": error_over_constant(predictions[..., None], targets[..., None], valid),
+            },
             **masks,
         )
 

@@ -48,7 +48,7 @@ class OnlineProbe(TrainerCallback):
     def measure(self):
         """Log one measurement. If the features are not finite, warn: the training itself deals with that."""
         trainer = self.trainer
-        model = _unsharded(trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False).base_model)
+        model = unsharded(trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False).base_model)
         training = model.training
         try:
             trainer.log({f"probe_{name}": value for name, value in self.values(model).items()})
@@ -73,7 +73,7 @@ class OnlineProbe(TrainerCallback):
         return values
 
 
-def _unsharded(model: nn.Module) -> nn.Module:
+def unsharded(model: nn.Module) -> nn.Module:
     """A whole copy of a sharded model (FSDP2), for which all ranks have to ask; any other model as it is.
 
     A part of a sharded model cannot be called by itself: it would take itself for the root.

@@ -16,7 +16,7 @@ import yaml
 from transformers import PreTrainedConfig
 
 from hf_mim import methods
-from hf_mim.checks import check_license, check_statistics, least
+from hf_mim.checks import check_bands, check_license, check_statistics, least
 from hf_mim.data.crop import window_pixels
 from hf_mim.data.fingerprint import absolute_source
 from hf_mim.data.nodata import check_nodata
@@ -97,6 +97,8 @@ class RunArguments:
         knn_test_images: labelled images that are classified, at most
         probe_every: steps from one measurement of the features (health, with labels k-NN) to the next; 0: none
         probe_images: images that vote in such a measurement, at most; a quarter as many are classified
+        bands: which bands of an image the run's pictures show as red, green and blue, such as 4,3,2, or the one that
+            they show as grey; default: the first three
         license: the checkpoint's license, for its card: apache-2.0, cc-by-nc-4.0, ...
         resume: continue the run in output_dir, with the settings in its recipe.yaml
         dataset_fingerprint, test_dataset_fingerprint: the run itself writes them: what the files of dataset and
@@ -135,6 +137,7 @@ class RunArguments:
     knn_test_images: int = 2_000
     probe_every: int = 0
     probe_images: int = 2000
+    bands: list[int] | None = None
     license: str | None = None
     resume: bool = False
     dataset_fingerprint: str | None = None
@@ -149,6 +152,7 @@ class RunArguments:
             window_pixels(self.crop_pixels)
         check_statistics(self.image_mean, self.image_std)
         check_license(self.license)
+        check_bands(self.bands)
         check_nodata(self.nodata)
         for name in ("knn_train_images", "knn_test_images", "shuffle_buffer"):
             least(1, **{name: getattr(self, name)})

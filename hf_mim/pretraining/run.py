@@ -18,6 +18,7 @@ from accelerate import PartialState
 from accelerate.utils import set_seed
 from transformers import AutoModelForPreTraining, PreTrainedConfig
 
+from hf_mim.checks import check_bands
 from hf_mim.data import ImageDataset, ImageStream
 from hf_mim.data.decode import MAX_PIXELS_VARIABLE
 from hf_mim.data.fingerprint import fingerprint
@@ -29,23 +30,20 @@ from hf_mim.models.pixels import EIGHT_BITS, ValueRange
 from hf_mim.pretraining.final_results import (
     Readout,
     central_crop,
-    fixed_view,
     health_record,
     load_split,
     training_record,
 )
 from hf_mim.pretraining.image_cache import cached_images
 from hf_mim.pretraining.images import check_sample, check_windows, device_augment, evaluation_images, measured_crops
+from hf_mim.pretraining.pictures import RunPictures
 from hf_mim.pretraining.probe import OnlineProbe
 from hf_mim.pretraining.recipe import Recipe, RunArguments
 from hf_mim.pretraining.resume import check_resumed_data, check_run_folder
 from hf_mim.pretraining.signals import Ended, ended_at_once
 from hf_mim.pretraining.trainer import MIMTrainer, MIMTrainingArguments, check_shared_memory, check_warmup
 from hf_mim.pretraining.waiting import WaitingAdvice, advice
-from hf_mim.run_folder import CARD, CURVE, RECONSTRUCTIONS, checkpoints
-from hf_mim.visualize import plot_reconstructions, plot_training
-
-NUM_PICTURES = 8
+from hf_mim.run_folder import CARD, checkpoints
 
 
 class Pretraining:
@@ -55,6 +53,7 @@ class Pretraining:
         git_state()  # now, because a checkout may change before the run ends
         self.recipe, run = recipe, recipe.run
         config = recipe.config()
+        check_bands(run.bands, config.num_channels)
         args = training_arguments(recipe)
         self.folder = Path(args.output_dir)
         run.dataset_fingerprint = fingerprint(run.dataset)
@@ -102,6 +101,8 @@ class Pretraining:
             samples = self.readout.sample(run.probe_images, run.probe_images // 4) if self.readout else None
             samples = samples or (None, fixed_sample(self.images, run.probe_images // 4))
             self.trainer.add_callback(OnlineProbe(self.trainer, run.probe_every, *samples))
+        self.pictures = RunPictures(self.trainer, self.images, run)
+        self.trainer.add_callback(self.pictures)
         # Last, because it reads whole checkpoints. A run that was ended before its first checkpoint begins again.
         resumes = bool(run.resume and checkpoints(self.folder))
         self.checkpoint = self.trainer.checkpoint_to_resume(resumes)
@@ -139,7 +140,7 @@ class Pretraining:
         model = self.trainer.accelerator.unwrap_model(self.trainer.model)
         if self.trainer.is_fsdp_enabled:  # one process has only a part of a sharded model
             model = AutoModelForPreTraining.from_pretrained(self.folder).to(self.trainer.args.device)
-        self.draw(model.eval())
+        self.pictures.draw(model.eval())
         self.measure(model.eval())
         self.trainer.create_model_card()
         print(
@@ -148,14 +149,6 @@ class Pretraining:
             "    from transformers import AutoModel\n"
             f'    model = AutoModel.from_pretrained("{self.folder}")'
         )
-
-    def draw(self, model):
-        """Draw the training curve and, if the model predicts pixels, reconstructions."""
-        plot_training(self.trainer.state.log_history, self.folder / CURVE)
-        if hasattr(model, "reconstruct"):
-            view = fixed_view(self.images, model.config, NUM_PICTURES, self.recipe.run, self.augment.value_range)
-            images = torch.stack([sample["pixel_values"] for sample in view]).to(model.device)
-            plot_reconstructions(model, images, self.augment, self.folder / RECONSTRUCTIONS)
 
     def measure(self, model):
         """Measure what the training took, the health of the features and, if there are labels, their k-NN accuracy."""

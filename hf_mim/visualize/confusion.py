@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 from matplotlib.figure import Figure
 
-from hf_mim.visualize import INK, MUTED
+from hf_mim.visualize.style import INK, MUTED
 
 NUMBERS, NAMES = 20, 60  # classes up to which the cells have numbers, and the axes names
 LONGEST = 18  # letters of a name

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from matplotlib.figure import Figure
 
-from hf_mim.visualize import COLORS, INK, MUTED
+from hf_mim.visualize.style import COLORS, INK, MUTED
 
 SIDE, CAPTION = 1.25, 0.5  # inches
 LETTERS = 19  # of a caption's line

@@ -58,7 +58,9 @@ def mae_run(tmp_path_factory):
 def test_a_run_folder_is_complete(mae_run):
     folder, _ = mae_run
     files = "config.json model.safetensors preprocessor_config.json recipe.yaml trainer_state.json loss.png".split()
-    assert {*files, "reconstructions.png", "results", "README.md"} <= {path.name for path in folder.iterdir()}
+    assert {*files, "reconstructions.png", "pca.png", "results", "README.md"} <= {
+        path.name for path in folder.iterdir()
+    }
     assert {path.stem for path in (folder / "results").iterdir()} == {"training", "health", "knn"}
     state = json.loads((folder / "trainer_state.json").read_text())
     assert state["global_step"] == 4
@@ -196,6 +198,7 @@ def test_the_other_methods_fill_their_run_folders_and_load(tmp_path, method):
     folder = tmp_path / method
     run("--method", method, *TINY_RUN, "--output_dir", folder)
     assert (folder / "results" / "knn.json").exists() and (folder / "loss.png").exists()
+    assert (folder / "prediction.png").exists() and (folder / "pca.png").exists()
     assert not (folder / "reconstructions.png").exists()
     model, encoder = AutoModelForPreTraining.from_pretrained(folder), AutoModel.from_pretrained(folder)
     for name, weight in model.base_model.state_dict().items():

@@ -90,6 +90,8 @@ def test_folders_of_patients_are_not_measured_as_classes(tmp_path, capsys):
     assert not (tmp_path / "run" / "results" / "knn.json").exists()
     log = json.loads((tmp_path / "run" / "trainer_state.json").read_text())["log_history"]
     assert any("probe_rank_me" in entry for entry in log) and not any("probe_knn" in entry for entry in log)
+    probed = {path.parent.name for path in (tmp_path / "run" / "pictures").glob("*/pca.png")}
+    assert probed == {f"step-{entry['step']}" for entry in log if "probe_rank_me" in entry and entry["step"]}
 
 
 def test_labels_and_groups_that_are_declared_are_in_the_result_and_in_the_card(tmp_path, capsys):
