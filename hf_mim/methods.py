@@ -59,7 +59,8 @@ class Method:
         papers: arXiv ids.
         citation: BibTeX entries, one text for each paper.
         training_defaults: settings of a recipe whose default differs for this method.
-        digits: defaults for the embedded digits, on top of `training_defaults`: settings, or a recipe file.
+        embedded: defaults for embedded data, on top of `training_defaults`: its name → settings, or a recipe file. A
+            run without `dataset` has the first of these data.
         advice: what to change first when the targets collapse: setting → in which direction.
         variant_of: the name of another method that has the same classes, if this method is only a setting of it.
         settings: the config fields that make the variant, with their values.
@@ -81,7 +82,7 @@ class Method:
     papers: tuple[str, ...] = ()
     citation: tuple[str | Path, ...] = ()
     training_defaults: Mapping[str, Any] = field(default_factory=dict)
-    digits: Mapping[str, Any] | Path = field(default_factory=dict)
+    embedded: Mapping[str, Mapping[str, Any] | Path] = field(default_factory=dict)
     advice: Mapping[str, str] = field(default_factory=dict)
     variant_of: str | None = None
     settings: Mapping[str, Any] = field(default_factory=dict)
@@ -127,7 +128,9 @@ def _text(given: str | Path) -> str:
     return given.read_text(encoding="utf-8") if isinstance(given, Path) else given
 
 
-def _ours(name: str, prefix: str, citation: tuple[str, ...], **about) -> Method:
+def _ours(
+    name: str, prefix: str, citation: tuple[str, ...], embedded: tuple[str, ...] = ("digits",), **about
+) -> Method:
     """A method of this package. Its classes, recipe and texts are in files that are named after it."""
     modeling = f"hf_mim.models.modeling_{name}:{prefix}"
     return Method(
@@ -138,13 +141,13 @@ def _ours(name: str, prefix: str, citation: tuple[str, ...], **about) -> Method:
         classifier=f"{modeling}ForImageClassification",
         backbone=f"{modeling}Backbone",
         citation=tuple(CARDS / f"{key}.bib" for key in citation),
-        digits=RECIPES / f"digits_{name}.yaml",
+        embedded={data: RECIPES / f"{data}_{name}.yaml" for data in embedded},
         card=CARDS / f"{name}.md",
         **about,
     )
 
 
-MAE = _ours("mae", "MAE", ("he2022mae",), title="MAE", papers=("2111.06377",))
+MAE = _ours("mae", "MAE", ("he2022mae",), ("textures", "digits"), title="MAE", papers=("2111.06377",))
 LATENT_MIM = _ours(
     "latent_mim",
     "LatentMIM",

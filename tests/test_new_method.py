@@ -30,7 +30,8 @@ def module(tmp_path_factory):
 @pytest.fixture(scope="module")
 def run(module, tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs") / "toy"
-    words = ["pretrain", "--import", str(module), "--method", "mean_mim", *SMALL.split(), "--max_steps", "3"]
+    words = ["pretrain", "--import", str(module), "--method", "mean_mim", "--dataset", "digits", *SMALL.split()]
+    words += ["--max_steps", "3"]
     assert main([*words, "--logging_steps", "1", "--output_dir", str(folder)]) == 0
     return folder
 

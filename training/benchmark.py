@@ -24,7 +24,7 @@ DEEP_IMAGES = 32  # of each kind: 13 bands take much memory
 
 def add_data(subcommands):
     parser = subcommands.add_parser("data", help="images/s of one core, against a plain PIL pipeline on the same crops")
-    parser.add_argument("--source", required=True, help='a folder of images, or anything load_images takes ("digits")')
+    parser.add_argument("--source", required=True, help='a folder of images, or what load_images takes ("textures")')
     parser.add_argument("--split", default="train")
     parser.add_argument("--size", type=int, default=224, help="side of the crops")
     parser.add_argument("--scale", type=float, nargs=2, default=(0.2, 1.0), help="share of the area that a crop takes")

@@ -31,7 +31,7 @@ from hf_mim.lock import locked
 
 @dataclass
 class Arguments:
-    dataset: str = field(metadata={"help": 'A folder, a file, a name on the Hub, or "digits".'})
+    dataset: str = field(metadata={"help": 'A folder, a file, a name on the Hub, or "textures".'})
     test_dataset: str | None = field(default=None, metadata={"help": "Default: the test or validation split."})
     labels: str | None = field(default=None, metadata={"help": "The column of the classes, or folder: class folders."})
     group: str | None = field(default=None, metadata={"help": "The column of patients, scenes or the like, or folder."})

@@ -14,13 +14,17 @@ from hf_mim.files import one_line
 
 TEXT = """\
 The command line overrides the recipe, and the recipe overrides the defaults. Without any argument, a small MAE is
-pretrained on the embedded digits. Pairs are written 64,96; --streaming means --streaming true."""
+pretrained on the embedded textures. Pairs are written 64,96; --streaming means --streaming true."""
 
 # (name, default, text) of the options that most runs set. They are written by hand, because to read them from their
 # classes takes seconds of imports, and the help has to be quick. A test compares the two.
 MOST_USED = (
     ("method", "mae", "one of {methods}"),
-    ("dataset", "digits", "a folder of images, Parquet, Arrow or tar files; owner/name on the Hub; digits (embedded)"),
+    (
+        "dataset",
+        "textures",
+        "a folder of images, Parquet, Arrow or tar files; owner/name on the Hub; textures (embedded)",
+    ),
     ("output_dir", "", "the run folder; default: runs/DATASET_METHOD"),
     ("size", "base", "tiny, small, base, large, huge or giant; width, depth and so on can be set one by one"),
     ("image_size", "224", "side in pixels, or height,width"),

@@ -5,6 +5,7 @@ import os
 import re
 from pathlib import Path
 
+from .embedded import EMBEDDED
 from .folders import IMAGE_EXTENSIONS, TABLE_EXTENSIONS, scan
 
 _NUM_READ = 64  # files, spread over all, whose bytes are part of the fingerprint
@@ -18,7 +19,7 @@ _PATTERN = (
 
 def absolute_source(source: str | None) -> str | None:
     """The absolute path of a source that lies on this machine, so that it means the same in every folder."""
-    if source is None or source == "digits" or not os.path.exists(os.path.expanduser(source)):
+    if source is None or source in EMBEDDED or not os.path.exists(os.path.expanduser(source)):
         return source
     return os.path.abspath(os.path.expanduser(source))
 
@@ -30,7 +31,7 @@ def fingerprint(source: str) -> str | None:
     beginnings of a few.
     """
     root = Path(source).expanduser()
-    if source == "digits" or not root.exists():
+    if source in EMBEDDED or not root.exists():
         return None
     names = scan(root, IMAGE_EXTENSIONS | TABLE_EXTENSIONS.keys())[0] if root.is_dir() else [""]
     paths = [os.path.join(root, name) if name else str(root) for name in names]

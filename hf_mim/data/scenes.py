@@ -17,7 +17,7 @@ from PIL import Image
 
 from hf_mim.checks import least, one_of, share
 
-from .digits import png
+from .embedded import png
 
 COUNTS = (3, 10)  # objects in a scene, as in CLEVR
 DISTANCES = (0.06, 0.24)  # of the nearest pair, centre to centre, in shares of the side

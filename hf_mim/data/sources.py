@@ -16,7 +16,7 @@ from .account import Account
 from .columns import FOLDER, keep_types, prepare_columns, typed
 from .damage import rows_of
 from .decode import BrokenImage, decoding, image_name, open_image
-from .digits import digits
+from .embedded import EMBEDDED
 from .fingerprint import is_copy
 from .folders import readable
 from .local import SplitNotFound, load_local, naming_the_source, picked
@@ -41,10 +41,10 @@ def load_images(
     """Load the images of any source, not yet decoded.
 
     Args:
-        source: one of: "digits" (embedded, works offline); a local folder of images, with or without class folders; a
-            Parquet file, Arrow file or WebDataset tar, or a folder of them; a `save_to_disk` folder; the name of a
-            dataset on the Hub ("owner/name", or "owner/name:config"); a dataset that is already loaded, or a
-            `DatasetDict`.
+        source: one of: "textures" or "digits" (embedded, work offline); a local folder of images, with or without
+            class folders; a Parquet file, Arrow file or WebDataset tar, or a folder of them; a `save_to_disk` folder;
+            the name of a dataset on the Hub ("owner/name", or "owner/name:config"); a dataset that is already loaded,
+            or a `DatasetDict`.
         split: "train", "validation" ("val"), "test", or the source's own name for it. In a local folder, the names of
             folders or tables tell the split (`folders.py`); files without such a name are "train". Masks are left out.
             A `metadata.csv`, `.jsonl` or `.parquet` beside images gives them more columns (`metadata.py`).
@@ -110,10 +110,10 @@ def _read(source, split: str, streaming: bool, labels: str | None) -> tuple[Data
         raise ValueError(
             f"source must be a path, the name of a dataset, a Dataset or a DatasetDict, not a {type(source).__name__}"
         )
-    if str(source) == "digits":
-        return picked(dict(zip(("train", "test"), digits(), strict=True)), split, source)
+    if str(source) in EMBEDDED:
+        return picked(dict(zip(("train", "test"), EMBEDDED[str(source)](), strict=True)), split, source)
     if not str(source).strip():
-        raise ValueError('source is empty; give a folder, a file, the name of a dataset on the Hub, or "digits"')
+        raise ValueError('source is empty; give a folder, a file, the name of a dataset on the Hub, or "textures"')
     if (path := Path(source).expanduser()).exists():
         return load_local(path, split, streaming, labels)
     dataset = _load_hub(str(source), split, streaming)

@@ -2,7 +2,7 @@
 
     from hf_mim.embeddings.embed import embed
 
-    embed("runs/digits_mae", "digits.parquet", dataset="digits", split="test", features=["last/mean/norm"])
+    embed("runs/textures_mae", "textures.parquet", dataset="textures", split="test", features=["last/mean/norm"])
 
 The images go through the encoder once, in parts that are written as they come, so that memory does not grow with their
 number. What was written is kept in a folder beside the output until the end: the same call goes on from there.

@@ -2,8 +2,8 @@
 
 from hf_mim.evaluation import KNN, FeatureExtractor, FrozenEncoder, load_labelled
 
-extract = FeatureExtractor(FrozenEncoder.load("runs/digits_mae"))
-print(KNN().run(extract, *load_labelled("digits")))
+extract = FeatureExtractor(FrozenEncoder.load("runs/textures_mae"))
+print(KNN().run(extract, *load_labelled("textures")))
 """
 
 import importlib

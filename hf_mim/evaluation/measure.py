@@ -2,7 +2,7 @@
 
     from hf_mim.evaluation.measure import Evaluation
 
-    evaluation = Evaluation("knn", "runs/digits_mae", {"dataset": "digits", "k": 5})  # checks everything
+    evaluation = Evaluation("knn", "runs/textures_mae", {"dataset": "textures", "k": 5})  # checks everything
     evaluation().save("knn.json")
 
 Three dataclasses have the options of a measurement: `EncoderArguments`, the one of the images that the protocol needs

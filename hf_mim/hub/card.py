@@ -1,7 +1,7 @@
 """Model cards, made of the files in a checkpoint's folder: config, recipe, trainer state, results, pictures. No number
 comes from anywhere else, and the card says which numbers are missing.
 
-    model_card("runs/digits_mae").save("runs/digits_mae/README.md")  # or: hf-mim card runs/digits_mae
+    model_card("runs/textures_mae").save("runs/textures_mae/README.md")  # or: hf-mim card runs/textures_mae
 
 The text is in `card_template.md`. The text about a method is named by the method's row in `hf_mim.methods`.
 """

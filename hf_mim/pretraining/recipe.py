@@ -18,6 +18,7 @@ from transformers import PreTrainedConfig
 from hf_mim import methods
 from hf_mim.checks import check_bands, check_license, check_statistics, least
 from hf_mim.data.crop import window_pixels
+from hf_mim.data.embedded import EMBEDDED
 from hf_mim.data.fingerprint import absolute_source
 from hf_mim.data.nodata import check_nodata
 from hf_mim.files import replacing
@@ -61,7 +62,7 @@ class RunArguments:
     Args:
         method: the pretraining method
         dataset: a folder of images, Parquet or Arrow files, WebDataset tars, a save_to_disk folder, the name of a
-            dataset on the Hub (owner/name or owner/name:config), or "digits" (embedded)
+            dataset on the Hub (owner/name or owner/name:config), or "textures" or "digits" (embedded)
         train_split: the split to train on
         test_dataset: images for the k-NN test; default: dataset
         test_split: split of test_dataset; default: validation or test, else training images are used
@@ -107,7 +108,7 @@ class RunArguments:
     """
 
     method: str = "mae"
-    dataset: str | None = "digits"
+    dataset: str | None = "textures"
     train_split: str = "train"
     test_dataset: str | None = None
     test_split: str | None = None
@@ -147,7 +148,7 @@ class RunArguments:
     def __post_init__(self):
         methods.get(self.method)
         if not self.dataset:
-            raise ValueError('dataset must be given: a folder, files, the name of a dataset on the Hub, or "digits"')
+            raise ValueError('dataset must be given: a folder, files, the name of a dataset on the Hub, or "textures"')
         if self.crop_pixels is not None:
             window_pixels(self.crop_pixels)
         check_statistics(self.image_mean, self.image_std)
@@ -181,12 +182,14 @@ def all_fields() -> dict[str, Any]:
     return fields | TRAINING_FIELDS | RUN_FIELDS | {"method": Literal[tuple(methods.names())]}
 
 
-def digits_settings(method: methods.Method) -> dict[str, Any]:
-    """A method's defaults for the embedded digits: those in its row, or in the recipe file that the row names.
+def embedded_settings(method: methods.Method, data: str) -> dict[str, Any]:
+    """A method's defaults for embedded data: those in its row, or in the recipe file that the row names.
 
-    A method without them takes those of the first method, as far as it has such arguments, so that its model is small.
+    A method without them takes those for other embedded data, or those of the first method as far as it has such
+    arguments, so that its model is small.
     """
-    given = method.digits or methods.rows()[0].digits
+    own = method.embedded or methods.rows()[0].embedded
+    given = own.get(data) or next(iter(own.values()))
     settings = read_yaml(given) if isinstance(given, Path) else given
     known = (RUN_FIELDS | TRAINING_FIELDS | model_fields(method.name)).keys() - {"method", "dataset"}
     return {name: value for name, value in settings.items() if name in known}
@@ -237,8 +240,9 @@ class Recipe:
                     f"method {method.variant_of} takes other values"
                 )
         defaults = DEFAULTS | method.training_defaults
-        if given.get("dataset", RunArguments.dataset) == "digits":
-            defaults |= digits_settings(method)
+        defaults |= {"dataset": next(iter(method.embedded), RunArguments.dataset)}
+        if (data := given.get("dataset", defaults["dataset"])) in EMBEDDED:
+            defaults |= embedded_settings(method, data)
         if given.get("cache_images"):
             defaults["dataloader_num_workers"] = 0  # nothing is left to do for them
         defaults |= {"method": method.name} | method.settings

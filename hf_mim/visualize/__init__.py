@@ -2,7 +2,7 @@
 
 from hf_mim.visualize import Viewer, plot_pca
 
-viewer = Viewer.load("runs/digits_mae")
+viewer = Viewer.load("runs/textures_mae")
 plot_pca(viewer, ["one.png", "two.png"]).save("pca.png")
 """
 

@@ -8,6 +8,7 @@ from small_runs import read_recipe
 
 from hf_mim import methods
 from hf_mim.cli import main, pretrain
+from hf_mim.data.embedded import EMBEDDED
 from hf_mim.docstrings import argument_texts
 from hf_mim.pretraining.recipe import RUN_FIELDS, TRAINING_FIELDS, Recipe, RunArguments, all_fields, model_fields
 from hf_mim.pretraining.settings import read_yaml, to_type
@@ -102,11 +103,16 @@ def test_flags_and_values_are_told_apart():
 
 
 @pytest.mark.parametrize("method", methods.rows(), ids=lambda method: method.name)
-def test_without_a_recipe_the_run_is_that_of_the_digits_recipe(method):
+@pytest.mark.parametrize("data", EMBEDDED)
+def test_without_a_recipe_the_run_is_that_of_the_recipe_for_embedded_data(method, data):
+    if data not in method.embedded:
+        assert Recipe.resolve({"method": method.name, "dataset": data}).config().hidden_size == 128
+        return
     """The recipe is read where the package has it; `training/recipes` shows the same file."""
-    path = next(path for path in RECIPES if path.name == f"digits_{method.name}.yaml")
-    assert path.samefile(method.digits)
-    resolved = Recipe.resolve({"method": method.name}).settings()
+    path = next(path for path in RECIPES if path.name == f"{data}_{method.name}.yaml")
+    assert path.samefile(method.embedded[data])
+    given = {} if data == next(iter(method.embedded)) else {"dataset": data}
+    resolved = Recipe.resolve({"method": method.name} | given).settings()
     assert (
         read_yaml(path).items() <= {name: value for part in resolved.values() for name, value in part.items()}.items()
     )
@@ -127,7 +133,12 @@ def test_ijepa_is_stop_jepa_without_noise(tmp_path):
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_every_recipe_is_valid_and_says_how_to_run_it(path):
     recipe = Recipe.resolve({"dataset": "given"}, {k: v for k, v in read_yaml(path).items() if v is not None})
-    assert recipe.config().grid_size == (8, 8) or "imagenet_" in path.name or "digits" in path.name
+    assert (
+        recipe.config().grid_size == (8, 8)
+        or "imagenet_" in path.name
+        or "digits" in path.name
+        or "textures" in path.name
+    )
     assert path.stem.endswith(recipe.run.method)
     head = path.read_text().split("\n\n")[0]
     assert f"training/recipes/{path.name}" in head and "NUMBERS" not in head
@@ -165,8 +176,8 @@ def test_a_tilde_is_the_home_in_files_and_in_options(write, tmp_path, monkeypatc
 def test_output_dir_defaults_to_a_folder_that_no_run_has(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert Recipe.resolve({"dataset": "a/my-photos.parquet"}).training["output_dir"] == "runs/my_photos_mae"
-    (tmp_path / "runs" / "digits_mae").mkdir(parents=True)
-    assert Recipe.resolve().training["output_dir"] == "runs/digits_mae_2"
+    (tmp_path / "runs" / "textures_mae").mkdir(parents=True)
+    assert Recipe.resolve().training["output_dir"] == "runs/textures_mae_2"
 
 
 def test_help_all_shows_every_argument(capsys, monkeypatch):

@@ -5,7 +5,7 @@ from datasets import ClassLabel, Dataset, Features, Value
 from datasets import Image as ImageFeature
 from PIL import Image
 
-from hf_mim.data.digits import png
+from hf_mim.data.embedded import png
 from hf_mim.data.labelled import LabelledImages, check_classes, load_labelled
 
 

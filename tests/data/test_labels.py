@@ -7,7 +7,7 @@ from datasets import Image as ImageFeature
 from PIL import Image
 
 from hf_mim.data import ImageDataset, ImageStream, WholeImage, load_images
-from hf_mim.data.digits import png
+from hf_mim.data.embedded import png
 from hf_mim.data.labelled import load_labelled
 from hf_mim.data.sources import fixed_sample
 

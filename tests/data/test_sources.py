@@ -1,5 +1,6 @@
 """Every kind of source is really written, and really loaded."""
 
+import hashlib
 import importlib
 import io
 import sys
@@ -12,7 +13,7 @@ from datasets import Image as ImageFeature
 from PIL import Image
 
 import hf_mim.data
-from hf_mim.data import ImageDataset, ImageStream, WholeImage, digits, load_images
+from hf_mim.data import ImageDataset, ImageStream, WholeImage, digits, load_images, textures
 from hf_mim.data.sources import SplitNotFound, first_split, fixed_sample
 
 CLASSES = ["cat", "dog"]
@@ -160,6 +161,25 @@ def test_digits_are_embedded_and_always_split_alike():
     nearest = np.abs(originals.images - small).mean((1, 2)).argmin()
     assert nearest == np.random.RandomState(0).permutation(1797)[0]
     assert originals.target[nearest] == test[0]["label"]
+
+
+def test_textures_are_the_same_on_every_machine_and_have_the_waves_that_their_classes_say():
+    train, test = textures()
+    assert (len(train), len(test)) == (2000, 400) and load_images("textures", split="test")[:] == test[:]
+    pixels = np.stack([np.asarray(Image.open(io.BytesIO(row["bytes"]))) for row in test["image"]])
+    assert hashlib.sha256(pixels.tobytes()).hexdigest()[:12] == "137eb3d88625"
+    # The strongest wave of the spectrum: its period, and the direction in which it runs, 0 to 180 degrees.
+    spectrum = np.abs(np.fft.fft2(pixels - pixels.mean((1, 2), keepdims=True), (256, 256)))
+    spectrum[:, :12, :12] = spectrum[:, :12, -12:] = spectrum[:, -12:, :12] = spectrum[:, -12:, -12:] = 0  # the light
+    rows, columns = np.unravel_index(spectrum.reshape(len(pixels), -1).argmax(1), (256, 256))
+    down, right = (np.fft.fftfreq(256)[found] for found in (rows, columns))
+    period, angle = 1 / np.hypot(down, right), np.degrees(np.arctan2(down, right))
+    names = np.array(test.features["label"].names)[test["label"][:]]
+    for name, degrees, length in (("fine vertical", 0, 6), ("coarse falling", 45, 11), ("fine rising", 135, 6)):
+        of_class = names == f"{name} stripes"
+        off = (angle[of_class] - degrees + 90) % 180 - 90
+        as_said = (np.abs(off) < 15) & (np.abs(period[of_class] / length - 1) < 0.25)
+        assert as_said.mean() > 0.9, name
 
 
 def test_scikit_learn_is_imported_only_when_digits_are_asked_for(monkeypatch):

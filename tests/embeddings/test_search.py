@@ -9,7 +9,7 @@ from pictures import scene, scenes, tiny_checkpoint
 from PIL import Image
 
 from hf_mim.cli import main
-from hf_mim.data.digits import png
+from hf_mim.data.embedded import png
 from hf_mim.embeddings.collection import Whitening
 from hf_mim.embeddings.embed import embed
 from hf_mim.embeddings.search import Search, groups_of, near_pairs

@@ -13,7 +13,7 @@ from sklearn.model_selection import cross_val_predict
 from sklearn.neighbors import KNeighborsClassifier
 
 from hf_mim.cli import main
-from hf_mim.data.digits import png
+from hf_mim.data.embedded import png
 from hf_mim.data.labelled import LabelledImages
 from hf_mim.evaluation.attentive import Attentive
 from hf_mim.evaluation.features import FeatureExtractor

@@ -5,7 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from hf_mim.data.digits import digits
+from hf_mim.data.embedded import digits
 from hf_mim.data.images import Images
 from hf_mim.evaluation.features import FeatureExtractor
 from hf_mim.evaluation.health import (
