@@ -96,6 +96,7 @@ OTHER = {
     "data_seed": 7,
     "optim": "adamw_torch",
     "optim_args": "fused=false",
+    "encoder_layer_decay": 0.7,
     "dataloader_drop_last": False,
     "train_sampling_strategy": "sequential",
 }

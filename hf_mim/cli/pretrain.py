@@ -32,6 +32,7 @@ MOST_USED = (
     ("bf16", "", "mixed precision; default: if the GPU has it"),
     ("save_steps", "500", "steps from one checkpoint to the next"),
     ("probe_every", "0", "steps from one measurement of the features to the next; 0: none"),
+    ("init_from", "", "a checkpoint to start from: a folder or a name on the Hub (docs/start.md)"),
     ("resume", "false", "continue the run in output_dir, with the settings in its recipe.yaml"),
     ("seed", "42", "seed of weights, crops, masks and order"),
 )

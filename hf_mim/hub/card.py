@@ -70,7 +70,7 @@ def model_card(folder: str | Path, repo_id: str | None = None, license: str | No
         auto_class="AutoModelForImageClassification" if facts.is_classifier else "AutoModel",
         image_size=_size(config.image_size),
         training_size=_size(config.training_size),
-        overview=_overview(config, dataset, license),
+        overview=_overview(config, recipe, dataset, license),
         results=_results_table(facts),
         result_notes=[f"{code(name)}: {shown(x)}" for name, result in facts.results.items() for x in result.notes],
         not_measured=[name for name in PROTOCOLS if name not in facts.measured],
@@ -149,14 +149,21 @@ def _results_table(facts: RunFacts) -> str:
     return markdown_table(rows)
 
 
-def _overview(config, dataset: str, license: str | None) -> list[tuple[str, str]]:
+def _overview(config, recipe: dict, dataset: str, license: str | None) -> list[tuple[str, str]]:
     heads = "1 head" if config.num_attention_heads == 1 else f"{config.num_attention_heads} heads"
     return [
         ("Encoder", f"width {config.hidden_size}, depth {config.num_hidden_layers}, {heads}"),
         ("Input", f"{config.num_channels} × {_size(config.image_size)} pixels, patches of {_size(config.patch_size)}"),
         ("Pretrained on", shown(dataset)),
+        *([("Started from", _source(recipe))] if recipe.get("init_from") else []),
         ("Licence", license or "not given"),
     ]
+
+
+def _source(recipe: dict) -> str:
+    """The checkpoint that the run started from, as readers may see it."""
+    hashed = str(recipe.get("init_from_sha256") or "")[:12]
+    return f"{shown(last_name(recipe['init_from']))} ({f'sha256 {shown(hashed)}…' if hashed else 'hash not recorded'})"
 
 
 def _dataset(recipe: dict, training: Result | None) -> str:

@@ -84,3 +84,9 @@ class TargetNetworkMixin:
 def _local(parameter: torch.Tensor) -> torch.Tensor:
     """A sharded parameter (a DTensor) → this process's shard. Target and online network are sharded alike."""
     return parameter.to_local() if hasattr(parameter, "to_local") else parameter
+
+
+def online_encoder(model):
+    """The encoder of a pretraining model that gets gradients."""
+    pairs = model.target_pairs() if isinstance(model, TargetNetworkMixin) else []
+    return next((online for _, online in pairs if type(online) is type(model.base_model)), model.base_model)

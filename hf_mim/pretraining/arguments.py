@@ -27,6 +27,8 @@ class MIMTrainingArguments(ProcessArguments):
         learning_rate: Peak learning rate; overrides base_lr × images per optimizer step / 256.
         start_lr_ratio: Learning rate at the first step, divided by the peak.
         final_lr_ratio: Learning rate at the end of the run, divided by the peak.
+        encoder_layer_decay: Each block's learning rate in the online encoder, divided by that of the next block, for a
+            run that starts from weights; 1: all have the same.
         lr_scheduler_type: Must be 'cosine', the schedule of all recipes.
         weight_decay: Weight decay, at the start of the run.
         weight_decay_end: Weight decay at the end of the run, reached on a half cosine; default: weight_decay.
@@ -56,6 +58,7 @@ class MIMTrainingArguments(ProcessArguments):
     learning_rate: float | None = None
     start_lr_ratio: float = 0.0
     final_lr_ratio: float = 0.0
+    encoder_layer_decay: float = 1.0
     lr_scheduler_type: str = "cosine"
     weight_decay: float = 0.05
     weight_decay_end: float | None = None
@@ -124,6 +127,7 @@ class MIMTrainingArguments(ProcessArguments):
         if self.max_steps == 0 or self.max_steps < -1:
             raise ValueError(f"max_steps must be at least 1, or -1 for num_train_epochs, got {self.max_steps}")
         share("[0, 1)", adam_beta1=self.adam_beta1, adam_beta2=self.adam_beta2)
+        share("(0, 1]", encoder_layer_decay=self.encoder_layer_decay)
 
     def learning_rate_at(self, progress: float, warmup: float) -> float:
         """The learning rate at `progress` in [0, 1]. The warm-up takes the first `warmup` share of the run."""

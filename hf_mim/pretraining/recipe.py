@@ -21,7 +21,9 @@ from hf_mim.data.crop import window_pixels
 from hf_mim.data.fingerprint import absolute_source
 from hf_mim.data.nodata import check_nodata
 from hf_mim.files import replacing
+from hf_mim.pretraining.layers import END, held_settings, layered, settings_in
 from hf_mim.pretraining.settings import YamlDumper, read_yaml, suggestion, to_type
+from hf_mim.pretraining.start import settings_of_sources
 from hf_mim.pretraining.trainer import MIMTrainingArguments
 from hf_mim.pretraining.trainer_options import PYTHON_ONLY, REFUSED, check_options
 from hf_mim.run_folder import LOCAL, RECIPE
@@ -35,23 +37,13 @@ DEFAULTS = {
     "dataloader_num_workers": min(4, os.cpu_count() or 1),
     "save_total_limit": 2,  # if a file of the last is damaged, the run resumes from the one before
 }
-# Name → the arguments that overrule it. Where a layer gives the name, they are dropped from the layers below.
-OVERRULED_BY = {
-    "size": ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"),
-    "base_lr": ("learning_rate",),
-    "num_train_epochs": ("max_steps",),
-    "crop_pixels": ("crop_scale", "crop_ratio"),
-    "crop_scale": ("crop_pixels",),
-    "crop_ratio": ("crop_pixels",),
-}
-
 NOT_OFFERED = REFUSED | PYTHON_ONLY  # options of transformers that must keep their default
 SECRET = {"hub_token"}
+SOURCES = ("dataset", "test_dataset", "init_from")  # what may lie on this machine
 OF_ONE_START = {"resume", "accept_changed_data"}  # these belong to one start of a run, not to its recipe
 # Defaults that decide the result of a run. recipe.yaml records them, so that a later version repeats the run.
 RECORDED = ("base_lr", "learning_rate", "start_lr_ratio", "final_lr_ratio", "weight_decay", "weight_decay_end")
 RECORDED += ("adam_beta1", "adam_beta2", "max_grad_norm", "gradient_accumulation_steps", "seed")
-END = "# end of the recipe"  # a recipe without this line is cut off
 
 
 @dataclass
@@ -97,6 +89,9 @@ class RunArguments:
         knn_test_images: labelled images that are classified, at most
         probe_every: steps from one measurement of the features (health, with labels k-NN) to the next; 0: none
         probe_images: images that vote in such a measurement, at most; a quarter as many are classified
+        init_from: a checkpoint to start from, a folder or a name on the Hub: one of this method gives all its weights,
+            any other that convert reads gives its encoder; sizes of the model that are not given follow from it
+        init_from_sha256: the run itself writes it: the hash of these weights
         license: the checkpoint's license, for its card: apache-2.0, cc-by-nc-4.0, ...
         resume: continue the run in output_dir, with the settings in its recipe.yaml
         dataset_fingerprint, test_dataset_fingerprint: the run itself writes them: what the files of dataset and
@@ -135,6 +130,8 @@ class RunArguments:
     knn_test_images: int = 2_000
     probe_every: int = 0
     probe_images: int = 2000
+    init_from: str | None = None
+    init_from_sha256: str | None = None
     license: str | None = None
     resume: bool = False
     dataset_fingerprint: str | None = None
@@ -200,10 +197,12 @@ class Recipe:
     def read(cls, path: str | Path | None, given: dict[str, Any]) -> "Recipe":
         """A recipe file, overridden by the settings `given`. With `resume` and no file, the one in `output_dir`."""
         if path is None and str(given.get("resume")).lower() == "true" and "output_dir" in given:
-            return cls.resolve(*held_settings(Path(given["output_dir"]).expanduser()), given)
-        if path and Path(path).name == RECIPE and Path(path).is_file():  # of a run: beside it is where its data were
-            return cls.resolve(*_settings_in(Path(path).parent), given)
-        return cls.resolve(read_yaml(path) if path else {}, given)
+            layers = held_settings(Path(given["output_dir"]).expanduser())
+        elif path and Path(path).name == RECIPE and Path(path).is_file():  # of a run: beside it is where its data were
+            layers = settings_in(Path(path).parent)
+        else:
+            layers = [read_yaml(path)] if path else []
+        return cls.resolve(*settings_of_sources(*layers, given), *layers, given)
 
     @classmethod
     def resolve(cls, *layers: dict[str, Any]) -> "Recipe":
@@ -280,7 +279,7 @@ class Recipe:
         """
         settings, local = self.settings(), {}
         before = held_settings(folder)
-        for name in ("dataset", "test_dataset"):
+        for name in SOURCES:
             given = getattr(self.run, name)
             path = absolute_source(given)
             if len(before) == 2 and before[1].get(name) == path is not None:
@@ -299,33 +298,6 @@ class Recipe:
         for name, text in texts.items():
             with replacing(folder / name) as aside:
                 aside.write_text(text)
-
-
-def layered(*layers: dict[str, Any]) -> dict[str, Any]:
-    """One layer of settings from several. Each overrides those before it."""
-    settings = {}
-    for layer in layers:
-        dropped = [other for name in layer for other in OVERRULED_BY.get(name, ())]
-        settings = {name: value for name, value in settings.items() if name not in dropped} | layer
-    return settings
-
-
-def held_settings(folder: Path) -> list[dict[str, Any]]:
-    """What the run in a folder was started with: its recipe, then the absolute paths of its data.
-
-    Raises ValueError for a recipe that is cut off: the run would go on with defaults in place of what is lost.
-    """
-    found = _settings_in(folder)
-    if found and END not in (folder / RECIPE).read_text().splitlines():
-        raise ValueError(
-            f"{folder / RECIPE} is cut off, or was written by hand: its last line must be {END!r}; to begin again from "
-            "it, give it as the recipe, with another output_dir"
-        )
-    return found
-
-
-def _settings_in(folder: Path) -> list[dict[str, Any]]:
-    return [read_yaml(folder / name) for name in (RECIPE, LOCAL) if (folder / name).is_file()]
 
 
 def _typed(name: str, value: Any) -> Any:

@@ -28,6 +28,7 @@ FIXED = (
     "data_seed",
     "optim",
     "optim_args",
+    "encoder_layer_decay",
     "dataloader_drop_last",
     "train_sampling_strategy",
 )

@@ -37,10 +37,12 @@ from hf_mim.pretraining.final_results import (
 from hf_mim.pretraining.image_cache import cached_images
 from hf_mim.pretraining.images import check_sample, check_windows, device_augment, evaluation_images, measured_crops
 from hf_mim.pretraining.probe import OnlineProbe
+from hf_mim.pretraining.rates import check_warmup
 from hf_mim.pretraining.recipe import Recipe, RunArguments
 from hf_mim.pretraining.resume import check_resumed_data, check_run_folder
 from hf_mim.pretraining.signals import Ended, ended_at_once
-from hf_mim.pretraining.trainer import MIMTrainer, MIMTrainingArguments, check_shared_memory, check_warmup
+from hf_mim.pretraining.start import start_from
+from hf_mim.pretraining.trainer import MIMTrainer, MIMTrainingArguments, check_shared_memory
 from hf_mim.pretraining.waiting import WaitingAdvice, advice
 from hf_mim.run_folder import CARD, CURVE, RECONSTRUCTIONS, checkpoints
 from hf_mim.visualize import plot_reconstructions, plot_training
@@ -88,6 +90,11 @@ class Pretraining:
             args.logging_steps = min(args.logging_steps, max(1, steps // 20))  # a short run needs a curve too
         set_seed(args.seed)
         model = AutoModelForPreTraining.from_config(config)
+        # A run that was ended before its first checkpoint begins again.
+        resumes = bool(run.resume and checkpoints(self.folder))
+        self.starts_from_weights = run.init_from is not None and not resumes
+        if self.starts_from_weights:
+            start_from(run, model, tell)
         self.trainer = MIMTrainer(
             model,
             args,
@@ -102,9 +109,7 @@ class Pretraining:
             samples = self.readout.sample(run.probe_images, run.probe_images // 4) if self.readout else None
             samples = samples or (None, fixed_sample(self.images, run.probe_images // 4))
             self.trainer.add_callback(OnlineProbe(self.trainer, run.probe_every, *samples))
-        # Last, because it reads whole checkpoints. A run that was ended before its first checkpoint begins again.
-        resumes = bool(run.resume and checkpoints(self.folder))
-        self.checkpoint = self.trainer.checkpoint_to_resume(resumes)
+        self.checkpoint = self.trainer.checkpoint_to_resume(resumes)  # last, because it reads whole checkpoints
 
     def __call__(self) -> signal.Signals | None:
         """Train, fill the run folder and print the results. Returns the signal that ended the run, if one did.
@@ -121,6 +126,8 @@ class Pretraining:
                 with ended_at_once():
                     if main:
                         self.recipe.save(self.folder)
+                        if self.starts_from_weights:
+                            self.measure_start()
                     trainer.train(resume_from_checkpoint=self.checkpoint)
                     if trainer.guard.signal:
                         return trainer.guard.signal
@@ -157,23 +164,37 @@ class Pretraining:
             images = torch.stack([sample["pixel_values"] for sample in view]).to(model.device)
             plot_reconstructions(model, images, self.augment, self.folder / RECONSTRUCTIONS)
 
+    def measure_start(self):
+        """Measure the weights that the run starts from, before the first step."""
+        model, run, batch_size = self.trainer.model, self.recipe.run, self.trainer.args.per_device_eval_batch_size
+        training = model.training
+        with self.warned("The weights to start from were not measured"):
+            health_record(model.eval(), self.augment, self.images, run, batch_size, self.folder, is_start=True)
+            if self.readout is not None and run.knn:
+                self.readout.measure_start(model, self.augment, batch_size, self.folder)
+        model.train(training)
+
     def measure(self, model):
         """Measure what the training took, the health of the features and, if there are labels, their k-NN accuracy."""
         trainer, run = self.trainer, self.recipe.run
         batch_size = trainer.args.per_device_eval_batch_size
         record = training_record(trainer, run, self.images, self.nodata)
         print(f"\nThe training waited {record.scores['data_wait_share']:.1%} of its time for images.")
-        try:
+        with self.warned("The health of the features was not measured"):  # they are not finite, or images are broken
             health_record(model, self.augment, self.images, run, batch_size, self.folder)
-        except ValueError as error:  # the features are not finite, or too many images are broken
-            print(f"\nThe health of the features was not measured: {error}")
         if self.readout is not None and run.knn:
             set_seed(trainer.args.seed)
             untrained = AutoModelForPreTraining.from_config(model.config).to(model.device).eval()
-            try:
+            with self.warned("The k-NN accuracy was not measured"):  # too many broken images, no label in a stream
                 self.readout.measure(model, untrained, self.augment, batch_size, self.folder)
-            except ValueError as error:  # too many broken images, no label in a stream; the run itself is good
-                print(f"\nThe k-NN accuracy was not measured: {error}")
+
+    @contextlib.contextmanager
+    def warned(self, what: str):
+        """Inside, a ValueError of a measurement becomes a line, because the run itself is good."""
+        try:
+            yield
+        except ValueError as error:
+            print(f"\n{what}: {error}")
 
 
 def evaluation_processor(run: RunArguments, config: PreTrainedConfig, value_range: ValueRange | None):
