@@ -71,6 +71,7 @@ def settings() -> list[Setting]:
     training = [*COMMON, *(name for name in own if name not in COMMON)]
     found += settings_of(MIMTrainingArguments, "training", training, DEFAULTS)
     found += settings_of(MIMTrainingArguments, OTHERS, sorted(TRAINING_FIELDS.keys() - set(training)))
+    found.append(Setting("continue", str, hidden=True))  # `continue_from`, which is a name that Python allows
     # `Recipe` tells why these are refused, whatever their value.
     return found + [Setting(name, bool | str, hidden=True) for name in NOT_OFFERED]
 

@@ -156,6 +156,7 @@ def _overview(config, recipe: dict, dataset: str, license: str | None) -> list[t
         ("Input", f"{config.num_channels} × {_size(config.image_size)} pixels, patches of {_size(config.patch_size)}"),
         ("Pretrained on", shown(dataset)),
         *([("Started from", _source(recipe))] if recipe.get("init_from") else []),
+        *([("Continued from", shown(last_name(recipe["continue_from"])))] if recipe.get("continue_from") else []),
         ("Licence", license or "not given"),
     ]
 

@@ -50,11 +50,10 @@ class RatesTrainer:
 
     def create_scheduler(self, num_training_steps: int, optimizer=None):
         if self.lr_scheduler is None:
-            check_warmup(self.args, num_training_steps)
-            warmup = self.args.get_warmup_steps(num_training_steps) / num_training_steps
+            check_schedule(self.args, num_training_steps)
             self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(
                 self.optimizer if optimizer is None else optimizer,
-                lambda step: self.args.learning_rate_at(step / num_training_steps, warmup) / self.args.learning_rate,
+                lambda step: self.args.learning_rate_at(step, num_training_steps) / self.args.learning_rate,
             )
             self._created_lr_scheduler = True
         return self.lr_scheduler
@@ -76,10 +75,16 @@ class RatesTrainer:
         scheduler._last_lr = rates
 
 
-def check_warmup(args: MIMTrainingArguments, steps: int):
-    """Raise ValueError if the warm-up is longer than the run."""
+def check_schedule(args: MIMTrainingArguments, steps: int):
+    """Raise ValueError if warm-up and decay are longer than the run."""
     if args.warmup_steps > steps:
         raise ValueError(
             f"warmup_steps must be at most the {steps} steps of the run, or below 1 as a share of them, "
             f"not {args.warmup_steps:g}"
+        )
+    warmup, start = args.get_warmup_steps(steps), args.decay_start(steps)
+    if start is not None and start < warmup:
+        raise ValueError(
+            f"warmup_steps and decay_steps must together be at most the {steps} steps of the run, not {warmup} and "
+            f"{steps - start}"
         )

@@ -22,6 +22,7 @@ from hf_mim.data.fingerprint import absolute_source
 from hf_mim.data.nodata import check_nodata
 from hf_mim.files import replacing
 from hf_mim.pretraining.layers import END, held_settings, layered, settings_in
+from hf_mim.pretraining.longer import settings_of_continued
 from hf_mim.pretraining.settings import YamlDumper, read_yaml, suggestion, to_type
 from hf_mim.pretraining.start import settings_of_sources
 from hf_mim.pretraining.trainer import MIMTrainingArguments
@@ -39,7 +40,7 @@ DEFAULTS = {
 }
 NOT_OFFERED = REFUSED | PYTHON_ONLY  # options of transformers that must keep their default
 SECRET = {"hub_token"}
-SOURCES = ("dataset", "test_dataset", "init_from")  # what may lie on this machine
+SOURCES = ("dataset", "test_dataset", "init_from", "continue_from")  # what may lie on this machine
 OF_ONE_START = {"resume", "accept_changed_data"}  # these belong to one start of a run, not to its recipe
 # Defaults that decide the result of a run. recipe.yaml records them, so that a later version repeats the run.
 RECORDED = ("base_lr", "learning_rate", "start_lr_ratio", "final_lr_ratio", "weight_decay", "weight_decay_end")
@@ -92,6 +93,8 @@ class RunArguments:
         init_from: a checkpoint to start from, a folder or a name on the Hub: one of this method gives all its weights,
             any other that convert reads gives its encoder; sizes of the model that are not given follow from it
         init_from_sha256: the run itself writes it: the hash of these weights
+        continue_from: also --continue: the folder of a run with lr_scheduler_type warmup_stable_decay or constant. This
+            one makes it longer, from its last checkpoint before the decay; give num_train_epochs or max_steps
         license: the checkpoint's license, for its card: apache-2.0, cc-by-nc-4.0, ...
         resume: continue the run in output_dir, with the settings in its recipe.yaml
         dataset_fingerprint, test_dataset_fingerprint: the run itself writes them: what the files of dataset and
@@ -132,6 +135,7 @@ class RunArguments:
     probe_images: int = 2000
     init_from: str | None = None
     init_from_sha256: str | None = None
+    continue_from: str | None = None
     license: str | None = None
     resume: bool = False
     dataset_fingerprint: str | None = None
@@ -196,7 +200,14 @@ class Recipe:
     @classmethod
     def read(cls, path: str | Path | None, given: dict[str, Any]) -> "Recipe":
         """A recipe file, overridden by the settings `given`. With `resume` and no file, the one in `output_dir`."""
-        if path is None and str(given.get("resume")).lower() == "true" and "output_dir" in given:
+        given = {"continue_from" if name == "continue" else name: value for name, value in given.items()}
+        if given.get("continue_from"):
+            if path or given.get("init_from") or str(given.get("resume")).lower() == "true":
+                raise ValueError(
+                    "continue takes the settings and weights of its run; give no recipe, init_from or resume"
+                )
+            layers = [settings_of_continued(Path(given["continue_from"]).expanduser())]
+        elif path is None and str(given.get("resume")).lower() == "true" and "output_dir" in given:
             layers = held_settings(Path(given["output_dir"]).expanduser())
         elif path and Path(path).name == RECIPE and Path(path).is_file():  # of a run: beside it is where its data were
             layers = settings_in(Path(path).parent)

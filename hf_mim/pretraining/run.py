@@ -10,6 +10,7 @@ import contextlib
 import functools
 import math
 import os
+import shutil
 import signal
 from pathlib import Path
 
@@ -36,15 +37,17 @@ from hf_mim.pretraining.final_results import (
 )
 from hf_mim.pretraining.image_cache import cached_images
 from hf_mim.pretraining.images import check_sample, check_windows, device_augment, evaluation_images, measured_crops
+from hf_mim.pretraining.layers import held_settings
+from hf_mim.pretraining.longer import check_longer, checkpoint_to_continue
 from hf_mim.pretraining.probe import OnlineProbe
-from hf_mim.pretraining.rates import check_warmup
+from hf_mim.pretraining.rates import check_schedule
 from hf_mim.pretraining.recipe import Recipe, RunArguments
-from hf_mim.pretraining.resume import check_resumed_data, check_run_folder
+from hf_mim.pretraining.resume import check_resumed_data, check_run_folder, check_same_run
 from hf_mim.pretraining.signals import Ended, ended_at_once
 from hf_mim.pretraining.start import start_from
 from hf_mim.pretraining.trainer import MIMTrainer, MIMTrainingArguments, check_shared_memory
 from hf_mim.pretraining.waiting import WaitingAdvice, advice
-from hf_mim.run_folder import CARD, CURVE, RECONSTRUCTIONS, checkpoints
+from hf_mim.run_folder import CARD, CURVE, METRICS, RECONSTRUCTIONS, checkpoints
 from hf_mim.visualize import plot_reconstructions, plot_training
 
 NUM_PICTURES = 8
@@ -81,17 +84,23 @@ class Pretraining:
         if args.process_index == 0:
             for line in filter(None, (found, windows)):
                 print(line)
+        # A run that was ended before its first checkpoint begins again.
+        resumes = bool(run.resume and checkpoints(self.folder))
+        self.begins_at = None  # the checkpoint of another run
+        if run.continue_from and not resumes:
+            self.begins_at = checkpoint_to_continue(continued := Path(run.continue_from))
+            check_same_run(Recipe.resolve(*held_settings(continued)), recipe, continued)
         steps = number_of_steps(args, train_images)
+        if self.begins_at:
+            check_longer(self.begins_at, steps)
         if steps > 0:
-            check_warmup(args, steps)  # Trainer would find out only after it has begun
+            check_schedule(args, steps)  # Trainer would find out only after it has begun
         if isinstance(train_images, ImageStream):  # for other images the trainer checks it
             check_shared_memory(args, config.num_channels * math.prod(config.training_size))
         if "logging_steps" not in recipe.training:
             args.logging_steps = min(args.logging_steps, max(1, steps // 20))  # a short run needs a curve too
         set_seed(args.seed)
         model = AutoModelForPreTraining.from_config(config)
-        # A run that was ended before its first checkpoint begins again.
-        resumes = bool(run.resume and checkpoints(self.folder))
         self.starts_from_weights = run.init_from is not None and not resumes
         if self.starts_from_weights:
             start_from(run, model, tell)
@@ -109,7 +118,8 @@ class Pretraining:
             samples = self.readout.sample(run.probe_images, run.probe_images // 4) if self.readout else None
             samples = samples or (None, fixed_sample(self.images, run.probe_images // 4))
             self.trainer.add_callback(OnlineProbe(self.trainer, run.probe_every, *samples))
-        self.checkpoint = self.trainer.checkpoint_to_resume(resumes)  # last, because it reads whole checkpoints
+        # Last, because it reads whole checkpoints.
+        self.checkpoint = self.trainer.checkpoint_to_resume(str(self.begins_at) if self.begins_at else resumes)
 
     def __call__(self) -> signal.Signals | None:
         """Train, fill the run folder and print the results. Returns the signal that ended the run, if one did.
@@ -126,6 +136,8 @@ class Pretraining:
                 with ended_at_once():
                     if main:
                         self.recipe.save(self.folder)
+                        if self.begins_at and (log := self.begins_at.parent / METRICS).is_file():
+                            shutil.copy(log, self.folder / METRICS)  # the trainer drops what came after the checkpoint
                         if self.starts_from_weights:
                             self.measure_start()
                     trainer.train(resume_from_checkpoint=self.checkpoint)

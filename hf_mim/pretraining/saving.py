@@ -71,9 +71,13 @@ class CheckpointTrainer:
         self._rotate(run_folder, self.guard.proved)  # after the push, which waits for the upload of an older checkpoint
 
     def _rotate(self, run_folder: Path, proved: int | None = None):
-        """Delete older checkpoints, but not the last one whose weights have given a finite loss."""
+        """Delete older checkpoints, but not the best one, the one before the decay, and the last one whose weights have
+        given a finite loss."""
         if self.args.should_save:
-            about = run_folder, self.args.save_total_limit, self.state.best_model_checkpoint, proved
+            keep = {Path(self.state.best_model_checkpoint).name} if self.state.best_model_checkpoint else set()
+            if (start := self.args.decay_start(self.state.max_steps)) is not None:
+                keep.add(f"{CHECKPOINT}{start}")
+            about = run_folder, self.args.save_total_limit, keep, proved
             for failure in _failures(lambda: checkpoints.rotate(*about)):
                 logger.warning(f"older checkpoints could not be deleted: {failure}")
 

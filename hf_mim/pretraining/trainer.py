@@ -27,7 +27,14 @@ from hf_mim.data.workers import leaving_signals
 from hf_mim.hub.push import HubTrainer
 from hf_mim.models.target_encoder import TargetNetworkMixin
 from hf_mim.pretraining.arguments import MIMTrainingArguments
-from hf_mim.pretraining.callbacks import MetricsFile, MIMProgress, TargetUpdate, Throughput, WeightDecay
+from hf_mim.pretraining.callbacks import (
+    MetricsFile,
+    MIMProgress,
+    SaveBeforeDecay,
+    TargetUpdate,
+    Throughput,
+    WeightDecay,
+)
 from hf_mim.pretraining.collapse import CollapseAlarm
 from hf_mim.pretraining.guard import StepGuard
 from hf_mim.pretraining.rates import RatesTrainer
@@ -107,7 +114,7 @@ class MIMTrainer(CheckpointTrainer, RatesTrainer, HubTrainer, QuietWorkers, Trai
         self.means, self.throughput = ScalarMeans(), Throughput()
         self.guard = StepGuard(self, args)
         for_data = DatasetEpoch(train_dataset), BrokenImages(train_dataset)
-        for_step = StepSeeds(), self.guard, TargetUpdate(self.guard), WeightDecay()
+        for_step = StepSeeds(), self.guard, TargetUpdate(self.guard), WeightDecay(), SaveBeforeDecay()
         for callback in (*for_data, *for_step, self.throughput, MetricsFile()):
             self.add_callback(callback)
         if isinstance(model, TargetNetworkMixin):

@@ -138,3 +138,35 @@ def test_settings_that_do_not_fit_are_one_line_before_anything_is_written(source
     message = fails_with(capsys, *options)
     assert message.endswith("though its tensors do; --num_attention_heads 2 would fit, or leave out these settings")
     assert not (tmp_path / "run").exists()
+
+
+# ---- a run that is made longer
+
+STABLE = ["--lr_scheduler_type", "warmup_stable_decay", "--decay_steps", "0.3", "--knn", "false", "--dataset", "digits"]
+
+
+def test_a_finished_run_is_made_longer_from_the_checkpoint_before_its_decay(tmp_path, capsys):
+    run(*SMALL, *STABLE, "--max_steps", 4, "--warmup_steps", 0.5, "--output_dir", tmp_path / "short")
+    run(*SMALL, *STABLE, "--max_steps", 6, "--warmup_steps", 2, "--output_dir", tmp_path / "whole")
+    run("--continue", tmp_path / "short", "--max_steps", 6, "--output_dir", tmp_path / "longer")
+    whole, longer = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "longer"))
+    assert all(torch.equal(x, longer[name]) for name, x in whole.items())
+    recipe = read_yaml(tmp_path / "longer" / "recipe.yaml")
+    assert (recipe["continue_from"], recipe["warmup_steps"], recipe["max_steps"]) == ("short", 2, 6)
+    lines = (tmp_path / "longer" / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines if "loss" in json.loads(line)] == [1, 2, 3, 4, 5, 6]
+    assert "| Continued from | short |" in (tmp_path / "longer" / "README.md").read_text()
+    capsys.readouterr()
+    more = ["--continue", tmp_path / "short", "--output_dir", tmp_path / "more"]
+    assert "must give more steps than the 3 of" in fails_with(capsys, *more, "--max_steps", 3)
+    assert fails_with(capsys, *more, "--hidden_size", 32).startswith("hidden_size is 32, but the run in")
+    assert "give no recipe, init_from or resume" in fails_with(capsys, *more, "--resume")
+    shutil.rmtree(tmp_path / "short" / "checkpoint-3")
+    assert "no whole checkpoint before the decay, which began at step 3" in fails_with(capsys, *more, "--max_steps", 9)
+
+
+def test_a_cosine_run_is_not_made_longer_but_started_from(source, capsys, tmp_path):
+    message = fails_with(capsys, "--continue", source, "--num_train_epochs", 9, "--output_dir", tmp_path / "run")
+    assert message.startswith("continue needs a run with lr_scheduler_type warmup_stable_decay or constant, and ")
+    assert message.endswith(f"start a new run from its weights: hf-mim pretrain --init_from {source}")
+    assert "holds none (no recipe.yaml)" in fails_with(capsys, "--continue", tmp_path)
