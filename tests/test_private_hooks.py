@@ -27,6 +27,8 @@ HOOKS = [
     (TRAINER, "Trainer._push_from_checkpoint", "hub/push.py"),
     (TRAINER, "Trainer._finish_current_push", "hub/push.py"),
     (TRAINER, "Trainer._save_checkpoint", "pretraining/trainer.py"),
+    (TRAINER, "Trainer._load_best_model", "pretraining/saving.py"),
+    (TRAINER, "Trainer._finalize_training", "pretraining/saving.py"),
     (TRAINER, "Trainer._get_grad_norm", "pretraining/trainer.py"),
     (TRAINER, "Trainer._load_optimizer_and_scheduler", "pretraining/rates.py"),
     (TRAINER, "Trainer._init_training_state", "pretraining/trainer.py"),

@@ -51,6 +51,7 @@ def test_a_resume_keeps_the_rates_by_depth(tmp_path, method):
     assert second and all(second[step] == first[step] for step in second)
 
 
+SLOW = [pytest.mark.slow, pytest.mark.timeout(1200)]
 STABLE = {"lr_scheduler_type": "warmup_stable_decay"}
 
 
@@ -95,7 +96,7 @@ def test_warm_up_and_decay_that_are_longer_than_the_run_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("first, second", [(6, 9), pytest.param(200, 300, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("first, second", [(6, 9), pytest.param(200, 300, marks=SLOW)])
 def test_a_run_that_is_made_longer_is_the_longer_run_to_the_bit(tmp_path, method, first, second):
     def run(name, steps, resume=None):
         model = make_model(method, drop_path_rate=0.1)

@@ -70,7 +70,7 @@ def model_card(folder: str | Path, repo_id: str | None = None, license: str | No
         auto_class="AutoModelForImageClassification" if facts.is_classifier else "AutoModel",
         image_size=_size(config.image_size),
         training_size=_size(config.training_size),
-        overview=_overview(config, recipe, dataset, license),
+        overview=_overview(config, recipe, facts.trainer_state, dataset, license),
         results=_results_table(facts),
         result_notes=[f"{code(name)}: {shown(x)}" for name, result in facts.results.items() for x in result.notes],
         not_measured=[name for name in PROTOCOLS if name not in facts.measured],
@@ -149,7 +149,8 @@ def _results_table(facts: RunFacts) -> str:
     return markdown_table(rows)
 
 
-def _overview(config, recipe: dict, dataset: str, license: str | None) -> list[tuple[str, str]]:
+def _overview(config, recipe: dict, trainer_state: dict, dataset: str, license: str | None) -> list[tuple[str, str]]:
+    best = _best(recipe, trainer_state)
     heads = "1 head" if config.num_attention_heads == 1 else f"{config.num_attention_heads} heads"
     return [
         ("Encoder", f"width {config.hidden_size}, depth {config.num_hidden_layers}, {heads}"),
@@ -157,8 +158,22 @@ def _overview(config, recipe: dict, dataset: str, license: str | None) -> list[t
         ("Pretrained on", shown(dataset)),
         *([("Started from", _source(recipe))] if recipe.get("init_from") else []),
         *([("Continued from", shown(last_name(recipe["continue_from"])))] if recipe.get("continue_from") else []),
+        *([("Best checkpoint", best)] if best else []),
         ("Licence", license or "not given"),
     ]
+
+
+def _best(recipe: dict, trainer_state: dict) -> str:
+    """Which checkpoint was best by `keep_best`, and whether it is this one; "" if the run has kept none."""
+    step, value = trainer_state.get("best_global_step"), trainer_state.get("best_metric")
+    if not recipe.get("keep_best") or not step:
+        return ""
+    name = f"step {shown_number(step)} of {shown_number(trainer_state.get('global_step'))}"
+    name += f", by {shown(recipe['keep_best'])} ({shown_number(value)})"
+    where = (
+        "these weights" if recipe.get("export_best") else f"in `checkpoint-{shown(step)}`, these weights are the last"
+    )
+    return f"{name}: {where}"
 
 
 def _source(recipe: dict) -> str:

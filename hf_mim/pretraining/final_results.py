@@ -200,6 +200,18 @@ def frozen(model, augment, run: RunArguments, name: str) -> FrozenEncoder:
     return FrozenEncoder(model.base_model, *augment.statistics(), name=name, **sees)
 
 
+def check_best(run: RunArguments, args: MIMTrainingArguments, readout: Readout | None):
+    """Raise ValueError if `keep_best` cannot work in this run."""
+    if run.keep_best is None:
+        return
+    if run.keep_best == "probe_knn" and readout is None:
+        raise ValueError("keep_best probe_knn needs labels, and there are none; probe_rank_me needs none")
+    if args.save_strategy == "no":
+        raise ValueError("keep_best needs checkpoints: save_strategy must be steps or epoch, not no")
+    if args.metric_for_best_model is not None:
+        raise ValueError(f"keep_best and metric_for_best_model {args.metric_for_best_model} exclude each other")
+
+
 def training_record(trainer: Trainer, run: RunArguments, images, nodata: str | None = None) -> Result:
     """`results/training.json`: what the training took and how its loss changed, over all parts of a resumed run.
 

@@ -16,13 +16,14 @@ import yaml
 from transformers import PreTrainedConfig
 
 from hf_mim import methods
-from hf_mim.checks import check_license, check_statistics, least
+from hf_mim.checks import check_license, check_statistics, least, one_of
 from hf_mim.data.crop import window_pixels
 from hf_mim.data.fingerprint import absolute_source
 from hf_mim.data.nodata import check_nodata
 from hf_mim.files import replacing
 from hf_mim.pretraining.layers import END, held_settings, layered, settings_in
 from hf_mim.pretraining.longer import settings_of_continued
+from hf_mim.pretraining.probe import ALSO_CALLED, LARGER_IS_BETTER, SMALLER_IS_BETTER
 from hf_mim.pretraining.settings import YamlDumper, read_yaml, suggestion, to_type
 from hf_mim.pretraining.start import settings_of_sources
 from hf_mim.pretraining.trainer import MIMTrainingArguments
@@ -95,6 +96,9 @@ class RunArguments:
         init_from_sha256: the run itself writes it: the hash of these weights
         continue_from: also --continue: the folder of a run with lr_scheduler_type warmup_stable_decay or constant. This
             one makes it longer, from its last checkpoint before the decay; give num_train_epochs or max_steps
+        keep_best: with probe_every, keep the checkpoint in which this is best: probe_knn (probe_knn_accuracy),
+            probe_rank_me, probe_mean_cosine and so on
+        export_best: make the best checkpoint by keep_best the model of the run folder
         license: the checkpoint's license, for its card: apache-2.0, cc-by-nc-4.0, ...
         resume: continue the run in output_dir, with the settings in its recipe.yaml
         dataset_fingerprint, test_dataset_fingerprint: the run itself writes them: what the files of dataset and
@@ -133,6 +137,8 @@ class RunArguments:
     knn_test_images: int = 2_000
     probe_every: int = 0
     probe_images: int = 2000
+    keep_best: str | None = None
+    export_best: bool = False
     init_from: str | None = None
     init_from_sha256: str | None = None
     continue_from: str | None = None
@@ -155,6 +161,14 @@ class RunArguments:
             least(1, **{name: getattr(self, name)})
         least(0, probe_every=self.probe_every)
         least(8, probe_images=self.probe_images)
+        self.keep_best = ALSO_CALLED.get(self.keep_best, self.keep_best)
+        one_of((*LARGER_IS_BETTER, *SMALLER_IS_BETTER), keep_best=self.keep_best)
+        if self.keep_best is not None and not self.probe_every:
+            raise ValueError(
+                f"keep_best {self.keep_best} needs probe_every, the steps from one measurement to the next"
+            )
+        if self.export_best and self.keep_best is None:
+            raise ValueError("export_best needs keep_best, which says what is best, such as probe_knn")
 
 
 def model_fields(method: str) -> dict[str, Any]:

@@ -29,6 +29,7 @@ FIXED = (
     "optim",
     "optim_args",
     "encoder_layer_decay",
+    "keep_best",
     "dataloader_drop_last",
     "train_sampling_strategy",
 )

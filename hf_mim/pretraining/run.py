@@ -30,6 +30,7 @@ from hf_mim.models.pixels import EIGHT_BITS, ValueRange
 from hf_mim.pretraining.final_results import (
     Readout,
     central_crop,
+    check_best,
     fixed_view,
     health_record,
     load_split,
@@ -90,6 +91,7 @@ class Pretraining:
         if run.continue_from and not resumes:
             self.begins_at = checkpoint_to_continue(continued := Path(run.continue_from))
             check_same_run(Recipe.resolve(*held_settings(continued)), recipe, continued)
+        check_best(run, args, self.readout)
         steps = number_of_steps(args, train_images)
         if self.begins_at:
             check_longer(self.begins_at, steps)
@@ -117,7 +119,7 @@ class Pretraining:
         if run.probe_every:
             samples = self.readout.sample(run.probe_images, run.probe_images // 4) if self.readout else None
             samples = samples or (None, fixed_sample(self.images, run.probe_images // 4))
-            self.trainer.add_callback(OnlineProbe(self.trainer, run.probe_every, *samples))
+            self.trainer.add_callback(OnlineProbe(self.trainer, run.probe_every, *samples, run.keep_best))
         # Last, because it reads whole checkpoints.
         self.checkpoint = self.trainer.checkpoint_to_resume(str(self.begins_at) if self.begins_at else resumes)
 
@@ -126,7 +128,7 @@ class Pretraining:
 
         Raises LockedError if another process writes into the run folder.
         """
-        trainer, main = self.trainer, self.trainer.is_world_process_zero()
+        trainer, run, main = self.trainer, self.recipe.run, self.trainer.is_world_process_zero()
         PartialState().wait_for_everyone()  # until every rank has looked into the folder
         with contextlib.ExitStack() as stack:
             if main:
@@ -143,6 +145,8 @@ class Pretraining:
                     trainer.train(resume_from_checkpoint=self.checkpoint)
                     if trainer.guard.signal:
                         return trainer.guard.signal
+                    if run.export_best and not trainer.load_best() and main:
+                        print("\nNo best checkpoint was kept: the model of the run folder is the last one.")
                     trainer.save_model(_internal_call=True)  # not pushed yet: the card is still to come
                     trainer.save_state()
                     if main:
