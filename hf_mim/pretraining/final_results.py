@@ -46,6 +46,7 @@ from hf_mim.run_folder import (
 )
 
 HEALTH_IMAGES = 512
+VIEWS = {"num_view_images": 64, "views": 4}  # for LiDAR
 PRECISIONS = {"no": "float32", "bf16": "bfloat16", "fp16": "float16", "fp8": "float8"}
 
 
@@ -284,7 +285,7 @@ def health_record(
     """
     sample = Images(fixed_sample(images, HEALTH_IMAGES), f"{source_name(run.dataset)}, split {run.train_split}")
     extract = FeatureExtractor(frozen(model, augment, run, str(folder)), batch_size, progress=False)
-    result = measure(Health(num_images=HEALTH_IMAGES, compare=not is_start), extract, (sample,), folder)
+    result = measure(Health(num_images=HEALTH_IMAGES, **VIEWS, compare=not is_start), extract, (sample,), folder)
     path = result_path(folder, START_HEALTH_RESULT)
     if is_start:
         result.settings[AT_START] = True
