@@ -32,6 +32,7 @@ TEMPLATE = Path(__file__).with_name("card_template.md")
 TASKS = dict.fromkeys(("knn", "leave_one_out", "linear", "attentive", "lowshot", "finetune"), "image-classification")
 TASKS |= dict.fromkeys(("segment", "propagate"), "image-segmentation")
 NOT_RECORDED = "not recorded"
+STARTS = {"init_from": "Started from", "target_from": "Frozen target"}
 # The beginnings of settings that say where and how a recipe ran, not what it computes.
 OF_THE_MACHINE = ("output_dir", "dataloader_", "logging_", "save_", "hub_", "push_to_hub", "report_to")
 OF_THE_MACHINE += ("use_cpu", "disable_tqdm")
@@ -156,7 +157,7 @@ def _overview(config, recipe: dict, trainer_state: dict, dataset: str, license: 
         ("Encoder", f"width {config.hidden_size}, depth {config.num_hidden_layers}, {heads}"),
         ("Input", f"{config.num_channels} × {_size(config.image_size)} pixels, patches of {_size(config.patch_size)}"),
         ("Pretrained on", shown(dataset)),
-        *([("Started from", _source(recipe))] if recipe.get("init_from") else []),
+        *((title, _source(recipe, name)) for name, title in STARTS.items() if recipe.get(name)),
         *([("Continued from", shown(last_name(recipe["continue_from"])))] if recipe.get("continue_from") else []),
         *([("Best checkpoint", best)] if best else []),
         ("Licence", license or "not given"),
@@ -176,10 +177,10 @@ def _best(recipe: dict, trainer_state: dict) -> str:
     return f"{name}: {where}"
 
 
-def _source(recipe: dict) -> str:
-    """The checkpoint that the run started from, as readers may see it."""
-    hashed = str(recipe.get("init_from_sha256") or "")[:12]
-    return f"{shown(last_name(recipe['init_from']))} ({f'sha256 {shown(hashed)}…' if hashed else 'hash not recorded'})"
+def _source(recipe: dict, name: str) -> str:
+    """A checkpoint that the run has taken weights from, as readers may see it."""
+    hashed = str(recipe.get(f"{name}_sha256") or "")[:12]
+    return f"{shown(last_name(recipe[name]))} ({f'sha256 {shown(hashed)}…' if hashed else 'hash not recorded'})"
 
 
 def _dataset(recipe: dict, training: Result | None) -> str:

@@ -23,12 +23,9 @@ from hf_mim.hub.convert import NORMALISATION, Conversion, setting_types
 from hf_mim.hub.fit import fit_tensor
 from hf_mim.hub.foreign import check_parts
 from hf_mim.hub.reading import read_checkpoint, read_json
-from hf_mim.models.configuration_vit import MIMConfig
-from hf_mim.models.target_encoder import online_encoder
+from hf_mim.models.configuration_vit import MIMConfig, pair
+from hf_mim.models.target_encoder import ENCODER_FIELDS, online_encoder, target_encoder_config
 
-# What an encoder has to have in common with the one whose weights it takes.
-SAME = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "use_cls_token")
-SAME += ("layer_norm_eps", "hidden_act")
 ADAPTED = ("image_size", "patch_size", "num_channels")  # for these, weights are adapted (`fit.py`)
 READ_OUT = ("pooling", "pool_before_norm")
 
@@ -93,7 +90,7 @@ class Source:
 
         Raises ValueError if the method has no such encoder.
         """
-        row, names = methods.get(method), [*SAME, *ADAPTED, *READ_OUT]
+        row, names = methods.get(method), [*ENCODER_FIELDS, *ADAPTED, *READ_OUT]
         if self.config.use_cls_token:
             try:
                 row.config_class(use_cls_token=True)
@@ -109,7 +106,7 @@ class Source:
 
     def check(self, config: MIMConfig, argument: str = "init_from"):
         """Raise ValueError unless an encoder with this config can take the weights. It names tensors and settings."""
-        wrong = [name for name in SAME if getattr(config, name) != getattr(self.config, name)]
+        wrong = [name for name in ENCODER_FIELDS if getattr(config, name) != getattr(self.config, name)]
         if not wrong:
             return
         with torch.device("meta"):
@@ -128,6 +125,17 @@ class Source:
             f"or leave out {'size and ' if 'hidden_size' in wrong else ''}these settings"
         )
 
+    def check_target(self, config: MIMConfig):
+        """Raise ValueError unless the encoder can be the frozen target of a model with this config."""
+        wrong = [name for name in ADAPTED if pair(getattr(config, name)) != pair(getattr(self.config, name))]
+        if wrong:
+            theirs, ours = (
+                f"{_by(one.grid_size)} patches of {_by(one.patch_height_width)} pixels, {one.num_channels} channels"
+                for one in (self.config, config)
+            )
+            right = " ".join(f"--{name} {_option(getattr(self.config, name))}" for name in wrong)
+            raise ValueError(f"target_from {self.name} sees {theirs}, and the run has {ours}; {right} would fit")
+
     def fill(self, model: PreTrainedModel) -> str:
         """Put the weights into a pretraining model whose encoder `check` accepts. Returns a line that says what was
         taken over, what was adapted and what starts fresh."""
@@ -139,7 +147,7 @@ class Source:
         else:
             online = online_encoder(model)
             fill_encoder(online, self.model.base_model)
-            filled = [online]
+            filled = [online, model.target_encoder] if getattr(ours, "target_config", None) else [online]
             for target, source in model.target_pairs() if hasattr(model, "target_pairs") else ():
                 target.load_state_dict(source.state_dict())
                 filled += [target] if source is online else []
@@ -162,7 +170,11 @@ def fill_encoder(encoder: PreTrainedModel, source: PreTrainedModel):
 
 
 def _fitted(source: PreTrainedModel, config: MIMConfig) -> dict[str, torch.Tensor]:
-    return {name: fit_tensor(name, x, source.config, config) for name, x in source.state_dict().items()}
+    def of(name: str, config: MIMConfig) -> MIMConfig:
+        return target_encoder_config(config) if name.startswith("target_encoder.") else config
+
+    state = source.state_dict()
+    return {name: fit_tensor(name, x, of(name, source.config), of(name, config)) for name, x in state.items()}
 
 
 def _parted(
@@ -192,6 +204,10 @@ def _config(name: str) -> dict[str, Any]:
 
 def _shape(tensor: torch.Tensor | None) -> str:
     return "none" if tensor is None else "×".join(map(str, tensor.shape)) or "scalar"
+
+
+def _option(value) -> str:
+    return str(value) if isinstance(value, int) else ",".join(map(str, value))
 
 
 def _by(sides: tuple[int, int]) -> str:

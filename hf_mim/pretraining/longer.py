@@ -13,7 +13,7 @@ from hf_mim.pretraining.settings import to_type
 from hf_mim.run_folder import RECIPE, TRAINER_STATE, checkpoints, step_of
 
 # Settings of the run in the folder that the longer run does not take from it.
-OWN = ("output_dir", "resume", "init_from_sha256", "init_from", "continue_from")
+OWN = ("output_dir", "resume", "continue_from")
 
 
 def settings_of_continued(folder: Path) -> dict[str, Any]:

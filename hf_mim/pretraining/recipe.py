@@ -41,7 +41,7 @@ DEFAULTS = {
 }
 NOT_OFFERED = REFUSED | PYTHON_ONLY  # options of transformers that must keep their default
 SECRET = {"hub_token"}
-SOURCES = ("dataset", "test_dataset", "init_from", "continue_from")  # what may lie on this machine
+SOURCES = ("dataset", "test_dataset", "init_from", "target_from", "continue_from")  # what may lie on this machine
 OF_ONE_START = {"resume", "accept_changed_data"}  # these belong to one start of a run, not to its recipe
 # Defaults that decide the result of a run. recipe.yaml records them, so that a later version repeats the run.
 RECORDED = ("base_lr", "learning_rate", "start_lr_ratio", "final_lr_ratio", "weight_decay", "weight_decay_end")
@@ -94,6 +94,9 @@ class RunArguments:
         init_from: a checkpoint to start from, a folder or a name on the Hub: one of this method gives all its weights,
             any other that convert reads gives its encoder; sizes of the model that are not given follow from it
         init_from_sha256: the run itself writes it: the hash of these weights
+        target_from: a checkpoint whose encoder is the frozen target of latent_mim, stop_jepa or ijepa, in place of a
+            moving average; of any width, for the same image size, patch size and channels
+        target_from_sha256: the run itself writes it: the hash of these weights
         continue_from: also --continue: the folder of a run with lr_scheduler_type warmup_stable_decay or constant. This
             one makes it longer, from its last checkpoint before the decay; give num_train_epochs or max_steps
         keep_best: with probe_every, keep the checkpoint in which this is best: probe_knn (probe_knn_accuracy),
@@ -141,6 +144,8 @@ class RunArguments:
     export_best: bool = False
     init_from: str | None = None
     init_from_sha256: str | None = None
+    target_from: str | None = None
+    target_from_sha256: str | None = None
     continue_from: str | None = None
     license: str | None = None
     resume: bool = False
@@ -216,7 +221,7 @@ class Recipe:
         """A recipe file, overridden by the settings `given`. With `resume` and no file, the one in `output_dir`."""
         given = {"continue_from" if name == "continue" else name: value for name, value in given.items()}
         if given.get("continue_from"):
-            if path or given.get("init_from") or str(given.get("resume")).lower() == "true":
+            if path or given.get("init_from") or given.get("target_from") or str(given.get("resume")).lower() == "true":
                 raise ValueError(
                     "continue takes the settings and weights of its run; give no recipe, init_from or resume"
                 )

@@ -103,8 +103,9 @@ class Pretraining:
             args.logging_steps = min(args.logging_steps, max(1, steps // 20))  # a short run needs a curve too
         set_seed(args.seed)
         model = AutoModelForPreTraining.from_config(config)
-        self.starts_from_weights = run.init_from is not None and not resumes
-        if self.starts_from_weights:
+        is_new = not resumes and self.begins_at is None
+        self.starts_from_weights = run.init_from is not None and is_new
+        if is_new:
             start_from(run, model, tell)
         self.trainer = MIMTrainer(
             model,

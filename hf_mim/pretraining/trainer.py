@@ -117,7 +117,7 @@ class MIMTrainer(CheckpointTrainer, RatesTrainer, HubTrainer, QuietWorkers, Trai
         for_step = StepSeeds(), self.guard, TargetUpdate(self.guard), WeightDecay(), SaveBeforeDecay()
         for callback in (*for_data, *for_step, self.throughput, MetricsFile()):
             self.add_callback(callback)
-        if isinstance(model, TargetNetworkMixin):
+        if isinstance(model, TargetNetworkMixin) and model.target_pairs():  # a frozen target does not collapse
             alarm = CollapseAlarm(args.stop_on_collapse)
             self.callback_handler.callbacks.insert(0, alarm)  # first, because all reports show what it adds to a log
         if self.pop_callback(ProgressCallback) is not None:
