@@ -6,7 +6,8 @@ trainer_state.json      the state of transformers' Trainer, with the log
 metrics.jsonl           the same log, a line for each entry, written during the run
 loss.png, pca.png, and by the method reconstructions.png or prediction.png
 pictures/step-STEP/     the same pictures from the time of each probe
-results/*.json          measurements: the run writes training.json, health.json and knn.json, `hf-mim evaluate` others
+results/*.json          measurements: the run writes training.json, health.json and knn.json (and start_health.json and
+                        start_knn.json, if it starts from weights), `hf-mim evaluate` others
 results/checkpoint-STEP/    measurements of a checkpoint that was deleted since
 README.md               the model card
 checkpoint-STEP/        checkpoints to resume from, each with a manifest.json
@@ -44,6 +45,8 @@ CARD = "README.md"
 RESULTS = "results"
 # The results that the run itself writes.
 TRAINING_RESULT, HEALTH_RESULT, KNN_RESULT = "training", "health", "knn"
+START_HEALTH_RESULT, START_KNN_RESULT = "start_health", "start_knn"  # before the first step, of a run from weights
+AT_START = "at the start"  # the column of these in the other results
 RECORDS = f"{TRAINING_RESULT}.json", f"{HEALTH_RESULT}.json"
 CHECKPOINT = "checkpoint-"  # before the step
 MANIFEST = "manifest.json"
@@ -269,7 +272,9 @@ def _notes(results: dict[str, Result], sha256: str | None) -> dict[str, str]:
     """File name → why its measurement is not one of the weights with this hash."""
     notes = {}
     for name, result in results.items():
-        if result.settings.get("untrained"):
+        if result.settings.get(AT_START):
+            notes[name] = "before the first step, to compare"
+        elif result.settings.get("untrained"):
             notes[name] = "untrained encoder, to compare"
         elif result.settings.get("pixels"):
             notes[name] = "raw pixels, to compare"

@@ -78,7 +78,7 @@ def test_rotation_keeps_what_was_measured_on_a_checkpoint(tmp_path):
 def test_rotation_keeps_the_best_one_too(tmp_path):
     for step in (1, 2, 3):
         make(tmp_path, step)
-    checkpoints.rotate(tmp_path, 1, keep=str(tmp_path / "checkpoint-1"))
+    checkpoints.rotate(tmp_path, 1, keep=["checkpoint-1"])
     assert [path.name for path in checkpoints.checkpoints(tmp_path)] == ["checkpoint-3", "checkpoint-1"]
 
 

@@ -63,7 +63,8 @@ def test_without_labels_only_health_is_probed(tmp_path):
 def test_the_model_trains_on_after_a_probe(tmp_path):
     run, _ = train(tmp_path / "run", probe_every=1)
     model = run.trainer.model.train()
-    run.trainer.callback_handler.callbacks[-1].measure()
+    probe = next(callback for callback in run.trainer.callback_handler.callbacks if isinstance(callback, OnlineProbe))
+    probe.measure()
     assert all(module.training for module in model.modules())
     assert torch.is_grad_enabled()
 

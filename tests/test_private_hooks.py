@@ -27,8 +27,10 @@ HOOKS = [
     (TRAINER, "Trainer._push_from_checkpoint", "hub/push.py"),
     (TRAINER, "Trainer._finish_current_push", "hub/push.py"),
     (TRAINER, "Trainer._save_checkpoint", "pretraining/trainer.py"),
+    (TRAINER, "Trainer._load_best_model", "pretraining/saving.py"),
+    (TRAINER, "Trainer._finalize_training", "pretraining/saving.py"),
     (TRAINER, "Trainer._get_grad_norm", "pretraining/trainer.py"),
-    (TRAINER, "Trainer._load_optimizer_and_scheduler", "pretraining/trainer.py"),
+    (TRAINER, "Trainer._load_optimizer_and_scheduler", "pretraining/rates.py"),
     (TRAINER, "Trainer._init_training_state", "pretraining/trainer.py"),
     (TRAINER, "Trainer._init_training_state", "pretraining/saving.py"),
     ("huggingface_hub.utils", "_http", "hub/push.py"),
@@ -37,7 +39,7 @@ HOOKS = [
 # Attributes that Trainer sets on itself, so that only its source has them.
 SET_BY_TRAINER = [
     ("_train_batch_size", "pretraining/trainer.py"),
-    ("_created_lr_scheduler", "pretraining/trainer.py"),
+    ("_created_lr_scheduler", "pretraining/rates.py"),
 ]
 
 

@@ -96,6 +96,8 @@ OTHER = {
     "data_seed": 7,
     "optim": "adamw_torch",
     "optim_args": "fused=false",
+    "encoder_layer_decay": 0.7,
+    "keep_best": "probe_rank_me",
     "dataloader_drop_last": False,
     "train_sampling_strategy": "sequential",
 }
@@ -103,7 +105,8 @@ OTHER = {
 
 @pytest.mark.parametrize("name", FIXED)
 def test_what_must_stay_is_refused_by_name(held, name):
-    recipe = Recipe.read(None, {"resume": True, "output_dir": str(held), name: OTHER[name]})
+    others = {"probe_every": 1} if name == "keep_best" else {}
+    recipe = Recipe.read(None, {"resume": True, "output_dir": str(held), name: OTHER[name]} | others)
     with pytest.raises(ValueError, match=rf"^{name} is .*, but the run in {held} has "):
         check_run_folder(held, recipe)
 

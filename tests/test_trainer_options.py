@@ -107,6 +107,9 @@ TESTS = {
             "torch_compile torch_compile_backend torch_compile_mode"
         ),
     },
+    "test_rates.py": {
+        "test_warmup_stable_decay_rises_stays_and_falls_and_takes_all_else_along": "lr_scheduler_type",
+    },
     "test_resume_settings.py": {
         "test_a_run_that_saved_only_its_model_is_not_resumed": "save_only_model",
     },

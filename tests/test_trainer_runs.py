@@ -147,7 +147,8 @@ def test_checkpoint_says_nothing_that_is_not_so(tmp_path):
         ("weight_decay", -0.05, "at least 0"),
         ("weight_decay_end", -0.05, "at least 0"),
         ("warmup_steps", -1, "at least 0"),
-        ("lr_scheduler_type", "linear", "must stay 'cosine'"),
+        ("lr_scheduler_type", "linear", "must be one of cosine, warmup_stable_decay, constant"),
+        ("decay_steps", 3, "is for lr_scheduler_type warmup_stable_decay"),
     ],
 )
 def test_wrong_arguments_are_named_in_one_line(tmp_path, name, value, right):

@@ -36,6 +36,7 @@ MOST_USED = (
     ("bf16", "", "mixed precision; default: if the GPU has it"),
     ("save_steps", "500", "steps from one checkpoint to the next"),
     ("probe_every", "0", "steps from one measurement of the features to the next; 0: none"),
+    ("init_from", "", "a checkpoint to start from: a folder or a name on the Hub (docs/start.md)"),
     ("resume", "false", "continue the run in output_dir, with the settings in its recipe.yaml"),
     ("seed", "42", "seed of weights, crops, masks and order"),
 )
@@ -74,6 +75,7 @@ def settings() -> list[Setting]:
     training = [*COMMON, *(name for name in own if name not in COMMON)]
     found += settings_of(MIMTrainingArguments, "training", training, DEFAULTS)
     found += settings_of(MIMTrainingArguments, OTHERS, sorted(TRAINING_FIELDS.keys() - set(training)))
+    found.append(Setting("continue", str, hidden=True))  # `continue_from`, which is a name that Python allows
     # `Recipe` tells why these are refused, whatever their value.
     return found + [Setting(name, bool | str, hidden=True) for name in NOT_OFFERED]
 

@@ -15,47 +15,17 @@ import torch
 from torch import Tensor
 
 from hf_mim.checks import least
+from hf_mim.data import RandomCrop
 from hf_mim.data.sources import fixed_sample
 from hf_mim.data.splits import generator
 from hf_mim.evaluation.probe_training import parse_features
 from hf_mim.evaluation.result import Result
+from hf_mim.evaluation.spectrum import ROUNDING, alpha_req, check_features, effective_rank, exact, lidar, rank_me
 
-# Variation below this share of the features' size is the rounding of float32; such features are constant.
-ROUNDING = 1e-6
-RANK_ME_EPSILON = 1e-7  # RankMe's ε, for float32 features
 NUM_FOLDS = 5  # of the position read-out
 RIDGE = 1e-3  # of the position read-out, for standardised tokens
 DEAD = 0.01
 _PIECE = 2**22  # numbers that are converted to float64 at once: 32 MB
-
-
-def rank_me(features: Tensor) -> float:
-    """How many directions features `[n, D]` fill, 1..min(n, D): RankMe (Garrido et al., ICML 2023, arXiv 2210.02885).
-
-    It is exp(-Σ p log p), where p are the singular values of the features as shares of their sum, plus 1e-7. The
-    features are *not* centred: a mean that all images share counts as one direction. Published values take 25,600
-    images; below a few times D images, the number of images limits the value. Use it to compare encoders of one
-    architecture on the same images.
-
-    Raises (as all measures here):
-        ValueError: fewer than 2 images, another shape, or numbers that are not finite.
-    """
-    _check(features, "[n, D]")
-    squares = _eigenvalues(_exact(features))
-    return _exp_entropy(squares.sqrt(), RANK_ME_EPSILON)
-
-
-def effective_rank(features: Tensor) -> float:
-    """How many directions hold the variance of features `[n, D]`: exp(entropy of the eigenvalues of the covariance).
-
-    This is Roy & Vetterli's effective rank (EUSIPCO 2007) of the covariance matrix. RankMe is the same for the feature
-    matrix: it includes the common mean, and weighs directions by standard deviation instead of variance. So this
-    number is smaller, and falls first when a few directions take over. 1 where nothing varies.
-    """
-    _check(features, "[n, D]")
-    rows = _exact(features)
-    squares = _eigenvalues(rows - rows.mean(0))
-    return _exp_entropy(squares * (squares > ROUNDING**2 * rows.square().sum()))
 
 
 def mean_cosine(features: Tensor) -> float:
@@ -64,15 +34,15 @@ def mean_cosine(features: Tensor) -> float:
     It follows from the sum of the unit vectors u: |Σ u|² is the sum over all pairs, including n pairs of a vector with
     itself. Features that are zero count as equal to each other and orthogonal to the rest.
     """
-    _check(features, "[n, D]")
-    units = _units(_exact(features))
+    check_features(features, "[n, D]")
+    units = _units(exact(features))
     count = len(units)
     return ((units.sum(0).square().sum() - count) / (count * (count - 1))).item()
 
 
 def token_cosine(tokens: Tensor) -> float:
     """The mean cosine between two different tokens of one image, `[n, N, D]`: 1 where all tokens are the same."""
-    _check(tokens, "[n, N, D]")
+    check_features(tokens, "[n, N, D]")
     count = tokens.shape[1]
     total = sum(_units(piece).sum(1).square().sum() - len(piece) * count for piece in _pieces(tokens))
     return (total / (len(tokens) * count * (count - 1))).item()
@@ -85,8 +55,8 @@ def dimension_std(features: Tensor) -> tuple[float, float, float]:
     where all dimensions vary equally around zero, and 0 for a collapse onto one vector (Chen & He, CVPR 2021, figure
     2, plot nearly this). A dimension is dead below .01.
     """
-    _check(features, "[n, D]")
-    rows = _exact(features)
+    check_features(features, "[n, D]")
+    rows = exact(features)
     size = rows.square().mean().sqrt()
     relative = rows.std(0) / size.clamp(min=torch.finfo(torch.float64).tiny)
     return tuple(torch.stack([relative.mean(), relative.min(), (relative < DEAD).double().mean()]).tolist())
@@ -103,10 +73,10 @@ def position_readout(tokens: Tensor, grid: tuple[int, int]) -> float:
     Raises:
         ValueError: also for a grid of another number of patches than tokens, or of one patch.
     """
-    _check(tokens, "[n, N, D]")
+    check_features(tokens, "[n, N, D]")
     if grid[0] * grid[1] != tokens.shape[1]:
         raise ValueError(f"grid must have the {tokens.shape[1]} patches of the tokens, not {grid}")
-    places = _places(grid).to(_exact(tokens[:1]).device)
+    places = _places(grid).to(exact(tokens[:1]).device)
     mean, scale = _standardization(tokens)
     folds = [tokens[number::NUM_FOLDS] for number in range(min(NUM_FOLDS, len(tokens)))]
     grams, products = [], []
@@ -135,9 +105,9 @@ def position_share(tokens: Tensor) -> float:
     variances. 1 for pure position codes; 0 on average for tokens without any, so that a value may lie just below 0; 0
     where nothing varies.
     """
-    _check(tokens, "[n, N, D]")
+    check_features(tokens, "[n, N, D]")
     images, count, _ = tokens.shape
-    start = _exact(tokens[:1]).mean((0, 1))  # sums of squares lose fewer digits when a value near the mean is taken off
+    start = exact(tokens[:1]).mean((0, 1))  # sums of squares lose fewer digits when a value near the mean is taken off
     places, total, by_image, size = 0, 0, 0, 0
     for piece in _pieces(tokens):
         size = size + piece.square().sum()
@@ -157,7 +127,7 @@ def position_share(tokens: Tensor) -> float:
 
 
 def measure_health(pooled: Tensor, tokens: Tensor, grid: tuple[int, int]) -> dict[str, float]:
-    """Name → value of every measure, for pooled features `[n, D]` and patch tokens `[m, N, D]`.
+    """Name → value of every measure but LiDAR, for pooled features `[n, D]` and patch tokens `[m, N, D]`.
 
     Cheap enough to be called during training.
     """
@@ -166,6 +136,7 @@ def measure_health(pooled: Tensor, tokens: Tensor, grid: tuple[int, int]) -> dic
         "rank_me": rank,
         "rank_me_share": rank / min(pooled.shape),
         "effective_rank": effective_rank(pooled),
+        "alpha_req": alpha_req(pooled),
         "mean_cosine": mean_cosine(pooled),
         "token_cosine": token_cosine(tokens),
         "std_mean": mean,
@@ -199,6 +170,8 @@ MEASURES = (
     Measure(
         "effective_rank", "directions that hold their variance; below 2 one direction is nearly all", 2, below=True
     ),
+    Measure("alpha_req", "slope of the fall of its variances; near 1 is best, above it few directions hold it"),
+    Measure("lidar", "directions in which images differ more than crops of one image, up to min(images - 1, width)"),
     Measure("mean_cosine", "between pooled features of two images; above 0.99 all images look alike", 0.99),
     Measure("token_cosine", "between two tokens of one image; above 0.99 they all say the same", 0.99),
     Measure("std_mean", "spread of a dimension over images; 1: around zero, below 0.1: all alike", 0.1, below=True),
@@ -218,15 +191,19 @@ class Health:
     """RankMe and other measures of collapse, without labels.
 
     They are measured on the pooled features of `num_images` images, and on the patch tokens of the same layer for the
-    first `num_token_images` of these. The headline is RankMe. `compare` also measures the same encoder with fresh
+    first `num_token_images` of these. LiDAR is measured on `views` random crops (a fifth to all of the image's area) of
+    the first `num_view_images`. The headline is RankMe. `compare` also measures the same encoder with fresh
     weights: most measures have no accepted limits, and a number that was worse before training is no reason to worry.
 
-    Source: Garrido et al., ICML 2023 (arXiv 2210.02885) for RankMe.
+    Sources: Garrido et al., ICML 2023 (arXiv 2210.02885) for RankMe; Thilak et al., ICLR 2024 (arXiv 2312.04000) for
+    LiDAR; Agrawal et al., NeurIPS 2022 for α-ReQ.
 
     Args:
         features: layer/pooling/norm of the pooled features
         num_images: images, drawn at random; all if there are fewer
         num_token_images: how many of these give their patch tokens too
+        num_view_images: how many of these are seen in several random crops, for LiDAR
+        views: crops of each of these images
         compare: measure the same encoder with fresh weights too
         seed: for the choice of images and for the fresh weights
     """
@@ -238,12 +215,15 @@ class Health:
     features: str = "last/mean/norm"
     num_images: int = 2048
     num_token_images: int = 256
+    num_view_images: int = 256
+    views: int = 8
     compare: bool = True
     seed: int = 0
 
     def __post_init__(self):
         parse_features(self.features, self.name)
         least(2, num_images=self.num_images, num_token_images=self.num_token_images)
+        least(2, num_view_images=self.num_view_images, views=self.views)
         least(0, seed=self.seed)
 
     def run(self, extract, images) -> Result:
@@ -277,28 +257,20 @@ class Health:
     def _measure(self, extract, pooled_images, token_images) -> dict[str, float]:
         spec = parse_features(self.features, self.name)
         (pooled,), (tokens,) = extract(pooled_images, [spec]), extract(token_images, [replace(spec, pooling="tokens")])
-        return measure_health(pooled, tokens, extract.encoder.grid)
+        values = measure_health(pooled, tokens, extract.encoder.grid)
+        return values | {"lidar": self._lidar(extract, pooled_images, spec)}
 
-
-def _check(features: Tensor, shape: str):
-    if features.ndim != shape.count(",") + 1 or not features.is_floating_point() or 0 in features.shape:
-        raise ValueError(f"features must be floats {shape}, not {features.dtype} {list(features.shape)}")
-    if len(features) < 2:
-        raise ValueError("features must be of at least 2 images, not of 1")
-    if features.ndim == 3 and features.shape[1] < 2:
-        raise ValueError("tokens must be at least 2 for each image, not 1")
-    if not torch.stack(features.aminmax()).isfinite().all():  # isfinite of the features would take as much memory again
-        raise ValueError("features hold numbers that are not finite: the checkpoint is broken, or it overflows")
-
-
-def _exact(features: Tensor) -> Tensor:
-    """In float64; on the CPU if the device has no float64."""
-    return (features.cpu() if features.device.type == "mps" else features).detach().double()
+    def _lidar(self, extract, images, spec) -> float:
+        number = min(self.num_view_images, len(images))
+        # A row of the images decides its crop, so that the same image in several rows is seen in several crops.
+        repeated = images.select([index for index in range(number) for _ in range(self.views)])
+        (features,) = extract.replace(crop=RandomCrop())(repeated, [spec])
+        return lidar(features.unflatten(0, (number, self.views)))
 
 
 def _pieces(tokens: Tensor) -> Iterator[Tensor]:
     """A few images at a time, in float64."""
-    return map(_exact, tokens.split(max(1, _PIECE // tokens[0].numel())))
+    return map(exact, tokens.split(max(1, _PIECE // tokens[0].numel())))
 
 
 def _units(rows: Tensor) -> Tensor:
@@ -306,18 +278,6 @@ def _units(rows: Tensor) -> Tensor:
     lengths = rows.norm(dim=-1, keepdim=True)
     zero = lengths == 0
     return torch.cat([rows / lengths.masked_fill(zero, 1), zero.to(rows)], dim=-1)
-
-
-def _eigenvalues(rows: Tensor) -> Tensor:
-    """The squared singular values of `[n, D]`, from the smaller of the two Gram matrices."""
-    gram = rows.T @ rows if rows.shape[0] >= rows.shape[1] else rows @ rows.T
-    return torch.linalg.eigvalsh(gram).clamp(min=0)
-
-
-def _exp_entropy(values: Tensor, epsilon: float = 0.0) -> float:
-    """exp(entropy) of values ≥ 0 as shares of their sum; 1 where all are 0."""
-    shares = values / values.sum().clamp(min=torch.finfo(values.dtype).tiny) + epsilon
-    return (-torch.xlogy(shares, shares).sum()).exp().item()
 
 
 def _places(grid: tuple[int, int]) -> Tensor:

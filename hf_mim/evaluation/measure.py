@@ -236,14 +236,7 @@ def measure(
     result.seconds = round(time.perf_counter() - start, 1)
     result.checkpoint, result.device = source_name(checkpoint), str(encoder.device)
     result.checkpoint_sha256 = sha256
-    about = {
-        "image_size": list(encoder.image_size),
-        "dtype": str(encoder.dtype).removeprefix("torch."),
-        "image_mean": encoder.mean,
-        "image_std": encoder.std,
-    }
-    window = getattr(extract.crop, "pixels", None)
-    about |= {"crop_fraction": extract.crop.fraction} if window is None else {"crop_pixels": list(window)}
+    about = _how_seen(extract)
     offered = option_types(type(getattr(protocol, "protocol", protocol)))
     result.settings |= {name: value for name, value in about.items() if name in offered}
     result.settings["untrained"] = encoder.is_untrained
@@ -255,6 +248,18 @@ def measure(
     if failure is not None:
         raise failure
     return result
+
+
+def _how_seen(extract: FeatureExtractor) -> dict[str, Any]:
+    """How the encoder sees the images."""
+    encoder, window = extract.encoder, getattr(extract.crop, "pixels", None)
+    return {
+        "image_size": list(encoder.image_size),
+        "dtype": str(encoder.dtype).removeprefix("torch."),
+        "image_mean": encoder.mean,
+        "image_std": encoder.std,
+        **({"crop_fraction": extract.crop.fraction} if window is None else {"crop_pixels": list(window)}),
+    }
 
 
 def where_from(splits: tuple) -> dict[str, str | None]:

@@ -32,6 +32,7 @@ TEMPLATE = Path(__file__).with_name("card_template.md")
 TASKS = dict.fromkeys(("knn", "leave_one_out", "linear", "attentive", "lowshot", "finetune"), "image-classification")
 TASKS |= dict.fromkeys(("segment", "propagate"), "image-segmentation")
 NOT_RECORDED = "not recorded"
+STARTS = {"init_from": "Started from", "target_from": "Frozen target"}
 # The beginnings of settings that say where and how a recipe ran, not what it computes.
 OF_THE_MACHINE = ("output_dir", "dataloader_", "logging_", "save_", "hub_", "push_to_hub", "report_to")
 OF_THE_MACHINE += ("use_cpu", "disable_tqdm")
@@ -70,7 +71,7 @@ def model_card(folder: str | Path, repo_id: str | None = None, license: str | No
         auto_class="AutoModelForImageClassification" if facts.is_classifier else "AutoModel",
         image_size=_size(config.image_size),
         training_size=_size(config.training_size),
-        overview=_overview(config, dataset, license),
+        overview=_overview(config, recipe, facts.trainer_state, dataset, license),
         results=_results_table(facts),
         result_notes=[f"{code(name)}: {shown(x)}" for name, result in facts.results.items() for x in result.notes],
         not_measured=[name for name in PROTOCOLS if name not in facts.measured],
@@ -149,14 +150,37 @@ def _results_table(facts: RunFacts) -> str:
     return markdown_table(rows)
 
 
-def _overview(config, dataset: str, license: str | None) -> list[tuple[str, str]]:
+def _overview(config, recipe: dict, trainer_state: dict, dataset: str, license: str | None) -> list[tuple[str, str]]:
+    best = _best(recipe, trainer_state)
     heads = "1 head" if config.num_attention_heads == 1 else f"{config.num_attention_heads} heads"
     return [
         ("Encoder", f"width {config.hidden_size}, depth {config.num_hidden_layers}, {heads}"),
         ("Input", f"{config.num_channels} × {_size(config.image_size)} pixels, patches of {_size(config.patch_size)}"),
         ("Pretrained on", shown(dataset)),
+        *((title, _source(recipe, name)) for name, title in STARTS.items() if recipe.get(name)),
+        *([("Continued from", shown(last_name(recipe["continue_from"])))] if recipe.get("continue_from") else []),
+        *([("Best checkpoint", best)] if best else []),
         ("Licence", license or "not given"),
     ]
+
+
+def _best(recipe: dict, trainer_state: dict) -> str:
+    """Which checkpoint was best by `keep_best`, and whether it is this one; "" if the run has kept none."""
+    step, value = trainer_state.get("best_global_step"), trainer_state.get("best_metric")
+    if not recipe.get("keep_best") or not step:
+        return ""
+    name = f"step {shown_number(step)} of {shown_number(trainer_state.get('global_step'))}"
+    name += f", by {shown(recipe['keep_best'])} ({shown_number(value)})"
+    where = (
+        "these weights" if recipe.get("export_best") else f"in `checkpoint-{shown(step)}`, these weights are the last"
+    )
+    return f"{name}: {where}"
+
+
+def _source(recipe: dict, name: str) -> str:
+    """A checkpoint that the run has taken weights from, as readers may see it."""
+    hashed = str(recipe.get(f"{name}_sha256") or "")[:12]
+    return f"{shown(last_name(recipe[name]))} ({f'sha256 {shown(hashed)}…' if hashed else 'hash not recorded'})"
 
 
 def _dataset(recipe: dict, training: Result | None) -> str:

@@ -44,8 +44,8 @@ def convert(source: str | Path, method: str | None = None, prefix: str | None = 
 
     Args:
         source: a file (.pth, .pth.tar, .bin, .safetensors, …), a folder with one checkpoint, or a name on the Hub. It
-            may come from the authors of MAE, I-JEPA, StoP and Latent MIM, from transformers' ViTMAE, ViT and I-JEPA, or
-            from timm's ViT.
+            may come from the authors of MAE, I-JEPA, StoP and Latent MIM, from transformers' ViTMAE, ViT, I-JEPA and
+            DINOv2 (if its LayerScale is 1 throughout), or from timm's ViT.
         method: "mae", "latent_mim", "ijepa" or "stop_jepa"; by default the keys decide (`hf_mim.hub.recognise`).
         prefix: which network, if the file holds several that are equally whole, such as "teacher.".
         settings: config fields that override what the file tells and the papers say (`hf_mim.hub.sizes`).
@@ -78,7 +78,11 @@ class Conversion:
     @classmethod
     def read(cls, source: str | Path, method: str | None = None, prefix: str | None = None, **settings) -> "Conversion":
         """Arguments and errors are those of `convert`; `image_mean` and `image_std` are settings too."""
-        checkpoint = read_checkpoint(source)
+        return cls.of(read_checkpoint(source), method, prefix, **settings)
+
+    @classmethod
+    def of(cls, checkpoint: Checkpoint, method: str | None = None, prefix: str | None = None, **settings):
+        """As `read`, of a checkpoint that is read already."""
         layout = recognise(checkpoint, method, prefix)
         given = check_settings(settings, layout.method)
         told, assumed = infer(layout, given)

@@ -12,6 +12,7 @@ The tables, ours ↔ theirs:
 - `MAE_CLS_CLASSIFIER`, `MAE_MEAN_CLASSIFIER`, `MAE_LINEAR_PROBE`: MAE's classifier ↔ the authors' files.
 - `TIMM_VIT_CLS`, `TIMM_VIT`: an encoder with, without a CLS token ↔ timm's `VisionTransformer` without its head.
 - `VIT_HF` = `VIT_MAE_ENCODER`: an encoder with a CLS token ↔ `ViTModel` without pooler, `ViTMAEModel`.
+- `DINOV2_HF`: an encoder with a CLS token ↔ `Dinov2Model` without LayerScale.
 - `IJEPA_HF`: an encoder without a CLS token ↔ `IJepaModel`.
 - `VIT_MAE`: `MAEForPreTraining` ↔ `ViTMAEForPreTraining`.
 
@@ -144,14 +145,14 @@ LATENT_MIM = [
 ]
 
 
-def _transformers_layers(ours: str, theirs: str) -> list[Row]:
+def _transformers_layers(ours: str, theirs: str, modules: dict[str, str] = TRANSFORMERS_LAYER) -> list[Row]:
     attention = f"{ours}.{{i}}.attention.qkv", f"{theirs}.{{i}}.attention"
     qkv = [
         (f"{attention[0]}.{name}", f"{attention[1]}.{part}_proj.{name}", part)
         for part in "qkv"
         for name in ("weight", "bias")
     ]
-    return qkv + _layers(ours, theirs, TRANSFORMERS_LAYER)
+    return qkv + _layers(ours, theirs, modules)
 
 
 IJEPA_HF = [
@@ -163,6 +164,9 @@ IJEPA_HF = [
 ]
 
 VIT_HF = VIT_MAE_ENCODER = [*IJEPA_HF, ("embeddings.cls_token", "embeddings.cls_token", None)]
+
+DINOV2_HF = [row for row in VIT_HF if not row[0].startswith("layers")]
+DINOV2_HF += _transformers_layers("layers", "layers", TRANSFORMERS_LAYER | {"norm1": "norm1", "norm2": "norm2"})
 
 VIT_MAE = [
     *within(VIT_MAE_ENCODER, "encoder.", "vit."),

@@ -23,6 +23,7 @@ TABLES = (
         for name in ("vit", "ijepa")
     ),
     key_tables.VIT_HF,
+    *(within(key_tables.DINOV2_HF, "", prefix) for prefix in ("", "dinov2.")),
 )
 PATCH_EMBEDDING = re.compile(r"(embed\.proj|projection)\.weight$")
 PATCHES = sorted({theirs for table in TABLES for _, theirs, _ in table if PATCH_EMBEDDING.search(theirs)})

@@ -16,6 +16,7 @@ from transformers import AutoConfig, PreTrainedModel
 from hf_mim import methods
 from hf_mim.files import one_line
 from hf_mim.hub import key_tables
+from hf_mim.hub.foreign import layer_scale_of_ones
 from hf_mim.hub.key_tables import Row, module_names, within
 from hf_mim.hub.prefixes import choose_prefix
 from hf_mim.hub.reading import Checkpoint, check_plain
@@ -31,8 +32,10 @@ POOLER = ("pooler.dense.weight", "pooler.dense.bias")
 TRANSFORMERS = {
     "vit_mae": (("mae",), key_tables.VIT_MAE_ENCODER, "vit.", "cls"),
     "vit": (("mae", "latent_mim"), key_tables.VIT_HF, "vit.", "cls"),
+    "dinov2": (("mae", "latent_mim"), key_tables.DINOV2_HF, "dinov2.", None),  # its classifier reads CLS and mean
     "ijepa": (("ijepa", "stop_jepa", "mae", "latent_mim"), key_tables.IJEPA_HF, "ijepa.", "mean"),
 }
+DINOV2_UNREAD = ("embeddings.mask_token",)  # only for its pretraining
 
 
 @dataclass
@@ -203,7 +206,7 @@ def _timm_settings(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _transformers(checkpoint: Checkpoint, method: str | None) -> Layout:
-    """A folder of `ViTMAEForPreTraining`, or of an encoder or classifier of ViTMAE, ViT or I-JEPA."""
+    """A folder of `ViTMAEForPreTraining`, or of an encoder or classifier of ViTMAE, ViT, DINOv2 or I-JEPA."""
     model_type = checkpoint.config.get("model_type")
     if model_type not in list(TRANSFORMERS):  # a list: it may be of any type
         what = "has no config.json: give the folder" if model_type is None else f"is of type {model_type}"
@@ -217,14 +220,25 @@ def _transformers(checkpoint: Checkpoint, method: str | None) -> Layout:
     told["use_cls_token"] = model_type != "ijepa"
     if any(key.startswith("decoder.") for key in state):
         return Layout(method, "pretraining", key_tables.VIT_MAE, state, told)
-    table = within(table, "", prefix if any(key.startswith(prefix) for key in state) else "")
+    inner = prefix if any(key.startswith(prefix) for key in state) else ""
+    table = within(table, "", inner)
+    if model_type == "dinov2":
+        left = {f"{inner}{key}" for key in DINOV2_UNREAD} | set(layer_scale_of_ones(state))
+        left |= {key for key in state if key.startswith("classifier.")}
+        state, unread = _apart(state, left)
+        return Layout(method, "encoder", table, state, told, unread=unread)
     if "classifier.weight" not in state:
         unread = POOLER if _pooler_hands_on(state, checkpoint.config) else ()
-        state = {key: tensor for key, tensor in state.items() if key not in unread}
+        state, unread = _apart(state, unread)
         return Layout(method, "encoder", table, state, told, unread=unread)
     table = within(table, f"{methods.get(method).classifier_class.base_model_prefix}.", "")
     table += [(f"classifier.linear.{name}", f"classifier.{name}", None) for name in ("weight", "bias")]
     return Layout(method, "classifier", table, state, told | {"pooling": pooling})
+
+
+def _apart(state: dict[str, torch.Tensor], unread) -> tuple[dict[str, torch.Tensor], tuple[str, ...]]:
+    """(the tensors without those that are not read, the names of these)."""
+    return {key: x for key, x in state.items() if key not in unread}, tuple(key for key in state if key in unread)
 
 
 def _pooler_hands_on(state: dict[str, torch.Tensor], config: dict[str, Any]) -> bool:
@@ -239,10 +253,13 @@ def _transformers_settings(checkpoint: Checkpoint) -> dict[str, Any]:
     """The fields that a transformers config shares with ours. Those that its file leaves out have its defaults."""
     model_type = checkpoint.config["model_type"]
     defaults = AutoConfig.for_model(model_type)
-    names = [name for name in (*SHARED, "id2label", "label2id") if hasattr(defaults, name)]
+    names = [name for name in (*SHARED, "mlp_ratio", "id2label", "label2id") if hasattr(defaults, name)]
     settings = {name: checkpoint.config[name] for name in names if name in checkpoint.config}
     try:
         config = AutoConfig.for_model(model_type, **settings)
     except (StrictDataclassError, ValueError, TypeError, AttributeError) as error:
         raise ValueError(f"the config.json of {checkpoint.name} is wrong: {one_line(error)}") from error
-    return {name: getattr(config, name) for name in names}
+    found = {name: getattr(config, name) for name in names}
+    if "mlp_ratio" in found:  # DINOv2's way to give the width of the MLP
+        found["intermediate_size"] = int(found["hidden_size"] * found.pop("mlp_ratio"))
+    return found

@@ -5,7 +5,7 @@ from typing import ClassVar, Literal
 from huggingface_hub.dataclasses import strict
 
 from .configuration_vit import MIMConfig, check_at_least_1, check_decoder, fill_decoder_sizes, num_visible
-from .target_encoder import check_momentum
+from .target_encoder import check_target
 
 
 @strict
@@ -28,6 +28,8 @@ class LatentMIMConfig(MIMConfig):
             proportion elsewhere.
         decoder_num_hidden_layers: 3 in the paper. Decoder width and heads as in `MAEConfig`.
         momentum_start, momentum_end, momentum_schedule: momentum of the EMA target, and how it changes over the run.
+        target_config: sizes of a frozen target encoder, which `--target_from` fills in; default: the target is the
+            moving average of the encoder.
 
     The rest is in `MIMConfig`.
     """
@@ -50,6 +52,7 @@ class LatentMIMConfig(MIMConfig):
     momentum_start: float | int = 0.99
     momentum_end: float | int = 1.0
     momentum_schedule: Literal["linear", "cosine"] = "cosine"
+    target_config: dict | None = None
 
     def __post_init__(self, **kwargs):
         super().__post_init__(**kwargs)
@@ -69,7 +72,7 @@ class LatentMIMConfig(MIMConfig):
             raise ValueError(f"temperature must be above 0, got {self.temperature}")
         if not self.similarity_weight >= 0:
             raise ValueError(f"similarity_weight must be 0 or more, got {self.similarity_weight}")
-        check_momentum(self)
+        check_target(self)
 
     def num_visible(self, grid: tuple[int, int]) -> int:
         """How many patches of a grid stay visible. Raises ValueError unless at least 1 is visible and 2 are masked:

@@ -8,7 +8,7 @@ from huggingface_hub.dataclasses import strict
 
 from .configuration_vit import MIMConfig, check_at_least_1, check_width
 from .masking import BlockMasks
-from .target_encoder import check_momentum
+from .target_encoder import check_target
 
 
 @strict
@@ -33,6 +33,8 @@ class StopJepaConfig(MIMConfig):
         predictor_num_hidden_layers: by default 6 up to ViT-Base, 12 above (I-JEPA, appendix A).
         predictor_num_attention_heads: by default as many as the encoder has.
         momentum_start, momentum_end, momentum_schedule: momentum of the EMA target, and how it changes over the run.
+        target_config: sizes of a frozen target encoder, which `--target_from` fills in; default: the target is the
+            moving average of the encoder.
 
     The rest is in `MIMConfig`. There is no CLS token.
     """
@@ -59,6 +61,7 @@ class StopJepaConfig(MIMConfig):
     momentum_start: float | int = 0.996
     momentum_end: float | int = 1.0
     momentum_schedule: Literal["linear", "cosine"] = "linear"
+    target_config: dict | None = None
 
     def __post_init__(self, **kwargs):
         super().__post_init__(**kwargs)
@@ -79,7 +82,7 @@ class StopJepaConfig(MIMConfig):
             raise ValueError(f"position_noise_std must be 0 or more, got {self.position_noise_std}")
         if self.use_cls_token:
             raise ValueError("use_cls_token must be False: I-JEPA and StoP have no CLS token")
-        check_momentum(self)
+        check_target(self)
         self.masking.check(self.grid_size)
         self.masking.check_context(self.grid_size)
 

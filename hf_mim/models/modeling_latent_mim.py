@@ -16,7 +16,7 @@ from .masking import gather, split_at_random
 from .positions import PositionEmbeddings
 from .recording import pretraining_forward
 from .signals import error_over_constant, spread, target_signals
-from .target_encoder import TargetNetworkMixin, cosine
+from .target_encoder import TargetNetworkMixin, cosine, target_encoder_config
 from .vit import MIMPreTrainedModel, PretrainingOutput, ViTEncoder, are_ids_absent
 
 
@@ -118,7 +118,7 @@ class LatentMIMDecoder(nn.Module):
             CrossAttentionLayer(config, width, heads) for _ in range(config.decoder_num_hidden_layers)
         )
         self.norm = nn.LayerNorm(width, eps=config.layer_norm_eps)
-        self.head = nn.Linear(width, config.hidden_size)
+        self.head = nn.Linear(width, target_encoder_config(config).hidden_size)
 
     def visual_cues(self, visible, query_positions, visible_positions):
         """The mean of the visible tokens `[B, Nv, Dd]`, weighted by closeness to each query: `[B, Nm, Dd]`."""
@@ -143,7 +143,11 @@ class LatentMIMDecoder(nn.Module):
 
 
 class LatentMIMForPreTraining(TargetNetworkMixin, LatentMIMPreTrainedModel):
-    """Online encoder on the visible patches, EMA target encoder on the masked ones, decoder from one to the other."""
+    """Online encoder on the visible patches, target encoder on the masked ones, decoder from one to the other.
+
+    The target is the EMA of the online encoder and of its projector. With `config.target_config` it is a frozen
+    encoder, and its standardised tokens are the targets.
+    """
 
     _no_split_modules = ["ViTLayer", "CrossAttentionLayer"]
 
@@ -151,13 +155,17 @@ class LatentMIMForPreTraining(TargetNetworkMixin, LatentMIMPreTrainedModel):
         super().__init__(config)
         self.encoder = LatentMIMModel(config)
         self.projector = Projector(config)
-        self.target_encoder = LatentMIMModel(config)
-        self.target_projector = Projector(config)
+        if config.target_config is None:
+            self.target_encoder, self.target_projector = LatentMIMModel(config), Projector(config)
+        else:
+            self.target_encoder, self.target_projector = ViTEncoder(target_encoder_config(config)), None
         self.decoder = LatentMIMDecoder(config)
         self.similarity_target = SimilarityTarget()
         self.post_init()
 
     def target_pairs(self):
+        if self.target_projector is None:  # frozen
+            return []
         return [(self.target_encoder, self.encoder), (self.target_projector, self.projector)]
 
     def set_progress(self, progress: float):
@@ -237,8 +245,12 @@ class LatentMIMForPreTraining(TargetNetworkMixin, LatentMIMPreTrainedModel):
             cut = self.config.patch_height_width, masks["patch_offsets"], self.config.patch_gap
             valid = gather(patchify_with_gap(valid_pixels, *cut).any(dim=-1), target_ids)
         with torch.no_grad():
-            targets = self.target_encoder.encode(gather(patches, target_ids), grid, target_ids)[:, num_prefix:]
-            targets = self.target_projector(targets).float()
+            targets = self.target_encoder.encode(gather(patches, target_ids), grid, target_ids)
+            targets = targets[:, self.target_encoder.config.num_prefix_tokens :]
+            if self.target_projector is None:
+                targets = F.layer_norm(targets.float(), targets.shape[-1:])
+            else:
+                targets = self.target_projector(targets).float()
         latents = self.projector(self.encoder.encode(gather(patches, context_ids), grid, context_ids))
         predictions = self.decoder(latents, grid, context_ids, target_ids)
         with torch.autocast(pixel_values.device.type, enabled=False):  # logits of bfloat16 would be off by 1 %

@@ -18,7 +18,7 @@ from .masking import gather, sample_multi_block
 from .positions import PositionEmbeddings
 from .recording import pretraining_forward
 from .signals import error_over_constant, spread, target_signals
-from .target_encoder import TargetNetworkMixin
+from .target_encoder import TargetNetworkMixin, target_encoder_config
 from .vit import MIMPreTrainedModel, PretrainingOutput, ViTEncoder, are_ids_absent, run_layers, vit_layers
 
 
@@ -32,11 +32,18 @@ class StopJepaOutput(PretrainingOutput):
 
 
 class StopJepaPreTrainedModel(MIMPreTrainedModel):
-    """The encoder that the papers evaluate, and that every head here starts from, is the *target*."""
+    """The encoder that the papers evaluate, and that every head here starts from, is the *target*. If the target is
+    frozen (`config.target_config`), it is another model's, and the encoder is the online one."""
 
     config_class = StopJepaConfig
     base_model_prefix = "target_encoder"
     _keys_to_ignore_on_load_unexpected = [r"^encoder\.", r"^predictor\."]
+
+    def __init__(self, config: StopJepaConfig):
+        super().__init__(config)
+        if config.target_config is not None:
+            self.base_model_prefix = "encoder"
+            self._keys_to_ignore_on_load_unexpected = {r"^target_encoder\.", r"^predictor\."}
 
 
 class StopJepaModel(StopJepaPreTrainedModel, ViTEncoder):
@@ -60,7 +67,7 @@ class StopJepaPredictor(nn.Module):
             config, width, config.predictor_num_hidden_layers, config.predictor_num_attention_heads
         )
         self.norm = nn.LayerNorm(width, eps=config.layer_norm_eps)
-        self.head = nn.Linear(width, config.hidden_size)
+        self.head = nn.Linear(width, target_encoder_config(config).hidden_size)
 
     def project_noise(self, noise):
         """A·n: noise in the encoder's width through the projection of the context (tied), without its bias."""
@@ -94,19 +101,20 @@ class StopJepaPredictor(nn.Module):
 
 
 class StopJepaForPreTraining(TargetNetworkMixin, StopJepaPreTrainedModel):
-    """Encoder of the context, EMA target encoder of the whole image, predictor from one to the other."""
+    """Encoder of the context, target encoder (EMA or frozen) of the whole image, predictor from one to the other."""
 
     _can_compile_fullgraph = False  # masks are drawn outside of the graph, because their length depends on the data
 
     def __init__(self, config: StopJepaConfig):
         super().__init__(config)
         self.encoder = StopJepaModel(config)
-        self.target_encoder = StopJepaModel(config)
+        is_frozen = config.target_config is not None
+        self.target_encoder = ViTEncoder(target_encoder_config(config)) if is_frozen else StopJepaModel(config)
         self.predictor = StopJepaPredictor(config)
         self.post_init()
 
     def target_pairs(self):
-        return [(self.target_encoder, self.encoder)]
+        return [(self.target_encoder, self.encoder)] if self.config.target_config is None else []
 
     def draw_noise(self, tokens: str, *shape, device, dtype):
         """σ·n `[*shape, D]` if these `tokens` ("context" or "target") have noise by the config; else None."""
@@ -171,7 +179,7 @@ class StopJepaForPreTraining(TargetNetworkMixin, StopJepaPreTrainedModel):
         masks = self.draw_masks(len(patches), grid, patches.device, dtype=pixel_values.dtype, **given)
         context_ids, target_ids = masks["context_ids"], masks["target_ids"]
         with torch.no_grad():
-            tokens = self.target_encoder.encode(patches, grid)
+            tokens = self.target_encoder.encode(patches, grid)[:, self.target_encoder.config.num_prefix_tokens :]
             tokens = F.layer_norm(tokens.float(), tokens.shape[-1:])
             targets = gather(tokens, target_ids.flatten(1)).unflatten(1, target_ids.shape[1:])
         features = self.encoder.encode(gather(patches, context_ids), grid, context_ids)

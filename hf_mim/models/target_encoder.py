@@ -1,4 +1,4 @@
-"""The target network: a copy of the online one that follows it as an exponential moving average (EMA).
+"""The target network: a copy of the online one that follows it as an exponential moving average (EMA), or a frozen one.
 
 Also the two interpolations that schedules of the models use; `hf_mim.trainer_utils` builds on them.
 """
@@ -7,6 +7,8 @@ import math
 
 import torch
 from transformers import initialization as init
+
+from .configuration_vit import MIMConfig
 
 
 def linear(start: float, end: float, progress: float) -> float:
@@ -19,8 +21,25 @@ def cosine(start: float, end: float, progress: float) -> float:
     return end + (start - end) * (1 + math.cos(math.pi * progress)) / 2
 
 
-def check_momentum(config):
-    """Raise ValueError for a momentum outside [0, 1]."""
+# What decides the weights and the features of an encoder, beside the images that it takes.
+ENCODER_FIELDS = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "use_cls_token")
+ENCODER_FIELDS += ("layer_norm_eps", "hidden_act")
+
+
+def target_encoder_config(config: MIMConfig) -> MIMConfig:
+    """The config of the target encoder: that of a frozen one by `target_config`, or else that of the model."""
+    if getattr(config, "target_config", None) is None:
+        return config
+    same = {name: getattr(config, name) for name in ("image_size", "patch_size", "num_channels")}
+    return MIMConfig(**same, **config.target_config)
+
+
+def check_target(config):
+    """Raise ValueError for a momentum outside [0, 1], or a frozen target that is no encoder."""
+    if config.target_config is not None:
+        if set(config.target_config) != set(ENCODER_FIELDS):
+            raise ValueError(f"target_config must have {', '.join(ENCODER_FIELDS)}, not {config.target_config}")
+        target_encoder_config(config).check_fields()
     for name in ("momentum_start", "momentum_end"):
         if not 0 <= getattr(config, name) <= 1:
             raise ValueError(f"{name} must be in [0, 1], got {getattr(config, name)}")
@@ -29,16 +48,21 @@ def check_momentum(config):
 class TargetNetworkMixin:
     """For pretraining models with EMA targets; it stands before the `PreTrainedModel` among the bases.
 
-    The model names its `(target, online)` modules in `target_pairs()`. The target equals the online network at the
+    The model names its `(target, online)` modules in `target_pairs()`. If there are none, its `target_encoder` is
+    frozen: it has the weights of another checkpoint and never moves. An EMA target equals the online network at the
     start, never gets a gradient, and is always in evaluation mode (no drop path). It stays in float32 when the rest is
     loaded in half precision, because in bfloat16 with momentum .999 it would never move.
     """
 
     def post_init(self):
         super().post_init()
-        targets = [target for target, _ in self.target_pairs()]
+        targets = self.target_networks()
         names = {name for name, module in self.named_modules() if any(module is target for target in targets)}
         self._keep_in_fp32_modules_strict |= names
+
+    def target_networks(self):
+        """The modules that give the targets."""
+        return [target for target, _ in self.target_pairs()] or [self.target_encoder]
 
     @torch.no_grad()
     def initialize_weights(self):
@@ -51,11 +75,12 @@ class TargetNetworkMixin:
                 if getattr(t, "_is_hf_initialized", False):  # the target was loaded
                     init.copy_(o, t.to(o.dtype))
                 init.copy_(t, o.to(t.dtype))
+        for target in self.target_networks():
             target.requires_grad_(False).eval()  # here again, because a load sets requires_grad on all that it loads
 
     def train(self, mode: bool = True):
         super().train(mode)
-        for target, _ in self.target_pairs():
+        for target in self.target_networks():
             target.eval()
         return self
 
@@ -84,3 +109,9 @@ class TargetNetworkMixin:
 def _local(parameter: torch.Tensor) -> torch.Tensor:
     """A sharded parameter (a DTensor) → this process's shard. Target and online network are sharded alike."""
     return parameter.to_local() if hasattr(parameter, "to_local") else parameter
+
+
+def online_encoder(model):
+    """The encoder of a pretraining model that gets gradients."""
+    pairs = model.target_pairs() if isinstance(model, TargetNetworkMixin) else []
+    return next((online for _, online in pairs if type(online) is type(model.base_model)), model.base_model)

@@ -1,17 +1,22 @@
 """MIMTrainingArguments: transformers' TrainingArguments with the papers' schedules and what a long run needs."""
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 from accelerate.utils import get_cpu_distributed_information
 from transformers.utils import logging
 
 from hf_mim import trainer_utils
-from hf_mim.checks import least, positive, share
+from hf_mim.checks import least, one_of, positive, share
+from hf_mim.models.target_encoder import linear
 from hf_mim.pretraining.settings import to_type
 from hf_mim.pretraining.trainer_options import check_accelerator, check_arguments
 from hf_mim.trainer_utils import ProcessArguments
 
 logger = logging.get_logger(__name__)
+
+COSINE, STABLE, CONSTANT = "cosine", "warmup_stable_decay", "constant"
+DECAY = 0.1  # the share of a run that decays by default
 
 
 @dataclass
@@ -19,15 +24,26 @@ class MIMTrainingArguments(ProcessArguments):
     """TrainingArguments with the papers' schedules, a guard of the steps, and other defaults than transformers.
 
     The learning rate rises from `start_lr_ratio` × peak to the peak over `warmup_steps` (a number of optimizer steps,
-    or below 1 a share of the run). It then falls on a half cosine to `final_lr_ratio` × peak at the end of the run. The
-    peak is `learning_rate` if that is given, or else `base_lr` × images per optimizer step / 256.
+    or below 1 a share of the run). What follows is `lr_scheduler_type`:
+
+    - cosine: it falls on a half cosine to `final_lr_ratio` × peak at the end of the run.
+    - warmup_stable_decay: it stays at the peak, and falls on a straight line to `final_lr_ratio` × peak over the last
+      `decay_steps`. Such a run can be made longer: until the decay nothing depends on its length. So momentum, weight
+      decay and similarity too keep their first value until the decay, and go to their last one within it.
+    - constant: it stays at the peak, and all of these at their first value.
+
+    The peak is `learning_rate` if that is given, or else `base_lr` × images per optimizer step / 256.
 
     Args:
         base_lr: Peak learning rate for 256 images per optimizer step.
         learning_rate: Peak learning rate; overrides base_lr × images per optimizer step / 256.
         start_lr_ratio: Learning rate at the first step, divided by the peak.
         final_lr_ratio: Learning rate at the end of the run, divided by the peak.
-        lr_scheduler_type: Must be 'cosine', the schedule of all recipes.
+        encoder_layer_decay: Each block's learning rate in the online encoder, divided by that of the next block, for a
+            run that starts from weights; 1: all have the same.
+        lr_scheduler_type: How the learning rate goes after the warm-up; all recipes have cosine.
+        decay_steps: Optimizer steps of the decay at the end of warmup_stable_decay, or below 1 a share of the run;
+            default: 0.1.
         weight_decay: Weight decay, at the start of the run.
         weight_decay_end: Weight decay at the end of the run, reached on a half cosine; default: weight_decay.
         adam_beta2: AdamW's second beta; I-JEPA and StoP use 0.999.
@@ -56,7 +72,9 @@ class MIMTrainingArguments(ProcessArguments):
     learning_rate: float | None = None
     start_lr_ratio: float = 0.0
     final_lr_ratio: float = 0.0
-    lr_scheduler_type: str = "cosine"
+    encoder_layer_decay: float = 1.0
+    lr_scheduler_type: Literal["cosine", "warmup_stable_decay", "constant"] = "cosine"
+    decay_steps: float | None = None
     weight_decay: float = 0.05
     weight_decay_end: float | None = None
     adam_beta2: float = 0.95
@@ -82,6 +100,7 @@ class MIMTrainingArguments(ProcessArguments):
 
     def __post_init__(self):
         self._check_numbers()
+        self._check_schedule()
         check_arguments(self)
         if self.bf16 is None:
             self.bf16 = not (self.fp16 or self.use_cpu) and trainer_utils.gpu_has_bfloat16()
@@ -124,10 +143,40 @@ class MIMTrainingArguments(ProcessArguments):
         if self.max_steps == 0 or self.max_steps < -1:
             raise ValueError(f"max_steps must be at least 1, or -1 for num_train_epochs, got {self.max_steps}")
         share("[0, 1)", adam_beta1=self.adam_beta1, adam_beta2=self.adam_beta2)
+        share("(0, 1]", encoder_layer_decay=self.encoder_layer_decay)
 
-    def learning_rate_at(self, progress: float, warmup: float) -> float:
-        """The learning rate at `progress` in [0, 1]. The warm-up takes the first `warmup` share of the run."""
-        peak = self.learning_rate
-        return trainer_utils.learning_rate(
-            progress, peak, start=self.start_lr_ratio * peak, final=self.final_lr_ratio * peak, warmup=warmup
-        )
+    def _check_schedule(self):
+        self.lr_scheduler_type = getattr(self.lr_scheduler_type, "value", self.lr_scheduler_type)  # a copy has an enum
+        one_of((COSINE, STABLE, CONSTANT), lr_scheduler_type=self.lr_scheduler_type)
+        if self.lr_scheduler_type != STABLE and self.decay_steps is not None:
+            raise ValueError(f"decay_steps is for lr_scheduler_type {STABLE}, not for {self.lr_scheduler_type}")
+        if self.decay_steps is not None:
+            self.decay_steps = to_type("decay_steps", self.decay_steps, float)
+            positive(decay_steps=self.decay_steps)
+
+    def decay_start(self, steps: int) -> int | None:
+        """After how many of `steps` the decay of warmup_stable_decay begins; None for other schedules."""
+        return decay_start(self.decay_steps, steps) if self.lr_scheduler_type == STABLE else None
+
+    def schedule_progress(self, step: int, steps: int) -> float:
+        """How far momentum, weight decay and similarity are on their way after `step` of `steps`, in [0, 1]."""
+        if self.lr_scheduler_type == CONSTANT:
+            return 0.0
+        start = self.decay_start(steps) or 0
+        return max(0, step - start) / (steps - start)
+
+    def learning_rate_at(self, step: int, steps: int) -> float:
+        """The learning rate of the step that follows `step` of `steps`."""
+        peak, warmup = self.learning_rate, self.get_warmup_steps(steps)
+        start, final = self.start_lr_ratio * peak, self.final_lr_ratio * peak
+        if self.lr_scheduler_type == COSINE:
+            return trainer_utils.learning_rate(step / steps, peak, start=start, final=final, warmup=warmup / steps)
+        if step < warmup:
+            return linear(start, peak, step / warmup)
+        return linear(peak, final, self.schedule_progress(step, steps))
+
+
+def decay_start(decay_steps: float | None, steps: int) -> int:
+    """The step at which the decay of a run of `steps` begins."""
+    decay = DECAY if decay_steps is None else decay_steps
+    return steps - max(1, round(decay * steps if decay < 1 else decay))

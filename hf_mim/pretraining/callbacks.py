@@ -26,19 +26,20 @@ logger = logging.getLogger(__name__)
 class TargetUpdate(TrainerCallback):
     """Tells the model its progress before each optimizer step, and moves its target after it.
 
-    Progress is the number of optimizer steps before this one, divided by that of the run. A step that the loss scaler
-    or `guard` has skipped moves nothing.
+    Progress follows from the number of optimizer steps before this one (`schedule_progress`). A step that the loss
+    scaler or `guard` has skipped moves nothing.
     """
 
     def __init__(self, guard: StepGuard):
         self.guard = guard
 
     def on_step_begin(self, args, state, control, model=None, **kwargs):
-        model.set_progress(state.global_step / state.max_steps)
+        model.set_progress(args.schedule_progress(state.global_step, state.max_steps))
 
     def on_optimizer_step(self, args, state, control, model=None, optimizer=None, **kwargs):
         if not optimizer.step_was_skipped:
-            model.update_target(state.global_step / state.max_steps, self.guard.skip)
+            progress = args.schedule_progress(state.global_step, state.max_steps)
+            model.update_target(progress, self.guard.skip)
 
 
 class WeightDecay(TrainerCallback):
@@ -49,10 +50,18 @@ class WeightDecay(TrainerCallback):
 
     def on_pre_optimizer_step(self, args, state, control, optimizer=None, **kwargs):
         end = args.weight_decay if args.weight_decay_end is None else args.weight_decay_end
-        value = cosine(args.weight_decay, end, state.global_step / state.max_steps)
+        value = cosine(args.weight_decay, end, args.schedule_progress(state.global_step, state.max_steps))
         for group in optimizer.param_groups:
             if group["decays"]:
                 group["weight_decay"] = value
+
+
+class SaveBeforeDecay(TrainerCallback):
+    """Saves a checkpoint where the decay of warmup_stable_decay begins: from there the run can be made longer."""
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == args.decay_start(state.max_steps) and args.save_strategy != "no":
+            control.should_save = True
 
 
 class Throughput(TrainerCallback):

@@ -10,7 +10,7 @@ import contextlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 
 from hf_mim.files import follow_umask, sha256
@@ -104,8 +104,9 @@ def commit(staged: Path, final: Path):
     _flush_folder(final.parent)
 
 
-def rotate(run_folder: str | Path, limit: int | None, keep: str | None = None, proved: int | None = None):
-    """Delete all checkpoints but the `limit` latest whole ones, `keep`, and the latest whole one up to step `proved`.
+def rotate(run_folder: str | Path, limit: int | None, keep: Collection[str] = (), proved: int | None = None):
+    """Delete all checkpoints but the `limit` latest whole ones, those whose names are in `keep`, and the latest whole
+    one up to step `proved`.
 
     If none is whole, delete nothing.
     """
@@ -113,7 +114,7 @@ def rotate(run_folder: str | Path, limit: int | None, keep: str | None = None, p
         return
     found = checkpoints(run_folder)
     whole = [folder for folder in found if is_whole(folder, hashes=False)]
-    kept = {folder.name for folder in whole[:limit]} | ({Path(keep).name} if keep else set())
+    kept = {folder.name for folder in whole[:limit]} | set(keep)
     if proved is not None:
         kept |= {folder.name for folder in [folder for folder in whole if step_of(folder) <= proved][:1]}
     for folder in found if whole else ():

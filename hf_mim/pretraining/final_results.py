@@ -35,9 +35,18 @@ from hf_mim.evaluation.result import Result
 from hf_mim.models.pixels import EIGHT_BITS, ValueRange
 from hf_mim.pretraining.arguments import MIMTrainingArguments
 from hf_mim.pretraining.recipe import RunArguments
-from hf_mim.run_folder import HEALTH_RESULT, KNN_RESULT, TRAINING_RESULT, result_path
+from hf_mim.run_folder import (
+    AT_START,
+    HEALTH_RESULT,
+    KNN_RESULT,
+    START_HEALTH_RESULT,
+    START_KNN_RESULT,
+    TRAINING_RESULT,
+    result_path,
+)
 
 HEALTH_IMAGES = 512
+VIEWS = {"num_view_images": 64, "views": 4}  # for LiDAR
 PRECISIONS = {"no": "float32", "bf16": "bfloat16", "fp16": "float16", "fp8": "float8"}
 
 
@@ -154,19 +163,17 @@ class Readout:
         return tuple(LabelledImages(images, name, *origin) for images, name, origin in parts)
 
     def measure(self, model, untrained, augment, batch_size: int, folder: Path) -> Result:
-        """Measure the trained encoder, the untrained one and raw pixels. Prints and saves the result."""
+        """Measure the trained encoder, the untrained one and raw pixels. Prints and saves the result.
+
+        If the run has started from weights, their result (`measure_start`) stands beside these.
+        """
         train, test = self.sample(*self.most)
-        sees = dict(value_range=augment.value_range, crop=central_crop(self.run, model.config))
-        trained, untrained = (
-            FrozenEncoder(one.base_model, *augment.statistics(), name=name, **sees)
-            for one, name in ((model, str(folder)), (untrained, "untrained"))
-        )
-        encoders = {"trained": trained, "untrained": untrained, "raw pixels": trained.pixels()}
-        protocol = KNN(k=min(20, len(train)))
-        extractors = {name: FeatureExtractor(encoder, batch_size, progress=False) for name, encoder in encoders.items()}
-        result = measure(protocol, extractors.pop("trained"), (train, test), folder)
+        result, protocol, encoder = self._measure(model, augment, batch_size, train, test, folder)
+        others = {"untrained": frozen(untrained, augment, self.run, "untrained"), "raw pixels": encoder.pixels()}
+        extractors = {name: FeatureExtractor(one, batch_size, progress=False) for name, one in others.items()}
         result.scores = {name: protocol.run(extract, train, test).value for name, extract in extractors.items()}
-        result.data["test"]["seen_in_pretraining"] = self.data["test_images_seen_in_pretraining"]
+        if (start := result_path(folder, START_KNN_RESULT)).is_file():
+            result.scores = {AT_START: Result.load(start).value} | result.scores
         result.save(result_path(folder, KNN_RESULT))
         seen = ", seen in pretraining without their labels" if self.data["test_images_seen_in_pretraining"] else ""
         print(f"\n{protocol.k}-NN accuracy on {len(test):,} images of {self.data['test']}{seen};")
@@ -174,6 +181,36 @@ class Readout:
         for name, value in {"trained": result.value, **result.scores}.items():
             print(f"    {name:<12}{100 * value:5.1f} %")
         return result
+
+    def measure_start(self, model, augment, batch_size: int, folder: Path):
+        """Measure and save what the weights of the start give."""
+        result, _, _ = self._measure(model, augment, batch_size, *self.sample(*self.most), folder)
+        result.settings[AT_START] = True
+        result.save(result_path(folder, START_KNN_RESULT))
+
+    def _measure(self, model, augment, batch_size: int, train, test, folder: Path) -> tuple[Result, KNN, FrozenEncoder]:
+        protocol, encoder = KNN(k=min(20, len(train))), frozen(model, augment, self.run, str(folder))
+        result = measure(protocol, FeatureExtractor(encoder, batch_size, progress=False), (train, test), folder)
+        result.data["test"]["seen_in_pretraining"] = self.data["test_images_seen_in_pretraining"]
+        return result, protocol, encoder
+
+
+def frozen(model, augment, run: RunArguments, name: str) -> FrozenEncoder:
+    """The encoder of a run's model, which sees images as they are measured."""
+    sees = dict(value_range=augment.value_range, crop=central_crop(run, model.config))
+    return FrozenEncoder(model.base_model, *augment.statistics(), name=name, **sees)
+
+
+def check_best(run: RunArguments, args: MIMTrainingArguments, readout: Readout | None):
+    """Raise ValueError if `keep_best` cannot work in this run."""
+    if run.keep_best is None:
+        return
+    if run.keep_best == "probe_knn" and readout is None:
+        raise ValueError("keep_best probe_knn needs labels, and there are none; probe_rank_me needs none")
+    if args.save_strategy == "no":
+        raise ValueError("keep_best needs checkpoints: save_strategy must be steps or epoch, not no")
+    if args.metric_for_best_model is not None:
+        raise ValueError(f"keep_best and metric_for_best_model {args.metric_for_best_model} exclude each other")
 
 
 def training_record(trainer: Trainer, run: RunArguments, images, nodata: str | None = None) -> Result:
@@ -238,13 +275,27 @@ def images_seen(args: MIMTrainingArguments, images, steps: int) -> int:
     return epochs * of_an_epoch + rest * args.images_per_step
 
 
-def health_record(model, augment, images, run: RunArguments, batch_size: int, folder: Path) -> Result:
-    """`results/health.json`: health of the features of training images, beside an untrained encoder's. No labels."""
+def health_record(
+    model, augment, images, run: RunArguments, batch_size: int, folder: Path, is_start: bool = False
+) -> Result:
+    """`results/health.json`: health of the features of training images, beside an untrained encoder's. No labels.
+
+    `is_start`: the weights are those that the run starts from. They are measured alone, into a file of their own. What
+    they gave then stands in the later table.
+    """
     sample = Images(fixed_sample(images, HEALTH_IMAGES), f"{source_name(run.dataset)}, split {run.train_split}")
-    sees = dict(value_range=augment.value_range, crop=central_crop(run, model.config))
-    encoder = FrozenEncoder(model.base_model, *augment.statistics(), name=str(folder), **sees)
-    extract = FeatureExtractor(encoder, batch_size, progress=False)
-    result = measure(Health(num_images=HEALTH_IMAGES), extract, (sample,), folder)
+    extract = FeatureExtractor(frozen(model, augment, run, str(folder)), batch_size, progress=False)
+    result = measure(Health(num_images=HEALTH_IMAGES, **VIEWS, compare=not is_start), extract, (sample,), folder)
+    path = result_path(folder, START_HEALTH_RESULT)
+    if is_start:
+        result.settings[AT_START] = True
+        result.save(path)
+        return result
+    if path.is_file():
+        before = {row["measure"]: row["value"] for row in Result.load(path).table}
+        for row in result.table:
+            rest = {name: row.pop(name) for name in list(row)[2:]}
+            row |= {AT_START: before.get(row["measure"])} | rest
     result.save(result_path(folder, HEALTH_RESULT))
     print(f"\n{result.headline()}. {result.notes[0]}")
     return result

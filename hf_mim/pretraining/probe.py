@@ -18,6 +18,12 @@ from hf_mim.pretraining.guard import full_tensor
 
 logger = logging.getLogger(__name__)
 
+# What `keep_best` can follow. Other measures have no better and worse.
+LARGER_IS_BETTER = ("probe_knn", "probe_rank_me", "probe_rank_me_share", "probe_effective_rank", "probe_std_mean")
+LARGER_IS_BETTER += ("probe_std_min",)
+SMALLER_IS_BETTER = ("probe_mean_cosine", "probe_token_cosine", "probe_dead_dimensions", "probe_position_share")
+ALSO_CALLED = {"probe_knn_accuracy": "probe_knn"}
+
 
 class OnlineProbe(TrainerCallback):
     """Measures k-NN accuracy and health of the features, before the first step and then every `every` steps.
@@ -29,10 +35,18 @@ class OnlineProbe(TrainerCallback):
         trainer: the `MIMTrainer`; the probe uses its model, normalisation and batch size for evaluation.
         train: `LabelledImages` that vote, or None: then only health is measured.
         test: `LabelledImages` to classify; if there are no labels, any `datasets.Dataset` of images.
+        keep_best: a name of `LARGER_IS_BETTER` or `SMALLER_IS_BETTER`: the checkpoint with the best value is kept.
     """
 
-    def __init__(self, trainer, every: int, train: LabelledImages | None, test: LabelledImages | Dataset):
-        self.trainer, self.every, self.train = trainer, every, train
+    def __init__(
+        self,
+        trainer,
+        every: int,
+        train: LabelledImages | None,
+        test: LabelledImages | Dataset,
+        keep_best: str | None = None,
+    ):
+        self.trainer, self.every, self.train, self.keep_best = trainer, every, train, keep_best
         self.test = test if isinstance(test, LabelledImages) else Images(test)
 
     def on_train_begin(self, args, state, control, **kwargs):
@@ -42,20 +56,26 @@ class OnlineProbe(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         if state.global_step % self.every == 0 and self.trainer.guard.signal is None:
             should_log = control.should_log
-            self.measure()
+            values = self.measure()
             control.should_log = should_log  # `log` clears it, but the loss is still to be logged
+            if self.keep_best is not None:
+                value = values.get(self.keep_best)
+                control.should_save |= self.trainer.note_best(value, self.keep_best in LARGER_IS_BETTER)
 
-    def measure(self):
-        """Log one measurement. If the features are not finite, warn: the training itself deals with that."""
+    def measure(self) -> dict[str, float]:
+        """Log one measurement and return it. If the features are not finite, warn and return {}: the training itself
+        deals with that."""
         trainer = self.trainer
         model = unsharded(trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False).base_model)
-        training = model.training
+        training, logs = model.training, {}
         try:
-            trainer.log({f"probe_{name}": value for name, value in self.values(model).items()})
+            logs = {f"probe_{name}": value for name, value in self.values(model).items()}
+            trainer.log(dict(logs))
         except ValueError as error:
             logger.warning("no probe at step %d: %s", trainer.state.global_step, error)
         model.train(training)
         trainer.throughput.restart_clock()
+        return logs
 
     def values(self, model: nn.Module) -> dict[str, float]:
         """Health of an encoder's features of the test images, and `knn` if there are labels."""

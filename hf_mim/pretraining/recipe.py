@@ -7,7 +7,6 @@ the defaults of the classes, overridden by `DEFAULTS`, overridden by the method'
 
 import dataclasses
 import os
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_type_hints
@@ -16,13 +15,17 @@ import yaml
 from transformers import PreTrainedConfig
 
 from hf_mim import methods
-from hf_mim.checks import check_bands, check_license, check_statistics, least
+from hf_mim.checks import check_bands, check_license, check_statistics, least, one_of
 from hf_mim.data.crop import window_pixels
 from hf_mim.data.embedded import EMBEDDED
 from hf_mim.data.fingerprint import absolute_source
 from hf_mim.data.nodata import check_nodata
 from hf_mim.files import replacing
+from hf_mim.pretraining.layers import END, fresh_folder, held_settings, layered, settings_in
+from hf_mim.pretraining.longer import settings_of_continued
+from hf_mim.pretraining.probe import ALSO_CALLED, LARGER_IS_BETTER, SMALLER_IS_BETTER
 from hf_mim.pretraining.settings import YamlDumper, read_yaml, suggestion, to_type
+from hf_mim.pretraining.start import settings_of_sources
 from hf_mim.pretraining.trainer import MIMTrainingArguments
 from hf_mim.pretraining.trainer_options import PYTHON_ONLY, REFUSED, check_options
 from hf_mim.run_folder import LOCAL, RECIPE
@@ -36,23 +39,13 @@ DEFAULTS = {
     "dataloader_num_workers": min(4, os.cpu_count() or 1),
     "save_total_limit": 2,  # if a file of the last is damaged, the run resumes from the one before
 }
-# Name → the arguments that overrule it. Where a layer gives the name, they are dropped from the layers below.
-OVERRULED_BY = {
-    "size": ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"),
-    "base_lr": ("learning_rate",),
-    "num_train_epochs": ("max_steps",),
-    "crop_pixels": ("crop_scale", "crop_ratio"),
-    "crop_scale": ("crop_pixels",),
-    "crop_ratio": ("crop_pixels",),
-}
-
 NOT_OFFERED = REFUSED | PYTHON_ONLY  # options of transformers that must keep their default
 SECRET = {"hub_token"}
+SOURCES = ("dataset", "test_dataset", "init_from", "target_from", "continue_from")  # what may lie on this machine
 OF_ONE_START = {"resume", "accept_changed_data"}  # these belong to one start of a run, not to its recipe
 # Defaults that decide the result of a run. recipe.yaml records them, so that a later version repeats the run.
 RECORDED = ("base_lr", "learning_rate", "start_lr_ratio", "final_lr_ratio", "weight_decay", "weight_decay_end")
 RECORDED += ("adam_beta1", "adam_beta2", "max_grad_norm", "gradient_accumulation_steps", "seed")
-END = "# end of the recipe"  # a recipe without this line is cut off
 
 
 @dataclass
@@ -100,6 +93,17 @@ class RunArguments:
         probe_images: images that vote in such a measurement, at most; a quarter as many are classified
         bands: which bands of an image the run's pictures show as red, green and blue, such as 4,3,2, or the one that
             they show as grey; default: the first three
+        init_from: a checkpoint to start from, a folder or a name on the Hub: one of this method gives all its weights,
+            any other that convert reads gives its encoder; sizes of the model that are not given follow from it
+        init_from_sha256: the run itself writes it: the hash of these weights
+        target_from: a checkpoint whose encoder is the frozen target of latent_mim, stop_jepa or ijepa, in place of a
+            moving average; of any width, for the same image size, patch size and channels
+        target_from_sha256: the run itself writes it: the hash of these weights
+        continue_from: also --continue: the folder of a run with lr_scheduler_type warmup_stable_decay or constant. This
+            one makes it longer, from its last checkpoint before the decay; give num_train_epochs or max_steps
+        keep_best: with probe_every, keep the checkpoint in which this is best: probe_knn (probe_knn_accuracy),
+            probe_rank_me, probe_mean_cosine and so on
+        export_best: make the best checkpoint by keep_best the model of the run folder
         license: the checkpoint's license, for its card: apache-2.0, cc-by-nc-4.0, ...
         resume: continue the run in output_dir, with the settings in its recipe.yaml
         dataset_fingerprint, test_dataset_fingerprint: the run itself writes them: what the files of dataset and
@@ -139,6 +143,13 @@ class RunArguments:
     probe_every: int = 0
     probe_images: int = 2000
     bands: list[int] | None = None
+    keep_best: str | None = None
+    export_best: bool = False
+    init_from: str | None = None
+    init_from_sha256: str | None = None
+    target_from: str | None = None
+    target_from_sha256: str | None = None
+    continue_from: str | None = None
     license: str | None = None
     resume: bool = False
     dataset_fingerprint: str | None = None
@@ -159,6 +170,14 @@ class RunArguments:
             least(1, **{name: getattr(self, name)})
         least(0, probe_every=self.probe_every)
         least(8, probe_images=self.probe_images)
+        self.keep_best = ALSO_CALLED.get(self.keep_best, self.keep_best)
+        one_of((*LARGER_IS_BETTER, *SMALLER_IS_BETTER), keep_best=self.keep_best)
+        if self.keep_best is not None and not self.probe_every:
+            raise ValueError(
+                f"keep_best {self.keep_best} needs probe_every, the steps from one measurement to the next"
+            )
+        if self.export_best and self.keep_best is None:
+            raise ValueError("export_best needs keep_best, which says what is best, such as probe_knn")
 
 
 def model_fields(method: str) -> dict[str, Any]:
@@ -206,11 +225,20 @@ class Recipe:
     @classmethod
     def read(cls, path: str | Path | None, given: dict[str, Any]) -> "Recipe":
         """A recipe file, overridden by the settings `given`. With `resume` and no file, the one in `output_dir`."""
-        if path is None and str(given.get("resume")).lower() == "true" and "output_dir" in given:
-            return cls.resolve(*held_settings(Path(given["output_dir"]).expanduser()), given)
-        if path and Path(path).name == RECIPE and Path(path).is_file():  # of a run: beside it is where its data were
-            return cls.resolve(*_settings_in(Path(path).parent), given)
-        return cls.resolve(read_yaml(path) if path else {}, given)
+        given = {"continue_from" if name == "continue" else name: value for name, value in given.items()}
+        if given.get("continue_from"):
+            if path or given.get("init_from") or given.get("target_from") or str(given.get("resume")).lower() == "true":
+                raise ValueError(
+                    "continue takes the settings and weights of its run; give no recipe, init_from or resume"
+                )
+            layers = [settings_of_continued(Path(given["continue_from"]).expanduser())]
+        elif path is None and str(given.get("resume")).lower() == "true" and "output_dir" in given:
+            layers = held_settings(Path(given["output_dir"]).expanduser())
+        elif path and Path(path).name == RECIPE and Path(path).is_file():  # of a run: beside it is where its data were
+            layers = settings_in(Path(path).parent)
+        else:
+            layers = [read_yaml(path)] if path else []
+        return cls.resolve(*settings_of_sources(*layers, given), *layers, given)
 
     @classmethod
     def resolve(cls, *layers: dict[str, Any]) -> "Recipe":
@@ -243,6 +271,8 @@ class Recipe:
         defaults |= {"dataset": next(iter(method.embedded), RunArguments.dataset)}
         if (data := given.get("dataset", defaults["dataset"])) in EMBEDDED:
             defaults |= embedded_settings(method, data)
+        if given.get("streaming"):
+            defaults.pop("cache_images", None)  # a stream is never whole
         if given.get("cache_images"):
             defaults["dataloader_num_workers"] = 0  # nothing is left to do for them
         defaults |= {"method": method.name} | method.settings
@@ -253,19 +283,8 @@ class Recipe:
         )
         recipe = cls(RunArguments(**run), model, training)
         if not recipe.training.get("output_dir"):
-            recipe.training["output_dir"] = recipe._fresh_folder()
+            recipe.training["output_dir"] = fresh_folder(recipe.run)
         return recipe
-
-    def _fresh_folder(self) -> str:
-        """runs/<dataset>_<method>, with a number from the second run on."""
-        if self.run.resume:
-            raise ValueError("resume needs output_dir: the folder of the run to continue")
-        source = re.sub(r"\W+", "_", Path(self.run.dataset).stem).strip("_")
-        folder = Path("runs") / f"{source}_{self.run.method}"
-        number = 1
-        while (path := folder if number == 1 else folder.with_name(f"{folder.name}_{number}")).exists():
-            number += 1
-        return str(path)
 
     def config(self):
         """The method's config. Making it checks its values."""
@@ -288,7 +307,7 @@ class Recipe:
         """
         settings, local = self.settings(), {}
         before = held_settings(folder)
-        for name in ("dataset", "test_dataset"):
+        for name in SOURCES:
             given = getattr(self.run, name)
             path = absolute_source(given)
             if len(before) == 2 and before[1].get(name) == path is not None:
@@ -307,33 +326,6 @@ class Recipe:
         for name, text in texts.items():
             with replacing(folder / name) as aside:
                 aside.write_text(text)
-
-
-def layered(*layers: dict[str, Any]) -> dict[str, Any]:
-    """One layer of settings from several. Each overrides those before it."""
-    settings = {}
-    for layer in layers:
-        dropped = [other for name in layer for other in OVERRULED_BY.get(name, ())]
-        settings = {name: value for name, value in settings.items() if name not in dropped} | layer
-    return settings
-
-
-def held_settings(folder: Path) -> list[dict[str, Any]]:
-    """What the run in a folder was started with: its recipe, then the absolute paths of its data.
-
-    Raises ValueError for a recipe that is cut off: the run would go on with defaults in place of what is lost.
-    """
-    found = _settings_in(folder)
-    if found and END not in (folder / RECIPE).read_text().splitlines():
-        raise ValueError(
-            f"{folder / RECIPE} is cut off, or was written by hand: its last line must be {END!r}; to begin again from "
-            "it, give it as the recipe, with another output_dir"
-        )
-    return found
-
-
-def _settings_in(folder: Path) -> list[dict[str, Any]]:
-    return [read_yaml(folder / name) for name in (RECIPE, LOCAL) if (folder / name).is_file()]
 
 
 def _typed(name: str, value: Any) -> Any:

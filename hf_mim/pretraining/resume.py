@@ -28,6 +28,8 @@ FIXED = (
     "data_seed",
     "optim",
     "optim_args",
+    "encoder_layer_decay",
+    "keep_best",
     "dataloader_drop_last",
     "train_sampling_strategy",
 )
@@ -49,7 +51,12 @@ def check_run_folder(folder: Path, recipe: Recipe, say: Tell = print):
         return
     if RECIPE not in held:
         raise ValueError(f"output_dir {folder} holds no run to resume (no {RECIPE})")
-    before = Recipe.resolve(*held_settings(folder))
+    check_same_run(Recipe.resolve(*held_settings(folder)), recipe, folder)
+    check_resumed_data(recipe, folder)
+
+
+def check_same_run(before: Recipe, recipe: Recipe, folder: Path):
+    """Raise ValueError if a recipe differs, in what must stay, from the recipe `before` of the run in the folder."""
     own, held_by = methods.get(recipe.run.method), methods.get(before.run.method)
     if own.config_class is not held_by.config_class:  # a variant differs only in settings, which are compared below
         raise ValueError(f"method is {recipe.run.method}, but the run in {folder} has {before.run.method}")
@@ -61,12 +68,12 @@ def check_run_folder(folder: Path, recipe: Recipe, say: Tell = print):
     for name in FIXED:
         if repr(old[name]) != repr(new[name]):  # nan is not equal to nan
             raise ValueError(f"{name} is {new[name]}, but the run in {folder} has {old[name]}")
-    check_resumed_data(recipe, folder)
 
 
 def check_resumed_data(recipe: Recipe, folder: Path):
-    """`check_same_data` for a run that resumes the one in the folder."""
-    if recipe.run.resume:
+    """`check_same_data` for a run that resumes the one in the folder, or makes another one longer."""
+    folder = folder if recipe.run.resume else recipe.run.continue_from and Path(recipe.run.continue_from)
+    if folder:
         check_same_data(Recipe.resolve(*held_settings(folder)).run, recipe.run, folder)
 
 

@@ -10,6 +10,7 @@ import contextlib
 import functools
 import math
 import os
+import shutil
 import signal
 from pathlib import Path
 
@@ -30,20 +31,25 @@ from hf_mim.models.pixels import EIGHT_BITS, ValueRange
 from hf_mim.pretraining.final_results import (
     Readout,
     central_crop,
+    check_best,
     health_record,
     load_split,
     training_record,
 )
 from hf_mim.pretraining.image_cache import cached_images
 from hf_mim.pretraining.images import check_sample, check_windows, device_augment, evaluation_images, measured_crops
+from hf_mim.pretraining.layers import held_settings
+from hf_mim.pretraining.longer import check_longer, checkpoint_to_continue
 from hf_mim.pretraining.pictures import RunPictures
 from hf_mim.pretraining.probe import OnlineProbe
+from hf_mim.pretraining.rates import check_schedule
 from hf_mim.pretraining.recipe import Recipe, RunArguments
-from hf_mim.pretraining.resume import check_resumed_data, check_run_folder
+from hf_mim.pretraining.resume import check_resumed_data, check_run_folder, check_same_run
 from hf_mim.pretraining.signals import Ended, ended_at_once
-from hf_mim.pretraining.trainer import MIMTrainer, MIMTrainingArguments, check_shared_memory, check_warmup
+from hf_mim.pretraining.start import start_from
+from hf_mim.pretraining.trainer import MIMTrainer, MIMTrainingArguments, check_shared_memory
 from hf_mim.pretraining.waiting import WaitingAdvice, advice
-from hf_mim.run_folder import CARD, checkpoints
+from hf_mim.run_folder import CARD, METRICS, checkpoints
 
 
 class Pretraining:
@@ -78,15 +84,25 @@ class Pretraining:
         if args.process_index == 0:
             for line in filter(None, (found, windows)):
                 print(line)
+        # A run that was ended before its first checkpoint begins again.
+        resumes = bool(run.resume and checkpoints(self.folder))
+        self.begins_at = None if resumes else self._continued()
+        check_best(run, args, self.readout)
         steps = number_of_steps(args, train_images)
+        if self.begins_at:
+            check_longer(self.begins_at, steps)
         if steps > 0:
-            check_warmup(args, steps)  # Trainer would find out only after it has begun
+            check_schedule(args, steps)  # Trainer would find out only after it has begun
         if isinstance(train_images, ImageStream):  # for other images the trainer checks it
             check_shared_memory(args, config.num_channels * math.prod(config.training_size))
         if "logging_steps" not in recipe.training:
             args.logging_steps = min(args.logging_steps, max(1, steps // 20))  # a short run needs a curve too
         set_seed(args.seed)
         model = AutoModelForPreTraining.from_config(config)
+        is_new = not resumes and self.begins_at is None
+        self.starts_from_weights = run.init_from is not None and is_new
+        if is_new:
+            start_from(run, model, tell)
         self.trainer = MIMTrainer(
             model,
             args,
@@ -97,22 +113,34 @@ class Pretraining:
         )
         about = self.images, run, args, config.training_size, config.num_channels
         self.trainer.add_callback(WaitingAdvice(functools.partial(advice, *about)))
+        self._look_while_it_trains()
+        # Last, because it reads whole checkpoints.
+        self.checkpoint = self.trainer.checkpoint_to_resume(str(self.begins_at) if self.begins_at else resumes)
+
+    def _continued(self) -> Path | None:
+        """The checkpoint of another run that this one makes longer."""
+        if not self.recipe.run.continue_from:
+            return None
+        checkpoint = checkpoint_to_continue(other := Path(self.recipe.run.continue_from))
+        check_same_run(Recipe.resolve(*held_settings(other)), self.recipe, other)
+        return checkpoint
+
+    def _look_while_it_trains(self):
+        """Give the trainer the callbacks that measure the features and draw pictures."""
+        run = self.recipe.run
         if run.probe_every:
             samples = self.readout.sample(run.probe_images, run.probe_images // 4) if self.readout else None
             samples = samples or (None, fixed_sample(self.images, run.probe_images // 4))
-            self.trainer.add_callback(OnlineProbe(self.trainer, run.probe_every, *samples))
+            self.trainer.add_callback(OnlineProbe(self.trainer, run.probe_every, *samples, run.keep_best))
         self.pictures = RunPictures(self.trainer, self.images, run)
         self.trainer.add_callback(self.pictures)
-        # Last, because it reads whole checkpoints. A run that was ended before its first checkpoint begins again.
-        resumes = bool(run.resume and checkpoints(self.folder))
-        self.checkpoint = self.trainer.checkpoint_to_resume(resumes)
 
     def __call__(self) -> signal.Signals | None:
         """Train, fill the run folder and print the results. Returns the signal that ended the run, if one did.
 
         Raises LockedError if another process writes into the run folder.
         """
-        trainer, main = self.trainer, self.trainer.is_world_process_zero()
+        trainer, run, main = self.trainer, self.recipe.run, self.trainer.is_world_process_zero()
         PartialState().wait_for_everyone()  # until every rank has looked into the folder
         with contextlib.ExitStack() as stack:
             if main:
@@ -122,9 +150,15 @@ class Pretraining:
                 with ended_at_once():
                     if main:
                         self.recipe.save(self.folder)
+                        if self.begins_at and (log := self.begins_at.parent / METRICS).is_file():
+                            shutil.copy(log, self.folder / METRICS)  # the trainer drops what came after the checkpoint
+                        if self.starts_from_weights:
+                            self.measure_start()
                     trainer.train(resume_from_checkpoint=self.checkpoint)
                     if trainer.guard.signal:
                         return trainer.guard.signal
+                    if run.export_best and not trainer.load_best() and main:
+                        print("\nNo best checkpoint was kept: the model of the run folder is the last one.")
                     trainer.save_model(_internal_call=True)  # not pushed yet: the card is still to come
                     trainer.save_state()
                     if main:
@@ -150,23 +184,37 @@ class Pretraining:
             f'    model = AutoModel.from_pretrained("{self.folder}")'
         )
 
+    def measure_start(self):
+        """Measure the weights that the run starts from, before the first step."""
+        model, run, batch_size = self.trainer.model, self.recipe.run, self.trainer.args.per_device_eval_batch_size
+        training = model.training
+        with self.warned("The weights to start from were not measured"):
+            health_record(model.eval(), self.augment, self.images, run, batch_size, self.folder, is_start=True)
+            if self.readout is not None and run.knn:
+                self.readout.measure_start(model, self.augment, batch_size, self.folder)
+        model.train(training)
+
     def measure(self, model):
         """Measure what the training took, the health of the features and, if there are labels, their k-NN accuracy."""
         trainer, run = self.trainer, self.recipe.run
         batch_size = trainer.args.per_device_eval_batch_size
         record = training_record(trainer, run, self.images, self.nodata)
         print(f"\nThe training waited {record.scores['data_wait_share']:.1%} of its time for images.")
-        try:
+        with self.warned("The health of the features was not measured"):  # they are not finite, or images are broken
             health_record(model, self.augment, self.images, run, batch_size, self.folder)
-        except ValueError as error:  # the features are not finite, or too many images are broken
-            print(f"\nThe health of the features was not measured: {error}")
         if self.readout is not None and run.knn:
             set_seed(trainer.args.seed)
             untrained = AutoModelForPreTraining.from_config(model.config).to(model.device).eval()
-            try:
+            with self.warned("The k-NN accuracy was not measured"):  # too many broken images, no label in a stream
                 self.readout.measure(model, untrained, self.augment, batch_size, self.folder)
-            except ValueError as error:  # too many broken images, no label in a stream; the run itself is good
-                print(f"\nThe k-NN accuracy was not measured: {error}")
+
+    @contextlib.contextmanager
+    def warned(self, what: str):
+        """Inside, a ValueError of a measurement becomes a line, because the run itself is good."""
+        try:
+            yield
+        except ValueError as error:
+            print(f"\n{what}: {error}")
 
 
 def evaluation_processor(run: RunArguments, config: PreTrainedConfig, value_range: ValueRange | None):

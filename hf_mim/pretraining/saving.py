@@ -11,7 +11,7 @@ from transformers.trainer_utils import has_length
 from transformers.utils import logging
 
 from hf_mim.data.stream import EndlessStream
-from hf_mim.files import disk_errors, replacing
+from hf_mim.files import disk_errors, quiet, replacing
 from hf_mim.pretraining import checkpoints
 from hf_mim.run_folder import CHECKPOINT, MANIFEST, STAGING, TRAINER_STATE, step_of
 
@@ -29,6 +29,7 @@ class CheckpointTrainer:
     _save_owed = False  # a checkpoint was not saved, because its step was skipped
     _unproved: Path | None = None  # the last checkpoint, until its weights have given a finite loss
     _resumed_from: str | None = None
+    _best_before: tuple = ()  # a step that is the best, and the best value, step and checkpoint before it
 
     # ---- save
 
@@ -36,7 +37,42 @@ class CheckpointTrainer:
         folder = super()._get_output_dir(trial)
         return str(Path(folder) / STAGING) if self._staging else folder
 
+    def note_best(self, value: float | None, larger: bool) -> bool:
+        """Whether a value that was measured after this step is the best so far, so that a checkpoint has to be saved.
+
+        It is then kept. Every rank has to call this; the main process decides. None: nothing was measured.
+        """
+        state, best = self.state, self.state.best_metric
+        is_best = value is not None and (best is None or (value > best if larger else value < best))
+        (is_best,) = broadcast_object_list([is_best])
+        if is_best:
+            self._best_before = state.global_step, best, state.best_global_step, state.best_model_checkpoint
+            state.best_metric, state.best_global_step = value, state.global_step
+        return is_best
+
+    def load_best(self) -> bool:
+        """Load the weights of the best checkpoint, if there is one."""
+        if self.state.best_model_checkpoint is None:
+            return False
+        with quiet():
+            self._load_best_model()
+        return True
+
     def _save_checkpoint(self, model, trial):
+        self._save_whole(model, trial)
+        state = self.state
+        if state.global_step in self._best_before[:1] and not Path(state.best_model_checkpoint or "none").is_dir():
+            _, state.best_metric, state.best_global_step, state.best_model_checkpoint = self._best_before
+
+    def _finalize_training(self, *args, **kwargs):
+        """As Trainer's, which deletes all checkpoints but the best one if it knows one and `save_total_limit` is 1."""
+        best = self.state.best_model_checkpoint
+        self.state.best_model_checkpoint = best if self.args.load_best_model_at_end else None
+        output = super()._finalize_training(*args, **kwargs)
+        self.state.best_model_checkpoint = best
+        return output
+
+    def _save_whole(self, model, trial):
         self.guard.settle()
         self._save_owed = bool(self.guard.in_a_row and not self.guard.signal)
         if self._save_owed:  # these weights may be what gives no finite loss
@@ -71,9 +107,13 @@ class CheckpointTrainer:
         self._rotate(run_folder, self.guard.proved)  # after the push, which waits for the upload of an older checkpoint
 
     def _rotate(self, run_folder: Path, proved: int | None = None):
-        """Delete older checkpoints, but not the last one whose weights have given a finite loss."""
+        """Delete older checkpoints, but not the best one, the one before the decay, and the last one whose weights have
+        given a finite loss."""
         if self.args.should_save:
-            about = run_folder, self.args.save_total_limit, self.state.best_model_checkpoint, proved
+            state = self.state
+            keep = {f"{CHECKPOINT}{step}" for step in (state.best_global_step, self.args.decay_start(state.max_steps))}
+            keep |= {Path(state.best_model_checkpoint).name} if state.best_model_checkpoint else set()
+            about = run_folder, self.args.save_total_limit, keep, proved
             for failure in _failures(lambda: checkpoints.rotate(*about)):
                 logger.warning(f"older checkpoints could not be deleted: {failure}")
 
@@ -114,8 +154,11 @@ class CheckpointTrainer:
         """As Trainer's. The path of the best checkpoint follows from its step."""
         done, state = super()._init_training_state(*args, **kwargs), self.state
         best = Path(self.args.output_dir) / f"{CHECKPOINT}{state.best_global_step}"
-        if state.best_model_checkpoint is None and state.best_global_step and best.is_dir():
-            state.best_model_checkpoint = str(best)
+        if state.best_model_checkpoint is None and state.best_global_step:
+            if best.is_dir():
+                state.best_model_checkpoint = str(best)
+            else:  # it is in the folder of another run, or was deleted
+                state.best_metric, state.best_global_step = None, None
         return done
 
     def save_state(self):

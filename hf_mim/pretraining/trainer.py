@@ -27,13 +27,21 @@ from hf_mim.data.workers import leaving_signals
 from hf_mim.hub.push import HubTrainer
 from hf_mim.models.target_encoder import TargetNetworkMixin
 from hf_mim.pretraining.arguments import MIMTrainingArguments
-from hf_mim.pretraining.callbacks import MetricsFile, MIMProgress, TargetUpdate, Throughput, WeightDecay
+from hf_mim.pretraining.callbacks import (
+    MetricsFile,
+    MIMProgress,
+    SaveBeforeDecay,
+    TargetUpdate,
+    Throughput,
+    WeightDecay,
+)
 from hf_mim.pretraining.collapse import CollapseAlarm
 from hf_mim.pretraining.guard import StepGuard
+from hf_mim.pretraining.rates import RatesTrainer
 from hf_mim.pretraining.saving import CheckpointTrainer
 from hf_mim.pretraining.signals import SHARED_MEMORY, Ended, NoImagesError, free_shared_memory
 from hf_mim.pretraining.trainer_options import check_optimizer
-from hf_mim.trainer_utils import BrokenImages, DatasetEpoch, QuietWorkers, StepSeeds, decayed_parameters, seeded
+from hf_mim.trainer_utils import BrokenImages, DatasetEpoch, QuietWorkers, StepSeeds, seeded
 
 
 class ScalarMeans:
@@ -64,7 +72,7 @@ class ScalarMeans:
         return dict(zip(names, (totals / counts).tolist(), strict=True))
 
 
-class MIMTrainer(CheckpointTrainer, HubTrainer, QuietWorkers, Trainer):
+class MIMTrainer(CheckpointTrainer, RatesTrainer, HubTrainer, QuietWorkers, Trainer):
     """Pretrains a model whose `forward(pixel_values, **ids)` returns `loss`, `predictions` and `metrics`.
 
     Args:
@@ -106,10 +114,10 @@ class MIMTrainer(CheckpointTrainer, HubTrainer, QuietWorkers, Trainer):
         self.means, self.throughput = ScalarMeans(), Throughput()
         self.guard = StepGuard(self, args)
         for_data = DatasetEpoch(train_dataset), BrokenImages(train_dataset)
-        for_step = StepSeeds(), self.guard, TargetUpdate(self.guard), WeightDecay()
+        for_step = StepSeeds(), self.guard, TargetUpdate(self.guard), WeightDecay(), SaveBeforeDecay()
         for callback in (*for_data, *for_step, self.throughput, MetricsFile()):
             self.add_callback(callback)
-        if isinstance(model, TargetNetworkMixin):
+        if isinstance(model, TargetNetworkMixin) and model.target_pairs():  # a frozen target does not collapse
             alarm = CollapseAlarm(args.stop_on_collapse)
             self.callback_handler.callbacks.insert(0, alarm)  # first, because all reports show what it adds to a log
         if self.pop_callback(ProgressCallback) is not None:
@@ -202,44 +210,6 @@ class MIMTrainer(CheckpointTrainer, HubTrainer, QuietWorkers, Trainer):
     def floating_point_ops(self, inputs) -> int:
         """Zero: Trainer's formula counts each pixel as a token. `training/benchmark.py step` counts the operations."""
         return 0
-
-    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
-        """The parameters with weight decay: see `decayed_parameters`."""
-        return decayed_parameters(model)
-
-    def create_optimizer(self, model=None):
-        optimizer = super().create_optimizer(model)
-        model = self.model if model is None else model
-        names = set(self.get_decay_parameter_names(model))
-        decayed = {id(parameter) for name, parameter in model.named_parameters() if name in names}
-        for group in optimizer.param_groups:
-            group["decays"] = any(id(parameter) in decayed for parameter in group["params"])
-        return optimizer
-
-    def create_scheduler(self, num_training_steps: int, optimizer=None):
-        if self.lr_scheduler is None:
-            check_warmup(self.args, num_training_steps)
-            warmup = self.args.get_warmup_steps(num_training_steps) / num_training_steps
-            self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(
-                self.optimizer if optimizer is None else optimizer,
-                lambda step: self.args.learning_rate_at(step / num_training_steps, warmup) / self.args.learning_rate,
-            )
-            self._created_lr_scheduler = True
-        return self.lr_scheduler
-
-    def _load_optimizer_and_scheduler(self, checkpoint):
-        """As Trainer's, but learning rate and betas are those that are given now, not those of the checkpoint."""
-        super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is None or not self._created_lr_scheduler:
-            return
-        args, scheduler = self.args, getattr(self.lr_scheduler, "scheduler", self.lr_scheduler)
-        scheduler.base_lrs = [args.learning_rate] * len(self.optimizer.param_groups)
-        rates = [rate(scheduler.last_epoch) * args.learning_rate for rate in scheduler.lr_lambdas]
-        for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
-            group |= {"lr": rate, "initial_lr": args.learning_rate}
-            group |= {"betas": (args.adam_beta1, args.adam_beta2)} if "betas" in group else {}
-            group |= {"eps": args.adam_epsilon} if "eps" in group else {}
-        scheduler._last_lr = rates
 
     def get_train_dataloader(self):
         """As Trainer's. An ImageStream is read without end, from the place that the checkpoint holds."""
@@ -337,12 +307,3 @@ def check_shared_memory(args: MIMTrainingArguments, bytes_per_image: int):
         f"{needed / 2**20:.0f} MiB of shared memory, and {SHARED_MEMORY} has {free / 2**20:.0f} MiB free (docker run "
         "--shm-size sets it)"
     )
-
-
-def check_warmup(args: MIMTrainingArguments, steps: int):
-    """Raise ValueError if the warm-up is longer than the run."""
-    if args.warmup_steps > steps:
-        raise ValueError(
-            f"warmup_steps must be at most the {steps} steps of the run, or below 1 as a share of them, "
-            f"not {args.warmup_steps:g}"
-        )

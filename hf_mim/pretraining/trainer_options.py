@@ -36,8 +36,7 @@ REFUSED = {
     "local_rank": "the launcher sets it (torchrun, accelerate launch)",
     "logging_nan_inf_filter": "it waits for the device at each step; losses that are not finite are left out of the "
     "logged means without it",
-    "lr_scheduler_kwargs": "start_lr_ratio and final_lr_ratio shape the schedule",
-    "lr_scheduler_type": "all recipes have this schedule, and start_lr_ratio and final_lr_ratio shape it",
+    "lr_scheduler_kwargs": "start_lr_ratio, final_lr_ratio and decay_steps shape the schedule",
     "neftune_noise_alpha": FOR_TEXT,
     "optim_target_modules": "GaLore and APOLLO, which read it, decay other parameters than the recipes do",
     "parallelism_config": "FSDP2 alone splits a model (docs/scaling.md)",

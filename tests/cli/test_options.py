@@ -41,7 +41,7 @@ PROTOCOLS = "knn, leave_one_out, linear, attentive, lowshot, finetune, segment, 
         ("pretrain --workers 4", "unknown argument workers; did you mean dataloader_num_workers?"),
         ("pretrain --num_workers 4", "unknown argument num_workers; did you mean dataloader_num_workers?"),
         ("pretrain --device cpu", "unknown argument device; did you mean use_cpu?"),
-        ("pretrain --init owner/name", "unknown argument init; did you mean resume?"),
+        ("pretrain --init owner/name", "unknown argument init; did you mean init_from?"),
         (
             "pretrain --resume_from_checkpoint x",
             "resume_from_checkpoint must stay None, not 'x': "

@@ -50,7 +50,8 @@ def fails_with(capsys, *arguments):
 def mae_run(tmp_path_factory):
     """A finished run of MAE on the digits, and what it printed."""
     folder = tmp_path_factory.mktemp("runs") / "mae"
-    command = [sys.executable, "-m", "hf_mim.cli", "pretrain", *TINY_RUN, "--output_dir", str(folder)]
+    command = [sys.executable, "-m", "hf_mim.cli", "pretrain", *TINY_RUN, "--dataset", "digits"]
+    command += ["--output_dir", str(folder)]
     done = subprocess.run(command, cwd=REPOSITORY, env=ENVIRONMENT, capture_output=True, text=True, check=True)
     return folder, done.stdout
 
@@ -240,9 +241,9 @@ BAD_INPUT = [
     ("--dataset empty", "dataset 'empty' holds no images"),
     ("--dataset file.txt", "dataset 'file.txt' must be a folder or a file"),
     ("--image_column pixels", "image_column='pixels' is not a column; columns: image, label"),
-    ("--train_split half", "split 'half' is not in dataset 'digits'; it has test, train"),
+    ("--train_split half", "split 'half' is not in dataset 'textures'; it has test, train"),
     ("--test_dataset empty", "test_dataset 'empty' holds no images"),
-    ("--test_split half", "split 'half' is not in dataset 'digits'"),
+    ("--test_split half", "split 'half' is not in dataset 'textures'"),
     ("--image_size 33", "image_size must be divisible by patch_size, got image_size=33 with patch_size=8; 32"),
     ("--hidden_size 30 --num_attention_heads 4", "hidden_size must be divisible by num_attention_heads"),
     ("--hidden_size 18 --num_attention_heads 3", "hidden_size must be divisible by num_attention_heads and by 4"),
@@ -265,7 +266,7 @@ BAD_INPUT = [
     ("--flip_probability 2", "flip_probability must lie in [0, 1]"),
     ("--image_mean 0.5", "image_mean and image_std must be given together"),
     ("--image_mean .5,.5 --image_std .2,.2", "image_mean must have 1 values (num_channels), not [0.5, 0.5]"),
-    ("--warmup_steps 5000", "warmup_steps must be at most the 880 steps of the run"),
+    ("--warmup_steps 5000", "warmup_steps must be at most the 3720 steps of the run"),
     ("--per_device_train_batch_size 5000", "per_device_train_batch_size"),
     ("--per_device_train_batch_size 0", "per_device_train_batch_size must be at least 1, not 0"),
     ("--gradient_accumulation_steps 0", "gradient_accumulation_steps must be at least 1, not 0"),

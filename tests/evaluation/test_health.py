@@ -20,9 +20,11 @@ from hf_mim.evaluation.health import (
     rank_me,
     token_cosine,
 )
+from hf_mim.evaluation.spectrum import alpha_req, lidar
 from hf_mim.models.positions import sincos_table
 
 GRID = (6, 8)
+VIEWS = {"num_view_images": 20, "views": 3}
 
 
 def normal(*shape, seed=0):
@@ -62,6 +64,41 @@ def test_effective_rank_is_the_entropy_of_the_variances():
     shares = variances / variances.sum()
     assert effective_rank(features) == pytest.approx(np.exp(-(shares * np.log(shares)).sum()), rel=1e-9)
     assert effective_rank(features) < rank_me(features - features.mean(0))  # variances are less even than deviations
+
+
+def test_lidar_is_the_entropy_of_the_eigenvalues_of_discriminant_analysis():
+    from scipy.linalg import eigh
+
+    scales = torch.linspace(0.1, 2, 12)
+    views = (normal(40, 1, 12) * scales + 0.3 * normal(40, 5, 12, seed=1) * scales.flip(0) + 7).double()
+    means = views.numpy().mean(1)
+    between = np.cov(means.T, bias=True)
+    within = np.mean([np.cov(image.T, bias=True) for image in views.numpy()], axis=0) + 1e-4 * np.eye(12)
+    values = eigh(between, within, eigvals_only=True)
+    shares = values / values.sum() + 1e-7
+    assert lidar(views) == pytest.approx(np.exp(-(shares * np.log(shares)).sum()), rel=1e-6)
+
+
+def test_lidar_counts_directions_that_tell_images_apart_and_rank_me_also_those_that_tell_views_apart():
+    content, nuisance = 3 * normal(300, 1, 4), normal(300, 8, 12, seed=1)
+    views = torch.cat([content.expand(-1, 8, -1) + 0.01 * normal(300, 8, 4, seed=2), nuisance], dim=-1)
+    assert lidar(views) == pytest.approx(4, rel=0.03)
+    assert rank_me(views.flatten(0, 1)) > 10
+    assert lidar(torch.ones(9, 3, 5)) == pytest.approx(1, abs=1e-3)
+
+
+def test_alpha_is_the_slope_of_a_power_law():
+    for alpha in (0.5, 1.0, 2.0):
+        rows = normal(300, 50).double()
+        basis = torch.linalg.qr(rows - rows.mean(0)).Q
+        features = basis * torch.arange(1, 51) ** (-alpha / 2)
+        assert alpha_req(features + 3) == pytest.approx(alpha, abs=1e-6)
+    features = normal(200, 40).double() * torch.linspace(0.1, 3, 40)
+    values = np.sort(np.linalg.eigvalsh(np.cov(features.numpy().T)))[::-1]
+    number = np.arange(1, 41)
+    slope = np.polyfit(np.log(number), np.log(values), 1, w=np.sqrt(1 / number))[0]
+    assert alpha_req(features) == pytest.approx(-slope, rel=1e-9)
+    assert alpha_req(torch.ones(9, 5)) == 0
 
 
 def test_cosines_are_means_over_all_pairs():
@@ -160,6 +197,8 @@ def test_half_precision_is_measured_in_float64():
         (lambda: position_readout(torch.ones(3, 4, 2), (3, 3)), "grid must have the 4 patches of the tokens"),
         (lambda: position_share(torch.ones(3, 1, 2)), "tokens must be at least 2 for each image, not 1"),
         (lambda: Health(features="last/tokens/norm"), "features of health must be pooled, mean or cls, not last"),
+        (lambda: lidar(torch.ones(3, 1, 4)), "views must be at least 2 of each image, not 1"),
+        (lambda: Health(views=1), "views must be at least 2, not 1"),
         (lambda: Health(num_images=1), "num_images must be at least 2, not 1"),
     ],
 )
@@ -172,7 +211,7 @@ def test_mistakes_are_named_in_one_line(measure, message):
 def test_the_protocol_measures_images_without_labels(tiny_encoder):
     images = Images(digits()[1].remove_columns("label"), "digits")
     extract = FeatureExtractor(tiny_encoder, progress=False)
-    protocol = Health(num_images=200, num_token_images=40)
+    protocol = Health(num_images=200, num_token_images=40, **VIEWS)
     result = protocol.run(extract, images)
     assert [row["measure"] for row in result.table] == [measure.name for measure in MEASURES]
     values = {row["measure"]: row["value"] for row in result.table}
@@ -182,18 +221,29 @@ def test_the_protocol_measures_images_without_labels(tiny_encoder):
     # The encoder is untrained itself, of seed 0.
     assert {row["measure"]: row["untrained"] for row in result.table} == pytest.approx(values, rel=1e-6)
     assert protocol.run(extract, images).table == result.table
-    other = Health(num_images=200, num_token_images=40, seed=1).run(extract, images).table[0]
+    other = Health(num_images=200, num_token_images=40, **VIEWS, seed=1).run(extract, images).table[0]
     assert other["untrained"] != pytest.approx(other["value"], rel=1e-3)
-    assert "untrained" not in Health(num_images=50, compare=False).run(extract, images).table[0]
+    assert "untrained" not in Health(num_images=50, **VIEWS, compare=False).run(extract, images).table[0]
     with pytest.raises(ValueError, match="images must be at least 2 to be compared, not 1"):
         protocol.run(extract, images.select([0]))
+
+
+def test_lidar_sees_each_image_in_several_crops(tiny_encoder, monkeypatch):
+    seen = []
+    monkeypatch.setattr("hf_mim.evaluation.health.lidar", lambda views: seen.append(views) or 1.0)
+    images = Images(digits()[1].remove_columns("label"), "digits")
+    Health(num_images=50, **VIEWS, compare=False).run(FeatureExtractor(tiny_encoder, progress=False), images)
+    (views,) = seen
+    assert views.shape[:2] == (20, 3)
+    apart = torch.cdist(views, views).amax((1, 2))  # of two crops of one image
+    assert apart.min() > 0 and apart.mean() < torch.pdist(views.mean(1)).max()
 
 
 def test_a_collapsed_encoder_gives_reason_to_worry(tiny_encoder):
     torch.nn.init.zeros_(tiny_encoder.model.norm.weight)
     torch.nn.init.ones_(tiny_encoder.model.norm.bias)
     images = Images(digits()[1].remove_columns("label"), "digits")
-    result = Health(num_images=50, compare=False).run(FeatureExtractor(tiny_encoder, progress=False), images)
+    result = Health(num_images=50, **VIEWS, compare=False).run(FeatureExtractor(tiny_encoder, progress=False), images)
     worried = {row["measure"] for row in result.table if row["worry"] == "yes"}
     assert {"rank_me_share", "effective_rank", "mean_cosine", "token_cosine", "std_mean", "dead_dimensions"} == worried
     assert "mean_cosine" in result.notes[0]

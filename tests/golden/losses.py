@@ -16,6 +16,7 @@ from hf_mim.pretraining.run import Pretraining
 FILE = Path(__file__).with_name("losses.json")
 STEPS = 30
 SMALL = {
+    "dataset": "digits",
     "image_size": 32,
     "patch_size": 4,
     "hidden_size": 48,

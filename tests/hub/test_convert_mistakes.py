@@ -201,7 +201,7 @@ def ijepa_folder(tmp_path, **changes):
         ),
         ({"num_hidden_layers": 3}, "missing: layers.2."),
         ({"num_channels": 10}, "of another shape: "),
-        ({"model_type": "dinov2"}, "is of type dinov2; known are vit_mae, vit, ijepa"),
+        ({"model_type": "swin"}, "is of type swin; known are vit_mae, vit, dinov2, ijepa"),
         ({"model_type": ["vit"]}, "is of type ['vit']"),
         ({"model_type": None}, "give the folder"),
         ({"model_type": "vit_mae"}, "missing: embeddings.cls_token"),
