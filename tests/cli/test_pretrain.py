@@ -266,7 +266,7 @@ BAD_INPUT = [
     ("--flip_probability 2", "flip_probability must lie in [0, 1]"),
     ("--image_mean 0.5", "image_mean and image_std must be given together"),
     ("--image_mean .5,.5 --image_std .2,.2", "image_mean must have 1 values (num_channels), not [0.5, 0.5]"),
-    ("--warmup_steps 5000", "warmup_steps must be at most the 3720 steps of the run"),
+    ("--warmup_steps 5000", "warmup_steps must be at most the 2790 steps of the run"),
     ("--per_device_train_batch_size 5000", "per_device_train_batch_size"),
     ("--per_device_train_batch_size 0", "per_device_train_batch_size must be at least 1, not 0"),
     ("--gradient_accumulation_steps 0", "gradient_accumulation_steps must be at least 1, not 0"),
