@@ -27,6 +27,10 @@ def train(folder, **settings):
     return run, run.trainer.state.log_history
 
 
+def probe_of(run) -> OnlineProbe:
+    return next(callback for callback in run.trainer.callback_handler.callbacks if isinstance(callback, OnlineProbe))
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_a_training_with_a_probe_has_the_losses_of_one_without(method, tmp_path):
     options = {"method": method, "logging_steps": 1}
@@ -63,14 +67,14 @@ def test_without_labels_only_health_is_probed(tmp_path):
 def test_the_model_trains_on_after_a_probe(tmp_path):
     run, _ = train(tmp_path / "run", probe_every=1)
     model = run.trainer.model.train()
-    run.trainer.callback_handler.callbacks[-1].measure()
+    probe_of(run).measure()
     assert all(module.training for module in model.modules())
     assert torch.is_grad_enabled()
 
 
 def test_the_probe_asks_only_our_own_image_processor_for_a_crop(tmp_path):
     run, _ = train(tmp_path / "run", probe_every=4)
-    probe = next(callback for callback in run.trainer.callback_handler.callbacks if isinstance(callback, OnlineProbe))
+    probe = probe_of(run)
     ours = probe.values(run.trainer.model.base_model)
     run.trainer.processing_class = object()  # that of another library
     assert probe.values(run.trainer.model.base_model) == ours

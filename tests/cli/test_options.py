@@ -22,7 +22,7 @@ def fails_with(capsys, line: str) -> str:
     return err.removeprefix("error: ").rstrip()
 
 
-COMMANDS = "prepare, cache, pretrain, evaluate, convert, export, card"
+COMMANDS = "prepare, cache, pretrain, evaluate, show, convert, export, card"
 PROTOCOLS = "knn, leave_one_out, linear, attentive, lowshot, finetune, segment, propagate, local, health"
 
 
