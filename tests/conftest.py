@@ -19,6 +19,7 @@ if "OMP_NUM_THREADS" not in os.environ:
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as in a shell's background, where Ctrl+C is for others
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
+drawing = SimpleNamespace(allowed=False)
 SHARED_DATA = Path(os.environ.get("HF_MIM_TEST_DATA", Path(__file__).parents[2] / "shared" / "data"))
 
 
@@ -26,6 +27,22 @@ def pytest_collection_finish():
     """Keep the garbage collector off the libraries. Each start of a Trainer runs it over everything: half a second."""
     gc.collect()
     gc.freeze()
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item):
+    """Runs draw their pictures, which take longer than the training of a test, only where a test is marked so."""
+    drawing.allowed = item.get_closest_marker("pictures") is not None
+
+
+@pytest.fixture(scope="session", autouse=True)
+def drawing_where_marked():
+    from hf_mim.pretraining.pictures import RunPictures
+
+    draw = RunPictures.draw
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(RunPictures, "draw", lambda *words: draw(*words) if drawing.allowed else None)
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -21,7 +21,6 @@ from tiny_comparison import FEW, TRAINING, read, write
 
 from hf_mim.cli import main
 from hf_mim.evaluation.result import Result
-from hf_mim.pretraining.pictures import RunPictures
 from hf_mim.pretraining.signals import INTERRUPTED
 from hf_mim.run_folder import checkpoints, logged, step_of
 
@@ -47,8 +46,7 @@ def make(scripts):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(scripts.compare, "Launcher", Here)
             patch.setattr(scripts.run, "LOOK", 0)
-            patch.setattr(RunPictures, "draw", lambda *_: None)  # its pictures and the health take half of the time
-            patch.setattr("hf_mim.pretraining.run.health_record", lambda *_: None)
+            patch.setattr("hf_mim.pretraining.run.health_record", lambda *_: None)  # it takes half of the time
             return scripts.compare.main([str(path), "--output", str(output), "--jobs", "1", *options]), list(started)
 
     return compare

@@ -5,7 +5,9 @@ import json
 import re
 from pathlib import Path
 
-from hf_mim.comparison import Row, table
+import pytest
+
+from hf_mim.comparison import Row, as_text, table
 from hf_mim.evaluation.result import Result
 
 REPOSITORY = Path(__file__).parents[1]
@@ -38,8 +40,17 @@ def test_the_numbers_in_the_docs_of_evaluation_are_those_of_the_results_files():
     assert told == {name: [f"{100 * value:.1f}" for value in values] for name, values in expected.items()}
 
 
-def test_the_table_in_the_docs_of_comparisons_is_that_of_the_record():
-    rows = json.loads((REPOSITORY / "docs" / "comparisons" / "digits.json").read_text())["rows"]
+@pytest.mark.parametrize(("page", "comparison"), [("docs/compare.md", "digits"), ("README.md", "textures")])
+def test_the_table_of_a_comparison_is_that_of_its_record(page, comparison):
+    rows = json.loads((REPOSITORY / "docs" / "comparisons" / f"{comparison}.json").read_text())["rows"]
     names = [field.name for field in dataclasses.fields(Row)]
     expected = table([Row(**{name: row[name] for name in names}) for row in rows])
-    assert expected in (REPOSITORY / "docs" / "compare.md").read_text()
+    assert expected in (REPOSITORY / page).read_text()
+
+
+def test_the_numbers_in_the_recipe_of_the_textures_are_those_of_the_record():
+    record = json.loads((REPOSITORY / "docs" / "comparisons" / "textures.json").read_text())
+    values = {row["name"].split(" encoder")[0]: as_text(row["values"]["20-NN"], percent=True) for row in record["rows"]}
+    head = " ".join((REPOSITORY / "training/recipes/textures_mae.yaml").read_text().split("\n\n")[0].split("\n# "))
+    assert f"trained {values['MAE']} %, untrained {values['untrained']} %, raw pixels {values['raw pixels']} %" in head
+    assert f"commit {record['results'][0]['commit']}:" in head

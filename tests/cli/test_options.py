@@ -22,11 +22,7 @@ def fails_with(capsys, line: str) -> str:
     return err.removeprefix("error: ").rstrip()
 
 
-<<<<<<< HEAD
 COMMANDS = "prepare, cache, pretrain, runs, compare, evaluate, show, embed, search, convert, export, card"
-=======
-COMMANDS = "prepare, cache, pretrain, evaluate, show, convert, export, card"
->>>>>>> see
 PROTOCOLS = "knn, leave_one_out, linear, attentive, lowshot, finetune, segment, propagate, local, health"
 
 

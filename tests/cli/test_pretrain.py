@@ -194,6 +194,7 @@ def test_a_resume_on_other_images_is_refused_unless_it_is_accepted(tmp_path, cap
     assert read_yaml(tmp_path / "run" / "recipe.yaml")["dataset_fingerprint"].startswith("41 files")
 
 
+@pytest.mark.pictures
 @pytest.mark.parametrize("method", ["latent_mim", "stop_jepa"])
 def test_the_other_methods_fill_their_run_folders_and_load(tmp_path, method):
     folder = tmp_path / method

@@ -56,6 +56,7 @@ def scenes(folder, bands, kind, low, high, nodata=None, tag=None):
     return folder
 
 
+@pytest.mark.pictures
 @pytest.mark.parametrize("name", KINDS)
 def test_a_run_keeps_the_depth_and_the_image_processor_gives_its_features(name, tmp_path, capsys):
     bands, kind, low, high, options, line, ends = KINDS[name]

@@ -80,6 +80,7 @@ def draw_scans(folder, patients=16, each=5):
     return folder
 
 
+@pytest.mark.pictures
 def test_folders_of_patients_are_not_measured_as_classes(tmp_path, capsys):
     scans = draw_scans(tmp_path / "scans")
     options = [*SMALL, *OWN_IMAGES, "--probe_every", 1]
@@ -173,6 +174,7 @@ def test_broken_files_that_the_start_finds_are_refused_before_anything_is_writte
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.pictures
 def test_ten_channels_from_arrays_to_processor(tmp_path):
     pixels = np.random.default_rng(0).integers(0, 256, (40, 10, 16, 16), dtype=np.uint8)
     features = Features(image=Array3D((10, 16, 16), "uint8"), label=Value("int64"))

@@ -11,6 +11,7 @@ from huggingface_hub import ModelCard
 from huggingface_hub.repocard_data import model_index_to_eval_results
 from safetensors.torch import load, load_file
 
+pytestmark = pytest.mark.pictures
 REPOSITORY = Path(__file__).parents[2]
 
 
