@@ -100,17 +100,18 @@ def draw_pictures(
         raise ValueError(f"{unused[0]} is an option of {' and '.join(takers)}, and what is {','.join(what)}")
     if "gallery" in options:
         options["gallery"] = _of_source(viewer, options["gallery"], None, NUM_IN_GALLERY)
+    figures = {}
     for name in what:
         kind, number = PICTURES[name], count or (NUM_ON_MAP if name == "map" else NUM_IMAGES)
         try:
             chosen = list(images) if _are_files(images) else _of_source(viewer, images[0], split, number)
             own = {key: value for key, value in options.items() if key in kind.options}
-            picture = kind.plot(viewer, chosen, **own)
+            figures[name] = kind.plot(viewer, chosen, **own)
         except BrokenImage as error:
             raise ValueError(f"an image cannot be decoded: {error}") from error
-        path = picture_path(output, name)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        picture.save(path)
+    Path(output).mkdir(parents=True, exist_ok=True)
+    for name, figure in figures.items():
+        figure.save(path := picture_path(output, name))
         yield path
 
 

@@ -61,7 +61,7 @@ def test_the_bands_are_those_of_the_recipe_or_of_the_option(run, files, monkeypa
         (["--what", "picture"], "what must be of reconstructions, prediction, "),
         (["--what", "pca", "--clusters", "3"], "clusters is an option of clusters, and what is pca"),
         (["--what", "prediction"], "prediction needs a method that predicts features"),
-        (["--what", "similarity", "--patch", "3,1"], "patch must be row,column in 1..2 and 1..2, not 3,1"),
+        (["--what", "pca,similarity", "--patch", "3,1"], "patch must be row,column in 1..2 and 1..2, not 3,1"),
         (["--what", "pca", "--foreground", "2"], "foreground must lie in (0, 1), not 2"),
         (["--bands", "1,2"], "bands must be one number or three"),
         (["--bands", "1,2,4"], "bands must lie in 1..3"),
