@@ -7,9 +7,10 @@ import torch
 from safetensors.torch import load_file
 from tiny import make_config, make_model
 from tiny_runs import AtEachStep, Images, arguments
-from transformers import AutoModel, AutoModelForPreTraining
+from transformers import AutoModel, AutoModelForPreTraining, IJepaModel
 
 from hf_mim import methods
+from hf_mim.hub.export import export
 from hf_mim.hub.start import Source, fill_encoder
 from hf_mim.models.target_encoder import ENCODER_FIELDS, online_encoder
 from hf_mim.pretraining.recipe import Recipe
@@ -87,6 +88,18 @@ def test_a_checkpoint_holds_the_target_and_auto_model_loads_the_encoder_that_was
     assert all(torch.equal(x, trained[name]) for name, x in alone.items())
     classifier = methods.get(method).classifier_class.from_pretrained(tmp_path)
     assert all(torch.equal(x, trained[name]) for name, x in classifier.base_model.state_dict().items())
+
+
+def test_the_encoder_that_was_trained_is_exported_and_the_frozen_one_is_not(tmp_path):
+    model, _ = make_frozen("stop_jepa")
+    model.save_pretrained(tmp_path / "ours")
+    export(tmp_path / "ours", tmp_path / "theirs", "transformers")
+    images = torch.randn(2, 3, 24, 24)
+    with torch.no_grad():
+        theirs = IJepaModel.from_pretrained(tmp_path / "theirs").eval()(images).last_hidden_state
+        torch.testing.assert_close(theirs, model.eval().encoder(images).last_hidden_state, atol=1e-5, rtol=0)
+    with pytest.raises(ValueError, match="^encoder must be online: the target is frozen"):
+        export(tmp_path / "ours", tmp_path / "target", "transformers", encoder="target")
 
 
 def test_a_run_with_a_frozen_target_is_continued_with_it(tmp_path):

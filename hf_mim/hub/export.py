@@ -67,6 +67,8 @@ def export(checkpoint: str | Path, dest: str | Path, to: str, encoder: str | Non
         if not isinstance(model, TargetNetworkMixin):
             only = f"{type(model).__name__} has only one, and {encoder} was asked for"
             raise ValueError(f"encoder must be left out: {only}")
+        if encoder == "target" and not model.target_pairs():
+            raise ValueError("encoder must be online: the target is frozen, and is the encoder of another checkpoint")
         model = model.encoder if encoder == "online" else model.target_encoder
     processor = processor_path(checkpoint)  # found now: inside of `new_folder` all that fails is a failure to write
     with new_folder(dest) as folder:
