@@ -7,7 +7,7 @@ export OMP_NUM_THREADS ?= 1
 
 .PHONY: pretrain test test-slow test-oldest lint format
 pretrain: $(INSTALLED)
-	$(BIN)/hf-mim pretrain training/recipes/digits_mae.yaml
+	$(BIN)/hf-mim pretrain training/recipes/textures_mae.yaml
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest -n auto

@@ -17,6 +17,7 @@ TRAINER = "transformers.trainer"
 HOOKS = [
     ("transformers", "PreTrainedModel._upload_modified_files", "models/vit.py"),
     ("transformers", "PreTrainedModel._keys_to_ignore_on_load_unexpected", "models/vit.py"),
+    ("transformers", "PreTrainedModel._keys_to_ignore_on_load_unexpected", "models/modeling_stop_jepa.py"),
     ("transformers", "PreTrainedModel._keep_in_fp32_modules_strict", "models/target_encoder.py"),
     ("transformers", "AutoModel._model_mapping", "auto_classes.py"),
     ("transformers.models.auto.modeling_auto", "MODEL_MAPPING._extra_content", "auto_classes.py"),

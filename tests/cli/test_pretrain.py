@@ -167,6 +167,7 @@ def test_a_resume_on_other_images_is_refused_unless_it_is_accepted(tmp_path, cap
     monkeypatch.chdir(tmp_path / "one")
     shape = "--hidden_size", 16, "--num_hidden_layers", 1, "--num_attention_heads", 2, "--decoder_hidden_size", 16
     shape += "--decoder_num_hidden_layers", 1, "--decoder_num_attention_heads", 2, "--image_size", 32
+    shape += "--dataloader_num_workers", 0  # starting workers takes longer than five such runs
     run(*TINY_RUN, *shape, "--save_steps", 2, "--dataset", "photos", "--output_dir", tmp_path / "run")
     line = "dataset 'photos', split train: 40 images (40 .png); no labels"
     assert capsys.readouterr().out.splitlines()[0] == line
