@@ -20,6 +20,7 @@ def run(benchmark, monkeypatch, path, *options) -> dict:
     return json.loads(path.read_text())
 
 
+@pytest.mark.slow
 def test_evaluate_times_equal_answers_and_sees_the_memory_of_the_similarities(benchmark, monkeypatch, tmp_path):
     sizes = ["--train", "5000", "--test", "2000", "--width", "16", "--threads", "1", "--repeats", "1"]
     result = run(benchmark, monkeypatch, tmp_path / "evaluate.json", *sizes, "--heads", "5", "--epochs", "1")

@@ -183,6 +183,7 @@ def test_files_that_cannot_be_read_are_left_out_by_the_workers(tmp_path, caplog)
     assert trainer.state.log_history[-2]["broken_images"] == 2 and trainer.guard.skipped == 0
 
 
+@pytest.mark.slow
 def test_a_nan_that_only_a_worker_finds_ends_the_run_with_its_name_and_the_option(tmp_path):
     """It is no damage: a mask of clouds, for example. Only the user knows."""
     for index in range(16):

@@ -57,6 +57,7 @@ def test_the_targets_are_the_standardised_tokens_of_the_given_encoder(method):
     assert output.predictions.shape == output.targets.shape
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", WITH_TARGET)
 def test_a_frozen_target_never_moves_and_the_loss_falls(method, tmp_path):
     model, teacher = make_frozen(method)

@@ -82,6 +82,7 @@ def test_resumed_training_equals_uninterrupted_training_to_the_bit(tmp_path, met
 NO_UP = dict(rotate90=True, vertical_flip_probability=0.5, color_jitter=0.2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("crop", "more"), [(RandomCrop(), {}), (NativeCrop(20), NO_UP)])
 def test_resume_is_exact_with_random_crops_in_workers(tmp_path, crop, more):
     def run(**kwargs):

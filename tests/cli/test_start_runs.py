@@ -145,6 +145,7 @@ def test_settings_that_do_not_fit_are_one_line_before_anything_is_written(source
 STABLE = ["--lr_scheduler_type", "warmup_stable_decay", "--decay_steps", "0.3", "--knn", "false", "--dataset", "digits"]
 
 
+@pytest.mark.slow
 def test_a_finished_run_is_made_longer_from_the_checkpoint_before_its_decay(tmp_path, capsys):
     run(*SMALL, *STABLE, "--max_steps", 4, "--warmup_steps", 0.5, "--output_dir", tmp_path / "short")
     run(*SMALL, *STABLE, "--max_steps", 6, "--warmup_steps", 2, "--output_dir", tmp_path / "whole")

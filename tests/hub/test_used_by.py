@@ -72,6 +72,7 @@ assert {answer["label"] for answer in found} == set(names.values())
 """
 
 
+@pytest.mark.slow
 def test_a_plain_trainer_and_a_pipeline_need_nothing_of_hf_mim_but_the_import(checkpoint, tmp_path):
     rows = load_labelled("digits")[0].select(range(256)).images
     rows.cast_column("image", datasets.Image()).save_to_disk(tmp_path / "digits")
