@@ -111,9 +111,7 @@ class Pretraining:
             augment=self.augment,
             processing_class=evaluation_processor(run, config, value_range),
         )
-        about = self.images, run, args, config.training_size, config.num_channels
-        self.trainer.add_callback(WaitingAdvice(functools.partial(advice, *about)))
-        self._look_while_it_trains()
+        self._look_while_it_trains(config)
         # Last, because it reads whole checkpoints.
         self.checkpoint = self.trainer.checkpoint_to_resume(str(self.begins_at) if self.begins_at else resumes)
 
@@ -125,9 +123,11 @@ class Pretraining:
         check_same_run(Recipe.resolve(*held_settings(other)), self.recipe, other)
         return checkpoint
 
-    def _look_while_it_trains(self):
-        """Give the trainer the callbacks that measure the features and draw pictures."""
+    def _look_while_it_trains(self, config: PreTrainedConfig):
+        """Give the trainer the callbacks that advise, measure the features and draw pictures."""
         run = self.recipe.run
+        about = self.images, run, self.trainer.args, config.training_size, config.num_channels
+        self.trainer.add_callback(WaitingAdvice(functools.partial(advice, *about)))
         if run.probe_every:
             samples = self.readout.sample(run.probe_images, run.probe_images // 4) if self.readout else None
             samples = samples or (None, fixed_sample(self.images, run.probe_images // 4))
