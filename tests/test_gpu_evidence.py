@@ -9,7 +9,7 @@ import pytest
 from tiny_comparison import TRAINING, write
 
 SCRIPT = TRAINING / "gpu_evidence.sh"
-STEP = "--dtype float32 --device cpu --image_size 64 --patch_size 8 --batch_size 2 --steps 1 --warmup 1"
+STEP = "--methods mae --dtype float32 --device cpu --image_size 64 --patch_size 8 --batch_size 2 --steps 1 --warmup 1"
 
 
 def evidence(folder, seconds: int, **settings) -> subprocess.CompletedProcess:

@@ -12,7 +12,9 @@ common="--max_steps $steps --per_device_train_batch_size 64 --warmup_steps 0.1"
 source=$runs/cifar10
 
 [ -e "$source/README.md" ] || hf-mim pretrain "$here/recipes/cifar10_mae.yaml" --dataset "$data/cifar10" --output_dir "$source"
-[ -e "$runs/bands" ] || python "$here/bands.py" "$data/imagenette128" "$runs/bands" 2000
+for bands in 1 10; do
+    [ -e "$runs/bands$bands" ] || python "$here/bands.py" "$data/imagenette128" "$runs/bands$bands" 2000 $bands
+done
 
 compare() { # name, dataset, image size, channels
     local kind="--dataset $2 --image_size $3 --patch_size 4 --num_channels $4"
@@ -29,5 +31,5 @@ compare() { # name, dataset, image size, channels
 }
 
 compare fashion "$data/fashion_mnist_3k" 28 1
-compare imagenette_gray "$runs/bands" 64 1
-compare imagenette_bands "$runs/bands" 64 10
+compare imagenette_gray "$runs/bands1" 64 1
+compare imagenette_bands "$runs/bands10" 64 10

@@ -34,7 +34,7 @@ from hf_mim.evaluation import cache
 from hf_mim.evaluation.data_arguments import ImageArguments
 from hf_mim.evaluation.encoder import FeatureSpec
 from hf_mim.evaluation.features import FeatureExtractor
-from hf_mim.evaluation.measure import EncoderArguments, field_types
+from hf_mim.evaluation.measure import EncoderArguments, field_types, how_seen
 from hf_mim.evaluation.result import installed_versions
 from hf_mim.files import free_space, replacing
 from hf_mim.lock import locked
@@ -131,21 +131,16 @@ def embed(checkpoint: str | Path, **options) -> Embedded:
 def describe(checkpoint: str | Path, extract: FeatureExtractor, source: EmbedArguments) -> dict[str, Any]:
     """What the features are of: the encoder, what it sees of an image, and the source. It travels with the features, so
     of a local source it has only what the user has typed."""
-    encoder, window = extract.encoder, getattr(extract.crop, "pixels", None)
-    crop = {"crop_fraction": extract.crop.fraction} if window is None else {"crop_pixels": list(window)}
+    encoder = extract.encoder
     known = encoder.describe()
     return {
         "checkpoint": source_name(checkpoint),
         "encoder": encoder.sha256,
         "features": source.features,
         "shapes": {text: list(extract.row_shape(FeatureSpec.parse(text))) for text in source.features},
-        "image_size": list(encoder.image_size),
-        "image_mean": encoder.mean,
-        "image_std": encoder.std,
+        **how_seen(extract),
         "value_range": known["value_range"],
         "nodata": known.get("nodata"),
-        **crop,
-        "dtype": str(encoder.dtype).removeprefix("torch."),
         "dataset": source.dataset,
         "split": source.split,
         "image_column": source.image_column,

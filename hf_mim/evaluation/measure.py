@@ -236,7 +236,7 @@ def measure(
     result.seconds = round(time.perf_counter() - start, 1)
     result.checkpoint, result.device = source_name(checkpoint), str(encoder.device)
     result.checkpoint_sha256 = sha256
-    about = _how_seen(extract)
+    about = how_seen(extract)
     offered = option_types(type(getattr(protocol, "protocol", protocol)))
     result.settings |= {name: value for name, value in about.items() if name in offered}
     result.settings["untrained"] = encoder.is_untrained
@@ -250,7 +250,7 @@ def measure(
     return result
 
 
-def _how_seen(extract: FeatureExtractor) -> dict[str, Any]:
+def how_seen(extract: FeatureExtractor) -> dict[str, Any]:
     """How the encoder sees the images."""
     encoder, window = extract.encoder, getattr(extract.crop, "pixels", None)
     return {

@@ -1,7 +1,12 @@
 """Runs of a few seconds."""
 
+import os
+from pathlib import Path
+
 import numpy as np
+import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 from hf_mim.cli import main, pretrain
 from hf_mim.pretraining.recipe import Recipe
@@ -9,10 +14,18 @@ from hf_mim.pretraining.recipe import Recipe
 SMALL = (
     "--hidden_size 16 --num_hidden_layers 1 --num_attention_heads 2 --per_device_train_batch_size 32 --use_cpu".split()
 )
+TINY_RUN = [*SMALL, "--max_steps", "4", "--knn_train_images", "200", "--knn_test_images", "100"]
+REPOSITORY = Path(__file__).parents[2]
+ENVIRONMENT = os.environ | {"PYTHONPATH": str(REPOSITORY)}
 
 
 def run(*arguments):
     assert main(["pretrain", *map(str, arguments)]) == 0
+
+
+def same_weights(a, b):
+    a, b = load_file(a / "model.safetensors"), load_file(b / "model.safetensors")
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
 def read_recipe(arguments) -> Recipe:

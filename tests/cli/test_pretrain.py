@@ -2,7 +2,6 @@
 
 import io
 import json
-import os
 import re
 import shutil
 import subprocess
@@ -13,27 +12,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file
-from small_runs import SMALL, read_recipe, run
+from small_runs import ENVIRONMENT, REPOSITORY, TINY_RUN, read_recipe, run, same_weights
 from transformers import AutoImageProcessor, AutoModel, AutoModelForPreTraining
 
 from hf_mim.cli import main
 from hf_mim.data import DeviceAugment, ImageDataset, WholeImage, load_images
 from hf_mim.evaluation.encoder import FrozenEncoder
 from hf_mim.pretraining.settings import read_yaml
-
-TINY_RUN = [*SMALL, "--max_steps", "4", "--knn_train_images", "200", "--knn_test_images", "100"]
-
-
-REPOSITORY = Path(__file__).parents[2]
-
-
-ENVIRONMENT = os.environ | {"PYTHONPATH": str(REPOSITORY)}
-
-
-def same_weights(a, b):
-    a, b = load_file(a / "model.safetensors"), load_file(b / "model.safetensors")
-    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
 def fails_with(capsys, *arguments):
@@ -293,47 +278,6 @@ def test_mistakes_are_one_line_before_anything_is_written(arguments, message, tm
     Path("list.yaml").write_text("- 1\n")
     Path("null.yaml").write_text("dataset: null\n")
     assert fails_with(capsys, *arguments.split()).startswith(message)
-
-
-@pytest.mark.slow
-def test_cli_accelerate_and_torchrun_do_the_same(tmp_path):
-    script = [str(REPOSITORY / "training" / "pretrain.py")]
-    bin_folder = Path(sys.executable).parent
-    launchers = {
-        "cli": [sys.executable, "-m", "hf_mim.cli", "pretrain"],
-        "accelerate": [str(bin_folder / "accelerate"), "launch", "--cpu", "--num_processes", "1", *script],
-        "torchrun": [str(bin_folder / "torchrun"), "--standalone", "--nproc_per_node", "1", *script],
-    }
-    for name, launcher in launchers.items():
-        subprocess.run(
-            [*launcher, *TINY_RUN, "--output_dir", str(tmp_path / name)], cwd=REPOSITORY, env=ENVIRONMENT, check=True
-        )
-    assert same_weights(tmp_path / "cli", tmp_path / "accelerate")
-    assert same_weights(tmp_path / "cli", tmp_path / "torchrun")
-
-
-@pytest.mark.slow
-def test_two_ranks_write_one_run_folder(tmp_path):
-    torchrun = Path(sys.executable).parent / "torchrun"
-    command = [str(torchrun), "--standalone", "--nproc_per_node", "2", "training/pretrain.py", *TINY_RUN]
-    done = subprocess.run(
-        [*command, "--output_dir", str(tmp_path / "run")],
-        cwd=REPOSITORY,
-        env=ENVIRONMENT,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("Three lines of Python") == 1
-    assert (tmp_path / "run" / "results" / "knn.json").exists()
-    failed = subprocess.run(
-        [*command, "--output_dir", str(tmp_path / "run")],
-        cwd=REPOSITORY,
-        env=ENVIRONMENT,
-        capture_output=True,
-        text=True,
-    )
-    assert failed.returncode != 0 and failed.stderr.count("error: output_dir") == 1
 
 
 @pytest.mark.slow
