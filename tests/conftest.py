@@ -13,8 +13,9 @@ import torch
 from filelock import FileLock
 from two_ranks import launch
 
-if "OMP_NUM_THREADS" not in os.environ:
-    torch.set_num_threads(min(2, os.cpu_count()))  # the tensors here are small: more threads only wait for each other
+if "OMP_NUM_THREADS" not in os.environ:  # as in the Makefile: here and in the processes that tests start
+    os.environ["OMP_NUM_THREADS"] = "1"
+    torch.set_num_threads(1)
 
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as in a shell's background, where Ctrl+C is for others
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -42,6 +43,18 @@ def drawing_where_marked():
     draw = RunPictures.draw
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(RunPictures, "draw", lambda *words: draw(*words) if drawing.allowed else None)
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def short_runs():
+    """Runs in this process start no worker processes by themselves and measure the health of few images: both take
+    longer than the few steps of a test."""
+    from hf_mim.pretraining import final_results, recipe
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(recipe.DEFAULTS, "dataloader_num_workers", 0)
+        patch.setattr(final_results, "HEALTH_IMAGES", 64)
         yield
 
 

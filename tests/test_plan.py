@@ -14,6 +14,7 @@ from hf_mim.models.configuration_vit import SIZES
 
 TRAINING = Path(__file__).parents[1] / "training"
 SMALL = dict(image_size=32, patch_size=4, num_hidden_layers=3, hidden_size=48, num_attention_heads=3)
+DEEPER = SMALL | dict(intermediate_size=100)
 
 
 @pytest.fixture
@@ -62,8 +63,15 @@ def test_parameters_are_those_of_the_real_model(plan_step, method):
     assert counted.parameters.trained_layers == sum(in_layers)
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("sizes", [{}, dict(SMALL, intermediate_size=100)], ids=["narrow", "deeper"])
+@pytest.mark.parametrize(
+    ("sizes", "checkpointing"),
+    [
+        pytest.param({}, True, id="narrow-True"),
+        pytest.param(DEEPER, False, id="deeper-False"),
+        pytest.param({}, False, id="narrow-False", marks=pytest.mark.slow),
+        pytest.param(DEEPER, True, id="deeper-True", marks=pytest.mark.slow),
+    ],
+)
 @pytest.mark.parametrize("method", METHODS)
 def test_activations_are_those_that_autograd_holds(plan_step, monkeypatch, method, sizes, checkpointing):
     config = methods.get(method).config_class(**make_model(method).config.to_diff_dict() | sizes)
@@ -91,7 +99,7 @@ def test_activations_are_those_that_autograd_holds(plan_step, monkeypatch, metho
 def test_a_layer_keeps_the_bytes_of_the_formula(plan_step, bf16):
     """By hand, per token: in bfloat16 the float32 stream twice and its norms' statistics, then the inputs of four
     products, q, k and v, and GELU's input: 20 width + 4 MLP + 4 heads + 16 bytes."""
-    config = methods.get("mae").config_class(**SMALL, intermediate_size=100)
+    config = methods.get("mae").config_class(**DEEPER)
     found = plan_step.examine(config, batch_size=2, devices=1, bf16=bf16).ddp.per_token_and_layer
     number = 4 if not bf16 else 2
     stream = 2 * 4 * 48 + 2 * 2 * 4
