@@ -1,18 +1,16 @@
 """What the demo does with a checkpoint, between an event of the page and a picture. No gradio here."""
 
-import io
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import wraps
 from pathlib import Path
 
-import numpy as np
 import PIL.Image
 import torch
 from torch import Tensor
 
 from hf_mim.data import EMBEDDED
-from hf_mim.data.decode import BrokenImage, open_image
+from hf_mim.data.decode import BrokenImage, as_stored, open_image
 from hf_mim.demo.markup import enlarged, figure_html, message, panel, picture_of, section
 from hf_mim.embeddings.search import Search
 from hf_mim.methods import of_config
@@ -72,7 +70,7 @@ class Demo:
 
     def __init__(self, viewer: Viewer, examples: list | None = None, search: Search | None = None):
         self.viewer, self.search = viewer, search
-        self.examples = [stored_image(row["image"] if isinstance(row, dict) else row) for row in examples or ()]
+        self.examples = [as_stored(row["image"] if isinstance(row, dict) else row) for row in examples or ()]
 
     @classmethod
     def load(
@@ -124,7 +122,7 @@ class Demo:
 
     def pick(self, image: str | dict) -> tuple[Picked | None, str]:
         """An image to look at, a file or a value of an image column; and a message, why it is None, or what to know."""
-        image = stored_image(image)
+        image = as_stored(image)
         try:
             self.viewer.read([image])
             frames = getattr(open_image(image, self.viewer.encoder.num_channels), "n_frames", 1)
@@ -227,14 +225,3 @@ class Demo:
 def is_task(hidden: Tensor | None) -> bool:
     """Whether some patches are hidden and some are seen. Masks of a method always leave both."""
     return hidden is None or bool(hidden.any()) and not bool(hidden.all())
-
-
-def stored_image(value) -> dict:
-    """{"bytes", "path"} of a file, or of a value of an image column, which may be an array."""
-    if isinstance(value, dict):
-        return value
-    if isinstance(value, str | Path):
-        return {"bytes": None, "path": str(value)}
-    file = io.BytesIO()
-    np.save(file, np.asarray(value))
-    return {"bytes": file.getvalue(), "path": None}
