@@ -35,15 +35,16 @@ class Page:
             with gr.Column(scale=1, min_width=260):
                 self.upload = gr.File(label="Your image", height=140)
                 self.note = gr.HTML(visible=False)
-                shown = dict(visible=bool(thumbnails), elem_classes="mim-examples", format="png", buttons=[])
-                label, fixed = "Or an example", dict(interactive=False, allow_preview=False)
-                self.examples = gr.Gallery(thumbnails, label=label, columns=4, **fixed, **shown)
+                with gr.Column(visible=bool(thumbnails)):
+                    gr.HTML(hint("Or an example"))
+                    fixed = dict(interactive=False, allow_preview=False, show_label=False, buttons=[], format="png")
+                    self.examples = gr.Gallery(thumbnails, columns=4, elem_classes="mim-examples", **fixed)
             with gr.Column(scale=3, min_width=320), gr.Tabs():
                 with gr.Tab("Hidden patches", visible=demo.has_task):
                     self.lay_out_task()
                 with gr.Tab("Features"):
                     with gr.Row():
-                        self.patch = clickable("Click on a patch")
+                        self.patch = clickable("Click on a patch", "patch")
                         with gr.Column(scale=2, min_width=240):
                             self.features = gr.HTML(min_height=120)
                 with gr.Tab("Nearest images", visible=demo.search is not None):
@@ -52,7 +53,7 @@ class Page:
 
     def lay_out_task(self):
         with gr.Row():
-            self.mask = clickable("What the encoder sees: click to hide patches, or to show them")
+            self.mask = clickable("What the encoder sees: click to hide patches, or to show them", "mask")
             with gr.Column(scale=2, min_width=240):
                 self.brush = gr.Radio(list(BRUSHES), value=next(iter(BRUSHES)), label="A click changes")
                 share = round(100 * self.demo.usual_share) if self.demo.has_task else 50
@@ -79,7 +80,7 @@ class Page:
 
     def on(self, event: Callable, handler: Callable, inputs: list, results: list[gr.HTML], **how):
         """After an event, `handler` changes what is looked at, and then each of the results follows."""
-        changed = [self.picked, self.note, self.mask, self.patch]
+        changed = [self.picked, self.note, self.mask, self.patch, self.upload]
         done = event(handler, inputs, changed, **ONE_AT_A_TIME, **how)
         actions = {self.prediction: self.demo.prediction, self.features: self.demo.features}
         for result in results:
@@ -89,10 +90,11 @@ class Page:
 
     def choose(self, file: str | dict) -> dict:
         picked, note = self.demo.pick(file)
+        told = self.noted(note) | {self.upload: None}  # ready for the next file
         if picked is None:
-            return self.noted(note)
+            return told
         masked = {self.mask: self.demo.mask_picture(picked)} if self.demo.has_task else {}
-        return {self.picked: picked, self.patch: self.demo.patch_picture(picked)} | masked | self.noted(note)
+        return {self.picked: picked, self.patch: self.demo.patch_picture(picked)} | masked | told
 
     def choose_example(self, event: gr.SelectData) -> dict:
         return self.choose(self.demo.examples[event.index])
@@ -123,8 +125,8 @@ class Page:
         return handler
 
 
-def clickable(text: str) -> gr.Image:
+def clickable(text: str, name: str) -> gr.Image:
     """A picture below a line that says what a click does."""
     with gr.Column(scale=3, min_width=240):
         gr.HTML(hint(text))
-        return gr.Image(interactive=False, show_label=False, format="png", buttons=[])
+        return gr.Image(elem_id=name, interactive=False, show_label=False, format="png", buttons=[])

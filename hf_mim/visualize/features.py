@@ -86,9 +86,9 @@ def plot_pca(model, images, foreground: float | None = None, position: bool = Tr
     )
     pictures = [np.dstack([np.nan_to_num(image), ~np.isnan(image[..., 0])]) for image in colors]
     rows = [Row("image", view.shown()), Row("principal components", [_enlarged(image, viewer) for image in pictures])]
-    over = "over all these images" if len(view) > 1 else "of this image"
+    where = ", over all these images" if len(view) > 1 else " of this image"
     note = (
-        f"Red, green and blue are the first three principal components of the patch features, {over}: patches of like "
+        f"Red, green and blue are the first three principal components of the patch features{where}: patches of like "
         "colours have like features."
     )
     if not position:
