@@ -114,6 +114,13 @@ def test_a_mask_that_leaves_nothing_to_do_is_told_and_can_still_be_painted_on(tm
     assert demo.painted(picked, 0, 0).hidden.sum() == 1
 
 
+def test_one_hidden_patch_is_too_few_where_the_mean_of_the_targets_is_taken_off(tmp_path):
+    demo = tiny_demo("stop_jepa")
+    picked = demo.painted(demo.cleared(demo.pick(photo(tmp_path))[0]), 0, 0)
+    assert "prediction needs two hidden patches at least" in demo.prediction(picked)
+    assert len(pictures_in(demo.prediction(demo.painted(picked, 0, 200)))) == 4
+
+
 def test_a_click_on_a_patch_compares_that_patch(tmp_path, monkeypatch):
     demo = tiny_demo(task=False)
     picked, _ = demo.pick(photo(tmp_path))
