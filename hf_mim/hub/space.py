@@ -12,7 +12,7 @@ from hf_mim.models.vit import MIMPreTrainedModel
 from hf_mim.run_folder import CARD, read_recipe
 
 MODEL = "model"  # the folder of the checkpoint
-GRADIO = "6.31.0"  # with which the page was tested; setup.cfg says which is the oldest
+GRADIO = "6.31.0"  # with which the page was tested; setup.cfg has it too
 APP = '''\
 """The page of this Space: the demo of the checkpoint in {model}/."""
 
