@@ -57,6 +57,17 @@ def stored(value):
     return value["bytes"] if value.get("bytes") is not None else value.get("path")
 
 
+def as_stored(value) -> dict:
+    """`{"bytes", "path"}` of a file's path, or of any value of an image column: an array becomes a .npy file."""
+    if isinstance(value, dict):
+        return value
+    if isinstance(value, str | os.PathLike):
+        return {"bytes": None, "path": str(value)}
+    file = io.BytesIO()
+    np.save(file, np.asarray(value))
+    return {"bytes": file.getvalue(), "path": None}
+
+
 def as_file(value: str | bytes):
     """A path or the bytes of a file, to read from."""
     return open(value, "rb") if isinstance(value, str) else io.BytesIO(value)

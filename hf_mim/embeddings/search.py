@@ -115,18 +115,18 @@ class Search:
             self.collection = ImageCollection(split, where, self.extract, self.features)
         least(2, images=len(self.collection))
 
-    def nearest(self, paths: Sequence[str | Path]) -> list[list[Found]]:
-        """For each image file the k nearest images of the collection, the nearest first.
+    def nearest(self, images: Sequence[str | Path | dict]) -> list[list[Found]]:
+        """For each image, a file or `{"bytes", "path"}`, the k nearest images of the collection, the nearest first.
 
         Raises:
-            ValueError: a file is no image, or k is more than the images of the collection.
+            ValueError: one is no image, or k is more than the images of the collection.
         """
         k = self.source.k
         if k > len(self.collection):
             raise ValueError(f"k must be at most the {len(self.collection)} images of the collection, not {k}")
-        for path in paths:
-            self.picture(str(path))  # raises
-        rows = [{"bytes": None, "path": str(path)} for path in paths]
+        rows = [image if isinstance(image, dict) else {"bytes": None, "path": str(image)} for image in images]
+        for row in rows:
+            self.picture(row)  # raises
         queries = Dataset.from_dict({"image": rows}, features=Features(image=ImageFeature(decode=False)))
         extract = self.extract.replace(cache=None, progress=False)
         whiten = Whitening.of(self.collection)

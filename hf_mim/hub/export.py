@@ -1,4 +1,4 @@
-"""Writes a checkpoint of ours in a form that loads where hf_mim is not installed."""
+"""Writes a checkpoint of ours in a form that loads where hf_mim is not installed, or as a Space."""
 
 import json
 import logging
@@ -22,6 +22,7 @@ from hf_mim.evaluation.checkpoint import (
 from hf_mim.files import check_destination, new_folder
 from hf_mim.hub.onnx import check_onnx, write_onnx
 from hf_mim.hub.remote_code import write_remote_code
+from hf_mim.hub.space import MODEL, write_space
 from hf_mim.hub.timm_vit import write_timm
 from hf_mim.hub.transformers_vit import write_transformers
 from hf_mim.models.configuration_vit import MIMConfig
@@ -36,6 +37,7 @@ WRITERS = {
     "timm": write_timm,
     "remote-code": write_remote_code,
     "onnx": write_onnx,
+    "space": write_space,
 }
 
 
@@ -45,7 +47,8 @@ def export(checkpoint: str | Path, dest: str | Path, to: str, encoder: str | Non
     Args:
         checkpoint: folder or name on the Hub of a pretraining model, an encoder or a classifier of hf_mim.
         dest: the new folder. It is whole at the end, or absent.
-        to: "transformers" (its ViTMAE, ViT or I-JEPA), "timm" (its ViT), "remote-code" (with our model files), "onnx".
+        to: "transformers" (its ViTMAE, ViT or I-JEPA), "timm" (its ViT), "remote-code" (with our model files), "onnx",
+            or "space" (with a page for the browser; it needs hf_mim).
         encoder: "online" or "target", if the checkpoint has both; then only that encoder is written. By default the
             form gets all that it can hold, with the encoder that the paper evaluates.
 
@@ -74,7 +77,7 @@ def export(checkpoint: str | Path, dest: str | Path, to: str, encoder: str | Non
     with new_folder(dest) as folder:
         how_to_load = WRITERS[to](model, folder, checkpoint).format(dest=dest)
         if to != "timm":  # its config.json says how images are prepared
-            write_processor(processor, folder, to)
+            write_processor(processor, folder / MODEL if to == "space" else folder, to)
     return how_to_load
 
 
@@ -107,14 +110,15 @@ def processor_path(checkpoint: str | Path) -> Path | None:
 
 
 def write_processor(path: Path | None, folder: Path, to: str):
-    """Put an image processor with these settings beside the weights: ours with its code, or one of theirs.
+    """Put an image processor with these settings beside the weights: ours, with its code where that is needed, or one
+    of theirs.
 
     Raises ValueError if no processor of transformers gives the pixels that ours gives.
     """
     if path is None:
         return
     settings = without_code(json.loads(path.read_text()))
-    if settings.get("image_processor_type") != MIMImageProcessor.__name__:
+    if settings.get("image_processor_type") != MIMImageProcessor.__name__ or to == "space":
         (folder / path.name).write_text(json.dumps(settings, indent=2) + "\n")
     elif to == "transformers":
         transformers_processor(MIMImageProcessor.from_dict(settings)).save_pretrained(folder)

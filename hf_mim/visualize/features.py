@@ -86,9 +86,10 @@ def plot_pca(model, images, foreground: float | None = None, position: bool = Tr
     )
     pictures = [np.dstack([np.nan_to_num(image), ~np.isnan(image[..., 0])]) for image in colors]
     rows = [Row("image", view.shown()), Row("principal components", [_enlarged(image, viewer) for image in pictures])]
+    where = ", over all these images" if len(view) > 1 else " of this image"
     note = (
-        "Red, green and blue are the first three principal components of the patch features, over all these images: "
-        "patches of like colours have like features."
+        f"Red, green and blue are the first three principal components of the patch features{where}: patches of like "
+        "colours have like features."
     )
     if not position:
         note += " What all images have in common at a place was taken off."
@@ -108,10 +109,11 @@ def plot_similarity(model, images, patch: tuple[int, int] | None = None) -> Pict
     tokens = F.normalize(viewer.tokens(view), dim=-1)
     cosine = tokens @ tokens[0, row * viewer.grid[1] + column]
     scale = Scale("cosine with the marked patch", cosine.min().item(), 1.0)
-    boxes = [[_box(viewer, row, column)], *[[]] * (len(view) - 1)]
+    boxes = [[patch_box(viewer, row, column)], *[[]] * (len(view) - 1)]
     maps = on_patches(cosine, viewer.grid, viewer.encoder.patch_size, scale)
     rows = [Row("image", view.shown(), boxes), Row("similarity to the marked patch", maps, boxes)]
-    note = f"The marked patch of the first image is compared with all patches of all images.{view.note}"
+    whose, others = (" of the first image", "all patches of all images") if len(view) > 1 else ("", "all others")
+    note = f"The marked patch{whose} is compared with {others}.{view.note}"
     return draw_rows("Which patches are like this one", rows, note, [scale])
 
 
@@ -157,7 +159,7 @@ def plot_attention(model, images, patch: tuple[int, int] | None = None) -> Pictu
     weights = weights[:, :, 0 if query is None else prefix + query, prefix:]  # [B, heads, N]
     heads = min(MAX_HEADS, weights.shape[1])
     maps = torch.stack([weights.mean(dim=1), *weights[:, :heads].unbind(1)])
-    boxes = [[] if query is None else [_box(viewer, row, column)]] * len(view)
+    boxes = [[] if query is None else [patch_box(viewer, row, column)]] * len(view)
     cell, rows = viewer.encoder.patch_size, [Row("image", view.shown(), boxes)]
     for name, map_ in zip(
         ["mean over heads", *(f"head {number}" for number in range(1, heads + 1))], maps, strict=True
@@ -210,7 +212,8 @@ def _view(model, images) -> tuple[Viewer, View]:
     return viewer, viewer.read(images)
 
 
-def _box(viewer: Viewer, row: int, column: int) -> tuple[int, int, int, int]:
+def patch_box(viewer: Viewer, row: int, column: int) -> tuple[int, int, int, int]:
+    """(left, top, width, height) in pixels of a patch, by its row and column from 0."""
     height, width = viewer.encoder.patch_size
     return column * width, row * height, width, height
 

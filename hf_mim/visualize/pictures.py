@@ -99,12 +99,12 @@ def draw_pictures(
         takers = [name for name, kind in PICTURES.items() if unused[0] in kind.options]
         raise ValueError(f"{unused[0]} is an option of {' and '.join(takers)}, and what is {','.join(what)}")
     if "gallery" in options:
-        options["gallery"] = _of_source(viewer, options["gallery"], None, NUM_IN_GALLERY)
+        options["gallery"] = _of_source(viewer, options["gallery"], NUM_IN_GALLERY)
     figures = {}
     for name in what:
         kind, number = PICTURES[name], count or (NUM_ON_MAP if name == "map" else NUM_IMAGES)
         try:
-            chosen = list(images) if _are_files(images) else _of_source(viewer, images[0], split, number)
+            chosen = chosen_images(viewer, images, number, split)
             own = {key: value for key, value in options.items() if key in kind.options}
             figures[name] = kind.plot(viewer, chosen, **own)
         except BrokenImage as error:
@@ -113,6 +113,14 @@ def draw_pictures(
     for name, figure in figures.items():
         figure.save(path := picture_path(output, name))
         yield path
+
+
+def chosen_images(viewer: Viewer, images: Sequence[str], count: int, split: str | None = None) -> list:
+    """All of these image files; or `count` images of one source, the same each time.
+
+    Raises ValueError for several words that are no image files, and for a source that cannot be read.
+    """
+    return list(images) if _are_files(images) else _of_source(viewer, images[0], count, split)
 
 
 def _are_files(images: Sequence[str]) -> bool:
@@ -124,7 +132,7 @@ def _are_files(images: Sequence[str]) -> bool:
     return all(files)
 
 
-def _of_source(viewer: Viewer, source: str, split: str | None, count: int) -> list[dict]:
+def _of_source(viewer: Viewer, source: str, count: int, split: str | None = None) -> list[dict]:
     splits = ("test", "validation", "train") if split is None else (split,)
     images, _ = first_split(splits, lambda name: load_images(source, name, tell=lambda line: None))
     return viewer.readable(fixed_sample(images, 2 * count), count)

@@ -53,7 +53,8 @@ def plot_prediction(model, images, seed: int = 0, hidden: Tensor | None = None) 
     For each image: the cosine of prediction and target; and in place of each target patch the one, among the target
     patches of all images, whose features are nearest to the prediction. A patch itself is not offered in its place.
 
-    The arguments are those of `plot_reconstructions`. Raises ValueError for a model that predicts pixels.
+    The arguments are those of `plot_reconstructions`. Raises ValueError for a model that predicts pixels, and for
+    one hidden patch alone.
     """
     viewer = Viewer.of(model)
     if viewer.pretraining is not None and viewer.predicts_pixels:
@@ -62,6 +63,8 @@ def plot_prediction(model, images, seed: int = 0, hidden: Tensor | None = None) 
     output = task.predict()
     predictions, targets = task.by_patch(output.predictions), task.by_patch(output.targets)
     found = task.targets().flatten(1)
+    if found.sum() < 2:
+        raise ValueError("prediction needs two hidden patches at least, because the mean of all targets is taken off")
     mean = targets[found].mean(dim=0)  # targets have much in common, so that any prediction has a large cosine
     cosine = F.cosine_similarity(predictions - mean, targets - mean, dim=-1)
     plain = F.cosine_similarity(predictions, targets, dim=-1)[found].mean()

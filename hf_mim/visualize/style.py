@@ -26,7 +26,12 @@ DPI = 120
 
 
 class Picture(Figure):
-    """A figure of matplotlib that a notebook shows without pyplot."""
+    """A figure of matplotlib that a notebook shows without pyplot.
+
+    drawn: what `draw_rows` has drawn (title, rows, note, scales), for a page that lays them out in its own way.
+    """
+
+    drawn: "tuple[str, Sequence[Row], str, Sequence[Scale]]"
 
     def _repr_png_(self) -> bytes:
         file = io.BytesIO()
@@ -72,6 +77,7 @@ class Scale:
 
 def draw_rows(title: str, rows: Sequence[Row], note: str = "", scales: Sequence[Scale] = ()) -> Picture:
     """Rows of pictures: a label at the left of each, title and note above, colour scales below."""
+    drawn = title, rows, note, scales
     columns = max(len(row.pictures) for row in rows)
     height, width = max((row.pictures[0].shape[:2] for row in rows), key=lambda shape: shape[0] / shape[1])
     side = min(2.2, max(1.2, 8.4 / columns))  # inches
@@ -83,6 +89,7 @@ def draw_rows(title: str, rows: Sequence[Row], note: str = "", scales: Sequence[
     bottom = 0.62 if scales else 0.08
     full = top + sum(heights) + bottom
     figure = Picture(figsize=(total, full), facecolor="white")
+    figure.drawn = drawn
     write = {"va": "top", "ha": "left", "transform": figure.dpi_scale_trans}
     figure.text(0.1, full - 0.1, title, fontsize=TEXT + 2, color=INK, weight="bold", **write)
     figure.text(0.1, full - 0.2 - 0.24 * (title.count("\n") + 1), note, fontsize=SMALL, color=MUTED, **write)

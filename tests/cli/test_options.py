@@ -22,7 +22,7 @@ def fails_with(capsys, line: str) -> str:
     return err.removeprefix("error: ").rstrip()
 
 
-COMMANDS = "prepare, cache, pretrain, runs, compare, evaluate, show, embed, search, convert, export, card"
+COMMANDS = "prepare, cache, pretrain, runs, compare, evaluate, show, demo, embed, search, convert, export, card"
 PROTOCOLS = "knn, leave_one_out, linear, attentive, lowshot, finetune, segment, propagate, local, health"
 
 
@@ -87,8 +87,8 @@ PROTOCOLS = "knn, leave_one_out, linear, attentive, lowshot, finetune, segment, 
         ("convert a b --method", "method needs a value: one of mae, latent_mim, stop_jepa, ijepa"),
         ("convert a b --set --method mae", "set needs a value: name=value"),
         ("convert a b --set x=1 --set y", "--set needs name=value, not 'y'"),
-        ("export a b", "export needs --to transformers, timm, remote-code or onnx"),
-        ("export a b --to", "to needs a value: one of transformers, timm, remote-code, onnx"),
+        ("export a b", "export needs --to transformers, timm, remote-code, onnx or space"),
+        ("export a b --to", "to needs a value: one of transformers, timm, remote-code, onnx, space"),
         ("export --to timm", "export needs CHECKPOINT and DEST, not none"),
         ("card --license mit", "card needs one CHECKPOINT, not none"),
         ("card a --repo_id", "repo_id needs a value"),

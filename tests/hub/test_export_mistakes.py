@@ -69,8 +69,8 @@ def test_a_checkpoint_that_is_not_ours_or_not_whole_is_one_line(others, tmp_path
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--to", "tensorflow"], "to must be one of transformers, timm, remote-code, onnx, not 'tensorflow'"),
-        ([], "export needs --to transformers, timm, remote-code or onnx"),
+        (["--to", "tensorflow"], "to must be one of transformers, timm, remote-code, onnx, space, not 'tensorflow'"),
+        ([], "export needs --to transformers, timm, remote-code, onnx or space"),
         (["--to"], "to needs a value"),
         (["--to", "timm", "--size", "3"], "export has no option size; there is to and encoder"),
         (["--to", "timm", "--encoder", "both"], "encoder must be one of online, target, not 'both'"),
