@@ -9,7 +9,7 @@ from .configuration_sym_mim import SymMIMConfig
 from .decoders import PixelDecoder
 from .heads import BackboneHead, ClassificationHead
 from .losses import info_nce, mean_squared_error
-from .masking import checkerboard, gather, split_at_random, split_by_pattern
+from .masking import gather, split_at_random, split_checkerboard
 from .pixel_targets import PixelTargets
 from .ranks import all_gather, mean_over_ranks, rank_and_count
 from .recording import pretraining_forward
@@ -127,7 +127,7 @@ class SymMIMForPreTraining(PixelTargets, TargetNetworkMixin, SymMIMPreTrainedMod
         inverted = torch.zeros(batch_size, dtype=torch.bool, device=device)
         if self.config.mask_phase == "random":
             inverted = torch.rand(batch_size, device=device) < 0.5
-        return split_by_pattern(checkerboard(grid, cell), inverted, noise)
+        return split_checkerboard(grid, cell, inverted, noise)
 
     def contrast(self, tokens, patches, grid, coarse_ids, valid=None):
         """The InfoNCE of the online tokens `[B, prefix + n, D]`, and the target tokens `[B, m, D]`, float32.

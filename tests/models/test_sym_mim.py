@@ -7,7 +7,7 @@ import torch
 from passes import drawn, make
 
 from hf_mim.models.losses import info_nce
-from hf_mim.models.masking import checkerboard, split_by_pattern
+from hf_mim.models.masking import checkerboard, split_checkerboard
 from hf_mim.models.modeling_mae import MAEForPreTraining
 from hf_mim.models.vit import patchify, unpatchify
 
@@ -38,7 +38,7 @@ def test_a_mirror_image_swaps_the_halves_only_of_an_even_number_of_whole_cells(s
 def test_both_halves_are_of_one_length_and_of_one_colour_each(grid):
     pattern, count = checkerboard(grid), math.prod(grid) // 2
     inverted = torch.tensor([False, True] * 4)
-    ids, others = split_by_pattern(pattern, inverted, torch.rand(8, len(pattern)))
+    ids, others = split_checkerboard(grid, 1, inverted, torch.rand(8, len(pattern)))
     assert ids.shape == others.shape == (8, count)
     assert all(pattern[row].eq(not flip).all() for row, flip in zip(ids, inverted, strict=True))
     assert all(pattern[row].eq(flip).all() for row, flip in zip(others, inverted, strict=True))
@@ -47,7 +47,7 @@ def test_both_halves_are_of_one_length_and_of_one_colour_each(grid):
 
 def test_which_patches_of_a_larger_half_are_left_out_is_drawn():
     torch.manual_seed(0)
-    ids, _ = split_by_pattern(checkerboard((3, 3)), torch.zeros(200, dtype=torch.bool), torch.rand(200, 9))
+    ids, _ = split_checkerboard((3, 3), 1, torch.zeros(200, dtype=torch.bool), torch.rand(200, 9))
     assert torch.bincount(ids.flatten(), minlength=9)[::2].min() > 130  # 160 of 200 are expected
 
 
