@@ -187,6 +187,18 @@ STOP_JEPA = _ours(
     },
     aliases=("stop",),
 )
+SYM_MIM = _ours(
+    "sym_mim",
+    "SymMIM",
+    ("nguyen2024symmim",),
+    title="SymMIM",
+    papers=("2408.12772",),
+    advice={
+        "contrast_weight": "lower",
+        "momentum_start": "nearer to 1 (0.99 by default)",
+        "learning_rate": "lower",
+    },
+)
 IJEPA = dataclasses.replace(
     STOP_JEPA,
     name="ijepa",
@@ -198,7 +210,7 @@ IJEPA = dataclasses.replace(
     aliases=("i_jepa",),
 )
 
-OURS = (MAE, LATENT_MIM, STOP_JEPA, IJEPA)
+OURS = (MAE, LATENT_MIM, STOP_JEPA, IJEPA, SYM_MIM)
 
 _table: dict[str, Method] = {}
 _entry_points_are_loaded = False

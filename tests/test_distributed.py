@@ -10,6 +10,9 @@ from tiny import METHODS, make_mean_model, make_model
 from tiny_runs import AtEachStep, Images, Stream, arguments, assert_same_weights, fixed_ids, image_column, snapshot
 
 from hf_mim.data import BrokenImagesError, DeviceAugment, ImageDataset, ImageStream, WholeImage
+from hf_mim.models.losses import info_nce
+from hf_mim.models.modeling_sym_mim import ContrastMLP
+from hf_mim.models.ranks import all_gather
 from hf_mim.pretraining.checkpoints import is_whole
 from hf_mim.pretraining.trainer import MIMTrainer
 
@@ -115,6 +118,18 @@ def options_of_ddp(folder, **options):
     return taken, [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
 
+def contrast_of_ranks(rank=None):
+    """InfoNCE of this rank's part of a batch, or of the whole one, with its gradient by the projector's weights."""
+    generator = torch.Generator().manual_seed(0)
+    features, others = torch.randn(2, 8, 6, generator=generator)
+    own = slice(None) if rank is None else slice(4 * rank, 4 * rank + 4)
+    torch.manual_seed(1)
+    projector = ContrastMLP(6, 16, 5)
+    keys = all_gather(projector(others[own]))
+    loss = info_nce(projector(features[own]), keys, temperature=0.2, first=own.start or 0)
+    return [loss.detach(), *torch.autograd.grad(loss, list(projector.parameters()))]
+
+
 DDP = dict(ddp_bucket_cap_mb=3, ddp_broadcast_buffers=True, ddp_find_unused_parameters=True, ddp_static_graph=True)
 
 
@@ -145,6 +160,7 @@ def train_ranks(folder, rank):
     stopped, _ = images_of_each_step(folder / "told", 2, after_step=tell_rank_1_to_stop)
     found["told"] = [stopped.state.global_step, stopped.guard.signal]
     found["nan"] = train_with_a_nan_on_rank_1(folder / "nan")
+    torch.save(contrast_of_ranks(rank), folder / f"contrast_{rank}.pt")
     found["ddp"] = [options_of_ddp(folder / "ddp", **options) for options in ({}, DDP)]
     (folder / f"found_{rank}.json").write_text(json.dumps(found))
 
@@ -231,6 +247,15 @@ def test_ddp_takes_the_options_that_are_given_and_they_change_no_loss(ranks):
         (usual, losses), (taken, same) = rank["ddp"]
         assert usual == [25 * 2**20, False, False, False] and taken == [3 * 2**20, True, True, True]
         assert len(losses) == 2 and same == pytest.approx(losses, rel=1e-6)
+
+
+def test_a_contrast_of_two_ranks_is_that_of_the_joint_batch(ranks):
+    """Keys and batch statistics are those of all ranks, and a trainer averages the gradients."""
+    folder, _ = ranks
+    first, second = (torch.load(folder / f"contrast_{rank}.pt") for rank in (0, 1))
+    assert abs(first[0] - second[0]) > 0.01
+    for one, other, together in zip(first, second, contrast_of_ranks(), strict=True):
+        torch.testing.assert_close((one + other) / 2, together, rtol=1e-6, atol=1e-6)
 
 
 def test_a_nan_on_one_rank_skips_the_step_on_all(ranks):

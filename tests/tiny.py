@@ -43,4 +43,4 @@ def has_target(method: str) -> bool:
 
 def make_mean_model(method: str, **changes):
     """A model whose loss is the mean of its images' losses, so that batches may be cut into pieces."""
-    return make_model(method, **only(method, similarity_weight=0.0), **changes)
+    return make_model(method, **only(method, similarity_weight=0.0, contrast_weight=0.0), **changes)

@@ -1,10 +1,8 @@
 """Configuration of MAE (He et al., CVPR 2022, arXiv 2111.06377)."""
 
-import math
-
 from huggingface_hub.dataclasses import strict
 
-from .configuration_vit import MIMConfig, check_decoder, fill_decoder_sizes, num_visible
+from .configuration_vit import MIMConfig, check_decoder, check_norm_pix_loss, fill_decoder_sizes, num_visible
 
 
 @strict
@@ -38,8 +36,7 @@ class MAEConfig(MIMConfig):
         super().check_fields()
         check_decoder(self)
         self.num_visible(self.grid_size)
-        if self.norm_pix_loss and self.num_channels * math.prod(self.patch_height_width) < 2:
-            raise ValueError("norm_pix_loss must be False for patches of a single value, which have no variance")
+        check_norm_pix_loss(self)
 
     def num_visible(self, grid: tuple[int, int]) -> int:
         """How many patches of a grid stay visible. Raises ValueError if that is none or all."""

@@ -1,4 +1,4 @@
-"""Configuration that the three methods share: what makes a ViT encoder."""
+"""Configuration that the methods share: what makes a ViT encoder."""
 
 import math
 from collections.abc import Callable
@@ -55,6 +55,12 @@ def check_decoder(config):
     check_at_least_1(config, "decoder_num_hidden_layers")
 
 
+def check_norm_pix_loss(config):
+    """Raise ValueError if pixels are to be standardised within patches that have no variance."""
+    if config.norm_pix_loss and config.num_channels * math.prod(config.patch_height_width) < 2:
+        raise ValueError("norm_pix_loss must be False for patches of a single value, which have no variance")
+
+
 def num_visible(mask_ratio: float, grid: tuple[int, int], rounding: Callable, least_masked: int = 1) -> int:
     """How many patches of a grid stay visible. Raises ValueError for a ratio that keeps nothing or everything."""
     num_patches = grid[0] * grid[1]
@@ -69,7 +75,7 @@ def num_visible(mask_ratio: float, grid: tuple[int, int], rounding: Callable, le
 
 @strict
 class MIMConfig(BackboneConfigMixin, PreTrainedConfig):
-    """What the encoders of the three methods have in common.
+    """What the encoders of all methods have in common.
 
     Args:
         size: sets width, depth, heads and MLP width; the field of each overrides it.

@@ -1,4 +1,4 @@
-"""Image classification and backbone, the same for the three methods.
+"""Image classification and backbone, the same for all methods.
 
 Both are mixins that stand before the method's `PreTrainedModel` among the bases. Its `base_model_prefix` names the
 encoder, so a pretraining checkpoint loads, and only the classifier is new.

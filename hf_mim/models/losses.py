@@ -53,6 +53,19 @@ def normalized_l2(predictions: torch.Tensor, targets: torch.Tensor, valid: torch
     return mean_over((predictions - standardize(targets)).square().mean(dim=-1), valid)
 
 
+def info_nce(
+    queries: torch.Tensor, keys: torch.Tensor, temperature: float, first: int = 0, valid: torch.Tensor | None = None
+) -> torch.Tensor:
+    """InfoNCE among images (MoCo v3, arXiv 2104.02057, algorithm 1): which key belongs to a query?
+
+    Queries are `[B, D]`. Keys are `[K, D]`, and those of the queries stand at `first`, `first + 1`, ... The loss is
+    multiplied by 2·temperature, so equal logits give `2 · temperature · ln K`. Only `valid [B]` queries count.
+    """
+    logits = F.normalize(queries, dim=-1) @ F.normalize(keys, dim=-1).T / temperature
+    own = first + torch.arange(len(queries), device=queries.device)
+    return 2 * temperature * mean_over(F.cross_entropy(logits, own, reduction="none"), valid)
+
+
 def patch_discrimination(
     predictions: torch.Tensor, targets: torch.Tensor, temperature: float, valid: torch.Tensor | None = None
 ) -> torch.Tensor:

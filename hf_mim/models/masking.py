@@ -1,7 +1,7 @@
 """Which patches are context and which are to be predicted.
 
-`split_at_random` is MAE's and Latent MIM's sampler, `sample_multi_block` that of I-JEPA (arXiv 2301.08243, section 3
-and appendix A.1) and StoP (arXiv 2308.00566). Neither loops over images.
+`split_at_random` is MAE's and Latent MIM's sampler, `split_checkerboard` that of SymMIM, and `sample_multi_block` that
+of I-JEPA (arXiv 2301.08243, section 3 and appendix A.1) and StoP (arXiv 2308.00566). None loops over images.
 
 Statistics of `sample_multi_block` with I-JEPA's scales, measured over 1,000 (14x14) and 500 (8x8) batches of 256.
 "share" is the share of the grid's patches that the context has after it was cut to the smallest of the batch, "worst"
@@ -43,6 +43,29 @@ def split_at_random(noise: Tensor, num_kept: int) -> tuple[Tensor, Tensor]:
     """
     order = noise.argsort(dim=1, stable=True)
     return order[:, :num_kept], order[:, num_kept:]
+
+
+def checkerboard(grid: tuple[int, int], cell: int = 1, device: torch.device | str | None = None) -> Tensor:
+    """Cells of `cell × cell` patches that alternate like the fields of a chessboard: bool `[N]`, True in the first."""
+    rows, columns = (torch.arange(side, device=device) // cell for side in grid)
+    return (rows[:, None] + columns).flatten() % 2 == 0
+
+
+def split_checkerboard(grid: tuple[int, int], cell: int, inverted: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+    """Divide each image's patches into the two halves of a checkerboard; where `inverted`, they change places.
+
+    Both halves of all images get the length of the smaller half, because tensors have to be rectangular. The noise
+    decides which patches of a larger half are left out of the pass.
+
+    Takes inverted, bool `[B]`, and noise `[B, N]` in [0, 1). Returns two tensors of ids `[B, n]`, each in the order of
+    the noise.
+    """
+    first_rows, first_columns = (sum(place // cell % 2 == 0 for place in range(side)) for side in grid)
+    count = first_rows * first_columns + (grid[0] - first_rows) * (grid[1] - first_columns)
+    count = min(count, grid[0] * grid[1] - count)
+    is_other = ~checkerboard(grid, cell, noise.device) ^ inverted[:, None]
+    order = (noise + 2 * is_other).argsort(dim=1, stable=True)
+    return order[:, :count], order[:, -count:]
 
 
 def gather(tokens: Tensor, ids: Tensor) -> Tensor:

@@ -7,11 +7,12 @@ import torch
 from .configuration_mae import MAEConfig
 from .decoders import PixelDecoder
 from .heads import BackboneHead, ClassificationHead
-from .losses import mean_and_variance, mean_squared_error, standardize
+from .losses import mean_squared_error
 from .masking import gather, split_at_random
+from .pixel_targets import PixelTargets
 from .recording import pretraining_forward
 from .signals import error_over_constant, spread
-from .vit import MIMPreTrainedModel, PretrainingOutput, ViTEncoder, are_ids_absent, unpatchify
+from .vit import MIMPreTrainedModel, PretrainingOutput, ViTEncoder, are_ids_absent
 
 
 @dataclass
@@ -29,7 +30,7 @@ class MAEModel(MAEPreTrainedModel, ViTEncoder):
     """The encoder of MAE."""
 
 
-class MAEForPreTraining(MAEPreTrainedModel):
+class MAEForPreTraining(PixelTargets, MAEPreTrainedModel):
     """Encoder on the visible patches, decoder, reconstruction loss on the masked patches."""
 
     def __init__(self, config: MAEConfig):
@@ -67,9 +68,7 @@ class MAEForPreTraining(MAEPreTrainedModel):
         context_ids, target_ids = masks["context_ids"], masks["target_ids"]
         latents = self.encoder.encode(gather(patches, context_ids), grid, context_ids)
         predictions = self.decoder(latents, grid, context_ids, target_ids)
-        targets, valid = gather(patches, target_ids).float(), self.valid_values(valid_pixels, target_ids)
-        if self.config.norm_pix_loss:
-            targets = standardize(targets, valid)
+        targets, valid = self.pixel_targets(patches, target_ids, valid_pixels)
         return MAEOutput(
             loss=mean_squared_error(predictions.float(), targets, valid),
             predictions=predictions,
@@ -80,32 +79,6 @@ class MAEForPreTraining(MAEPreTrainedModel):
             },
             **masks,
         )
-
-    def valid_values(self, valid_pixels, target_ids):
-        """Which values of the targets have data, bool `[B, Nm, P]`; None: all."""
-        return None if valid_pixels is None else gather(self.encoder.cut(valid_pixels)[0], target_ids)
-
-    @torch.no_grad()
-    def reconstruct(self, pixel_values, valid_pixels=None, **masks) -> tuple[torch.Tensor, torch.Tensor]:
-        """Mask normalised images `[B, C, H, W]` and fill the masked patches with the model's predictions.
-
-        `masks` are the ids or the noise of `forward`, drawn if absent. Returns the reconstruction `[B, C, H, W]`
-        (float32, normalised as the images) and the mask `[B, 1, H, W]`, True where masked. Visible patches show the
-        true pixels. With `norm_pix_loss` the model predicts standardised patches, so each gets the mean and variance of
-        the true patch, of its `valid_pixels`.
-        """
-        output = self(pixel_values, valid_pixels=valid_pixels, **masks)
-        patches, grid = self.encoder.cut(pixel_values.float())
-        predictions = output.predictions.float()
-        if self.config.norm_pix_loss:
-            masked, valid = gather(patches, output.target_ids), self.valid_values(valid_pixels, output.target_ids)
-            mean, variance = mean_and_variance(masked, valid)
-            predictions = predictions * (variance + 1e-6).sqrt() + mean
-        places = output.target_ids[..., None].expand_as(predictions)
-        images = patches.scatter(1, places, predictions)
-        mask = torch.zeros_like(patches).scatter(1, places, 1.0)
-        images, mask = (unpatchify(x, self.config.patch_height_width, grid) for x in (images, mask))
-        return images, mask[:, :1].bool()
 
 
 class MAEForImageClassification(ClassificationHead, MAEPreTrainedModel):

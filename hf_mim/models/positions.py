@@ -1,6 +1,6 @@
 """Position tables for any grid.
 
-The three methods add a fixed sine-cosine code to each patch (MAE, appendix A.1; I-JEPA; Latent MIM). Their released
+The methods add a fixed sine-cosine code to each patch (MAE, appendix A.1; I-JEPA; Latent MIM). Their released
 tables agree on a layout that is easy to get wrong: the *column* code fills the first half of the width, the row code
 the second, `[sin w | cos w | sin h | cos h]`, with frequencies `10000^(-i / (D/4))`.
 """

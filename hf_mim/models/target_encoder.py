@@ -36,7 +36,7 @@ def target_encoder_config(config: MIMConfig) -> MIMConfig:
 
 def check_target(config):
     """Raise ValueError for a momentum outside [0, 1], or a frozen target that is no encoder."""
-    if config.target_config is not None:
+    if getattr(config, "target_config", None) is not None:
         if set(config.target_config) != set(ENCODER_FIELDS):
             raise ValueError(f"target_config must have {', '.join(ENCODER_FIELDS)}, not {config.target_config}")
         target_encoder_config(config).check_fields()

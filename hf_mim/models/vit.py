@@ -1,4 +1,4 @@
-"""The vision transformer (ViT) that the three methods share: layers, initialisation, encoder.
+"""The vision transformer (ViT) that the methods share: layers, initialisation, encoder.
 
 Pre-norm blocks, one fused `qkv` projection, a final LayerNorm. Patches are cut before they are embedded, and `encode`
 takes only the patches that the encoder may see, so a masked patch costs nothing.
@@ -273,7 +273,7 @@ class MIMPreTrainedModel(PreTrainedModel):
 
 
 class ViTEncoder(MIMPreTrainedModel):
-    """The encoder that `AutoModel` loads from a checkpoint of any of the three methods."""
+    """The encoder that `AutoModel` loads from a checkpoint of any of the methods."""
 
     def __init__(self, config: MIMConfig):
         super().__init__(config)

@@ -17,7 +17,9 @@ def make(method, kind="pretraining", **options):
     return make_model(method, kind, **SIZES | head_layers(method, 2) | options)
 
 
-mae, latent_mim, stop_jepa = (partial(make, method) for method in ("mae", "latent_mim", "stop_jepa"))
+mae, latent_mim, stop_jepa, sym_mim = (
+    partial(make, method) for method in ("mae", "latent_mim", "stop_jepa", "sym_mim")
+)
 
 
 # name: (the model, what transformers has for it)
@@ -31,6 +33,7 @@ CASES = {
     "latent_mim-oblong": (lambda: latent_mim(**OBLONG), "ViTModel"),
     "stop_jepa": (lambda: stop_jepa(), "IJepaModel"),
     "stop_jepa-oblong": (lambda: stop_jepa(**OBLONG, position_embedding="learned"), "IJepaModel"),
+    "sym_mim": (lambda: sym_mim(), "ViTModel"),
     "cls-classifier": (
         lambda: mae("classifier", pooling="cls", num_labels=5),
         "ViTForImageClassification",
@@ -45,7 +48,7 @@ CASES = {
 # Forms that take long to load, or to write, have one case or two of each method.
 ONLY = {
     "onnx": ("linear-probe", "latent_mim-oblong", "stop_jepa"),
-    "remote-code": ("mae", "mae-oblong", "latent_mim", "stop_jepa-oblong", "fine-tuned"),
+    "remote-code": ("mae", "mae-oblong", "latent_mim", "stop_jepa-oblong", "sym_mim", "fine-tuned"),
 }
 INSTALLED = {
     "onnx": all(importlib.util.find_spec(name) for name in ("onnx", "onnxscript", "onnxruntime")),

@@ -36,7 +36,7 @@ def test_a_card_of_each_method_parses_and_cites_its_papers(method, tmp_path):
     assert (result.metric_type, result.metric_value, result.metric_name) == ("accuracy", 0.4567, "accuracy (knn)")
     index = yaml.safe_load(card.content.split("---")[1])["model-index"]
     assert model_index_to_eval_results(index)[0] == method
-    assert ("reconstruction" in section(card, "Training")) == (method == "mae")
+    assert ("reconstruction" in section(card, "Training")) == methods.get(method).predicts_pixels
     assert "{" not in card.text.split("```bibtex")[0] and "\n\n\n" not in card.text
     assert_links_resolve(card, folder)
     assert_numbers_have_a_source(card, folder)

@@ -26,8 +26,8 @@ def drawn(model, images, seed=1):
 
 def given_back(output):
     """What a pass has drawn, to be given to another."""
-    drawn_names = ("context_ids", "target_ids", "patch_offsets", "position_noise", "context_noise")
-    return {name: output[name] for name in drawn_names if name in output}
+    given = {"loss", "predictions", "targets", "metrics", "hidden_states", "attentions"}
+    return {name: value for name, value in output.items() if name not in given}
 
 
 def tables(model):

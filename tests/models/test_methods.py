@@ -166,7 +166,7 @@ def test_half_precision_models_load_with_their_target_in_float32(method, tmp_pat
         assert p.dtype == (torch.float32 if name.startswith("target_") else torch.bfloat16), name
     for name, module in tables(half).items():
         assert torch.equal(module.table, model.get_submodule(name).table)
-    images = torch.randn(2, 3, *model.config.training_size)
+    images = torch.randn(8, 3, *model.config.training_size)
     output = drawn(half, images)
     assert output.loss.dtype == torch.float32
     output.loss.backward()

@@ -8,13 +8,14 @@ import torch
 from pictured import drawn, images, viewer
 from tiny import METHODS
 
+from hf_mim import methods
 from hf_mim.models.masking import gather
 from hf_mim.models.pixels import ValueRange
 from hf_mim.models.vit import patchify
 from hf_mim.visualize import plot_masks, plot_noise, plot_prediction, plot_reconstructions, predictions
 from hf_mim.visualize.task import Task
 
-FEATURE_METHODS = [name for name in METHODS if name != "mae"]
+FEATURE_METHODS = [name for name in METHODS if not methods.get(name).predicts_pixels]
 
 
 @pytest.mark.parametrize("norm_pix_loss", [True, False])
@@ -55,7 +56,7 @@ def test_a_painted_mask_reaches_the_model_exactly_as_painted(monkeypatch, method
     monkeypatch.setattr(
         view.pretraining, "forward", lambda *args, **inputs: asked.update(inputs) or forward(*args, **inputs)
     )
-    plot = plot_reconstructions if method == "mae" else plot_prediction
+    plot = plot_reconstructions if methods.get(method).predicts_pixels else plot_prediction
     plot(view, images(3), hidden=hidden)
     for image in range(3):
         assert asked["target_ids"][image].flatten().tolist() == hidden.flatten().nonzero().flatten().tolist()
@@ -156,7 +157,7 @@ def test_masks_are_shown_as_drawn_with_their_frequency(monkeypatch, method):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_pictures_are_equal_from_run_to_run_and_draw_nothing_from_the_callers_random_numbers(method):
-    plot = plot_reconstructions if method == "mae" else plot_prediction
+    plot = plot_reconstructions if methods.get(method).predicts_pixels else plot_prediction
     torch.manual_seed(1)
     first = plot(viewer(method), images())._repr_png_()
     torch.manual_seed(2)

@@ -1,0 +1,190 @@
+"""SymMIM: symmetric masking for masked image modeling (Nguyen and Park, ICPR 2024, arXiv 2408.12772)."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from .configuration_sym_mim import SymMIMConfig
+from .decoders import PixelDecoder
+from .heads import BackboneHead, ClassificationHead
+from .losses import info_nce, mean_squared_error
+from .masking import gather, split_at_random, split_checkerboard
+from .pixel_targets import PixelTargets
+from .ranks import all_gather, mean_over_ranks, rank_and_count
+from .recording import pretraining_forward
+from .signals import error_over_constant, spread, target_signals
+from .target_encoder import TargetNetworkMixin
+from .vit import MIMPreTrainedModel, PretrainingOutput, ViTEncoder, are_ids_absent
+
+
+@dataclass
+class SymMIMOutput(PretrainingOutput):
+    """Predictions and targets `[B, Nm, P]` (by row, column, channel); context_ids `[B, Nv]`, target_ids `[B, Nm]`,
+    coarse_ids `[B, Nc]`, which the target encoder has seen."""
+
+    coarse_ids: torch.Tensor | None = None
+
+
+class SymMIMPreTrainedModel(MIMPreTrainedModel):
+    config_class = SymMIMConfig
+    base_model_prefix = "encoder"
+    _keys_to_ignore_on_load_unexpected = [r"^decoder\.", r"^projector\.", r"^predictor\.", r"^target_"]
+
+
+class SymMIMModel(SymMIMPreTrainedModel, ViTEncoder):
+    """The encoder of SymMIM."""
+
+
+class BatchStandardize(nn.Module):
+    """Each feature of a batch `[B, D]` gets mean 0 and variance 1, in float32.
+
+    It is a BatchNorm without weights and without a memory of earlier batches, because what follows compares the images
+    of one batch. In train mode, mean and variance are those of the images of all ranks.
+    """
+
+    def __init__(self, eps: float = 1e-5):
+        super().__init__()
+        self.eps = eps
+
+    def forward(self, features):
+        everywhere = mean_over_ranks if self.training else lambda mean: mean
+        centred = features.float() - everywhere(features.float().mean(dim=0))
+        return (centred * (everywhere(centred.square().mean(dim=0)) + self.eps).rsqrt()).to(features.dtype)
+
+
+class ContrastMLP(nn.Sequential):
+    """Linears without bias, a batch standardisation after each, ReLU between (MoCo v3, arXiv 2104.02057)."""
+
+    def __init__(self, *widths: int):
+        layers = []
+        for inputs, outputs in zip(widths[:-1], widths[1:], strict=True):
+            layers += [nn.Linear(inputs, outputs, bias=False), BatchStandardize(), nn.ReLU()]
+        super().__init__(*layers[:-1])
+
+
+class SymMIMForPreTraining(PixelTargets, TargetNetworkMixin, SymMIMPreTrainedModel):
+    """Two checkerboards of one image, each with one half visible.
+
+    The online encoder sees one half of the fine one, whose fields are patches, and the decoder reconstructs the other
+    half. The target encoder, the EMA of the online one, sees one half of the coarse one, whose cells have `mask_cell`
+    patches a side. InfoNCE ties the two views of an image: the keys are of all images of all ranks.
+
+    The paper says so much, and no code was released. Decided here: both encoders get the visible patches only; which
+    half is visible is drawn for each image and each checkerboard, or one half of the places would never be predicted;
+    the decoder is MAE's; the contrast is MoCo v3's, of the mean of the patch tokens, where the projector has 3 layers
+    and the predictor 2; the loss is reconstruction + contrast_weight · contrast.
+    """
+
+    def __init__(self, config: SymMIMConfig):
+        super().__init__(config)
+        self.encoder = SymMIMModel(config)
+        self.decoder = PixelDecoder(config)
+        if config.contrast_weight:
+            hidden, size = config.projector_hidden_size, config.projector_size
+            widths = config.hidden_size, hidden, hidden, size
+            self.projector, self.predictor = ContrastMLP(*widths), ContrastMLP(size, hidden, size)
+            self.target_encoder, self.target_projector = SymMIMModel(config), ContrastMLP(*widths)
+        self.post_init()
+
+    def target_pairs(self):
+        if not self.config.contrast_weight:
+            return []
+        return [(self.target_encoder, self.encoder), (self.target_projector, self.projector)]
+
+    def target_networks(self):
+        return [target for target, _ in self.target_pairs()]
+
+    def train(self, mode: bool = True):
+        super().train(mode)
+        for target in self.target_networks()[1:]:
+            target.train(mode)  # it has no drop path, and in train mode it standardises over the images of all ranks
+        return self
+
+    def draw_masks(self, batch_size, grid, device=None, *, context_ids=None, target_ids=None, coarse_ids=None) -> dict:
+        """Draw the ids of one pass over a grid of `(rows, columns)` patches. Ids that are given stay as they are.
+
+        Returns the arguments of `forward`: `context_ids [B, n]`, `target_ids [B, n]` and, if there is a contrast,
+        `coarse_ids [B, m]`, int64 on `device`. If a checkerboard has unequal halves, some patches of the larger half
+        are left out of the pass. Raises ValueError if only one of context and target is given, or if the grid cannot be
+        halved.
+        """
+        self.config.check_grid(grid)
+        if are_ids_absent(context_ids, target_ids):
+            context_ids, target_ids = self._halves(batch_size, grid, 1, device)
+        ids = {"context_ids": context_ids, "target_ids": target_ids}
+        if self.config.contrast_weight:
+            if coarse_ids is None:
+                coarse_ids, _ = self._halves(batch_size, grid, self.config.mask_cell, device)
+            ids["coarse_ids"] = coarse_ids
+        return ids
+
+    def _halves(self, batch_size, grid, cell, device):
+        """The ids of the visible half and of the other, of a checkerboard with such cells."""
+        noise = torch.rand(batch_size, grid[0] * grid[1], device=device)
+        if self.config.mask_pattern == "random":
+            return split_at_random(noise, noise.shape[1] // 2)
+        inverted = torch.zeros(batch_size, dtype=torch.bool, device=device)
+        if self.config.mask_phase == "random":
+            inverted = torch.rand(batch_size, device=device) < 0.5
+        return split_checkerboard(grid, cell, inverted, noise)
+
+    def contrast(self, tokens, patches, grid, coarse_ids, valid=None):
+        """The InfoNCE of the online tokens `[B, prefix + n, D]`, and the target tokens `[B, m, D]`, float32.
+
+        In evaluation mode the keys are those of this rank alone, so that one rank can do it by itself.
+        """
+        num_prefix = self.config.num_prefix_tokens
+        with torch.no_grad():
+            targets = self.target_encoder.encode(gather(patches, coarse_ids), grid, coarse_ids)[:, num_prefix:]
+            keys, first = self.target_projector(targets.mean(dim=1)).float(), 0
+            if self.training:
+                first, keys = rank_and_count()[0] * len(keys), all_gather(keys)
+        queries = self.predictor(self.projector(tokens[:, num_prefix:].mean(dim=1))).float()
+        with torch.autocast(patches.device.type, enabled=False):  # logits of bfloat16 would be off by 1 %
+            return info_nce(queries, keys, self.config.temperature, first, valid), targets.float()
+
+    @pretraining_forward
+    def forward(
+        self, pixel_values, context_ids=None, target_ids=None, coarse_ids=None, valid_pixels=None
+    ) -> SymMIMOutput:
+        """Reconstruct one half of the patches from the other, and find the image among others.
+
+        Args:
+            pixel_values: normalised images `[B, C, H, W]`.
+            context_ids, target_ids: `[B, n]` visible and `[B, n]` masked patches, raster indices; drawn if absent.
+            coarse_ids: `[B, m]` the patches that the target encoder sees; drawn if absent.
+            valid_pixels: bool `[B, C, H, W]`, False for pixels without data, which are 0 in `pixel_values` and left out
+                of the reconstruction. Images without any data are not searched for. Default: all have data.
+        """
+        patches, grid = self.encoder.cut(pixel_values)
+        given = {"context_ids": context_ids, "target_ids": target_ids, "coarse_ids": coarse_ids}
+        masks = self.draw_masks(len(patches), grid, patches.device, **given)
+        context_ids, target_ids = masks["context_ids"], masks["target_ids"]
+        tokens = self.encoder.encode(gather(patches, context_ids), grid, context_ids)
+        predictions = self.decoder(tokens, grid, context_ids, target_ids)
+        targets, valid = self.pixel_targets(patches, target_ids, valid_pixels)
+        loss = mean_squared_error(predictions.float(), targets, valid)
+        metrics = {
+            "feature_std": spread(tokens[:, self.config.num_prefix_tokens :]),
+            "error_over_constant": error_over_constant(predictions[..., None], targets[..., None], valid),
+        }
+        if self.config.contrast_weight:
+            valid_images = None if valid_pixels is None else valid_pixels.flatten(1).any(dim=1)
+            contrast, seen = self.contrast(tokens, patches, grid, masks["coarse_ids"], valid_images)
+            metrics |= {"reconstruction": loss.detach(), "contrast": contrast.detach()}
+            metrics |= target_signals(seen, masks["coarse_ids"], patches.shape[1])
+            loss = loss + self.config.contrast_weight * contrast
+        return SymMIMOutput(loss=loss, predictions=predictions, targets=targets, metrics=metrics, **masks)
+
+
+class SymMIMForImageClassification(ClassificationHead, SymMIMPreTrainedModel):
+    """The encoder of SymMIM and a linear classifier."""
+
+    encoder_class = SymMIMModel
+
+
+class SymMIMBackbone(BackboneHead, SymMIMPreTrainedModel):
+    """The encoder of SymMIM as feature maps, for detection and segmentation."""
+
+    encoder_class = SymMIMModel
