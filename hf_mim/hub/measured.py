@@ -25,7 +25,7 @@ TITLES = {
     "propagate": "masks through a video",
     "local": "drawn scenes",
 }
-# The one that a sentence about the checkpoint names: the first that was measured.
+# The one that a sentence about the checkpoint names: the first that was measured, if possible beside something else.
 HEADLINES = ("finetune", "linear", "attentive", "knn", *TITLES)
 TRAINED, UNTRAINED, PIXELS = "trained", "untrained", "raw pixels"
 COLUMNS = (TRAINED, AT_START, UNTRAINED, PIXELS)
@@ -161,7 +161,7 @@ def table(rows: list[Measured]) -> list[dict[str, str]]:
 def headline(rows: list[Measured]) -> str:
     """A sentence with the number that tells most; "" if nothing was measured."""
     found = [row for row in rows if not row.note and row.result.value is not None]
-    found.sort(key=lambda row: [*HEADLINES, row.result.protocol].index(row.result.protocol))
+    found.sort(key=lambda row: (len(row.values) == 1, [*HEADLINES, row.result.protocol].index(row.result.protocol)))
     if not found:
         return ""
     row, cells = found[0], dict(found[0].cells)

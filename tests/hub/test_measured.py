@@ -73,7 +73,7 @@ def test_the_number_that_tells_most_makes_a_sentence_and_all_make_a_verdict():
     scores = {"untrained": 0.4, "raw pixels": 0.7}
     rows = rows_of(a=result(0.6, scores=scores), b=result(0.8, protocol="linear", scores=scores))
     told = "Measured on birds: linear classifier, accuracy 80.0 % (untrained 40.0 %, raw pixels 70.0 %)."
-    assert headline(rows) == told
+    assert headline(rows) == headline([*rows, *rows_of(c=result(0.9, protocol="finetune"))]) == told
     assert verdict(rows) == (
         "The trained features are better than those of the untrained encoder in 2 of 2 measurements and better than "
         "raw pixels in 1 of 2 measurements."
