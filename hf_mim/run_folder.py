@@ -10,6 +10,7 @@ results/*.json          measurements: the run writes training.json, health.json 
                         start_knn.json, if it starts from weights), `hf-mim evaluate` others
 results/checkpoint-STEP/    measurements of a checkpoint that was deleted since
 README.md               the model card
+report.html             the page that `hf-mim report` writes
 checkpoint-STEP/        checkpoints to resume from, each with a manifest.json
 """
 
@@ -42,6 +43,7 @@ CURVE = "loss.png"
 RECONSTRUCTIONS = "reconstructions.png"
 PICTURES = "pictures"
 CARD = "README.md"
+REPORT = "report.html"
 RESULTS = "results"
 # The results that the run itself writes.
 TRAINING_RESULT, HEALTH_RESULT, KNN_RESULT = "training", "health", "knn"
@@ -123,6 +125,21 @@ def picture_path(folder: str | Path, name: str, step: int | None = None) -> Path
     """The file of a picture of a run, such as `pca`: at its end, or at a step."""
     folder = Path(folder) if step is None else Path(folder) / PICTURES / f"step-{step}"
     return folder / f"{name}.png"
+
+
+def pictures(folder: str | Path) -> dict[str, Path]:
+    """Name → file of each picture in a folder: first what tells most about a model, the curves last."""
+    first = [Path(RECONSTRUCTIONS).stem, "prediction", "pca"]
+    names = sorted(path.stem for path in Path(folder).glob("*.png") if not path.name.startswith((".", "_")))
+    curve = Path(CURVE).stem
+    names.sort(key=lambda name: first.index(name) if name in first else 9 if name == curve else 5)
+    return {name: picture_path(folder, name) for name in names}
+
+
+def picture_steps(folder: str | Path) -> list[int]:
+    """The steps whose pictures a run has kept."""
+    found = (re.fullmatch(r"step-(\d+)", path.name) for path in (Path(folder) / PICTURES).glob("step-*"))
+    return sorted(int(match[1]) for match in found if match)
 
 
 def read_recipe(folder: str | Path) -> dict[str, Any]:
@@ -211,10 +228,6 @@ class RunFacts:
         return (self.folder / CURVE).is_file()
 
     @property
-    def has_reconstructions(self) -> bool:
-        return (self.folder / RECONSTRUCTIONS).is_file()
-
-    @property
     def license(self) -> str | None:
         """The recipe's license, or that of the card in the folder, so that a later card does not lose it."""
         if self.recipe.get("license"):
@@ -279,5 +292,5 @@ def _notes(results: dict[str, Result], sha256: str | None) -> dict[str, str]:
         elif result.settings.get("pixels"):
             notes[name] = "raw pixels, to compare"
         elif sha256 and result.checkpoint_sha256 and result.checkpoint_sha256 != sha256:
-            notes[name] = "**of other weights**"
+            notes[name] = "of other weights"
     return notes

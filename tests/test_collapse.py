@@ -15,7 +15,7 @@ from transformers import TrainerControl, TrainerState
 from hf_mim.models.configuration_latent_mim import LatentMIMConfig
 from hf_mim.models.configuration_stop_jepa import StopJepaConfig
 from hf_mim.models.signals import error_over_constant, target_signals
-from hf_mim.pretraining.collapse import CollapseAlarm
+from hf_mim.pretraining.collapse import CollapseAlarm, verdicts
 from hf_mim.pretraining.recipe import Recipe
 from hf_mim.pretraining.run import Pretraining
 from hf_mim.pretraining.settings import read_yaml
@@ -194,6 +194,16 @@ def test_targets_of_the_place_alone_are_called_so(warnings):
     log(0.6, target_position_share=0.3)
     log(0.05, 0.05, target_position_share=0.97)
     assert "they tell the place of a patch and not the image" in warnings()[0]
+
+
+def test_a_whole_log_tells_what_is_collapsed_and_what_has_recovered():
+    def log(*values):
+        return [{"step": 10 * number, "target_std": value} for number, value in enumerate(values)]
+
+    assert verdicts(log(0.6, 0.5, 0.5)) == verdicts([]) == verdicts([{"step": 1, "loss": 1.0}]) == ([], [])
+    (now,), before = verdicts(log(0.6, 0.1, 0.1))
+    assert now.startswith("Since step 10 the targets collapse: they are nearly constant.") and not before
+    assert verdicts(log(0.6, 0.1, 0.1, 0.5, 0.5)) == ([], ["From step 10 the targets collapsed, and recovered later."])
 
 
 def test_what_is_no_collapse_is_not_called(warnings):

@@ -14,17 +14,20 @@ from urllib.parse import quote
 import jinja2
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from PIL import Image
 
 from hf_mim.checks import check_license
 from hf_mim.data.nodata import IGNORE_TAGS
 from hf_mim.evaluation import PROTOCOLS
-from hf_mim.evaluation.result import Result, format_number
-from hf_mim.files import replacing
-from hf_mim.hub.card_text import code, fenced, is_hub_name, literal, markdown_table, plain, shown, shown_number
+from hf_mim.evaluation.result import Result
+from hf_mim.files import one_line, replacing
+from hf_mim.hub.card_text import fenced, is_hub_name, literal, markdown_table, plain, shown, shown_number, words
+from hf_mim.hub.measured import Measured, data_in_words, headline, measurements, table
 from hf_mim.lock import locked
 from hf_mim.methods import Method, of_config
-from hf_mim.run_folder import CARD, RESULTS, RunFacts, read_config
+from hf_mim.run_folder import CARD, RESULTS, RunFacts, picture_path, pictures, read_config
 from hf_mim.scrub import last_name, scrubbed_all
+from hf_mim.visualize.captions import CAPTIONS
 
 TEMPLATE = Path(__file__).with_name("card_template.md")
 
@@ -32,6 +35,8 @@ TEMPLATE = Path(__file__).with_name("card_template.md")
 TASKS = dict.fromkeys(("knn", "leave_one_out", "linear", "attentive", "lowshot", "finetune"), "image-classification")
 TASKS |= dict.fromkeys(("segment", "propagate"), "image-segmentation")
 NOT_RECORDED = "not recorded"
+# The first screen, of 1,000 pixels, has a picture of this height at most and so many results; the rest is below.
+PICTURE_HEIGHT, LONGEST = 320, 5
 STARTS = {"init_from": "Started from", "target_from": "Frozen target"}
 # The beginnings of settings that say where and how a recipe ran, not what it computes.
 OF_THE_MACHINE = ("output_dir", "dataloader_", "logging_", "save_", "hub_", "push_to_hub", "report_to")
@@ -56,8 +61,11 @@ def model_card(folder: str | Path, repo_id: str | None = None, license: str | No
     license = check_license(license or facts.license)
     name = plain(repo_id.rpartition("/")[2] if repo_id else facts.folder.name)
     address = plain(repo_id or facts.folder.name)
-    dataset = _dataset(recipe, training)
-    rows = health.table if health else []
+    dataset = dataset_name(recipe, training)
+    rows, measured = health.table if health else [], measurements(facts)
+    own = [row for row in measured if not row.note]
+    drawn = {name: CAPTIONS[name] for name in pictures(facts.folder) if name in CAPTIONS}
+    first = next(iter(drawn), "")
     return ModelCard.from_template(
         _metadata(name, facts, method, dataset, license),
         template_str=TEMPLATE.read_text(encoding="utf-8"),
@@ -69,23 +77,29 @@ def model_card(folder: str | Path, repo_id: str | None = None, license: str | No
         shell_address=shlex.quote(address),
         method_text=jinja2.Template(method.card_text).render(config=config),
         auto_class="AutoModelForImageClassification" if facts.is_classifier else "AutoModel",
-        image_size=_size(config.image_size),
-        training_size=_size(config.training_size),
+        image_size=size_text(config.image_size),
+        training_size=size_text(config.training_size),
         overview=_overview(config, recipe, facts.trainer_state, dataset, license),
-        results=_results_table(facts),
-        result_notes=[f"{code(name)}: {shown(x)}" for name, result in facts.results.items() for x in result.notes],
+        pictures=drawn,
+        first=first,
+        picture_width=_width_to_show(picture_path(facts.folder, first)) if first else None,
+        results=markdown_table([{x.capitalize(): shown(y) for x, y in row.items()} for row in table(own[:LONGEST])]),
+        num_folded=len(own[LONGEST:]),
+        headline=shown(headline(own)),
+        in_full=[_in_full(row) for row in measured],
         not_measured=[name for name in PROTOCOLS if name not in facts.measured],
         health=markdown_table([{shown(name): shown_number(x) for name, x in row.items()} for row in rows]),
-        health_data=_data(health.data) if health else None,
+        health_data=shown(data_in_words(health.data)) if health else None,
         health_notes=[shown(text) for text in health.notes] if health else [],
         worries=[shown(row.get("measure")) for row in rows if row.get("worry") == "yes"],
         compute=[(name, NOT_RECORDED if x is None else shown_number(x)) for name, x in facts.compute.items()],
         compute_notes=[shown(text) for text in training.notes] if training else [],
         augmentation=_augmentation(recipe),
         example_image="image.tif" if config.num_channels > 4 or recipe.get("value_range") else "image.png",
-        recipe_block=fenced(_recipe_text(recipe, dataset), "yaml"),
+        recipe_block=fenced(recipe_text(recipe, dataset), "yaml"),
         bibtex_block=fenced(method.bibtex, "bibtex") if method.bibtex else "",
-        data=_training_data(recipe, dataset, training),
+        steps=shown(facts.compute["Optimizer steps"]),
+        data=shown(training_data(recipe, dataset, training)),
     )
 
 
@@ -134,30 +148,30 @@ def _eval_result(result: Result) -> EvalResult:
     )
 
 
-def _results_table(facts: RunFacts) -> str:
-    marks = {name: f" ({note})" for name, note in facts.notes.items()}
-    rows = [
-        {
-            "Protocol": f"[{shown(result.protocol)}]({RESULTS}/{quote(name)}){marks.get(name, '')}",
-            "Data": _data(result.data),
-            "Metric": shown(result.metric),
-            "Value": "not finite" if result.value is None else format_number(result.value),
-            "Beside it": "; ".join(f"{shown(key)} {shown_number(value)}" for key, value in result.scores.items()),
-            "Protocol in full": "; ".join(f"{shown(key)} {shown(value)}" for key, value in result.settings.items()),
-        }
-        for name, result in facts.results.items()
-    ]
-    return markdown_table(rows)
+def _in_full(row: Measured) -> dict:
+    """What the folded part of a measurement shows."""
+    numbers = [{shown(name): shown_number(x) for name, x in line.items()} for line in row.numbers]
+    return {
+        "title": shown(row.in_full),
+        "numbers": markdown_table(numbers),
+        "settings": markdown_table([{"setting": shown(name), "value": shown(x)} for name, x in row.settings.items()]),
+        "files": ", ".join(f"[{column}]({RESULTS}/{quote(name)})" for column, (name, _) in row.results.items()),
+        "notes": [shown(note) for note in row.notes],
+    }
 
 
 def _overview(config, recipe: dict, trainer_state: dict, dataset: str, license: str | None) -> list[tuple[str, str]]:
     best = _best(recipe, trainer_state)
+    size, patch = size_text(config.image_size), size_text(config.patch_size)
     heads = "1 head" if config.num_attention_heads == 1 else f"{config.num_attention_heads} heads"
     return [
         ("Encoder", f"width {config.hidden_size}, depth {config.num_hidden_layers}, {heads}"),
-        ("Input", f"{config.num_channels} × {_size(config.image_size)} pixels, patches of {_size(config.patch_size)}"),
+        (
+            "Input",
+            f"{config.num_channels} × {size} pixels, patches of {patch}",
+        ),
         ("Pretrained on", shown(dataset)),
-        *((title, _source(recipe, name)) for name, title in STARTS.items() if recipe.get(name)),
+        *((title, shown(source_text(recipe, name))) for name, title in STARTS.items() if recipe.get(name)),
         *([("Continued from", shown(last_name(recipe["continue_from"])))] if recipe.get("continue_from") else []),
         *([("Best checkpoint", best)] if best else []),
         ("Licence", license or "not given"),
@@ -177,13 +191,13 @@ def _best(recipe: dict, trainer_state: dict) -> str:
     return f"{name}: {where}"
 
 
-def _source(recipe: dict, name: str) -> str:
+def source_text(recipe: dict, name: str) -> str:
     """A checkpoint that the run has taken weights from, as readers may see it."""
     hashed = str(recipe.get(f"{name}_sha256") or "")[:12]
-    return f"{shown(last_name(recipe[name]))} ({f'sha256 {shown(hashed)}…' if hashed else 'hash not recorded'})"
+    return f"{words(last_name(recipe[name]))} ({f'sha256 {words(hashed)}…' if hashed else 'hash not recorded'})"
 
 
-def _dataset(recipe: dict, training: Result | None) -> str:
+def dataset_name(recipe: dict, training: Result | None) -> str:
     """What the run was trained on, as readers may see it. `owner/name` can be a folder, so it is taken for a name on
     the Hub only if the run has noted that."""
     dataset = str(recipe.get("dataset") or NOT_RECORDED)
@@ -192,10 +206,11 @@ def _dataset(recipe: dict, training: Result | None) -> str:
     return plain(last_name(dataset))
 
 
-def _training_data(recipe: dict, dataset: str, training: Result | None) -> str:
+def training_data(recipe: dict, dataset: str, training: Result | None) -> str:
+    """The images that a run was trained on, in words."""
     count = training.data.get("images") if training else None
-    number = "the number of images is not recorded" if count is None else f"{shown(count)} images"
-    return f"{shown(dataset)}, split {shown(recipe.get('train_split', NOT_RECORDED))} ({number})"
+    number = "the number of images is not recorded" if count is None else f"{words(count)} images"
+    return f"{dataset}, split {words(recipe.get('train_split', NOT_RECORDED))} ({number})"
 
 
 def _augmentation(recipe: dict) -> dict[str, str]:
@@ -212,7 +227,7 @@ def _augmentation(recipe: dict) -> dict[str, str]:
         told[name] = shown(str(value)) if value else ""
     for name in ("vertical_flip_probability", "rotate90", "color_jitter", "crop_pixels"):  # older recipes lack them
         value = recipe.get(name)
-        told[name] = (_size(value) if name == "crop_pixels" else shown(str(value))) if value else ""
+        told[name] = (size_text(value) if name == "crop_pixels" else shown(str(value))) if value else ""
     told["value_range"], told["nodata"] = _range_text(recipe.get("value_range")), _nodata_text(recipe.get("nodata"))
     return told if recipe else {}
 
@@ -234,25 +249,23 @@ def _nodata_text(nodata) -> str:
     return "not finite" if str(nodata) == "nan" else f"{shown(nodata)} or not finite"
 
 
-def _recipe_text(recipe: dict, dataset: str) -> str:
+def recipe_text(recipe: dict, dataset: str) -> str:
+    """The settings that decide what a run computes, as YAML, without what tells of this machine."""
     kept = {name: value for name, value in recipe.items() if not str(name).startswith(OF_THE_MACHINE)}
     kept |= {"dataset": dataset} if "dataset" in kept else {}
     kept |= {"test_dataset": last_name(kept["test_dataset"])} if kept.get("test_dataset") else {}
     return yaml.safe_dump(scrubbed_all(kept), sort_keys=False, default_flow_style=None, allow_unicode=True).strip()
 
 
-def _data(data: dict) -> str:
-    """A result's `data` in words: where the images come from, how many there are, and the rest."""
-    if "test" in data:
-        return " → ".join(_data(data[name]) for name in ("train", "test") if name in data)
-    known = {name: value for name, value in data.items() if name not in ("source", "images", "local")}
-    if not known.get("copies_of_training_images"):
-        known.pop("copies_of_training_images", None)
-    known |= {"folder": last_name(known["folder"])} if "folder" in known else {}
-    words = [shown(data.get("source", "images"))]
-    words += [f"{shown(data['images'])} images"] if "images" in data else []
-    return ", ".join(words + [f"{shown(name.replace('_', ' '))}: {shown(value)}" for name, value in known.items()])
+def _width_to_show(picture: Path) -> int:
+    """The width in pixels at which a picture is not higher than `PICTURE_HEIGHT`."""
+    try:
+        with Image.open(picture) as image:
+            return min(image.width, round(PICTURE_HEIGHT * image.width / image.height))
+    except OSError as error:
+        raise ValueError(f"{picture} cannot be read: {one_line(error)}") from error
 
 
-def _size(size) -> str:
+def size_text(size) -> str:
+    """`224×224`, for one number too."""
     return "×".join(map(str, size if isinstance(size, list | tuple) else (size, size)))

@@ -18,16 +18,20 @@ BEGINNING = re.compile(r"^(\d{1,9})?([-+#=_.)])(?=[-+#=_\s]|$)")
 
 
 def shown(value) -> str:
-    """A value as text that can stand anywhere in the card: scrubbed, on one line, its Markdown and HTML escaped."""
+    """A value as text that can stand anywhere in the card: `words`, with its Markdown and HTML escaped."""
+    text = SPECIAL.sub(lambda match: f"&#{ord(match[0])};", words(value))
+    return BEGINNING.sub(lambda match: f"{match[1] or ''}&#{ord(match[2])};", text)
+
+
+def words(value) -> str:
+    """A value in words on one line, scrubbed. Nothing is escaped."""
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, list | tuple):
-        return ", ".join(map(shown, value))
+        return ", ".join(map(words, value))
     if isinstance(value, dict):
-        return ", ".join(f"{shown(name)} {shown(x)}" for name, x in value.items())
-    text = plain(f"{value:.6g}" if isinstance(value, float) else "none" if value is None else value)
-    text = SPECIAL.sub(lambda match: f"&#{ord(match[0])};", text)
-    return BEGINNING.sub(lambda match: f"{match[1] or ''}&#{ord(match[2])};", text)
+        return ", ".join(f"{words(name)} {words(x)}" for name, x in value.items())
+    return plain(f"{value:.6g}" if isinstance(value, float) else "none" if value is None else value)
 
 
 def shown_number(value) -> str:

@@ -11,6 +11,7 @@ recovers; without momentum it falls to 0.012.
 
 import logging
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from accelerate.utils import gather_object
@@ -85,8 +86,7 @@ class CollapseAlarm(TrainerCallback):
         entry = state.log_history[-1]  # Trainer has put the log there, and its step
         collapsed = False
         for condition in CONDITIONS:
-            # The training itself deals with values that are not finite.
-            seen = [e for e in state.log_history if math.isfinite(e.get(condition.name, math.nan))]
+            seen = _judged(state.log_history, condition)
             if not seen or seen[-1] is not entry:
                 continue
             before, since = [None, *held_since([(e["step"], e[condition.name]) for e in seen], condition)][-2:]
@@ -101,8 +101,38 @@ class CollapseAlarm(TrainerCallback):
             control.should_save = control.should_training_stop = True
 
 
+def verdicts(history: Sequence[dict]) -> tuple[list[str], list[str]]:
+    """What the alarm says of a whole log, in sentences: (what is collapsed at its end, what was and recovered)."""
+    now, before = [], []
+    for condition in CONDITIONS:
+        seen = _judged(history, condition)
+        since = held_since([(e["step"], e[condition.name]) for e in seen], condition) if seen else []
+        if since and since[-1] is not None:
+            now.append(finding(condition, seen[0], seen[-1], since[-1]))
+        elif held := [step for step in since if step is not None]:
+            what = condition.says.replace("collapse", "collapsed", 1)
+            before.append(f"From step {held[0]} {what}, and recovered later.")
+    return now, before
+
+
+def is_judged(history: Sequence[dict]) -> bool:
+    """Whether a log has a value by which the alarm judges."""
+    return any(_judged(history, condition) for condition in CONDITIONS)
+
+
+def _judged(history: Sequence[dict], condition: Condition) -> list[dict]:
+    """The entries with a value. The training itself deals with values that are not finite."""
+    return [entry for entry in history if math.isfinite(entry.get(condition.name, math.nan))]
+
+
 def warning_text(condition: Condition, start: dict, entry: dict, since: int, model_config, args) -> str:
     """The warning: what was seen, since when, and what to change first."""
+    text = finding(condition, start, entry, since)
+    return text if start[condition.name] < condition.floor else text + advice(model_config, args)
+
+
+def finding(condition: Condition, start: dict, entry: dict, since: int) -> str:
+    """What was seen, and since when."""
     says = condition.says
     if start[condition.name] < condition.floor:
         return (
@@ -118,8 +148,7 @@ def warning_text(condition: Condition, start: dict, entry: dict, since: int, mod
         for name in (condition.name, *WITNESSES[condition.name])
         if name in entry and name in start
     )
-    text = f"Since step {since} {says}. At step {entry['step']}: {seen}."
-    return text + advice(model_config, args)
+    return f"Since step {since} {says}. At step {entry['step']}: {seen}."
 
 
 def advice(config, args) -> str:
@@ -131,5 +160,10 @@ def advice(config, args) -> str:
     if not settings:
         return ""
     values = {name: getattr(config, name) if hasattr(config, name) else getattr(args, name) for name in settings}
-    changes = "; ".join(f"{name} {better}, now {values[name]}" for name, better in settings.items())
-    return f" Try first: {changes}."
+    return f" {first_changes(settings, values)}"
+
+
+def first_changes(settings: Mapping[str, str], values: Mapping) -> str:
+    """What to change first: `settings` are those of a method's `advice`, `values` the run's."""
+    changes = "; ".join(f"{name} {better}, now {values.get(name)}" for name, better in settings.items())
+    return f"Try first: {changes}."

@@ -65,9 +65,13 @@ def edit(path: Path, **values):
 
 
 def assert_links_resolve(card: ModelCard, folder: Path):
-    links = re.findall(r"\]\(([^)\s]+)\)", card.text)
+    links = re.findall(r"\]\(([^)\s]+)\)|<img src=\"([^\"]+)\"", card.text)
+    links = ["".join(link) for link in links]
     assert links
     for link in links:
+        if link.startswith("#"):  # as the Hub makes anchors of headings
+            assert link[1:] in [x.lower().replace(" ", "-") for x in re.findall(r"^##+ (.*)", card.text, re.MULTILINE)]
+            continue
         if "://" in link:
             address = urlparse(link)
             assert address.scheme == "https" and re.fullmatch(r"[\w.-]+\.\w+", address.netloc), link
@@ -90,14 +94,16 @@ def known_numbers(value) -> set[float]:
         return numbers(value)
     if isinstance(value, bool) or not isinstance(value, int | float):
         return set()
-    return {float(f"{value:{form}}") for form in (".4f", ".4g", ".6g", "") if math.isfinite(value)}
+    percent = {float(f"{100 * value:.1f}")} if 0 <= value <= 1 else set()
+    return percent | {float(f"{value:{form}}") for form in (".4f", ".4g", ".6g", "") if math.isfinite(value)}
 
 
 def assert_numbers_have_a_source(card: ModelCard, folder: Path):
-    """Outside the examples and the citation, a card has the numbers of its sources; of its own only "in 0..1"."""
+    """Outside the examples and the citation, a card has the numbers of its sources, shares in percent too; of its own
+    only "in 0..1"."""
     sources = [json.loads(path.read_text()) for path in [*folder.glob("*.json"), *folder.glob("results/*.json")]]
     sources += [yaml.safe_load((folder / "recipe.yaml").read_text()), list(read_config(folder).training_size)]
-    told, limits = card.text.split("## How to load")[0], section(card, "Limits")
-    told = html.unescape(told)
+    told, limits = card.text.split("## How to use")[0], section(card, "Limits")
+    told = html.unescape(re.sub(r"```python\n.*?```| width=\"\d+\"|k-NN|1-NN", "", told, flags=re.DOTALL))
     text = re.sub(r"\[[^]]*\]\(https:[^)]*\)|\]\([^)]*\)|in 0\.\.1", "", told + limits).replace(folder.name, "")
     assert not (unknown := numbers(text) - known_numbers(sources)), f"{unknown} in the card are in none of its sources"

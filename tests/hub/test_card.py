@@ -36,14 +36,14 @@ def test_a_card_of_each_method_parses_and_cites_its_papers(method, tmp_path):
     assert (result.metric_type, result.metric_value, result.metric_name) == ("accuracy", 0.4567, "accuracy (knn)")
     index = yaml.safe_load(card.content.split("---")[1])["model-index"]
     assert model_index_to_eval_results(index)[0] == method
-    assert ("reconstruction" in section(card, "Training")) == methods.get(method).predicts_pixels
+    assert ('<img src="reconstructions.png"' in section(card, method)) == methods.get(method).predicts_pixels
     assert "{" not in card.text.split("```bibtex")[0] and "\n\n\n" not in card.text
     assert_links_resolve(card, folder)
     assert_numbers_have_a_source(card, folder)
 
 
 def test_the_prose_of_the_template_has_no_number_of_its_own():
-    texts = [TEMPLATE.read_text().split("## How to load")[0], *(method.card_text for method in methods.rows())]
+    texts = [TEMPLATE.read_text().split("## How to use")[0], *(method.card_text for method in methods.rows())]
     prose = re.sub(r"{%.*?%}|{{.*?}}|https?:\S+|in 0\.\.1", "", "\n".join(texts))
     assert numbers(prose) == {2022, 2023, 2024}  # years of the papers
 
@@ -52,7 +52,8 @@ def test_another_number_in_a_results_file_is_another_number_in_the_card(folder):
     before = model_card(folder)
     edit(folder / "results" / "knn.json", value=0.4321)
     after = model_card(folder)
-    assert after.content == before.content.replace("0.4567", "0.4321") != before.content
+    told = before.content.replace("0.4567", "0.4321").replace("45.7 %", "43.2 %")
+    assert after.content == told and before.content.count("45.7 %") == 3  # a sentence, the table, the folded part
     edit(folder / "results" / "training.json", device="cuda (a GPU)", value=1.111)
     compute = section(model_card(folder), "Compute")
     assert "| Device | cuda (a GPU) |" in compute and "| Last loss logged | 1.1110 |" in compute
@@ -62,7 +63,7 @@ def test_another_number_in_a_results_file_is_another_number_in_the_card(folder):
     "name, title, text",
     [
         ("results/knn.json", "Results", "Not measured: there are no results"),
-        ("results/knn.json", "Results", "Not measured: knn,"),
+        ("results/knn.json", "Results in full", "Not measured: knn,"),
         ("results/health.json", "Health of the features", "Not measured"),
         ("results/training.json", "Compute", "| Device | not recorded |"),
         ("results/training.json", "Data and augmentation", "the number of images is not recorded"),
@@ -95,11 +96,12 @@ def test_results_of_other_weights_and_of_untrained_ones_are_marked_and_kept_out_
     assert len(card.data.eval_results) == 1
     edit(folder / "results" / "knn.json", checkpoint_sha256="0" * 64)
     card = model_card(folder)
-    assert "[knn](results/knn.json) (**of other weights**)" in card.text and card.data.eval_results is None
+    assert "(of other weights)</summary>" in card.text and card.data.eval_results is None
     assert "Not measured: knn," in card.text
     edit(folder / "results" / "knn.json", checkpoint_sha256=None, settings={"untrained": True})
     card = model_card(folder)
-    assert "(untrained encoder, to compare)" in card.text and card.data.eval_results is None
+    assert "(untrained encoder, to compare)</summary>" in card.text and card.data.eval_results is None
+    assert "there are no results of these weights" in section(card, "Results")
 
 
 def test_a_worry_of_the_health_check_is_among_the_limits(folder):
@@ -108,7 +110,7 @@ def test_a_worry_of_the_health_check_is_among_the_limits(folder):
 
 
 def test_every_shape_of_data_is_told(folder):
-    before = "| owner/photos, split train, 4321 images → owner/photos, split test, 765 images |"
+    before = "| images | owner/photos, split train, 4321 images → owner/photos, split test, 765 images |"
     assert before in model_card(folder).text
     edit(folder / "results" / "knn.json", data={"test": {"source": "a/b, split val", "images": 9, "seen": False}})
     assert "| a/b, split val, 9 images, seen: no |" in model_card(folder).text
@@ -118,12 +120,13 @@ def test_every_shape_of_data_is_told(folder):
 
 def test_notes_of_a_result_stand_below_the_table(folder):
     edit(folder / "results" / "knn.json", notes=["Chosen on 77 images."])
-    assert "\n\n- `knn.json`: Chosen on 77 images.\n\nNot measured" in section(model_card(folder), "Results")
+    assert "\n\n- Chosen on 77 images.\n\n</details>" in section(model_card(folder), "Results in full")
 
 
 def test_a_number_that_was_not_finite_is_not_a_result(folder):
     edit(folder / "results" / "knn.json", value=None)
     card = model_card(folder)
+    assert "| k-NN: accuracy | owner/photos | not finite |" in section(card, "Results")
     assert "| accuracy | not finite |" in card.text and card.data.eval_results is None
 
 
@@ -182,7 +185,7 @@ def test_paths_in_settings_notes_and_data_are_told_by_their_last_name(folder):
     card = model_card(folder)
     assert "secret" not in card.content
     assert "| https://host/a.tar, split test, 3 images, folder: b |" in card.text
-    assert "| cache c; files d, e f; features last/mean/norm |" in card.text
+    assert "| cache | c |\n| files | d, e f |\n| features | last/mean/norm |" in card.text
     assert all(told in card.text for told in ("Left out: i.png", "Read from j.", "gpu at k", "test_dataset: l\n"))
 
 
@@ -200,21 +203,21 @@ def test_a_dataset_is_one_of_the_hub_only_if_the_run_has_noted_so(folder):
 def test_a_value_cannot_break_the_table(folder):
     bad = "a\n\n| b <i>\\"
     assert shown(bad) == "a &#124; b &#60;i&#62;&#92;"
-    clean = section(model_card(folder), "Results").splitlines()
+    clean = section(model_card(folder), "Results in full").splitlines()
     data, scores = {"source": bad, bad: bad}, {bad: 0.5}
     edit(folder / "results" / "knn.json", metric=bad, settings={bad: [bad]}, data=data, scores=scores, notes=[bad])
-    results = section(model_card(folder), "Results").splitlines()
+    results = section(model_card(folder), "Results in full").splitlines()
     rows, before = ([line for line in lines if line.startswith("|")] for lines in (results, clean))
-    assert len(rows) == len(before) == 3
-    assert {len(re.findall(r"(?<!\\)(?:\\\\)*\|", row)) for row in rows} == {7}
-    assert f"- `knn.json`: {shown(bad)}" in results and "<" not in "".join(results)
+    assert len(rows) == len(before) == 8
+    assert {len(re.findall(r"(?<!\\)(?:\\\\)*\|", row)) for row in rows} == {3}
+    assert f"- {shown(bad)}" in results and "<i>" not in "".join(results)
 
 
 @pytest.mark.parametrize("name", ["health", "training"])
 def test_the_numbers_of_other_weights_are_left_out(folder, name):
     edit(folder / "results" / f"{name}.json", checkpoint_sha256="0" * 64)
     card = model_card(folder)
-    assert f"`results/{name}.json` is left out (**of other weights**)" in card.text
+    assert f"`results/{name}.json` is left out (of other weights)" in card.text
     if name == "health":
         assert "12.5" not in card.text and "health" in card.text.partition("Not measured: ")[2].split(".")[0]
         assert "Past the limit" not in card.text

@@ -28,7 +28,7 @@ def test_the_examples_run(channels, tmp_path, monkeypatch):
     array = np.zeros((24, 24, channels), dtype=np.uint8)
     tifffile.imwrite("image.tif", array, photometric="minisblack", planarconfig=layout)
     blocks = re.findall(r"```python\n(.*?)```", model_card(folder).text, re.DOTALL)
-    assert len(blocks) == (3 if channels == 3 else 2)
+    assert len(blocks) == (4 if channels == 3 else 3)
     export(folder, tmp_path / "exported", to="remote-code")
     names = {}
     for block in blocks:
@@ -47,7 +47,7 @@ def test_a_classifier_has_a_card_of_its_task(folder, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Image.linear_gradient("L").save("image.png")
     names = {}
-    for block in re.findall(r"```python\n(.*?)```", card.text, re.DOTALL)[:2]:
+    for block in re.findall(r"```python\n(.*?)```", card.text, re.DOTALL)[:3]:
         exec(block, names)
     assert len(names["labels"]) == 3
 
