@@ -14,7 +14,7 @@ FLOORS = {
     **dict.fromkeys(("methods", "data", "files", "scrub", "checks", "lock", "trainer_utils"), 1),
     "evaluation": 2,
     **dict.fromkeys(("run_folder", "visualize", "hub", "comparison", "embeddings", "runs", "companions"), 3),
-    "pretraining": 4,
+    **dict.fromkeys(("pretraining", "front_door"), 4),
     "cli": 5,
 }
 
