@@ -1,4 +1,4 @@
-"""What `hf-mim pretrain`, `evaluate` and `embed` do, as functions. The command line parses, calls these and prints.
+"""What `hf-mim pretrain`, `evaluate`, `embed` and `predict` do, as functions. The command line calls them and prints.
 
     import hf_mim
 
@@ -24,7 +24,8 @@ from typing import Any
 from accelerate import PartialState
 from huggingface_hub.errors import StrictDataclassError
 
-from hf_mim.companions import save_beside
+from hf_mim import classification
+from hf_mim.companions import fill_classifier_folder, save_beside
 from hf_mim.data.decode import MAX_PIXELS_VARIABLE
 from hf_mim.embeddings import embed as embeddings
 from hf_mim.evaluation import load_protocol
@@ -53,8 +54,8 @@ def pretrain(dataset: str | os.PathLike | None = None, *, recipe: str | os.PathL
 
     Raises:
         ValueError: before anything is written: the settings or the images cannot work.
-        Ended: a signal (SIGTERM, SIGHUP, or SIGINT of ^C or of a notebook's stop button) has ended the run. It has saved
-            itself, and `pretrain(output_dir=..., resume=True)` goes on.
+        Ended: a signal (SIGTERM, SIGHUP, or SIGINT of ^C or of a notebook's stop button) has ended the run. It has
+            saved itself, and `pretrain(output_dir=..., resume=True)` goes on.
     """
     if dataset is not None:
         settings["dataset"] = dataset
@@ -115,6 +116,8 @@ def evaluate(protocol: str, checkpoint: str | os.PathLike, **options) -> Result:
         try:
             result.path = result.save(chosen or evaluation_path(checkpoint, evaluation.names, evaluation.key))
             result.beside = save_beside(result, result.path)
+            if failure is None and values.get("output_dir"):  # of fine-tuning: the classifier is kept there
+                fill_classifier_folder(values["output_dir"], result)
         except OSError as error:
             raise NotKept(one_line(error), result) from error
         if failure is not None:
@@ -134,6 +137,23 @@ def embed(checkpoint: str | os.PathLike, **options) -> embeddings.Embedded:
     """
     with _one_exception():
         return embeddings.embed(os.fspath(checkpoint), **_typed("embed", options, embeddings.option_types()))
+
+
+def predict(classifier: str | os.PathLike, **options) -> classification.Predicted:
+    """Write the predicted class of every image of a source to a file, as `hf-mim predict` does, whose help lists the
+    options.
+
+    Args:
+        classifier: a folder that fine-tuning wrote, or any image classifier of transformers, also by its Hub name.
+        options: `dataset`, `output` and so on.
+
+    Raises:
+        ValueError: before any work: the options, the classifier, the images or the output do not fit.
+    """
+    with _one_exception():
+        return classification.predict(
+            os.fspath(classifier), **_typed("predict", options, classification.option_types())
+        )
 
 
 def _typed(command: str, options: dict[str, Any], types: dict[str, Any]) -> dict[str, Any]:

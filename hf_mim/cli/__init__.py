@@ -14,14 +14,28 @@ from importlib.metadata import version
 import click
 
 import hf_mim
-from hf_mim.cli import cache, card, compare, convert, embed, evaluate, export, prepare, pretrain, runs, search, show
+from hf_mim.cli import (
+    cache,
+    card,
+    compare,
+    convert,
+    embed,
+    evaluate,
+    export,
+    predict,
+    prepare,
+    pretrain,
+    runs,
+    search,
+    show,
+)
 from hf_mim.cli.errors import Mistake, fail, say, told_in_one_line
 from hf_mim.cli.options import Menu
 from hf_mim.methods import load_module
 from hf_mim.pretraining.settings import suggestion
 from hf_mim.pretraining.signals import INTERRUPTED, Ended, ended_at_once
 
-MODULES = prepare, cache, pretrain, runs, compare, evaluate, show, embed, search, convert, export, card
+MODULES = prepare, cache, pretrain, runs, compare, evaluate, predict, show, embed, search, convert, export, card
 COMMANDS = [module.command for module in MODULES]
 TEXT = """
 Masked image modeling: pretrain on images, measure and show what was learned, bring checkpoints in and out.

@@ -85,6 +85,12 @@ class Result:
     predicted = fold_numbers = predictions = None
     path, beside = None, ()  # where `hf_mim.evaluate` has saved it, and the files beside it
 
+    def add_predictions(self, predictions):
+        """Take over what `predictions.Predictions` say: the interval of the accuracy, chance, the classes."""
+        self.predictions = predictions
+        self.scores |= predictions.scores()
+        self.classes = predictions.by_class()
+
     def save(self, path: str | Path) -> Path:
         """Write the result as JSON, completely or not at all. The folder is made if it is missing.
 

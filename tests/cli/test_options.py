@@ -22,7 +22,7 @@ def fails_with(capsys, line: str) -> str:
     return err.removeprefix("error: ").rstrip()
 
 
-COMMANDS = "prepare, cache, pretrain, runs, compare, evaluate, show, embed, search, convert, export, card"
+COMMANDS = "prepare, cache, pretrain, runs, compare, evaluate, predict, show, embed, search, convert, export, card"
 PROTOCOLS = "knn, leave_one_out, linear, attentive, lowshot, finetune, segment, propagate, local, health"
 
 
