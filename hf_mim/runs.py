@@ -1,6 +1,6 @@
 """Pretraining runs as they are now, finished or not: one line each, or several side by side.
 
-from hf_mim.runs import Run, compare, find_runs
+from hf_mim.runs import Run, compare, find_runs  # hf_mim.pretrain returns a Run
 
 runs = [Run.read("runs/mae"), Run.read("runs/stop")]
 print(compare(runs).text())

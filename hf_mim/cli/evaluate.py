@@ -44,6 +44,7 @@ def protocol_settings(protocol: type) -> list[Setting]:
 def run(protocol: str, checkpoint: str, **given: str):
     from transformers.utils import logging
 
+    from hf_mim.companions import how_to_use
     from hf_mim.evaluation.result import NotKept
     from hf_mim.front_door import evaluate
 
@@ -57,6 +58,8 @@ def run(protocol: str, checkpoint: str, **given: str):
         if result.path is not None:
             ends = ", ".join(other.name.removeprefix(result.path.stem) for other in result.beside)
             print(f"\nThe result is in {result.path}{f', beside it under the same name {ends}' if ends else ''}.")
+        if failure is None and given.get("output_dir"):
+            print(f"\n{how_to_use(given['output_dir'], given.get('test', given['dataset']))}")
         if failure is not None:
             raise failure
 
