@@ -11,6 +11,8 @@ __version__ = "0.1.0"
 
 # Public name → its module.
 _MODULES = dict.fromkeys(("MIMTrainer", "MIMTrainingArguments"), "hf_mim.pretraining.trainer")
+_MODULES |= dict.fromkeys(("pretrain", "evaluate", "embed", "predict"), "hf_mim.front_door")
+_MODULES["Run"] = "hf_mim.runs"
 _MODULES["open_image"] = "hf_mim.data.opening"
 _MODULES["MIMImageProcessor"] = "hf_mim.models.image_processing_mim"
 for _row in methods.OURS:

@@ -74,6 +74,24 @@ def check_destination(dest: str | Path, argument: str = "DEST") -> Path:
     return dest
 
 
+def check_parent(path: Path, argument: str):
+    """Raise ValueError unless the folder that is to hold a path exists: a slip of the pen should make none."""
+    if not path.absolute().parent.is_dir():
+        raise ValueError(f"{argument} must be in a folder that exists, and there is no folder {path.parent}")
+
+
+def check_new_file(path: str | Path, argument: str, ends: tuple[str, ...]) -> Path:
+    """The path of a new file with one of these ends, in a folder that exists. Raises ValueError otherwise."""
+    path = Path(path)
+    if path.suffix not in ends:
+        raise ValueError(f"{argument} must end with {' or '.join(ends)}, not {path}")
+    if os.path.lexists(path):
+        raise ValueError(f"{argument} must be a new file, and {path} exists")
+    check_parent(path, argument)
+    check_writable(path, argument, "file")
+    return path
+
+
 def free_space(folder: Path | None) -> int:
     """Bytes that are free on the disk of a folder, which may not exist yet; without one, in memory."""
     if folder is None:

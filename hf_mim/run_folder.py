@@ -8,6 +8,7 @@ loss.png, pca.png, and by the method reconstructions.png or prediction.png
 pictures/step-STEP/     the same pictures from the time of each probe
 results/*.json          measurements: the run writes training.json, health.json and knn.json (and start_health.json and
                         start_knn.json, if it starts from weights), `hf-mim evaluate` others
+results/finetune.*      in the folder of a classifier: its test, with predictions, confusion and curve beside it
 results/checkpoint-STEP/    measurements of a checkpoint that was deleted since
 README.md               the model card
 report.html             the page that `hf-mim report` writes
@@ -49,6 +50,8 @@ RESULTS = "results"
 TRAINING_RESULT, HEALTH_RESULT, KNN_RESULT = "training", "health", "knn"
 START_HEALTH_RESULT, START_KNN_RESULT = "start_health", "start_knn"  # before the first step, of a run from weights
 AT_START = "at the start"  # the column of these in the other results
+FINETUNE_RESULT = "finetune"  # in the folder of a classifier, with these settings: its start, and that one's hash
+STARTED_FROM = "started_from", "started_from_sha256"
 RECORDS = f"{TRAINING_RESULT}.json", f"{HEALTH_RESULT}.json"
 CHECKPOINT = "checkpoint-"  # before the step
 MANIFEST = "manifest.json"
@@ -173,6 +176,15 @@ def read_log(folder: Path) -> list[dict[str, Any]]:
     return last
 
 
+def card_license(folder: Path) -> str | None:
+    """The license in the card of a folder."""
+    try:
+        license = ModelCard.load(folder / CARD).data.license if (folder / CARD).is_file() else None
+    except (ValueError, yaml.YAMLError):  # no card, or a damaged one, which will be replaced
+        return None
+    return license if isinstance(license, str) else None
+
+
 @dataclass(frozen=True)
 class RunFacts:
     """What the files of a run folder say. A fact whose file is missing is None or empty.
@@ -230,13 +242,7 @@ class RunFacts:
     @property
     def license(self) -> str | None:
         """The recipe's license, or that of the card in the folder, so that a later card does not lose it."""
-        if self.recipe.get("license"):
-            return self.recipe["license"]
-        try:
-            license = ModelCard.load(self.folder / CARD).data.license if (self.folder / CARD).is_file() else None
-        except (ValueError, yaml.YAMLError):  # no card, or a damaged one, which will be replaced
-            return None
-        return license if isinstance(license, str) else None
+        return self.recipe.get("license") or card_license(self.folder)
 
     @property
     def compute(self) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """Pretraining runs as they are now, finished or not: one line each, or several side by side.
 
-from hf_mim.runs import Run, compare, find_runs
+from hf_mim.runs import Run, compare, find_runs  # hf_mim.pretrain returns a Run
 
 runs = [Run.read("runs/mae"), Run.read("runs/stop")]
 print(compare(runs).text())
@@ -27,7 +27,8 @@ from hf_mim.lock import LockedError, check_unlocked
 from hf_mim.models.configuration_vit import SIZES
 from hf_mim.run_folder import CONFIG, RECIPE, RunFacts, checkpoints, read_log, read_recipe, step_of
 from hf_mim.scrub import last_name
-from hf_mim.visualize.style import GRID, INK, MUTED
+from hf_mim.visualize.curves import plot_training
+from hf_mim.visualize.style import GRID, INK, MUTED, Picture
 
 # What the picture shows: name in the log → label.
 CURVES = {"loss": "loss", "probe_knn": "probe: k-NN accuracy", "probe_rank_me": "probe: RankMe"}
@@ -114,6 +115,17 @@ class Run:
         named = {name: result for name, result in facts.own_results.items() if result.value is not None}
         values = {_result_name(name, result): result.value for name, result in named.items()}
         return values | ({"health: RankMe": facts.health.value} if facts.health else {})
+
+    @cached_property
+    def model(self):
+        """The encoder of the run folder, in eval mode, as `AutoModel` loads it. Loaded when it is first asked for."""
+        from transformers import AutoModel
+
+        return AutoModel.from_pretrained(self.folder).eval()
+
+    def plot(self) -> Picture:
+        """The loss over optimizer steps, and what else was logged. A notebook shows it; `.save(FILE)` keeps it."""
+        return plot_training(self.log, self.folder.name)
 
     @cached_property
     def line(self) -> dict[str, Any]:

@@ -13,8 +13,9 @@ FLOORS = {
     "models": 0,
     **dict.fromkeys(("methods", "data", "files", "scrub", "checks", "lock", "trainer_utils"), 1),
     "evaluation": 2,
-    **dict.fromkeys(("run_folder", "visualize", "hub", "comparison", "embeddings", "runs", "companions"), 3),
-    **dict.fromkeys(("pretraining", "demo", "report"), 4),
+    **dict.fromkeys(("run_folder", "visualize", "hub", "comparison", "embeddings"), 3),
+    **dict.fromkeys(("runs", "companions", "classification"), 3),
+    **dict.fromkeys(("pretraining", "front_door", "demo", "report"), 4),
     "cli": 5,
 }
 

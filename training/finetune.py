@@ -8,25 +8,35 @@
 The first command takes seconds on a CPU, after `hf-mim pretrain training/recipes/digits_mae.yaml`. A checkpoint is a
 folder or a name on the Hub, of one of our models or of any that `AutoModelForImageClassification` loads. Every argument
 of transformers' `TrainingArguments` works too (`--help`). The learning rate is `--base_lr` × images per step / 256.
+The folder then holds the classifier, its result with predictions, confusion and curve, and a card.
 """
 
 import contextlib
 import sys
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from accelerate.utils import set_seed
+import torch
+from accelerate.utils import gather_object, set_seed
 from transformers import HfArgumentParser
 
+from hf_mim.companions import fill_classifier_folder, how_to_use
 from hf_mim.data import ImageDataset
 from hf_mim.data.labelled import load_labelled
 from hf_mim.data.mix import MixAugment
+from hf_mim.data.sources import source_name
+from hf_mim.evaluation.checkpoint import checkpoint_sha256
 from hf_mim.evaluation.classifier import load_classifier, save_classifier
 from hf_mim.evaluation.encoder import FrozenEncoder
 from hf_mim.evaluation.finetune import FinetuningArguments, make_trainer, training_images
+from hf_mim.evaluation.finetune_result import finetuning_result
 from hf_mim.evaluation.metrics import compute_metrics
+from hf_mim.evaluation.predictions import Predictions
 from hf_mim.files import check_destination
 from hf_mim.lock import locked
+
+# Beside its own arguments, what the result and the card say of the recipe.
+SETTINGS = ("num_train_epochs", "per_device_train_batch_size", "base_lr", "layer_decay", "weight_decay", "seed")
 
 
 @dataclass
@@ -81,10 +91,26 @@ def main():
             Path(args.output_dir).mkdir(parents=True, exist_ok=True)
             stack.enter_context(locked(args.output_dir, "output_dir"))
         trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
-        if main_process:  # the last epoch counts, as in the papers
+        logits = torch.from_numpy(trainer.predict(test_images).predictions)  # the last epoch counts, as in the papers
+        broken = set(gather_object(test_images.broken_indices()))  # another image was predicted in place of each
+        if main_process:
             save_classifier(model, args.output_dir, encoder.image_processor(encoder.crop))
+            logits = logits[[row for row in range(len(test)) if row not in broken]]
+            test.leave_out(sorted(broken))
+            told = [row for row in trainer.state.log_history if "eval_top1_accuracy" in row]
+            curve = {round(row["epoch"]): row["eval_top1_accuracy"] for row in told}
+            settings = asdict(ours) | {name: getattr(args, name) for name in SETTINGS}
+            result = finetuning_result(trainer, logits, test.read_labels(), settings, curve)
+            result.data = {"train": train.describe(), "test": test.describe()}
+            result.checkpoint, result.checkpoint_sha256 = (
+                source_name(rest.checkpoint),
+                checkpoint_sha256(rest.checkpoint),
+            )
+            result.device = str(args.device)
+            result.add_predictions(Predictions.of(result.predicted, test))
+            fill_classifier_folder(args.output_dir, result)
     if main_process:
-        print(f"\nThe classifier is in {args.output_dir}: pipeline('image-classification', model='{args.output_dir}')")
+        print(f"\n{result}\n\n{how_to_use(args.output_dir, ours.test_dataset or ours.dataset)}")
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ from hf_mim.cli import (
     embed,
     evaluate,
     export,
+    predict,
     prepare,
     pretrain,
     report,
@@ -36,7 +37,8 @@ from hf_mim.methods import load_module
 from hf_mim.pretraining.settings import suggestion
 from hf_mim.pretraining.signals import INTERRUPTED, Ended, ended_at_once
 
-MODULES = prepare, cache, pretrain, runs, compare, report, evaluate, show, demo, embed, search, convert, export, card
+MODULES = prepare, cache, pretrain, runs, compare, report
+MODULES += evaluate, predict, show, demo, embed, search, convert, export, card
 COMMANDS = [module.command for module in MODULES]
 TEXT = """
 Masked image modeling: pretrain on images, measure and show what was learned, bring checkpoints in and out.

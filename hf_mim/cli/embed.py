@@ -2,7 +2,6 @@
 
 from hf_mim.cli.errors import told_in_one_line
 from hf_mim.cli.options import Command, Setting, settings_of
-from hf_mim.pretraining.settings import to_type
 
 TEXT = """\
 Write the features of every image of SOURCE to FILE, with names and labels: a Parquet file (.parquet), an array (.npy,
@@ -26,11 +25,10 @@ def run(checkpoint: str, **given: str):
     with told_in_one_line("what was extracted is kept, and the same command goes on from there"):
         from transformers.utils.logging import disable_progress_bar
 
-        from hf_mim.embeddings.embed import embed, option_types
+        from hf_mim.front_door import embed
 
         disable_progress_bar()
-        types = option_types()
-        done = embed(checkpoint, **{name: to_type(name, value, types[name]) for name, value in given.items()})
+        done = embed(checkpoint, **given)
     broken = f" ({done.broken:,} more cannot be decoded)" if done.broken else ""
     print(
         f"{done.output} holds {', '.join(done.features)} of {done.images:,} images{broken}; {done.seconds:.1f} s.\n\n"

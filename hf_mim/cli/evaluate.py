@@ -1,7 +1,6 @@
 """`hf-mim evaluate PROTOCOL CHECKPOINT --dataset SOURCE [--test SOURCE] [--option value ...]`."""
 
 import functools
-from pathlib import Path
 
 import click
 
@@ -9,7 +8,7 @@ from hf_mim.cli.errors import told_in_one_line
 from hf_mim.cli.options import Command, Menu, Setting, settings_of
 from hf_mim.docstrings import description
 from hf_mim.evaluation import PROTOCOLS, load_protocol
-from hf_mim.pretraining.settings import suggestion, to_type
+from hf_mim.pretraining.settings import suggestion
 
 TEXT = """\
 Measure the features of CHECKPOINT: a folder, or a name on the Hub, of any vision encoder that transformers'
@@ -45,28 +44,22 @@ def protocol_settings(protocol: type) -> list[Setting]:
 def run(protocol: str, checkpoint: str, **given: str):
     from transformers.utils import logging
 
-    from hf_mim.companions import save_beside
-    from hf_mim.evaluation.measure import Evaluation, option_types
-    from hf_mim.evaluation.result import NotKept, check_result_path
-    from hf_mim.run_folder import evaluation_path
+    from hf_mim.companions import how_to_use
+    from hf_mim.evaluation.result import NotKept
+    from hf_mim.front_door import evaluate
 
     logging.disable_progress_bar()
-    types = option_types(load_protocol(protocol))
     with told_in_one_line("the features so far are kept, and the same command goes on from them"):
-        values = {name: to_type(name, value, types[name]) for name, value in given.items()}
-        chosen = Path(values["output"]) if values.get("output") else None
-        check_result_path(chosen or evaluation_path(checkpoint, [protocol], ""), "output")
-        evaluation = Evaluation(protocol, checkpoint, values)
         try:
-            result, failure = evaluation(), None
+            result, failure = evaluate(protocol, checkpoint, **given), None
         except NotKept as error:
             result, failure = error.result, error
-    print(result)  # first, so that the user sees it even if it cannot be saved
-    with told_in_one_line("the result was not saved"):
-        path = result.save(chosen or evaluation_path(checkpoint, evaluation.names, evaluation.key))
-        beside = save_beside(result, path)
-        ends = ", ".join(other.name.removeprefix(path.stem) for other in beside)
-        print(f"\nThe result is in {path}{f', beside it under the same name {ends}' if beside else ''}.")
+        print(result)
+        if result.path is not None:
+            ends = ", ".join(other.name.removeprefix(result.path.stem) for other in result.beside)
+            print(f"\nThe result is in {result.path}{f', beside it under the same name {ends}' if ends else ''}.")
+        if failure is None and given.get("output_dir"):
+            print(f"\n{how_to_use(given['output_dir'], given.get('test', given['dataset']))}")
         if failure is not None:
             raise failure
 

@@ -1,8 +1,6 @@
 """`hf-mim pretrain [RECIPE.yaml] [--argument value ...]`."""
 
-import gc
 import os
-import signal
 import sys
 
 import click
@@ -120,26 +118,25 @@ class Pretrain(Command):
 
 def run(recipe: str | None = None, **given: str) -> int:
     """Train and return the exit status. 75 means: the run has saved itself, start it again."""
-    from accelerate import PartialState
     from transformers.utils import logging
 
     from hf_mim.data import BrokenImagesError, ImageFormatError
     from hf_mim.data.damage import DamagedFile
+    from hf_mim.front_door import prepare, train
     from hf_mim.lock import LockedError
     from hf_mim.pretraining.guard import NonFiniteError
-    from hf_mim.pretraining.recipe import Recipe
     from hf_mim.pretraining.resume import resume_command
-    from hf_mim.pretraining.run import Pretraining
-    from hf_mim.pretraining.signals import INTERRUPTED, NoImagesError
+    from hf_mim.pretraining.signals import INTERRUPTED, Ended, NoImagesError
 
     logging.disable_progress_bar()  # those of loading and saving; the training shows its own
     with told_in_one_line("nothing was written"):
-        pretraining = Pretraining(Recipe.read(recipe, given))
+        pretraining = prepare(recipe, given)
     resume = f"resume with: {resume_command(pretraining.folder)}"
     try:
-        if ended_by := pretraining():
-            say(f"{ended_by.name} has ended the run; {resume}")
-            return INTERRUPTED
+        train(pretraining)
+    except Ended as ended:
+        say(f"{ended.signal.name} has ended the run; {resume}")
+        return INTERRUPTED
     except (BrokenImagesError, ImageFormatError, DamagedFile, LockedError, NonFiniteError) as error:
         print(file=sys.stderr)  # ends the line with the progress bar
         return fail(one_line(error))
@@ -150,7 +147,6 @@ def run(recipe: str | None = None, **given: str) -> int:
         print(f"\nerror: {error}; {resume}", file=sys.stderr)  # perhaps on another rank than the first
         return INTERRUPTED
     except RuntimeError as error:
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would raise again for each dead worker
         if "DataLoader worker" not in str(error):
             raise
         # Not `say`, because the worker may be one of another rank than the first.
@@ -161,10 +157,6 @@ def run(recipe: str | None = None, **given: str) -> int:
     except KeyboardInterrupt:
         print(f"\ninterrupted; from the last checkpoint, {resume}", file=sys.stderr)
         return 130
-    finally:
-        del pretraining  # it must be gone before the process group, or threads may outlive Python
-        gc.collect()
-        PartialState().destroy_process_group()
     return 0
 
 

@@ -23,7 +23,7 @@ from datasets import Dataset, DatasetInfo
 from datasets.table import MemoryMappedTable
 from torch import Tensor
 
-from hf_mim.files import check_destination, check_writable, one_line, replacing
+from hf_mim.files import check_destination, check_parent, check_writable, one_line, replacing
 
 KEY = b"hf_mim"  # of `about` in the metadata of Parquet
 ABOUT = "embeddings.json"
@@ -36,6 +36,7 @@ def check_output(output: str | Path, features: list[str]) -> Path:
     output = Path(output)
     if output.suffix not in (PARQUET, ARRAY, FOLDER):
         raise ValueError(f"output must end with .parquet or .npy, or be a new folder without such an end, not {output}")
+    check_parent(output, "output")
     if output.suffix == FOLDER:
         return check_destination(output, "output")
     if output.suffix == ARRAY and len(features) > 1:

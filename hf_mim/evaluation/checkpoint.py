@@ -37,8 +37,8 @@ def load_whole(
     Args:
         model_class: a model class or an Auto class; its `from_pretrained` loads the checkpoint.
         checkpoint: a folder, or a name on the Hub.
-        part: what is loaded. "encoder": other weights of the checkpoint, such as a decoder's, may be left over, but
-            not blocks of the encoder. "model": no weight may be left over.
+        part: what is loaded. "encoder" or "classifier": other weights of the checkpoint, such as a decoder's, may be
+            left over, but not blocks of the encoder. "model": no weight may be left over.
         unusable: what the error says about a checkpoint that cannot be loaded at all.
         may_be_new: (model, name of a weight) → whether the checkpoint may lack it, such as the weight of a new head.
         trust_remote_code: run the Python that the checkpoint brings along.
@@ -68,7 +68,7 @@ def load_whole(
         if wrong := sorted(key for key in keys if not may_be_new(model, key)):
             weights = f"{len(wrong)} weights of its {part}, such as {wrong[0]}"
             raise ValueError(f"checkpoint {checkpoint} {says} {weights}{consequence}")
-    if part == "encoder" and (more := left_over_blocks(model, loading["unexpected_keys"])):
+    if part != "model" and (more := left_over_blocks(model, loading["unexpected_keys"])):
         raise ValueError(f"checkpoint {checkpoint} has more blocks than its config, such as {more[0]}")
     return model
 

@@ -142,9 +142,9 @@ class FrozenEncoder:
         """
         checkpoint = str(checkpoint)
         stamps = weight_stamps(checkpoint)
-        model = image_model(load_encoder(checkpoint, trust_remote_code))
-        check_forward(model, checkpoint)
-        channels = channels_of(model.config)
+        model = cls._read(checkpoint, trust_remote_code)
+        check_forward(image_model(model), checkpoint)
+        channels = channels_of(image_model(model).config)
         known = read_processor(checkpoint, channels)
         if mean is None and known is None:
             if channels != 3:
@@ -153,12 +153,22 @@ class FrozenEncoder:
         known = known or InputSpec(IMAGENET_MEAN, IMAGENET_STD, None)
         mean, std = (known.mean, known.std) if mean is None else (mean, std)
         device = device or (torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu")
-        size, crop = known.size if image_size is None else image_size, None
+        size = known.size if image_size is None else image_size
+        crop = cls._crop_of(known)
         if known.crop_pixels is not None:  # at another size, the window follows, so that the scale stays
             crop = CenterWindow.for_size(known.crop_pixels, pair(size), known.size)
         encoder = cls(model.to(device), mean, std, size, checkpoint, dtype, known.value_range, crop)
         encoder.trust_remote_code, encoder.stamps = trust_remote_code, stamps
         return encoder
+
+    @staticmethod
+    def _read(checkpoint: str, trust_remote_code: bool) -> nn.Module:
+        return image_model(load_encoder(checkpoint, trust_remote_code))
+
+    @staticmethod
+    def _crop_of(known: InputSpec) -> CenterCrop | None:
+        """The central crop that a checkpoint states; None: the default one."""
+        return None  # the protocols of the papers choose it, whatever images were pretrained on
 
     @property
     def device(self) -> torch.device:

@@ -20,8 +20,8 @@ from hf_mim.data.randaugment import LARGEST_MAGNITUDE, RandAugment, RandAugmente
 from hf_mim.data.splits import check_labels
 from hf_mim.evaluation.checkpoint import check_unchanged
 from hf_mim.evaluation.classifier import load_classifier, parameter_groups, save_classifier, size_options
+from hf_mim.evaluation.finetune_result import AccuracyCurve, LossOnBar, finetuning_result
 from hf_mim.evaluation.lowshot import draw_images, parse_budget
-from hf_mim.evaluation.metrics import top_k_accuracy
 from hf_mim.evaluation.result import NotKept, Result
 from hf_mim.files import check_destination, new_folder, one_line
 from hf_mim.trainer_utils import (
@@ -119,14 +119,6 @@ def make_trainer(model, args: FinetuningArguments, augment: MixAugment, train_im
     )
 
 
-class LossOnBar(ProgressCallback):
-    """Trainer's progress bar with the loss on it. Without this, Trainer prints a line for every epoch."""
-
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        if self.training_bar is not None and "loss" in logs:
-            self.training_bar.set_postfix_str(f"loss {float(logs['loss']):.4g}")
-
-
 @dataclass
 class Finetune:
     """Top-1 accuracy of the whole model, or of its last blocks, trained to classify; at the last epoch, as in papers.
@@ -134,8 +126,8 @@ class Finetune:
     The defaults are MAE's recipe for ViT-B (arXiv 2111.06377, table 9, and the released code), except for the paper's
     batch of 1024; the learning rate follows the batch. For ViT-L: base_lr 1e-3, layer_decay .75, epochs 50, drop_path
     .2. Small datasets need more epochs and less augmentation; digits and letters need flip 0. `blocks` is partial
-    fine-tuning (figure 9): 0 is a linear probe, the number of blocks is full fine-tuning. The test images choose
-    nothing, and their labels are read last.
+    fine-tuning (figure 9): 0 is a linear probe, the number of blocks is full fine-tuning. The test images are
+    classified after up to 20 epochs, for a curve. They choose nothing, and their labels are read last.
 
     Args:
         epochs: passes over the training images
@@ -155,7 +147,7 @@ class Finetune:
         crop_scale: smallest and largest share of the image in a crop
         flip: probability of a left-right flip
         bf16: autocast to bfloat16; default: if the GPU has it
-        output_dir: keep the fine-tuned classifier in this new folder
+        output_dir: keep the fine-tuned classifier in this new folder, with its result, pictures and card
         budget: train on a part of the images, the same number of each class: 1%, or 5 of each class; default: all
         seed: for the new classifier, the order, all augmentation and the images of budget
     """
@@ -234,15 +226,17 @@ class Finetune:
             trainer.remove_callback(PrinterCallback)
             if trainer.pop_callback(ProgressCallback) is not None:
                 trainer.add_callback(LossOnBar())
+            trainer.add_callback(curve := AccuracyCurve(trainer, test_images))
             trainer.train()
-            args.dataloader_drop_last = False
-            logits = torch.from_numpy(trainer.predict(test_images).predictions)
+            logits = curve.logits()
         check_broken(test_images)
+        predicted = curve.predicted
         if broken := test_images.broken_indices():  # another image was predicted in place of each
-            logits = logits[[row for row in range(len(logits)) if row not in set(broken)]]
+            kept = [row for row in range(len(logits)) if row not in set(broken)]
+            logits, predicted = logits[kept], {epoch: ids[kept] for epoch, ids in predicted.items()}
             test.leave_out(broken)
         failure = self._keep(model, encoder.image_processor(extract.crop))
-        result = self._result(trainer, logits, train, test)
+        result = self._result(trainer, logits, train, test, predicted)
         if failure is not None:
             raise NotKept(f"the classifier was not saved: {failure}", result)
         return result
@@ -281,29 +275,15 @@ class Finetune:
         mixing = self.mixup, self.cutmix, self.label_smoothing, self.random_erase, self.flip
         return MixAugment(mean, std, *mixing, nodata=nodata)
 
-    def _result(self, trainer: Trainer, logits: torch.Tensor, train, test) -> Result:
+    def _result(self, trainer: Trainer, logits: torch.Tensor, train, test, predicted: dict) -> Result:
         """The result. Only here are the test labels read."""
-        history = trainer.state.log_history
-        ks = [1, 5] if logits.shape[1] > 5 else [1]
-        scores = top_k_accuracy(logits, test.read_labels(), ks)
-        settings = {name: value for name, value in asdict(self).items() if name != "output_dir"} | {
-            "learning_rate": trainer.args.learning_rate,
-            "steps": trainer.state.max_steps,
-            "warmup_epochs": trainer.args.warmup_epochs,
-            "optimizer": "AdamW (.9, .999), cosine to 0",
-            "classifier": type(trainer.model).__name__,
-        }
-        result = Result(
-            protocol=self.name,
-            metric="top-1 accuracy",
-            value=scores.pop("top1_accuracy"),
-            settings=settings,
-            data={"train": train.describe(), "test": test.describe()},
-            scores=scores,
-            table=[{"epoch": row["epoch"], "training loss": row["loss"]} for row in history if "loss" in row],
-            notes=self.notes(trainer.model, trainer.args.device),
-        )
-        result.predicted = logits.argmax(dim=1)
+        labels = test.read_labels()
+        curve = {epoch: (ids == labels).double().mean().item() for epoch, ids in predicted.items()}
+        settings = {name: value for name, value in asdict(self).items() if name != "output_dir"}
+        settings["optimizer"] = "AdamW (.9, .999), cosine to 0"
+        result = finetuning_result(trainer, logits, labels, settings, curve)
+        result.data = {"train": train.describe(), "test": test.describe()}
+        result.notes = self.notes(trainer.model, trainer.args.device)
         return result
 
     def notes(self, model, device: torch.device) -> list[str]:

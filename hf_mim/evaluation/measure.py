@@ -91,12 +91,12 @@ class EncoderArguments:
             except (RuntimeError, AssertionError):  # unknown to torch, or not in this machine
                 raise ValueError(f"device must be one that this machine has, such as cpu, not {self.device}") from None
 
-    def extractor(self, checkpoint: str, crop) -> FeatureExtractor:
-        """The checkpoint's encoder, ready to extract features."""
+    def extractor(self, checkpoint: str, crop, kind: type[FrozenEncoder] = FrozenEncoder) -> FeatureExtractor:
+        """The checkpoint's encoder, of this kind, ready to extract features."""
         size = tuple(self.image_size) if isinstance(self.image_size, list) else self.image_size
         dtype = getattr(torch, self.dtype)
         statistics = self.image_mean, self.image_std
-        encoder = FrozenEncoder.load(checkpoint, size, self.device, dtype, *statistics, self.trust_remote_code)
+        encoder = kind.load(checkpoint, size, self.device, dtype, *statistics, self.trust_remote_code)
         if self.untrained:
             encoder = encoder.untrained(self.untrained_seed)
         elif self.pixels:
@@ -229,9 +229,7 @@ def measure(
     except NotKept as error:
         result, failure = error.result, error
     if result.predicted is not None:
-        result.predictions = Predictions.of(result.predicted, splits[-1], result.fold_numbers)
-        result.scores |= result.predictions.scores()
-        result.classes = result.predictions.by_class()
+        result.add_predictions(Predictions.of(result.predicted, splits[-1], result.fold_numbers))
     _add_contents(result, contents)
     result.seconds = round(time.perf_counter() - start, 1)
     result.checkpoint, result.device = source_name(checkpoint), str(encoder.device)

@@ -83,6 +83,13 @@ class Result:
     # No fields, because the file does not have them: the predicted classes `[n]` or `[draws, n]` of the test images,
     # the fold in which each was tested, and what `measure` makes of them (`predictions.Predictions`).
     predicted = fold_numbers = predictions = None
+    path, beside = None, ()  # where `hf_mim.evaluate` has saved it, and the files beside it
+
+    def add_predictions(self, predictions):
+        """Take over what `predictions.Predictions` say: the interval of the accuracy, chance, the classes."""
+        self.predictions = predictions
+        self.scores |= predictions.scores()
+        self.classes = predictions.by_class()
 
     def save(self, path: str | Path) -> Path:
         """Write the result as JSON, completely or not at all. The folder is made if it is missing.

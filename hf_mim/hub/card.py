@@ -22,6 +22,7 @@ from hf_mim.evaluation import PROTOCOLS
 from hf_mim.evaluation.result import Result
 from hf_mim.files import one_line, replacing
 from hf_mim.hub.card_text import fenced, is_hub_name, literal, markdown_table, plain, shown, shown_number, words
+from hf_mim.hub.classifier_card import classifier_card, is_finetuned
 from hf_mim.hub.measured import Measured, data_in_words, headline, measurements, table
 from hf_mim.lock import locked
 from hf_mim.methods import Method, of_config
@@ -44,7 +45,7 @@ OF_THE_MACHINE += ("use_cpu", "disable_tqdm")
 
 
 def model_card(folder: str | Path, repo_id: str | None = None, license: str | None = None) -> ModelCard:
-    """The card of a checkpoint.
+    """The card of a checkpoint; of a classifier that fine-tuning wrote, that of `classifier_card`.
 
     Args:
         folder: the folder of one of hf_mim's models. The card says which of the usual files it lacks.
@@ -55,6 +56,8 @@ def model_card(folder: str | Path, repo_id: str | None = None, license: str | No
         ValueError: in one line, for a folder without a checkpoint of ours, a damaged file, or a license that is no
             identifier.
     """
+    if is_finetuned(folder):
+        return classifier_card(folder, repo_id, license)
     facts = RunFacts.read(folder)
     config, recipe, training, health = facts.config, facts.recipe, facts.training, facts.health
     method = of_config(config)

@@ -124,7 +124,9 @@ def to_type(name: str, value: Any, hint: Any) -> Any:
     try:
         return _as(value, hint)
     except NOT_THIS:
-        raise ValueError(f"{name} must be {type_in_words(hint)}, not {value!r}") from None
+        given = " ".join(repr(value).split())  # that of a dataset has lines
+        advice = "; its save_to_disk(FOLDER) makes a folder to give" if hasattr(value, "save_to_disk") else ""
+        raise ValueError(f"{name} must be {type_in_words(hint)}, not {given}{advice}") from None
 
 
 def type_in_words(hint: Any) -> str:
@@ -180,7 +182,7 @@ def _as(value: Any, hint: Any) -> Any:
         value = yaml.load(value, YamlLoader) if isinstance(value, str) else value
     if kind is str and isinstance(value, int | float) and not isinstance(value, bool):
         value = str(value)
-    if kind is str and isinstance(value, str):
+    if kind is str and isinstance(value, str | os.PathLike):
         return os.path.expanduser(value)  # no shell has done it in YAML, nor in --name=~/x
     if kind is dict and isinstance(value, dict):
         return value

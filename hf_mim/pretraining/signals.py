@@ -27,8 +27,8 @@ SHARED_MEMORY = "/dev/shm"
 class Ended(BaseException):
     """A signal ends what the process does. No library may catch it as an error of its own."""
 
-    def __init__(self, number: signal.Signals):
-        super().__init__(number.name)
+    def __init__(self, number: signal.Signals, message: str = ""):
+        super().__init__(message or number.name)
         self.signal = number
 
 

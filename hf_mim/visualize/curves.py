@@ -56,6 +56,17 @@ def plot_training(log_history: Sequence[dict], title: str = "Training") -> Pictu
     return figure
 
 
+def plot_epochs(rows: Sequence[dict], title: str = "") -> Picture:
+    """The training loss and, where it was measured, the test accuracy over epochs: `rows` of fine-tuning's table."""
+    figure = Picture(figsize=(WIDTH, 4.6), layout="constrained", facecolor="white")
+    figure.suptitle(title, x=0.01, ha="left", weight="bold", fontsize=TEXT, color=INK, parse_math=False)
+    figure.supxlabel("epoch", fontsize=SMALL, color=INK)
+    for axes, name in zip(figure.subplots(2, sharex=True), ("training loss", "test accuracy"), strict=True):
+        points = [(row["epoch"], row[name]) for row in rows if row[name] is not None]
+        _draw(axes, Panel(name, name, None), {name: points})
+    return figure
+
+
 def _curves(history: Sequence[dict], names: str) -> dict[str, list[tuple[int, float]]]:
     """Name → (step, value) of what was logged under the names that match; `loss` first, the others by name."""
     found = {name for entry in history for name in entry if re.fullmatch(names, name)}

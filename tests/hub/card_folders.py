@@ -12,6 +12,7 @@ from huggingface_hub import ModelCard
 from PIL import Image
 from transformers import AutoModelForPreTraining
 
+from hf_mim import methods
 from hf_mim.data.processor import image_processor
 from hf_mim.evaluation.checkpoint import checkpoint_sha256
 from hf_mim.evaluation.result import Result
@@ -34,7 +35,7 @@ def make_folder(folder: Path, method: str = "mae", dataset: str = "owner/photos"
     state = {"global_step": 37, "log_history": [{"step": 1, "loss": 2.345}, {"step": 37, "loss": 1.234}]}
     state["log_history"].append({"train_runtime": 61.7, "train_samples_per_second": 88.9})
     (folder / "trainer_state.json").write_text(json.dumps(state))
-    for name in ("loss.png", "reconstructions.png")[: 2 if method == "mae" else 1]:
+    for name in ("loss.png", "reconstructions.png")[: 2 if methods.get(method).predicts_pixels else 1]:
         Image.new("RGB", (8, 8)).save(folder / name)
     local = {"local": dataset.startswith("/")}
     about = {"checkpoint": str(folder), "checkpoint_sha256": checkpoint_sha256(folder), "device": "cpu (x86_64)"}
