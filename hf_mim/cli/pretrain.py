@@ -89,7 +89,8 @@ class Pretrain(Command):
         if {"--help-all", "--help_all"} & set(args):
             click.echo(super().get_help(ctx))
             ctx.exit()
-        if not HELP & set(args) and os.environ.get("RANK", "0") == "0":  # the imports below take seconds
+        imports = "torch" not in sys.modules  # it takes seconds, so a first line comes before
+        if imports and not HELP & set(args) and os.environ.get("RANK", "0") == "0":
             click.echo(f"{versions()} starts")
         return super().parse_args(ctx, args)
 

@@ -155,7 +155,7 @@ def test_a_resume_on_other_images_is_refused_unless_it_is_accepted(tmp_path, cap
     shape += "--dataloader_num_workers", 0  # starting workers takes longer than five such runs
     run(*TINY_RUN, *shape, "--save_steps", 2, "--dataset", "photos", "--output_dir", tmp_path / "run")
     line = "dataset 'photos', split train: 40 images (40 .png); no labels"
-    assert capsys.readouterr().out.splitlines()[1] == line
+    assert capsys.readouterr().out.splitlines()[0] == line
     recipe, local = (read_yaml(tmp_path / "run" / name) for name in ("recipe.yaml", "_local.yaml"))
     assert recipe["dataset"] == "photos" and "accept_changed_data" not in recipe  # it may be uploaded
     assert local == {"dataset": str(tmp_path / "one" / "photos"), "output_dir": str(tmp_path / "run")}

@@ -87,7 +87,7 @@ def test_folders_of_patients_are_not_measured_as_classes(tmp_path, capsys, monke
     scans = draw_scans(tmp_path / "scans")
     options = [*SMALL, *OWN_IMAGES, "--probe_every", 1, "--report_to", "tensorboard"]
     run("--dataset", scans, *options, "--output_dir", tmp_path / "run")
-    line = capsys.readouterr().out.splitlines()[1]
+    line = capsys.readouterr().out.splitlines()[0]
     assert "no labels; the 16 folders (P00, P01, P02 and 13 more) are taken for groups" in line
     assert "if they are classes: --labels folder" in line
     assert not (tmp_path / "run" / "results" / "knn.json").exists()
