@@ -46,7 +46,7 @@ def make(scripts):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(scripts.compare, "Launcher", Here)
             patch.setattr(scripts.run, "LOOK", 0)
-            patch.setattr("hf_mim.pretraining.run.health_record", lambda *_: None)  # it takes half of the time
+            patch.setattr("hf_mim.pretraining.run.health_record", lambda *_, **__: None)  # it takes half of the time
             return scripts.compare.main([str(path), "--output", str(output), "--jobs", "1", *options]), list(started)
 
     return compare

@@ -218,12 +218,3 @@ def test_throughput_counts_neither_evaluation_nor_saving(monkeypatch):
     clock.images += 12
     now[0] += 1
     assert clock.read(torch.device("cpu"))["images_per_second"] == 12 / 4
-
-
-def test_progress_bar_shows_loss_and_speed(tmp_path, capsys):
-    model = make_model("mae")
-    args = arguments(tmp_path, max_steps=2, logging_steps=1)
-    args.disable_tqdm = False
-    MIMTrainer(model, args, Images(model)).train()
-    shown = capsys.readouterr().err
-    assert "loss " in shown and "images/s" in shown

@@ -9,11 +9,9 @@ import argparse
 import os
 import sys
 import threading
-from importlib.metadata import version
 
 import click
 
-import hf_mim
 from hf_mim.cli import (
     cache,
     card,
@@ -32,7 +30,7 @@ from hf_mim.cli import (
     show,
 )
 from hf_mim.cli.errors import Mistake, fail, say, told_in_one_line
-from hf_mim.cli.options import Menu
+from hf_mim.cli.options import Menu, versions
 from hf_mim.methods import load_module
 from hf_mim.pretraining.settings import suggestion
 from hf_mim.pretraining.signals import INTERRUPTED, Ended, ended_at_once
@@ -55,10 +53,8 @@ def refuse(word: str) -> str:
 
 
 def show_versions(ctx: click.Context, option: click.Option, asked: bool):
-    """Print the versions of hf_mim, torch and transformers, without importing the latter two."""
     if asked:
-        beside = ", ".join(f"{package} {version(package)}" for package in ("torch", "transformers"))
-        click.echo(f"hf-mim {hf_mim.__version__} ({beside})")
+        click.echo(versions())
         ctx.exit()
 
 

@@ -10,11 +10,13 @@ import inspect
 import os
 from collections.abc import Callable, Iterable, Iterator
 from functools import cached_property
+from importlib.metadata import version
 from itertools import groupby
 from typing import Any, get_args, get_type_hints
 
 import click
 
+from hf_mim import __version__
 from hf_mim.cli.errors import Mistake
 from hf_mim.docstrings import argument_texts
 from hf_mim.pretraining.settings import choices, default_of, suggestion, type_in_words
@@ -25,6 +27,12 @@ CONTEXT = {
     "max_content_width": 120,
     "token_normalize_func": lambda name: name.replace("-", "_"),
 }
+
+
+def versions() -> str:
+    """The versions of hf_mim, torch and transformers, without importing the latter two."""
+    beside = ", ".join(f"{package} {version(package)}" for package in ("torch", "transformers"))
+    return f"hf-mim {__version__} ({beside})"
 
 
 class Setting(click.Option):

@@ -7,7 +7,7 @@ import click
 
 from hf_mim import methods
 from hf_mim.cli.errors import Mistake, fail, say, told_in_one_line
-from hf_mim.cli.options import Command, Setting, settings_of
+from hf_mim.cli.options import HELP, Command, Setting, settings_of, versions
 from hf_mim.files import one_line
 
 TEXT = """\
@@ -87,6 +87,9 @@ class Pretrain(Command):
         if {"--help-all", "--help_all"} & set(args):
             click.echo(super().get_help(ctx))
             ctx.exit()
+        imports = "torch" not in sys.modules  # it takes seconds, so a first line comes before
+        if imports and not HELP & set(args) and os.environ.get("RANK", "0") == "0":
+            click.echo(f"{versions()} starts")
         return super().parse_args(ctx, args)
 
     def get_help(self, ctx: click.Context) -> str:

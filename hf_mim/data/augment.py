@@ -247,14 +247,15 @@ def _blur_matrix(side: int, sigma: Tensor) -> Tensor:
 
 
 def channel_statistics(
-    images: Iterable[dict], num_images: int = 1024, seed: int = 0
+    images: Iterable[dict], num_images: int = 1024, seed: int = 0, watch: Callable[[Iterable], Iterable] = iter
 ) -> tuple[list[float], list[float]]:
     """(mean, std) of each channel for pixels scaled to [0, 1], over all pixels of a random sample of an `ImageDataset`.
 
-    The sample of an `ImageStream` is its first `num_images` images.
+    The sample of an `ImageStream` is its first `num_images` images. `watch` passes the samples on, such as with a
+    progress bar.
     """
     total = square = count = 0
-    for sample in sampled(images, num_images, seed):
+    for sample in watch(sampled(images, num_images, seed)):
         pixels = sample["pixel_values"].to(torch.float64).flatten(1) / 255
         valid, pixels = ~pixels.isnan(), pixels.nan_to_num_(nan=0.0)  # NaN: pixels without data
         total, square, count = total + pixels.sum(1), square + pixels.square().sum(1), count + valid.sum(1)

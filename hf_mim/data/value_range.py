@@ -3,6 +3,7 @@
 No rule looks at the brightest pixel, of one image or of all: what one hot pixel decides is not reproducible.
 """
 
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,7 +24,7 @@ _FEW_LEVELS = 64
 
 
 def find_value_range(
-    images, given: list[float] | None, num_channels: int
+    images, given: list[float] | None, num_channels: int, watch: Callable[[Iterable], Iterable] = iter
 ) -> tuple[ValueRange | None, str | None, str | None]:
     """(the range, a line that says what was found, how many pixels have no data, in words); Nones for 8-bit images if
     no range is given.
@@ -37,6 +38,7 @@ def find_value_range(
             `nodata`, the result has it too, pixels without data do not count, and a second line counts those of the
             whole images.
         given: low, high, or such a pair for each band.
+        watch: passes the samples on that are measured, such as with a progress bar.
 
     Raises:
         ImageFormatError: images of several depths and no range, or nothing but one value.
@@ -59,7 +61,7 @@ def find_value_range(
         return None, "\n".join(lines) or None, None
     images = images.in_range(None if nodata is None else images.value_range, own_depth=True)
     images = images if nodata is None else images.count_missing()
-    values, counts = _values(sampled(images, _IMAGES, seed=0))
+    values, counts = _values(watch(sampled(images, _IMAGES, seed=0)))
     value_range = fixed or (EIGHT_BITS if kind == "uint8" else _measured(values, kind))
     value_range = ValueRange(value_range.low, value_range.high, kind, nodata)
     lines.insert(0, _line(value_range, kind or "several depths", values, counts.images, fixed is None))

@@ -46,7 +46,8 @@ class FeatureExtractor:
         batch_size, num_workers: of the extraction; they do not change the features.
         cache: folder in which features are kept; None, or a folder that cannot be written: they stay in memory.
         crop: what is resized to the encoder's size: `CenterCrop`, `CenterWindow`, `WholeImage`; default: its own crop.
-        progress: show a bar.
+        progress: show a bar, or one with this text.
+        kept: a `KeptCrops`, so that other extractions decode these images no more; without `num_workers`.
     """
 
     encoder: FrozenEncoder | RawPixels
@@ -54,7 +55,8 @@ class FeatureExtractor:
     num_workers: int = 0
     cache: Path | None = None
     crop: object | None = None
-    progress: bool = True
+    progress: bool | str = True
+    kept: object | None = None
 
     def __post_init__(self):
         self.crop = self.encoder.crop if self.crop is None else self.crop
@@ -106,8 +108,8 @@ class FeatureExtractor:
         """Extract the chunks of these numbers, and write them to the stores, one for each spec."""
         chunks = [range(number * CHUNK, min((number + 1) * CHUNK, len(split))) for number in missing]
         batches = [rows[i : i + self.batch_size] for rows in chunks for i in range(0, len(rows), self.batch_size)]
-        images = _Decoded(split.images, self.encoder, self.crop)
-        images.__getitems__(batches[0][:1])  # raises before the bar if they have other channels than the encoder
+        images = _Decoded(split.images, self.encoder, self.crop, self.kept)
+        images.decode_first(batches[0][0])  # raises before the bar if they have other channels than the encoder
         loader = DataLoader(
             images,
             batch_sampler=batches,
@@ -117,7 +119,8 @@ class FeatureExtractor:
             generator=torch.Generator(),  # without it, DataLoader draws from torch's generator, which a training uses
         )
         broken: list[int] = []
-        with progress_bar(self.progress, "features", sum(map(len, chunks)), " images") as bar:
+        text = self.progress if isinstance(self.progress, str) else "features"
+        with progress_bar(bool(self.progress), text, sum(map(len, chunks)), " images") as bar:
             for rows, (pixels, decoded) in zip(batches, loader, strict=True):
                 features = self.encoder.extract(self.encoder.preprocess(pixels), specs)
                 for spec, store, tensor in zip(specs, stores, features, strict=True):
@@ -165,18 +168,26 @@ class FeatureExtractor:
 class _Decoded(Dataset):
     """Image → (uint8 or float32 in 0..255 [C, h, w], whether it could be decoded), for DataLoader."""
 
-    def __init__(self, images, encoder: FrozenEncoder, crop):
-        self.images, self.crop = images.select_columns("image"), crop
+    def __init__(self, images, encoder: FrozenEncoder, crop, kept=None):
+        self.images, self.crop, self.kept, self.first = images.select_columns("image"), crop, kept, {}
         self.size, self.num_channels, self.value_range = encoder.image_size, encoder.num_channels, encoder.value_range
+
+    def decode_first(self, row: int):
+        self.first = {row: self.__getitems__([row])[0]}
 
     def __getitems__(self, rows: Sequence[int]) -> list[tuple[Tensor, bool]]:
         return [self._decode(row, value) for row, value in zip(rows, self.images[rows]["image"], strict=True)]
 
     def _decode(self, row: int, value) -> tuple[Tensor, bool]:
+        if row in self.first:
+            return self.first[row]
         try:
             with decoding(image_name(value, f"image {row}")):
-                rng = crop_rng(0, 0, row)
-                pixels = load_crop(value, self.crop, self.size, self.num_channels, rng, self.value_range)
-                return scale_pixels(pixels, self.value_range), True
+                return scale_pixels(self._load(row, value), self.value_range), True
         except BrokenImage:
             return torch.zeros(self.num_channels, *self.size, dtype=torch.uint8), False
+
+    def _load(self, row: int, value) -> Tensor:
+        if self.kept is not None:
+            return self.kept.load(value, self.crop, self.size, self.num_channels, row, self.value_range)
+        return load_crop(value, self.crop, self.size, self.num_channels, crop_rng(0, 0, row), self.value_range)

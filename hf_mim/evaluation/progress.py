@@ -1,9 +1,17 @@
 """Progress bars that leave no half line behind."""
 
+import os
+import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 from tqdm.auto import tqdm
+from transformers.utils import is_in_notebook
+
+
+def watched() -> bool:
+    """Whether bars are of use: this is the first process, and it runs in a terminal or in a notebook."""
+    return os.environ.get("RANK", "0") == "0" and (sys.stderr.isatty() or is_in_notebook())
 
 
 @contextmanager
@@ -20,3 +28,9 @@ def progress_bar(shown: bool, desc: str, total: int, unit: str = "it", steps: It
         raise
     finally:
         bar.close()
+
+
+def with_bar(steps: Iterable, desc: str, total: int | None, unit: str = " images") -> Iterator:
+    """The steps, with a bar if somebody watches."""
+    with progress_bar(watched(), desc, total, unit, steps) as bar:
+        yield from bar

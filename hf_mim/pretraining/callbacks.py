@@ -1,4 +1,4 @@
-"""Callbacks of the trainer: target update, weight decay, throughput, progress bar and the log in a file.
+"""Callbacks of the trainer: target update, weight decay, throughput and the log in a file.
 
 A checkpoint has to hold nothing for them: what they do follows from the step number.
 """
@@ -13,7 +13,6 @@ from pathlib import Path
 import psutil
 import torch
 from transformers import TrainerCallback
-from transformers.trainer_callback import ProgressCallback
 
 from hf_mim.files import replacing
 from hf_mim.models.target_encoder import cosine
@@ -113,15 +112,6 @@ class Throughput(TrainerCallback):
         self.mark = time.perf_counter()
 
     on_evaluate = on_save = restart_clock
-
-
-class MIMProgress(ProgressCallback):
-    """Trainer's progress bar, with the loss and the images per second on it."""
-
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        super().on_log(args, state, control, logs=logs, **kwargs)
-        if self.training_bar is not None and "images_per_second" in logs:
-            self.training_bar.set_postfix_str(f"loss {logs['loss']:.4g}, {logs['images_per_second']:.0f} images/s")
 
 
 class MetricsFile(TrainerCallback):

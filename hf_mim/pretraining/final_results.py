@@ -1,7 +1,5 @@
-"""The results of a run: what it took, its features' health, and their k-NN accuracy beside an untrained encoder's."""
+"""The results of a run: its features' health, and their k-NN accuracy beside an untrained encoder's."""
 
-import math
-import platform
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,7 +8,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset, IterableDataset
-from transformers import PreTrainedConfig, Trainer
+from transformers import PreTrainedConfig
 
 from hf_mim.data import CenterCrop, CenterWindow, ImageDataset
 from hf_mim.data.account import Account
@@ -25,29 +23,29 @@ from hf_mim.data.labelled import (
 )
 from hf_mim.data.sources import SplitNotFound, first_split, fixed_sample, load_described, same_source, source_name
 from hf_mim.data.splits import stratified_split
-from hf_mim.evaluation.checkpoint import checkpoint_sha256
+from hf_mim.evaluation.decoded import KeptCrops, SharedExtractor
 from hf_mim.evaluation.encoder import FrozenEncoder
 from hf_mim.evaluation.features import FeatureExtractor
 from hf_mim.evaluation.health import Health
 from hf_mim.evaluation.knn import KNN
 from hf_mim.evaluation.measure import measure
+from hf_mim.evaluation.progress import watched
 from hf_mim.evaluation.result import Result
 from hf_mim.models.pixels import EIGHT_BITS, ValueRange
 from hf_mim.pretraining.arguments import MIMTrainingArguments
 from hf_mim.pretraining.recipe import RunArguments
+from hf_mim.pretraining.telling import features_hint
 from hf_mim.run_folder import (
     AT_START,
     HEALTH_RESULT,
     KNN_RESULT,
     START_HEALTH_RESULT,
     START_KNN_RESULT,
-    TRAINING_RESULT,
     result_path,
 )
 
 HEALTH_IMAGES = 512
 VIEWS = {"num_view_images": 64, "views": 4}  # for LiDAR
-PRECISIONS = {"no": "float32", "bf16": "bfloat16", "fp16": "float16", "fp8": "float8"}
 
 
 Tell = Callable[[str], Any] | None  # see `load_images`
@@ -162,16 +160,24 @@ class Readout:
         parts = (voting, self.data["train"], self.origins[0]), (classified, self.data["test"], self.origins[1])
         return tuple(LabelledImages(images, name, *origin) for images, name, origin in parts)
 
-    def measure(self, model, untrained, augment, batch_size: int, folder: Path) -> Result:
+    def measure(
+        self, model, untrained, augment, batch_size: int, folder: Path, kept: KeptCrops | None = None
+    ) -> Result:
         """Measure the trained encoder, the untrained one and raw pixels. Prints and saves the result.
 
-        If the run has started from weights, their result (`measure_start`) stands beside these.
+        If the run has started from weights, their result (`measure_start`) stands beside these. An image is decoded
+        once for all encoders; `kept` has those that were decoded already.
         """
         train, test = self.sample(*self.most)
-        result, protocol, encoder = self._measure(model, augment, batch_size, train, test, folder)
-        others = {"untrained": frozen(untrained, augment, self.run, "untrained"), "raw pixels": encoder.pixels()}
-        extractors = {name: FeatureExtractor(one, batch_size, progress=False) for name, one in others.items()}
-        result.scores = {name: protocol.run(extract, train, test).value for name, extract in extractors.items()}
+        encoder = frozen(model, augment, self.run, str(folder))
+        encoders = [encoder, frozen(untrained, augment, self.run, "untrained"), encoder.pixels()]
+        about = dict(batch_size=batch_size, progress=watched() and "k-NN accuracy", kept=kept)
+        extract, *others = SharedExtractor.of(encoders, **about)
+        result, protocol = self._measure(extract, train, test, folder)
+        names = "untrained", "raw pixels"
+        result.scores = {
+            name: protocol.run(other, train, test).value for name, other in zip(names, others, strict=True)
+        }
         if (start := result_path(folder, START_KNN_RESULT)).is_file():
             result.scores = {AT_START: Result.load(start).value} | result.scores
         result.save(result_path(folder, KNN_RESULT))
@@ -180,19 +186,23 @@ class Readout:
         print(f"{len(train):,} of {self.data['train']} vote; labels by {train.labels}; mean of the patch tokens:\n")
         for name, value in {"trained": result.value, **result.scores}.items():
             print(f"    {name:<12}{100 * value:5.1f} %")
+        if hint := features_hint(result, test):
+            print(f"\n{hint}")
         return result
 
     def measure_start(self, model, augment, batch_size: int, folder: Path):
         """Measure and save what the weights of the start give."""
-        result, _, _ = self._measure(model, augment, batch_size, *self.sample(*self.most), folder)
+        encoder = frozen(model, augment, self.run, str(folder))
+        extract = FeatureExtractor(encoder, batch_size, progress=watched() and "k-NN accuracy at the start")
+        result, _ = self._measure(extract, *self.sample(*self.most), folder)
         result.settings[AT_START] = True
         result.save(result_path(folder, START_KNN_RESULT))
 
-    def _measure(self, model, augment, batch_size: int, train, test, folder: Path) -> tuple[Result, KNN, FrozenEncoder]:
-        protocol, encoder = KNN(k=min(20, len(train))), frozen(model, augment, self.run, str(folder))
-        result = measure(protocol, FeatureExtractor(encoder, batch_size, progress=False), (train, test), folder)
+    def _measure(self, extract: FeatureExtractor, train, test, folder: Path) -> tuple[Result, KNN]:
+        protocol = KNN(k=min(20, len(train)))
+        result = measure(protocol, extract, (train, test), folder)
         result.data["test"]["seen_in_pretraining"] = self.data["test_images_seen_in_pretraining"]
-        return result, protocol, encoder
+        return result, protocol
 
 
 def frozen(model, augment, run: RunArguments, name: str) -> FrozenEncoder:
@@ -213,78 +223,22 @@ def check_best(run: RunArguments, args: MIMTrainingArguments, readout: Readout |
         raise ValueError(f"keep_best and metric_for_best_model {args.metric_for_best_model} exclude each other")
 
 
-def training_record(trainer: Trainer, run: RunArguments, images, nodata: str | None = None) -> Result:
-    """`results/training.json`: what the training took and how its loss changed, over all parts of a resumed run.
-
-    nodata: how many pixels have no data, in words.
-
-    Only the seconds of training steps count: not evaluating, probing and saving, nor the time between two parts.
-    """
-    args, state, folder = trainer.args, trainer.state, Path(trainer.args.output_dir)
-    losses = [entry["loss"] for entry in state.log_history if "loss" in entry]
-    # The logs of all parts of the run. A part that was killed may have made steps after its last log.
-    logged = [(entry["seconds"], entry["images_per_second"]) for entry in state.log_history if "seconds" in entry]
-    seconds = sum(lap for lap, _ in logged) + trainer.throughput.seconds
-    timed = sum(lap * speed for lap, speed in logged) + trainer.throughput.images
-    waiting = sum(entry.get("data_wait_seconds", 0) for entry in state.log_history) + trainer.throughput.waiting
-    name = torch.get_device_module(args.device).get_device_name() if args.device.type == "cuda" else platform.machine()
-    about = {"source": f"{source_name(run.dataset)}, split {run.train_split}"}
-    about |= {"images": len(images)} if isinstance(images, Dataset) else {}
-    about |= {"nodata": nodata} if nodata else {}
-    about["local"] = Path(run.dataset).expanduser().exists()  # tells a folder owner/name from a dataset on the Hub
-    result = Result(
-        "pretrain",
-        "loss",
-        losses[-1] if losses else None,
-        settings={
-            "method": run.method,
-            "processes": args.world_size,
-            "precision": PRECISIONS[trainer.accelerator.mixed_precision],  # it may be set from outside
-            "images_per_step": args.images_per_step,
-            "seed": args.seed,
-        },
-        data=about,
-        scores={
-            "first_loss": losses[0] if losses else None,
-            "steps": state.global_step,
-            "images_seen": images_seen(args, trainer.train_dataset, state.global_step),
-            "images_per_second": timed / seconds,
-            "hours": seconds / 3600,
-            "data_wait_share": waiting / seconds,
-        },
-        checkpoint=folder.name,
-        checkpoint_sha256=checkpoint_sha256(folder),
-        device=f"{args.device.type} ({name})",
-        seconds=seconds,
-    )
-    result.save(result_path(folder, TRAINING_RESULT))
-    return result
-
-
-def images_seen(args: MIMTrainingArguments, images, steps: int) -> int:
-    """The images of so many optimizer steps, on all processes. The last step of an epoch has fewer batches than the
-    others if they do not divide by `gradient_accumulation_steps`."""
-    if not isinstance(images, ImageDataset):
-        return steps * args.images_per_step
-    batch = args.per_device_train_batch_size * args.world_size
-    batches = max(1, len(images) // batch if args.dataloader_drop_last else math.ceil(len(images) / batch))
-    # Accelerate fills the last batch of several processes. That of a single one is smaller.
-    filled = args.dataloader_drop_last or args.world_size > 1
-    of_an_epoch = batches * batch if filled else len(images)
-    epochs, rest = divmod(steps, math.ceil(batches / args.gradient_accumulation_steps))
-    return epochs * of_an_epoch + rest * args.images_per_step
+def health_crops() -> KeptCrops:
+    """What keeps the decoded images of `health_record`: those with several views are kept whole."""
+    return KeptCrops(whole=VIEWS["num_view_images"])
 
 
 def health_record(
-    model, augment, images, run: RunArguments, batch_size: int, folder: Path, is_start: bool = False
+    model, augment, images, run: RunArguments, batch_size: int, folder: Path, is_start: bool = False, kept=None
 ) -> Result:
     """`results/health.json`: health of the features of training images, beside an untrained encoder's. No labels.
 
     `is_start`: the weights are those that the run starts from. They are measured alone, into a file of their own. What
-    they gave then stands in the later table.
+    they gave then stands in the later table. `kept`, a `KeptCrops`, keeps what is decoded.
     """
     sample = Images(fixed_sample(images, HEALTH_IMAGES), f"{source_name(run.dataset)}, split {run.train_split}")
-    extract = FeatureExtractor(frozen(model, augment, run, str(folder)), batch_size, progress=False)
+    about = dict(progress=watched() and "health", kept=kept or health_crops())
+    extract = FeatureExtractor(frozen(model, augment, run, str(folder)), batch_size, **about)
     result = measure(Health(num_images=HEALTH_IMAGES, **VIEWS, compare=not is_start), extract, (sample,), folder)
     path = result_path(folder, START_HEALTH_RESULT)
     if is_start:

@@ -1,6 +1,8 @@
 """The images of a run as the trainer takes them: random crops, what is measured on them, augmentation on the device."""
 
 import contextlib
+import functools
+from collections.abc import Callable, Iterable
 
 from datasets import Dataset
 from transformers import PreTrainedConfig
@@ -20,6 +22,7 @@ from hf_mim.data.decode import BrokenImage, decoding, image_name
 from hf_mim.data.nodata import IGNORE_TAGS, pages_line, tag_nodata
 from hf_mim.data.sources import fixed_sample
 from hf_mim.data.value_range import find_value_range
+from hf_mim.evaluation.progress import with_bar
 from hf_mim.models.nodata import as_text
 from hf_mim.models.pixels import ValueRange
 from hf_mim.pretraining.arguments import MIMTrainingArguments
@@ -75,7 +78,9 @@ def measured_crops(
         run.nodata = tag_nodata(images)
     crops = random_crops(images, run, config, args)
     crops = crops if given else crops.check_tags()
-    value_range, found, missing = find_value_range(crops, run.value_range, config.num_channels)
+    value_range, found, missing = find_value_range(
+        crops, run.value_range, config.num_channels, watching("range of values", images)
+    )
     found = "\n".join(line for line in (pages_line(images, config.num_channels), found) if line) or None
     if value_range is not None:
         run.value_range = value_range.as_list()
@@ -85,6 +90,12 @@ def measured_crops(
                 f"{method.name} has none (docs/new_method.md); --nodata none ignores GDAL_NODATA tags"
             )
     return crops, value_range, found, missing
+
+
+def watching(what: str, images) -> Callable[[Iterable], Iterable]:
+    """Passes `NUM_SAMPLED` of the images on with a progress bar."""
+    total = min(NUM_SAMPLED, len(images)) if hasattr(images, "__len__") else NUM_SAMPLED
+    return functools.partial(with_bar, desc=what, total=total)
 
 
 def check_sample(images: ImageDataset | ImageStream):
@@ -132,7 +143,10 @@ def device_augment(recipe: Recipe, images: ImageDataset | ImageStream, config: P
     """Augmentation and normalisation. If mean and std are not given, they are measured and put into the recipe."""
     run = recipe.run
     if run.image_mean is None:
-        run.image_mean, run.image_std = ([round(x, 4) for x in values] for values in channel_statistics(images))
+        run.image_mean, run.image_std = (
+            [round(x, 4) for x in values]
+            for values in channel_statistics(images, watch=watching("mean and std", images))
+        )
     if len(run.image_mean) != config.num_channels:
         raise ValueError(f"image_mean must have {config.num_channels} values (num_channels), not {run.image_mean}")
     return DeviceAugment(

@@ -3,8 +3,11 @@
 import logging
 from pathlib import Path
 
+import numpy as np
+from PIL import Image
 from torch import nn
 from transformers import TrainerCallback
+from transformers.integrations import TensorBoardCallback, TrackioCallback
 
 from hf_mim.data.sources import fixed_sample
 from hf_mim.evaluation.encoder import FrozenEncoder
@@ -61,8 +64,21 @@ class RunPictures(TrainerCallback):
                 path = picture_path(self.folder, name, step)
                 path.parent.mkdir(parents=True, exist_ok=True)
                 PICTURES[name].plot(viewer, self.chosen).save(path)
+                if step is not None:
+                    self.report(name, path, step)
         except (ValueError, OSError) as error:  # features that are not finite, a full disk
             logger.warning("not all pictures were made: %s", one_line(error))
+
+    def report(self, name: str, path: Path, step: int):
+        """Show a picture beside the curves, where `report_to` sends them to TensorBoard or Trackio."""
+        for callback in self.trainer.callback_handler.callbacks:
+            if isinstance(callback, TensorBoardCallback) and callback.tb_writer is not None:
+                pixels = np.asarray(Image.open(path).convert("RGB"))
+                callback.tb_writer.add_image(f"pictures/{name}", pixels, step, dataformats="HWC")
+            elif isinstance(callback, TrackioCallback):
+                import trackio  # it is there, because the callback uses it
+
+                trackio.log({f"pictures/{name}": trackio.Image(path), "train/global_step": step})
 
     def viewer(self, model: nn.Module) -> Viewer:
         augment = self.trainer.augment

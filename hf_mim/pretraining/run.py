@@ -32,9 +32,9 @@ from hf_mim.pretraining.final_results import (
     Readout,
     central_crop,
     check_best,
+    health_crops,
     health_record,
     load_split,
-    training_record,
 )
 from hf_mim.pretraining.image_cache import cached_images
 from hf_mim.pretraining.images import check_sample, check_windows, device_augment, evaluation_images, measured_crops
@@ -44,12 +44,14 @@ from hf_mim.pretraining.pictures import RunPictures
 from hf_mim.pretraining.probe import OnlineProbe
 from hf_mim.pretraining.rates import check_schedule
 from hf_mim.pretraining.recipe import Recipe, RunArguments
+from hf_mim.pretraining.record import training_record
 from hf_mim.pretraining.resume import check_resumed_data, check_run_folder, check_same_run
 from hf_mim.pretraining.signals import Ended, ended_at_once
 from hf_mim.pretraining.start import start_from
+from hf_mim.pretraining.telling import FirstSteps, finished, plan, rate_hint
 from hf_mim.pretraining.trainer import MIMTrainer, MIMTrainingArguments, check_shared_memory
 from hf_mim.pretraining.waiting import WaitingAdvice, advice
-from hf_mim.run_folder import CARD, METRICS, checkpoints
+from hf_mim.run_folder import CARD, METRICS, checkpoints, step_of
 
 
 class Pretraining:
@@ -114,6 +116,17 @@ class Pretraining:
         self._look_while_it_trains(config)
         # Last, because it reads whole checkpoints.
         self.checkpoint = self.trainer.checkpoint_to_resume(str(self.begins_at) if self.begins_at else resumes)
+        self.plan = self._plan(steps, value_range) if args.process_index == 0 else []
+
+    def _plan(self, steps: int, value_range: ValueRange | None) -> list[str]:
+        """The lines that say what the run is about to do, and why it may not work."""
+        recipe, trainer, done = self.recipe, self.trainer, step_of(self.checkpoint) if self.checkpoint else 0
+        if self.begins_at is None and 0 < steps <= done:
+            return [finished(self.folder, recipe, trainer.args, steps)]
+        lines = [plan(recipe, self.images, trainer, steps, value_range, done)]
+        if not done and recipe.run.init_from is None:
+            lines += filter(None, [rate_hint(trainer.args, steps)])
+        return lines
 
     def _continued(self) -> Path | None:
         """The checkpoint of another run that this one makes longer."""
@@ -127,6 +140,7 @@ class Pretraining:
         """Give the trainer the callbacks that advise, measure the features and draw pictures."""
         run = self.recipe.run
         about = self.images, run, self.trainer.args, config.training_size, config.num_channels
+        self.trainer.add_callback(FirstSteps())
         self.trainer.add_callback(WaitingAdvice(functools.partial(advice, *about)))
         if run.probe_every:
             samples = self.readout.sample(run.probe_images, run.probe_images // 4) if self.readout else None
@@ -146,6 +160,7 @@ class Pretraining:
             if main:
                 self.folder.mkdir(parents=True, exist_ok=True)
                 stack.enter_context(locked(self.folder, "output_dir", print))
+                print(*self.plan, sep="\n", flush=True)
             try:
                 with ended_at_once():
                     if main:
@@ -199,14 +214,17 @@ class Pretraining:
         trainer, run = self.trainer, self.recipe.run
         batch_size = trainer.args.per_device_eval_batch_size
         record = training_record(trainer, run, self.images, self.nodata)
-        print(f"\nThe training waited {record.scores['data_wait_share']:.1%} of its time for images.")
+        waited = f"The training waited {record.scores['data_wait_share']:.1%} of its time for images."
+        print(f"\n{waited} Now its features are measured.", flush=True)
+        kept = health_crops()
         with self.warned("The health of the features was not measured"):  # they are not finite, or images are broken
-            health_record(model, self.augment, self.images, run, batch_size, self.folder)
+            health_record(model, self.augment, self.images, run, batch_size, self.folder, kept=kept)
+        kept.keep_no_more()  # the k-NN test reads many more images, each once
         if self.readout is not None and run.knn:
             set_seed(trainer.args.seed)
             untrained = AutoModelForPreTraining.from_config(model.config).to(model.device).eval()
             with self.warned("The k-NN accuracy was not measured"):  # too many broken images, no label in a stream
-                self.readout.measure(model, untrained, self.augment, batch_size, self.folder)
+                self.readout.measure(model, untrained, self.augment, batch_size, self.folder, kept)
 
     @contextlib.contextmanager
     def warned(self, what: str):

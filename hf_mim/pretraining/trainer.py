@@ -10,13 +10,14 @@ import os
 import sys
 
 import torch
+import transformers.trainer
 from accelerate import skip_first_batches
 from accelerate.data_loader import prepare_data_loader
 from accelerate.utils import gather_object
 from torch import nn
 from torch.utils.data import DataLoader
 from transformers import Trainer
-from transformers.trainer_callback import ProgressCallback
+from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_utils import has_length
 
 from hf_mim.data import DeviceAugment, ImageDataset, ImageStream
@@ -29,7 +30,6 @@ from hf_mim.models.target_encoder import TargetNetworkMixin
 from hf_mim.pretraining.arguments import MIMTrainingArguments
 from hf_mim.pretraining.callbacks import (
     MetricsFile,
-    MIMProgress,
     SaveBeforeDecay,
     TargetUpdate,
     Throughput,
@@ -37,6 +37,7 @@ from hf_mim.pretraining.callbacks import (
 )
 from hf_mim.pretraining.collapse import CollapseAlarm
 from hf_mim.pretraining.guard import StepGuard
+from hf_mim.pretraining.progress import MIMProgress
 from hf_mim.pretraining.rates import RatesTrainer
 from hf_mim.pretraining.saving import CheckpointTrainer
 from hf_mim.pretraining.signals import SHARED_MEMORY, Ended, NoImagesError, free_shared_memory
@@ -120,8 +121,10 @@ class MIMTrainer(CheckpointTrainer, RatesTrainer, HubTrainer, QuietWorkers, Trai
         if isinstance(model, TargetNetworkMixin) and model.target_pairs():  # a frozen target does not collapse
             alarm = CollapseAlarm(args.stop_on_collapse)
             self.callback_handler.callbacks.insert(0, alarm)  # first, because all reports show what it adds to a log
-        if self.pop_callback(ProgressCallback) is not None:
-            self.add_callback(MIMProgress())
+        theirs = PrinterCallback if args.disable_tqdm else transformers.trainer.DEFAULT_PROGRESS_CALLBACK
+        shown = self.callback_handler.callbacks
+        shown.remove(next(one for one in reversed(shown) if type(one) is theirs))  # the last: a user may give one too
+        self.add_callback(MIMProgress())
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
         """As Trainer's. True resumes from the newest whole checkpoint, a path from the checkpoint there.

@@ -78,19 +78,24 @@ def advice(images, run: RunArguments, args: MIMTrainingArguments, size: tuple[in
     return " or ".join(found) or "all cores decode already, and the images are small: more cores or a faster disk help"
 
 
-def _smaller_files(images, run: RunArguments, size: tuple[int, int], num_channels: int) -> str | None:
-    """The command that prepares the images so that little is decoded in vain; None if they are small already.
-
-    Tiles of twice the window leave it room to move. A short side of size / √(smallest share) is enough for every crop:
-    none has to be enlarged.
-    """
+def sampled_sizes(images, num_channels: int) -> list[tuple[int, int]]:
+    """(width, height) of a few images."""
     sizes = []
     for row in fixed_sample(images, _SIZES):
         try:
             sizes.append(image_size(row["image"], num_channels))
         except (BrokenImage, OSError, ValueError):  # it is found and counted where it is used
             continue
-    if not sizes or run.streaming:
+    return sizes
+
+
+def _smaller_files(images, run: RunArguments, size: tuple[int, int], num_channels: int) -> str | None:
+    """The command that prepares the images so that little is decoded in vain; None if they are small already.
+
+    Tiles of twice the window leave it room to move. A short side of size / √(smallest share) is enough for every crop:
+    none has to be enlarged.
+    """
+    if run.streaming or not (sizes := sampled_sizes(images, num_channels)):
         return None
     if run.crop_pixels is not None:
         side = 2 * max(run.crop_pixels if isinstance(run.crop_pixels, tuple) else (run.crop_pixels,))

@@ -81,9 +81,11 @@ def draw_scans(folder, patients=16, each=5):
 
 
 @pytest.mark.pictures
-def test_folders_of_patients_are_not_measured_as_classes(tmp_path, capsys):
+def test_folders_of_patients_are_not_measured_as_classes(tmp_path, capsys, monkeypatch):
+    accumulators = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "board"))
     scans = draw_scans(tmp_path / "scans")
-    options = [*SMALL, *OWN_IMAGES, "--probe_every", 1]
+    options = [*SMALL, *OWN_IMAGES, "--probe_every", 1, "--report_to", "tensorboard"]
     run("--dataset", scans, *options, "--output_dir", tmp_path / "run")
     line = capsys.readouterr().out.splitlines()[0]
     assert "no labels; the 16 folders (P00, P01, P02 and 13 more) are taken for groups" in line
@@ -93,6 +95,10 @@ def test_folders_of_patients_are_not_measured_as_classes(tmp_path, capsys):
     assert any("probe_rank_me" in entry for entry in log) and not any("probe_knn" in entry for entry in log)
     probed = {path.parent.name for path in (tmp_path / "run" / "pictures").glob("*/pca.png")}
     assert probed == {f"step-{entry['step']}" for entry in log if "probe_rank_me" in entry and entry["step"]}
+    events = accumulators.EventAccumulator(str(tmp_path / "board"))
+    events.Reload()
+    for name in ("pca", "reconstructions"):
+        assert {f"step-{event.step}" for event in events.Images(f"pictures/{name}")} == probed
 
 
 def test_labels_and_groups_that_are_declared_are_in_the_result_and_in_the_card(tmp_path, capsys):
