@@ -111,7 +111,7 @@ def test_labels_and_groups_that_are_declared_are_in_the_result_and_in_the_card(t
     about = {"labels": "column diagnosis", "group": "column folder", "num_classes": 2}
     assert result["settings"] | about == result["settings"]
     assert (result["data"]["train"]["images"], result["data"]["test"]["images"]) == (60, 20), "whole patients of five"
-    assert "labels column diagnosis; group column folder" in (tmp_path / "run" / "README.md").read_text()
+    assert "| labels | column diagnosis |\n| group | column folder |" in (tmp_path / "run" / "README.md").read_text()
     evaluate = ["evaluate", "linear", tmp_path / "run", *options, "--epochs", 2, "--cache", "none"]
     assert main([*map(str, evaluate), "--output", str(tmp_path / "linear.json")]) == 0
     result = json.loads((tmp_path / "linear.json").read_text())

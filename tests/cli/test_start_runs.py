@@ -61,7 +61,9 @@ def test_a_run_from_weights_measures_them_before_its_first_step(continued, sourc
     assert list(table[0])[:4] == ["measure", "value", "at the start", "untrained"]
     card = (continued / "README.md").read_text()
     assert "| measure | value | at the start | untrained |" in card and "before the first step, to compare" in card
-    assert f"at the start {before['value']:.4f}" in card and "| Started from | mae (" in card
+    (row,) = (line for line in card.splitlines() if line.startswith("| k-NN") and line.count("|") > 4)
+    assert "| trained | at the start | untrained | raw pixels |" in card and "| Started from | mae (" in card
+    assert f"| {100 * knn['value']:.1f} % | {100 * before['value']:.1f} % |" in row
 
 
 def test_what_is_measured_before_the_first_step_are_the_weights_of_the_source(continued, source):
