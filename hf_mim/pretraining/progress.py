@@ -36,7 +36,7 @@ class MIMProgress(ProgressCallback):
         self.shows_bar = watched() and not args.disable_tqdm
         if state.is_world_process_zero and self.shows_bar:
             about = dict(total=state.max_steps, initial=state.global_step, dynamic_ncols=True)
-            self.training_bar = tqdm(**about, bar_format="step {n_fmt} of {total_fmt} {bar}{postfix}")
+            self.training_bar = tqdm(**about, bar_format="step {n_fmt} of {total_fmt} {bar} {desc}")
         self.current_step = state.global_step
 
     def on_step_end(self, args, state, control, **kwargs):
@@ -61,7 +61,7 @@ class MIMProgress(ProgressCallback):
             self.probe = " · ".join(facts)
         if self.training_bar is not None:
             if "loss" in logs:
-                self.training_bar.set_postfix_str(" · ".join(filter(None, (*facts, self.probe))))
+                self.training_bar.set_description_str(" · ".join(filter(None, (*facts, self.probe))))
         elif facts:
             print(" · ".join([f"step {state.global_step:,} of {state.max_steps:,}", *facts]), flush=True)
 

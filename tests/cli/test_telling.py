@@ -11,7 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from small_runs import ENVIRONMENT, SMALL, photos, read_recipe, run
+from small_runs import ENVIRONMENT, REPOSITORY, SMALL, photos, read_recipe, run
 
 from hf_mim.data import decode
 from hf_mim.models.pixels import ValueRange
@@ -81,6 +81,12 @@ def test_the_plan_says_what_the_recipe_says(told):
         "24 images in 2 folders, 16×16 RGB · ViT of 1 block, width 16, patch 8 at 16 px, 6.4 k · MAE · "
         f"cpu, 1 process, 0 workers · 3 steps of 6 (0.8 epochs), peak lr 3.5e-6 · {told.folder}"
     )
+
+
+def test_the_plan_in_the_readme_is_what_the_first_command_prints(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (line,) = Pretraining(read_recipe(["--use_cpu"])).plan
+    assert line in (REPOSITORY / "README.md").read_text().splitlines()
 
 
 def test_without_a_terminal_there_are_plain_lines_and_no_bars(told):
