@@ -23,9 +23,8 @@ def checkpoint(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize(
-    "order", ["hf_mim first", *(pytest.param(order, marks=pytest.mark.slow) for order in list(ORDERS)[1:])]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("order", ORDERS)
 def test_auto_classes_load_our_models_in_any_order_of_imports(order, checkpoint):
     script = f"""
 import sys

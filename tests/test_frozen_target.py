@@ -127,7 +127,7 @@ def teacher(tmp_path_factory):
     return str(folder)
 
 
-@pytest.mark.parametrize("method", WITH_TARGET)
+@pytest.mark.parametrize("method", [pytest.param("latent_mim", marks=pytest.mark.slow), "stop_jepa"])
 def test_a_run_takes_target_from_a_checkpoint_and_resumes_to_the_bit(method, teacher, tmp_path, capsys):
     given = TINY | {"method": method, "target_from": teacher, "output_dir": str(tmp_path / "run")}
     Pretraining(Recipe.read(None, given))()

@@ -181,7 +181,7 @@ def test_a_resume_on_other_images_is_refused_unless_it_is_accepted(tmp_path, cap
 
 
 @pytest.mark.pictures
-@pytest.mark.parametrize("method", ["latent_mim", "stop_jepa"])
+@pytest.mark.parametrize("method", ["latent_mim", pytest.param("stop_jepa", marks=pytest.mark.slow)])
 def test_the_other_methods_fill_their_run_folders_and_load(tmp_path, method):
     folder = tmp_path / method
     run("--method", method, *TINY_RUN, "--output_dir", folder)

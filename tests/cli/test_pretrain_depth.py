@@ -31,6 +31,8 @@ KINDS = {
     "8 bits with black for no data": (3, "uint8", 9, 250, ["--nodata", "0"], "pixels: uint8, ", (0, 255)),
 }
 DRAWN = ("13 bands", "decibels with stripes of NaN")  # tests/visualize has pictures of every kind
+MARKS = dict.fromkeys(DRAWN, [pytest.mark.pictures])
+MARKS |= dict.fromkeys(("decibels", "colour of 16 bits", "decibels of a given range"), [pytest.mark.slow])
 # kind → (the value of pixels without data, the tag of the files)
 NODATA = {
     "decibels with stripes of NaN": (np.nan, None),
@@ -57,9 +59,7 @@ def scenes(folder, bands, kind, low, high, nodata=None, tag=None):
     return folder
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[pytest.mark.pictures] if name in DRAWN else []) for name in KINDS]
-)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=MARKS.get(name, [])) for name in KINDS])
 def test_a_run_keeps_the_depth_and_the_image_processor_gives_its_features(name, tmp_path, capsys):
     bands, kind, low, high, options, line, ends = KINDS[name]
     nodata, tag = NODATA.get(name, (None, None))

@@ -55,7 +55,11 @@ CASES = {
     "linear": Case(dict(epochs=5, learning_rates=[0.01, 1]), columns=("test",), accuracies=top1),
     "attentive": Case(dict(epochs=3, attention_heads=2), columns=("test",), accuracies=top1),
     "lowshot": Case(dict(budgets=["2", "10%"], draws=2, c=[0.1, 10]), columns=("accuracy",), accuracies=top1),
-    "finetune": Case(FINETUNE, accuracies=top1),
+    "finetune": Case(
+        FINETUNE,
+        columns=("test accuracy",),
+        accuracies=lambda result: top1(result) + [row["test accuracy"] for row in result.table],
+    ),
     "segment": Case(
         dict(epochs=3, learning_rates=[0.001, 0.1], k=3),
         scenes_with_masks,

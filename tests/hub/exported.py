@@ -47,7 +47,7 @@ CASES = {
 }
 # Forms that take long to load, or to write, have one case or two of each method.
 ONLY = {
-    "onnx": ("linear-probe", "latent_mim-oblong", "stop_jepa"),
+    "onnx": ("linear-probe", "stop_jepa-oblong"),  # with and without CLS
     "remote-code": ("mae", "mae-oblong", "latent_mim", "stop_jepa-oblong", "sym_mim", "fine-tuned"),
 }
 INSTALLED = {
