@@ -199,6 +199,13 @@ SYM_MIM = _ours(
         "learning_rate": "lower",
     },
 )
+INTERACTIVE_MIM = _ours(
+    "interactive_mim",
+    "InteractiveMIM",
+    ("vu2024interactive",),
+    title="Interactive MIM",
+    papers=("2409.08885",),
+)
 IJEPA = dataclasses.replace(
     STOP_JEPA,
     name="ijepa",
@@ -210,7 +217,7 @@ IJEPA = dataclasses.replace(
     aliases=("i_jepa",),
 )
 
-OURS = (MAE, LATENT_MIM, STOP_JEPA, IJEPA, SYM_MIM)
+OURS = (MAE, LATENT_MIM, STOP_JEPA, IJEPA, SYM_MIM, INTERACTIVE_MIM)
 
 _table: dict[str, Method] = {}
 _entry_points_are_loaded = False

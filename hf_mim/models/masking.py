@@ -1,7 +1,8 @@
 """Which patches are context and which are to be predicted.
 
-`split_at_random` is MAE's and Latent MIM's sampler, `split_checkerboard` that of SymMIM, and `sample_multi_block` that
-of I-JEPA (arXiv 2301.08243, section 3 and appendix A.1) and StoP (arXiv 2308.00566). None loops over images.
+`split_at_random` is MAE's and Latent MIM's sampler, `split_checkerboard` that of SymMIM, `split_modalities` that of
+Interactive MIM, and `sample_multi_block` that of I-JEPA (arXiv 2301.08243, section 3 and appendix A.1) and StoP
+(arXiv 2308.00566). None loops over images.
 
 Statistics of `sample_multi_block` with I-JEPA's scales, measured over 1,000 (14x14) and 500 (8x8) batches of 256.
 "share" is the share of the grid's patches that the context has after it was cut to the smallest of the batch, "worst"
@@ -43,6 +44,28 @@ def split_at_random(noise: Tensor, num_kept: int) -> tuple[Tensor, Tensor]:
     """
     order = noise.argsort(dim=1, stable=True)
     return order[:, :num_kept], order[:, num_kept:]
+
+
+def split_modalities(noise: Tensor, num_kept: int, num_modalities: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Keep `num_kept` patches of each modality of each image, at other places in each modality.
+
+    For each image the masks of the modalities are independent and uniform. At how many places several modalities are
+    visible is drawn once for the batch, because its tensors have to be rectangular. The first modality keeps the
+    patches with the smallest noise `[B, N]`.
+
+    Returns the places where something is visible `[B, U]`, the masked places of each modality `[B, M, N - num_kept]`,
+    and which modalities are visible at the former, bool `[B, U, M]`.
+    """
+    order, device = noise.argsort(dim=1, stable=True), noise.device
+    # On the CPU, because the host needs the number of places. Each image has them in an order of its own.
+    shown = torch.zeros(num_modalities, noise.shape[1], dtype=torch.bool)
+    shown[0, :num_kept] = True
+    for modality in shown[1:]:
+        modality[torch.randperm(len(modality))[:num_kept]] = True
+    some = shown.any(dim=0)
+    masked = (~shown).nonzero()[:, 1].unflatten(0, (num_modalities, -1))
+    visible = _on(device, shown[:, some].T.contiguous()).expand(len(noise), -1, -1)
+    return order[:, _on(device, some.nonzero()[:, 0])], order[:, _on(device, masked)], visible
 
 
 def checkerboard(grid: tuple[int, int], cell: int = 1, device: torch.device | str | None = None) -> Tensor:
@@ -197,10 +220,14 @@ def sample_multi_block(
     else:
         raise ValueError(masking.no_context(grid))
 
-    ids = _trim(context, masking.mask_trim), target_blocks[places]
+    return _on(device, _trim(context, masking.mask_trim)), _on(device, target_blocks[places])
+
+
+def _on(device: torch.device | str | None, tensor: Tensor) -> Tensor:
+    """A tensor of the CPU on a device. The copy from pinned memory makes nobody wait."""
     if device is not None and torch.device(device).type == "cuda":
-        ids = ids[0].pin_memory(), ids[1].pin_memory()
-    return ids[0].to(device, non_blocking=True), ids[1].to(device, non_blocking=True)
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
 
 
 def _between(bounds: Range, share: float) -> float:

@@ -273,11 +273,18 @@ class MIMPreTrainedModel(PreTrainedModel):
 
 
 class ViTEncoder(MIMPreTrainedModel):
-    """The encoder that `AutoModel` loads from a checkpoint of any of the methods."""
+    """The encoder that `AutoModel` loads from a checkpoint of any of the methods.
+
+    A method that embeds patches in its own way names its `embeddings_class`, and in `own_arguments` what its `forward`
+    hands on to them.
+    """
+
+    embeddings_class = ViTEmbeddings
+    own_arguments = ()
 
     def __init__(self, config: MIMConfig):
         super().__init__(config)
-        self.embeddings = ViTEmbeddings(config)
+        self.embeddings = self.embeddings_class(config)
         self.embeddings.projection.is_patch_embedding = True
         self.layers = vit_layers(
             config,
@@ -301,7 +308,8 @@ class ViTEncoder(MIMPreTrainedModel):
 
     def residual_stream(self, patches, grid, patch_ids=None, **kwargs):
         """The tokens of `encode` before the final norm."""
-        hidden_states = self.embeddings(patches, grid, patch_ids)
+        own = {name: kwargs.pop(name) for name in self.own_arguments if name in kwargs}
+        hidden_states = self.embeddings(patches, grid, patch_ids, **own)
         for layer in self.layers:
             hidden_states = layer(hidden_states, None, **kwargs)
         return hidden_states
@@ -336,7 +344,7 @@ class ViTEncoder(MIMPreTrainedModel):
             ValueError: a channel count or a side that does not fit the config.
             TypeError: an argument that does not exist.
         """
-        if unknown := sorted(kwargs.keys() - ADDED_BY_TRANSFORMERS):
+        if unknown := sorted(kwargs.keys() - ADDED_BY_TRANSFORMERS - {*self.own_arguments}):
             known = "pixel_values, patch_ids, output_hidden_states, output_attentions and return_dict"
             raise TypeError(f"{type(self).__name__}.forward() takes {known}, and no {', '.join(unknown)}")
         patches, grid = self.cut(pixel_values)

@@ -170,7 +170,7 @@ def _as(value: Any, hint: Any) -> Any:
         items = re.sub(r"[][() ]", "", value).split(",") if isinstance(value, str) else value
         if not isinstance(items, list | tuple) or (kind is tuple and len(items) != len(arguments)):
             raise ValueError
-        return kind(_as(item, arguments[0]) for item in items)
+        return kind(_as(item, arguments[0]) if arguments else item for item in items)
     if kind is bool and str(value).lower() in ("true", "false"):
         return str(value).lower() == "true"
     if kind in (int, float) and not isinstance(value, bool):

@@ -1,0 +1,290 @@
+"""Interactive MIM: interactive masked image modeling for several modalities (Vu et al., arXiv 2409.08885)."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import initialization as init
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from .configuration_interactive_mim import InteractiveMIMConfig
+from .decoders import CrossAttention
+from .heads import BackboneHead, ClassificationHead
+from .losses import mean_and_variance, mean_squared_error, standardize
+from .masking import gather, split_at_random, split_modalities
+from .positions import PositionEmbeddings
+from .recording import pretraining_forward
+from .signals import error_over_constant, spread
+from .vit import (
+    MLP,
+    MIMPreTrainedModel,
+    PretrainingOutput,
+    ViTEmbeddings,
+    ViTEncoder,
+    are_ids_absent,
+    run_layers,
+    unpatchify,
+    vit_layers,
+)
+
+
+@dataclass
+class InteractiveMIMOutput(PretrainingOutput):
+    """context_ids `[B, U]`: the places that the encoder sees; visible, bool `[B, U, M]`: the modalities that it sees
+    there (absent: all). target_ids `[B, M, Nm]`: the masked places of each modality, or `[B, Nm]` for one modality.
+    Predictions and targets `[B, Nm, P]`: for each modality, one after the other, the pixels of its masked patches."""
+
+    visible: torch.Tensor | None = None
+
+
+class ModalityEmbeddings(ViTEmbeddings):
+    """The token of a place is the sum of the embeddings of the modalities that are visible there.
+
+    One Linear of all channels is this sum: its columns are the embeddings of the modalities, and its bias is the sum of
+    their biases. A modality that is not visible has zeros for pixels, and its bias is taken off: that is `absent`.
+    So the encoder of whole images is a plain ViT, which every export can hold.
+    """
+
+    def __init__(self, config: InteractiveMIMConfig):
+        super().__init__(config)
+        self.channels = list(config.modality_channels.values())
+        partly = len(self.channels) > 1 and config.modality_masking == "independent"
+        self.absent = nn.Parameter(torch.empty(len(self.channels), config.hidden_size)) if partly else None
+
+    def forward(self, patches, grid, patch_ids=None, visible=None):
+        """`visible`, bool `[B, K, M]`: the modalities that are visible at each place; None: all."""
+        if visible is None:
+            return super().forward(patches, grid, patch_ids)
+        parts = zip(visible.split(1, dim=-1), self.channels, strict=True)
+        shown = torch.cat([part.expand(-1, -1, count) for part, count in parts], dim=-1)  # [B, K, C]
+        pixels = patches.unflatten(-1, (-1, sum(self.channels)))
+        tokens = super().forward((pixels * shown[..., None, :]).flatten(-2), grid, patch_ids)
+        if self.absent is None:
+            return tokens
+        start = tokens.shape[1] - visible.shape[1]
+        off = (~visible).to(tokens.dtype) @ self.absent.to(tokens.dtype)
+        return torch.cat([tokens[:, :start], tokens[:, start:] + off], dim=1)
+
+
+class InteractiveMIMPreTrainedModel(MIMPreTrainedModel):
+    config_class = InteractiveMIMConfig
+    base_model_prefix = "encoder"
+    _keys_to_ignore_on_load_unexpected = [r"^decoder\."]
+
+    @torch.no_grad()
+    def _init_weights(self, module):
+        super()._init_weights(module)
+        if getattr(module, "absent", None) is not None:
+            init.zeros_(module.absent)
+
+
+class InteractiveMIMModel(InteractiveMIMPreTrainedModel, ViTEncoder):
+    """The encoder of Interactive MIM."""
+
+    embeddings_class = ModalityEmbeddings
+    own_arguments = ("visible",)
+
+    def forward(self, pixel_values, patch_ids=None, modalities=None, **kwargs):
+        """As `ViTEncoder.forward`, of all modalities or of some.
+
+        Args:
+            pixel_values: `[B, C, H, W]`; the channels of modalities that are left out are not read, and may be missing.
+            modalities: names of those to read; default: `config.modalities_seen`.
+        """
+        names = self.config.modalities_seen if modalities is None else list(modalities)
+        if names is None:
+            return super().forward(pixel_values, patch_ids, **kwargs)
+        self.config.check_seen(names)
+        own = self.config.channels_of_modalities
+        chosen = [channel for name, part in own.items() if name in names for channel in range(part.start, part.stop)]
+        if pixel_values.shape[1] == len(chosen) < self.config.num_channels:
+            whole = pixel_values.new_zeros(len(pixel_values), self.config.num_channels, *pixel_values.shape[2:])
+            whole[:, chosen] = pixel_values
+            pixel_values = whole
+        sides = zip(pixel_values.shape[2:], self.config.patch_height_width, strict=True)
+        rows, columns = (side // patch for side, patch in sides)
+        count = rows * columns if patch_ids is None else patch_ids.shape[1]
+        visible = torch.tensor([name in names for name in own], device=pixel_values.device)
+        return super().forward(pixel_values, patch_ids, visible=visible.expand(len(pixel_values), count, -1), **kwargs)
+
+
+class InteractionLayer(GradientCheckpointingLayer):
+    """Pre-norm block: cross-attention from masked tokens to the visible ones, MLP."""
+
+    def __init__(self, config: InteractiveMIMConfig, width: int, heads: int):
+        super().__init__()
+        self.norm1_queries = nn.LayerNorm(width, eps=config.layer_norm_eps)
+        self.norm1_memory = nn.LayerNorm(width, eps=config.layer_norm_eps)
+        self.cross_attention = CrossAttention(config, width, heads)
+        self.norm2 = nn.LayerNorm(width, eps=config.layer_norm_eps)
+        self.mlp = MLP(config, width, 4 * width)
+
+    def forward(self, queries, memory):
+        """Queries `[B, Q, D]`, memory `[B, K, D]` → `[B, Q, D]`."""
+        queries = queries + self.cross_attention(self.norm1_queries(queries), self.norm1_memory(memory))[0]
+        return queries + self.mlp(self.norm2(queries))
+
+
+class InteractionDecoder(nn.Module):
+    """Masked tokens, one for each masked patch of each modality, read the visible tokens; then a light transformer of
+    both, and a head for the pixels of each modality."""
+
+    def __init__(self, config: InteractiveMIMConfig):
+        super().__init__()
+        width, heads = config.decoder_hidden_size, config.decoder_num_attention_heads
+        self.embed = nn.Linear(config.hidden_size, width)
+        self.mask_token = nn.Parameter(torch.empty(len(config.modalities), 1, width))
+        self.position_embeddings = PositionEmbeddings(config, width)
+        blocks = range(config.interaction_num_layers)
+        self.interaction = nn.ModuleList(InteractionLayer(config, width, heads) for _ in blocks)
+        self.layers = vit_layers(config, width, config.decoder_num_hidden_layers, heads)
+        self.norm = nn.LayerNorm(width, eps=config.layer_norm_eps)
+        pixels = math.prod(config.patch_height_width)
+        self.heads = nn.ModuleList(nn.Linear(width, pixels * count) for count in config.modality_channels.values())
+
+    def forward(self, latents, grid, context_ids, target_ids):
+        """Latents `[B, prefix + U, D]` of the places `context_ids [B, U]` → for each modality the predictions
+        `[B, Nm, P]` of its `target_ids [B, M, Nm]`."""
+        prefix, places = self.position_embeddings(grid, self.mask_token.dtype)
+        context = self.embed(latents) + torch.cat([prefix.expand(len(latents), -1, -1), places[context_ids]], dim=1)
+        queries = (self.mask_token + places[target_ids]).flatten(1, 2)
+        for layer in self.interaction:
+            queries = layer(queries, context)
+        tokens = torch.cat([context, queries], dim=1)
+        tokens = self.norm(run_layers(self.layers, tokens, num_queries=queries.shape[1]))
+        parts = tokens.unflatten(1, target_ids.shape[1:]).unbind(dim=1)
+        return [head(part) for head, part in zip(self.heads, parts, strict=True)]
+
+
+class InteractiveMIMForPreTraining(InteractiveMIMPreTrainedModel):
+    """Encoder on the visible patches of all modalities, decoder with interaction, reconstruction of the masked ones.
+
+    From the paper: masked tokens, which carry nothing of the image in MAE, first read the visible tokens by
+    cross-attention. Its network is a Swin, and no code was released. Decided here, for a ViT: the token of a place is
+    the sum of the embeddings of the modalities that are visible there, so their number costs nothing and one can be
+    left out; with independent masks, the modalities have to predict each other; the loss is the mean over modalities of
+    the squared error on their masked patches. With one modality and no interaction it is MAE.
+    """
+
+    _no_split_modules = ["ViTLayer", "InteractionLayer"]
+
+    def __init__(self, config: InteractiveMIMConfig):
+        super().__init__(config)
+        self.encoder = InteractiveMIMModel(config)
+        self.decoder = InteractionDecoder(config)
+        self.post_init()
+
+    def draw_masks(
+        self, batch_size, grid, device=None, *, context_ids=None, target_ids=None, visible=None, noise=None
+    ) -> dict:
+        """Draw the ids of one pass over a grid of `(rows, columns)` patches. What is given stays as it is.
+
+        Returns the arguments of `forward`: `context_ids [B, U]`, `target_ids [B, M, Nm]` (`[B, Nm]` for one modality),
+        int64, and for independent masks `visible`, bool `[B, U, M]`, all on `device`. With `noise [B, N]`, the patches
+        of the first modality with the smallest noise stay visible. For each image, the masks of the modalities are
+        independent and uniform. How many places they share is drawn once for the batch, because its tensors have to be
+        rectangular. Raises ValueError if only one kind of ids is given, or if the grid has too few patches to mask.
+        """
+        count, places = self.config.num_visible(grid), grid[0] * grid[1]
+        number = len(self.config.modalities)
+        if not are_ids_absent(context_ids, target_ids):
+            given = {"context_ids": context_ids, "target_ids": target_ids}
+            return given if visible is None else given | {"visible": visible}
+        noise = torch.rand(batch_size, places, device=device) if noise is None else noise
+        if number > 1 and self.config.modality_masking == "independent":
+            context_ids, target_ids, visible = split_modalities(noise, count, number)
+            return {"context_ids": context_ids, "target_ids": target_ids, "visible": visible}
+        context_ids, target_ids = split_at_random(noise, count)
+        if number > 1:
+            target_ids = target_ids[:, None].expand(-1, number, -1)
+        return {"context_ids": context_ids, "target_ids": target_ids}
+
+    @pretraining_forward
+    def forward(
+        self, pixel_values, context_ids=None, target_ids=None, visible=None, noise=None, valid_pixels=None
+    ) -> InteractiveMIMOutput:
+        """Reconstruct the masked patches of each modality.
+
+        Args:
+            pixel_values: normalised images `[B, C, H, W]`, the channels in the order of `config.modalities`.
+            context_ids: `[B, U]` the places that the encoder sees; drawn if absent.
+            target_ids: `[B, M, Nm]`, or `[B, 1, Nm]` or `[B, Nm]` for the same places in all modalities.
+            visible: bool `[B, U, M]`, the modalities that are visible at each of these places; default: all.
+            noise: `[B, N]`; the patches of the first modality with the smallest noise stay visible.
+            valid_pixels: bool `[B, C, H, W]`, False for pixels without data, which are 0 in `pixel_values` and left out
+                of the loss. Default: all have data.
+        """
+        patches, grid = self.encoder.cut(pixel_values)
+        given = {"context_ids": context_ids, "target_ids": target_ids, "visible": visible, "noise": noise}
+        masks = self.draw_masks(len(patches), grid, patches.device, **given)
+        places = self._of_each_modality(masks["target_ids"])
+        context_ids, num_prefix = masks["context_ids"], self.config.num_prefix_tokens
+        tokens = self.encoder.encode(gather(patches, context_ids), grid, context_ids, visible=masks.get("visible"))
+        predictions = self.decoder(tokens, grid, context_ids, places)
+        valid = None if valid_pixels is None else self.encoder.cut(valid_pixels)[0]
+        losses, targets, kept = {}, [], []
+        for number, name in enumerate(self.config.modality_channels):
+            own = gather(self._modality(patches, name), places[:, number]).float()
+            kept.append(None if valid is None else gather(self._modality(valid, name), places[:, number]))
+            targets.append(standardize(own, kept[-1]) if self.config.norm_pix_loss else own)
+            losses[name] = mean_squared_error(predictions[number].float(), targets[-1], kept[-1])
+        predictions, targets = torch.cat(predictions, dim=-1), torch.cat(targets, dim=-1)
+        kept = None if valid is None else torch.cat(kept, dim=-1)
+        metrics = {
+            "feature_std": spread(tokens[:, num_prefix:]),
+            "error_over_constant": error_over_constant(predictions[..., None], targets[..., None], kept),
+        }
+        if len(losses) > 1:
+            metrics |= {f"reconstruction_{name}": loss.detach() for name, loss in losses.items()}
+        loss = torch.stack([*losses.values()]).mean()
+        return InteractiveMIMOutput(loss=loss, predictions=predictions, targets=targets, metrics=metrics, **masks)
+
+    def _of_each_modality(self, target_ids):
+        """`[B, M, Nm]`, for ids `[B, Nm]` or `[B, 1, Nm]` too."""
+        target_ids = target_ids[:, None] if target_ids.ndim == 2 else target_ids
+        return target_ids.expand(-1, len(self.config.modalities), -1)
+
+    def _modality(self, patches, name):
+        """Patches `[B, N, P]` → those of one modality."""
+        pixels = patches.unflatten(-1, (-1, self.config.num_channels))
+        return pixels[..., self.config.channels_of_modalities[name]].flatten(-2)
+
+    @torch.no_grad()
+    def reconstruct(self, pixel_values, valid_pixels=None, **masks) -> tuple[torch.Tensor, torch.Tensor]:
+        """Mask normalised images `[B, C, H, W]` and fill the masked patches with the model's predictions.
+
+        `masks` are those of `forward`, drawn if absent. Returns the reconstruction `[B, C, H, W]` (float32, normalised
+        as the images) and the mask of the first modality `[B, 1, H, W]`, True where masked. With `norm_pix_loss` each
+        predicted patch gets the mean and variance of the true one, of its `valid_pixels`.
+        """
+        output = self(pixel_values, valid_pixels=valid_pixels, **masks)
+        patches, grid = self.encoder.cut(pixel_values.float())
+        valid = None if valid_pixels is None else self.encoder.cut(valid_pixels)[0]
+        places, size = self._of_each_modality(output.target_ids), self.config.patch_height_width
+        widths = [math.prod(size) * count for count in self.config.modality_channels.values()]
+        images = []
+        for number, (name, predicted) in enumerate(
+            zip(self.config.modality_channels, output.predictions.float().split(widths, dim=-1), strict=True)
+        ):
+            own, ids = self._modality(patches, name), places[:, number]
+            if self.config.norm_pix_loss:
+                kept = None if valid is None else gather(self._modality(valid, name), ids)
+                mean, variance = mean_and_variance(gather(own, ids), kept)
+                predicted = predicted * (variance + 1e-6).sqrt() + mean
+            images.append(unpatchify(own.scatter(1, ids[..., None].expand_as(predicted), predicted), size, grid))
+        first = patches.new_zeros(*patches.shape[:2], math.prod(size))
+        ids = places[:, 0, :, None].expand(-1, -1, first.shape[-1])
+        return torch.cat(images, dim=1), unpatchify(first.scatter(1, ids, 1.0), size, grid).bool()
+
+
+class InteractiveMIMForImageClassification(ClassificationHead, InteractiveMIMPreTrainedModel):
+    """The encoder of Interactive MIM and a linear classifier."""
+
+    encoder_class = InteractiveMIMModel
+
+
+class InteractiveMIMBackbone(BackboneHead, InteractiveMIMPreTrainedModel):
+    """The encoder of Interactive MIM as feature maps, for detection and segmentation."""
+
+    encoder_class = InteractiveMIMModel
