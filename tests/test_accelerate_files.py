@@ -127,7 +127,7 @@ def test_fsdp2_trains_as_ddp_does(ranks, method):
 def test_every_parameter_is_sharded_as_planned(ranks, plan_step, method):
     found = json.loads((ranks / f"{method}_0.json").read_text())
     assert all(found["sharded"])
-    step = plan_step.examine(make_model(method).config, batch_size=3, devices=2)
+    step = plan_step.examine(make_mean_model(method).config, batch_size=3, devices=2)
     assert found["local"] == step.shards["trained"]
 
 

@@ -42,9 +42,9 @@ def test_killed_at_any_moment_and_resumed_it_writes_the_same_file(checkpoint, tm
         time.sleep(draw.uniform(0, 0.3))
         process.send_signal(signal.SIGKILL)
         process.wait()
-        seen.append(begun(partial))
-        if killed.exists():
+        if killed.exists():  # it was killed while it took the parts away
             break
+        seen.append(begun(partial))
     assert max(seen) > 0 and seen == sorted(seen), "each start goes on from what the last one has written"
     process = start(checkpoint, many, killed)
     assert process.wait() == 0 or killed.exists(), process.stderr.read()

@@ -92,9 +92,9 @@ def test_the_card_on_the_hub_is_ours_and_names_the_repository(hub, pushed):
     run, _ = pushed
     text = hub.files("tester/digits")["README.md"].decode()
     assert text == (run / "README.md").read_text()
-    assert 'from_pretrained("tester/digits")' in text and "fine-tuned" not in text.split("## How to load")[0]
+    assert 'from_pretrained("tester/digits")' in text and "fine-tuned" not in text.split("## How to use")[0]
     (result,) = ModelCard(text).data.eval_results
-    assert (result.dataset_name, result.metric_name) == ("digits", "accuracy (knn)")
+    assert (result.dataset_name, result.metric_name) == ("textures", "accuracy (knn)")
     assert model_index_to_eval_results([{"name": "digits", "results": []}])[0] == "digits"
 
 
