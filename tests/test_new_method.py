@@ -85,7 +85,10 @@ def test_its_own_option_is_an_option_of_the_command_line(module, capsys):
     assert main(["pretrain", "--method", "mean_mim", "--mask_ratio", "often"]) == 2
     assert "mask_ratio must be a number, not 'often'" in capsys.readouterr().err
     assert main(["pretrain", "--method", "mean_mim", "--norm_pix_loss", "true"]) == 2
-    assert "norm_pix_loss is an argument of mae and sym_mim, not of method mean_mim" in capsys.readouterr().err
+    assert (
+        "norm_pix_loss is an argument of mae, sym_mim, interactive_mim, not of method mean_mim"
+        in capsys.readouterr().err
+    )
 
 
 @pytest.mark.parametrize(

@@ -163,5 +163,5 @@ def run(recipe: str | None = None, **given: str) -> int:
     return 0
 
 
-SUMMARY = "pretrain MAE, Latent MIM, StoP-JEPA or SymMIM on images"
+SUMMARY = "pretrain MAE, Latent MIM, StoP-JEPA, SymMIM or Interactive MIM on images"
 command = Pretrain("pretrain", run, ("[RECIPE.yaml]",), settings, TEXT, short_help=SUMMARY)

@@ -77,7 +77,7 @@ def timm_state(model: MIMPreTrainedModel) -> dict:
     """The encoder's tensors, and a classifier's, under timm's names."""
     config = model.config
     table = key_tables.TIMM_VIT_CLS if config.use_cls_token else key_tables.TIMM_VIT
-    state = key_tables.to_theirs(model.base_model.state_dict(), table, config.patch_height_width)
+    state = key_tables.to_theirs(model.base_model.plain_state_dict(), table, config.patch_height_width)
     if _pools_first(config):
         for name in ("weight", "bias"):
             state[f"fc_norm.{name}"] = state.pop(f"norm.{name}")

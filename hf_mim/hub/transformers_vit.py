@@ -67,7 +67,7 @@ def as_transformers(model: MIMPreTrainedModel) -> PreTrainedModel:
         if config.use_cls_token
         else (key_tables.IJEPA_HF, IJepaConfig, IJepaModel, IJepaForImageClassification)
     )
-    state = key_tables.to_theirs(model.base_model.state_dict(), table, patch_size)
+    state = key_tables.to_theirs(model.base_model.plain_state_dict(), table, patch_size)
     if isinstance(model, ClassificationHead):
         _check_pooling(config)
         state = {f"{classifier.base_model_prefix}.{key}": tensor for key, tensor in state.items()}

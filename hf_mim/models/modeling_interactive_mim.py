@@ -108,6 +108,19 @@ class InteractiveMIMModel(InteractiveMIMPreTrainedModel, ViTEncoder):
         visible = torch.tensor([name in names for name in own], device=pixel_values.device)
         return super().forward(pixel_values, patch_ids, visible=visible.expand(len(pixel_values), count, -1), **kwargs)
 
+    def plain_state_dict(self) -> dict[str, torch.Tensor]:
+        state, config = self.state_dict(), self.config
+        absent = state.pop("embeddings.absent", None)
+        if config.modalities_seen is None:
+            return state
+        weight = state["embeddings.projection.weight"].clone().unflatten(-1, (-1, config.num_channels))
+        for number, (name, part) in enumerate(config.channels_of_modalities.items()):
+            if name not in config.modalities_seen:
+                weight[..., part] = 0
+                if absent is not None:
+                    state["embeddings.projection.bias"] = state["embeddings.projection.bias"] + absent[number]
+        return state | {"embeddings.projection.weight": weight.flatten(-2)}
+
 
 class InteractionLayer(GradientCheckpointingLayer):
     """Pre-norm block: cross-attention from masked tokens to the visible ones, MLP."""

@@ -301,6 +301,10 @@ class ViTEncoder(MIMPreTrainedModel):
         """The module that turns patches into tokens. Accelerate asks for it, to shard it on its own (FSDP2)."""
         return self.embeddings
 
+    def plain_state_dict(self) -> dict[str, torch.Tensor]:
+        """The weights of a plain ViT that gives the same features, for packages that know nothing else."""
+        return self.state_dict()
+
     def encode(self, patches, grid, patch_ids=None, **kwargs):
         """Patches `[B, K, P]` at `patch_ids [B, K]` of a `(rows, columns)` grid (default: all, in raster order) →
         normalised tokens `[B, prefix + K, D]`."""

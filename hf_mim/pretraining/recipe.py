@@ -259,7 +259,7 @@ class Recipe:
         of_the_model = model_fields(method.name)
         for name in given:
             if name not in RUN_FIELDS | TRAINING_FIELDS | of_the_model:
-                owners = " and ".join(other.name for other in methods.rows() if name in model_fields(other.name))
+                owners = ", ".join(other.name for other in methods.rows() if name in model_fields(other.name))
                 raise ValueError(f"{name} is an argument of {owners}, not of method {method.name}")
         for name, value in method.settings.items():
             if given.get(name, value) != value:

@@ -237,8 +237,11 @@ BAD_INPUT = [
     ("--mask_ratio 1", "mask_ratio must leave between 1 and 15 of the 16 patches visible"),
     ("--mask_ratio 0", "mask_ratio must leave between 1 and 15 of the 16 patches visible"),
     ("--method stop_jepa --image_size 12,160 --patch_size 4", "target_scale="),
-    ("--method stop_jepa --mask_ratio 0.5", "mask_ratio is an argument of mae and latent_mim, not of method stop_jepa"),
-    ("--method jepa", "method must be one of mae, latent_mim, stop_jepa, ijepa, sym_mim, not 'jepa'"),
+    (
+        "--method stop_jepa --mask_ratio 0.5",
+        "mask_ratio is an argument of mae, latent_mim, interactive_mim, not of",
+    ),
+    ("--method jepa", "method must be one of mae, latent_mim, stop_jepa, ijepa, sym_mim, interactive_mim, not 'jepa'"),
     ("--mask_ration 0.5", "unknown argument mask_ration; did you mean mask_ratio?"),
     ("wrong_key.yaml", "unknown argument mask_ration; did you mean mask_ratio?"),
     ("no.yaml", "there is no recipe no.yaml"),

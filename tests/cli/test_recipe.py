@@ -184,7 +184,7 @@ def test_help_all_shows_every_argument(capsys, monkeypatch):
     assert not missing
     assert all(len(line) <= 120 for line in text.splitlines())
     assert "--mask_ratio 0.9 " in text and "--mask_ratio 0.75 " in text  # Latent MIM's default and MAE's
-    assert "[mae|latent_mim|stop_jepa|ijepa|sym_mim]" in text and "[tiny|small|base|large|huge|giant]" in text
+    assert f"[{'|'.join(METHODS)}]" in text and "[tiny|small|base|large|huge|giant]" in text
 
 
 def test_the_short_help_tells_the_real_defaults(capsys):

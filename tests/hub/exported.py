@@ -17,8 +17,8 @@ def make(method, kind="pretraining", **options):
     return make_model(method, kind, **SIZES | head_layers(method, 2) | options)
 
 
-mae, latent_mim, stop_jepa, sym_mim = (
-    partial(make, method) for method in ("mae", "latent_mim", "stop_jepa", "sym_mim")
+mae, latent_mim, stop_jepa, sym_mim, interactive_mim = (
+    partial(make, method) for method in ("mae", "latent_mim", "stop_jepa", "sym_mim", "interactive_mim")
 )
 
 
@@ -34,6 +34,7 @@ CASES = {
     "stop_jepa": (lambda: stop_jepa(), "IJepaModel"),
     "stop_jepa-oblong": (lambda: stop_jepa(**OBLONG, position_embedding="learned"), "IJepaModel"),
     "sym_mim": (lambda: sym_mim(), "ViTModel"),
+    "interactive_mim": (lambda: interactive_mim(num_channels=4, modalities={"rgb": 3, "ir": 1}), "ViTModel"),
     "cls-classifier": (
         lambda: mae("classifier", pooling="cls", num_labels=5),
         "ViTForImageClassification",
@@ -48,7 +49,7 @@ CASES = {
 # Forms that take long to load, or to write, have one case or two of each method.
 ONLY = {
     "onnx": ("linear-probe", "stop_jepa-oblong"),  # with and without CLS
-    "remote-code": ("mae", "mae-oblong", "latent_mim", "stop_jepa-oblong", "sym_mim", "fine-tuned"),
+    "remote-code": ("mae", "mae-oblong", "latent_mim", "stop_jepa-oblong", "sym_mim", "interactive_mim", "fine-tuned"),
 }
 INSTALLED = {
     "onnx": all(importlib.util.find_spec(name) for name in ("onnx", "onnxscript", "onnxruntime")),

@@ -63,7 +63,11 @@ def damage(folder, name, text):
         ([], lambda folder: (folder / "config.json").unlink(), "checkpoint must be a folder with config.json"),
         ([], lambda folder: damage(folder, "config.json", "{"), "config.json cannot be read"),
         ([], lambda folder: edit(folder / "config.json", hidden_size="wide"), "config.json cannot be read"),
-        ([], lambda folder: ViTConfig().save_pretrained(folder), "must be MAE, Latent MIM, StoP-JEPA or SymMIM"),
+        (
+            [],
+            lambda folder: ViTConfig().save_pretrained(folder),
+            "must be MAE, Latent MIM, StoP-JEPA, SymMIM or",
+        ),
         ([], lambda folder: damage(folder, "results/knn.json", "{"), "knn.json holds no result"),
         ([], lambda folder: damage(folder, "recipe.yaml", "a: [1"), "recipe.yaml cannot be read"),
         ([], lambda folder: damage(folder, "recipe.yaml", "license: [a]"), "license must be an identifier"),

@@ -10,6 +10,7 @@ from authors import classifier_state, read, save_jepa, save_mae
 from safetensors.torch import save_file
 from transformers import AutoModelForPreTraining, BertConfig, BertModel, IJepaConfig, IJepaModel, PreTrainedModel
 
+from hf_mim import methods
 from hf_mim.cli import main
 from hf_mim.hub.convert import Conversion, convert
 
@@ -108,7 +109,10 @@ def test_what_is_left_out_is_said(tmp_path, run):
         (["--set", "layer_norm_eps=-1"], "layer_norm_eps must be above 0"),
         (["--set", "num_attention_heads"], "--set needs name=value, not 'num_attention_heads'"),
         (["--set"], "set needs a value: name=value"),
-        (["--method", "dino"], "method must be one of mae, latent_mim, stop_jepa, ijepa, sym_mim, not 'dino'"),
+        (
+            ["--method", "dino"],
+            f"method must be one of {', '.join(methods.names())}, not 'dino'",
+        ),
         (["--method", "stop"], "method must be mae for mae.pth (by its keys), not stop_jepa"),
         (["--method"], "method needs a value: one of mae, latent_mim"),
         (["--force"], "convert has no option force; there is method and prefix and set"),

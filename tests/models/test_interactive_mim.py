@@ -137,6 +137,17 @@ def test_a_modality_that_is_left_out_is_one_that_is_masked_everywhere(name):
     assert torch.equal(model.encoder(pictures).last_hidden_state, alone)
 
 
+@pytest.mark.parametrize("seen", [None, ["ir"], ["rgb", "radar"]])
+def test_a_plain_vit_gives_the_same_features(seen):
+    model = interactive(MODALITIES, modalities_seen=seen).encoder.eval()
+    torch.nn.init.normal_(model.embeddings.absent)
+    plain = make("mae", "encoder", num_channels=6).eval()
+    plain.load_state_dict(model.plain_state_dict())
+    pictures = torch.randn(2, 6, 32, 32)
+    theirs = plain(pictures).last_hidden_state
+    torch.testing.assert_close(theirs, model(pictures).last_hidden_state, rtol=1e-5, atol=1e-5)
+
+
 def test_the_interaction_is_attention_by_hand():
     model = interactive()
     layer, heads = model.decoder.interaction[0].eval(), model.config.decoder_num_attention_heads
