@@ -59,7 +59,8 @@ def test_parameters_are_those_of_the_real_model(plan_step, method):
     assert counted.parameters.target == counted.shards["target"] == sum(frozen)
     assert bool(frozen) == has_target(method)
     assert counted.parameters.buffers == sum(b.numel() for b in model.buffers())
-    in_layers = [p.numel() for name, p in model.named_parameters() if ".layers." in name and p.requires_grad]
+    layers = [module for module in model.modules() if type(module).__name__ in model._no_split_modules]
+    in_layers = [p.numel() for layer in layers for p in layer.parameters() if p.requires_grad]
     assert counted.parameters.trained_layers == sum(in_layers)
 
 
