@@ -238,6 +238,7 @@ BAD_INPUT = [
     ("--mask_ratio 0", "mask_ratio must leave between 1 and 15 of the 16 patches visible"),
     ("--method stop_jepa --image_size 12,160 --patch_size 4", "target_scale="),
     ("--method stop_jepa --mask_ratio 0.5", "mask_ratio is an argument of mae and latent_mim, not of method stop_jepa"),
+    ("--method sym_mim --per_device_train_batch_size 1", "per_device_train_batch_size must be 2 or more on a single"),
     ("--method jepa", "method must be one of mae, latent_mim, stop_jepa, ijepa, sym_mim, not 'jepa'"),
     ("--mask_ration 0.5", "unknown argument mask_ration; did you mean mask_ratio?"),
     ("wrong_key.yaml", "unknown argument mask_ration; did you mean mask_ratio?"),
