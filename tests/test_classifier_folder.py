@@ -83,7 +83,7 @@ def test_the_folder_is_whole_and_what_is_printed_can_be_pasted(photos, tmp_path,
 def test_the_printed_command_classifies_the_images_of_the_test(tmp_path, source, chosen):
     """The default split of predict is train, and an accuracy on images that were trained on tells nothing."""
     hf_mim.MAEConfig(**SIZES).save_pretrained(tmp_path)
-    result = Result("finetune", "top-1 accuracy", 0.5, data={"test": {"source": source}})
+    result = Result("finetune", "top-1 accuracy", 0.5, {}, {"test": {"source": source}})
     command = f"predict {tmp_path} --dataset digits{chosen} --output predictions.csv"
     assert command in how_to_use(tmp_path, "digits", result)
 
