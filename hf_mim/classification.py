@@ -11,7 +11,6 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -22,10 +21,10 @@ from torch import Tensor
 from hf_mim.data.images import Images, group_ids
 from hf_mim.data.sources import load_described, local_folder, source_name
 from hf_mim.docstrings import argument_texts
-from hf_mim.embeddings.embed import OF_THE_ENCODER, names_of
+from hf_mim.embeddings.embed import divided, names_of
 from hf_mim.evaluation.data_arguments import ImageArguments
 from hf_mim.evaluation.encoder import FeatureSpec
-from hf_mim.evaluation.measure import EncoderArguments, field_types
+from hf_mim.evaluation.measure import EncoderArguments
 from hf_mim.evaluation.predictions import interval
 from hf_mim.evaluation.trained_classifier import TrainedClassifier
 from hf_mim.files import check_new_file, listed, replacing
@@ -39,7 +38,7 @@ class PredictArguments(ImageArguments):
 
     Args:
         labels: the column of the classes; folder: class folders; none: no labels; default: what declares itself
-        group: the column of patients, scenes or the like, or folder: fewer images count in the accuracy's interval
+        group: the column of patients, scenes or the like, or folder: images of one group widen the accuracy's interval
         output: a new .csv or .parquet file, in a folder that exists
     """
 
@@ -87,12 +86,6 @@ class Predicted:
         return "\n".join(lines)
 
 
-def option_types() -> dict[str, Any]:
-    """Name → type of every option of `predict`."""
-    encoder = {name: hint for name, hint in field_types(EncoderArguments).items() if name in OF_THE_ENCODER}
-    return field_types(PredictArguments) | encoder
-
-
 def predict(classifier: str | Path, **options) -> Predicted:
     """Write, for every image of a source, the predicted class and the probability of each class.
 
@@ -102,11 +95,10 @@ def predict(classifier: str | Path, **options) -> Predicted:
 
     Raises:
         ValueError: in one line, before any work: the options, the classifier, the source or the output do not fit.
-        BrokenImagesError: more than 1 % of the images cannot be decoded.
+        BrokenImagesError: more than one image, and more than 1 % of them, cannot be decoded.
     """
     start = time.perf_counter()
-    own = {name: options.pop(name) for name in field_types(PredictArguments) if name in options}
-    source = PredictArguments(**own)
+    source, options = divided(PredictArguments, options)
     output = check_new_file(source.output, "output", (".csv", ".parquet"))
     arguments = EncoderArguments(**options, cache="none")
     extract = arguments.extractor(str(classifier), source.crop(), TrainedClassifier)
@@ -133,7 +125,7 @@ def predict(classifier: str | Path, **options) -> Predicted:
 
 
 def label_names(split: Images, classes: Sequence[str]) -> list[str | None]:
-    """The name of each image's class, None without a label. Numbers without names are ids of the classifier's."""
+    """The name of each image's class, None without a label. Numbers without names are the classifier's ids."""
     if "label" not in split.images.column_names:
         return [None] * len(split)
     feature = split.images.features["label"]

@@ -52,9 +52,14 @@ def fill_classifier_folder(folder: str | Path, result: Result) -> Path:
     return write_card(folder)
 
 
-def how_to_use(folder: str | Path, dataset: str) -> str:
-    """The command and the lines of Python that use the classifier in a folder."""
-    words, name = shlex.join(("hf-mim", "predict", str(folder), "--dataset", dataset)), str(folder)
+def how_to_use(folder: str | Path, dataset: str, result: Result) -> str:
+    """The command and the lines of Python that use the classifier in a folder.
+
+    dataset: what it was tested on; the command names the split too, because those of `train` were trained on.
+    """
+    split = result.data.get("test", {}).get("source", "").partition(", split ")[2] or "train"
+    chosen = () if split == "train" else ("--split", split)
+    words, name = shlex.join(("hf-mim", "predict", str(folder), "--dataset", dataset, *chosen)), str(folder)
     if channels_of(AutoConfig.from_pretrained(folder)) == 3:
         python = f"from transformers import pipeline\n    classifier = pipeline('image-classification', model={name!r})"
     else:  # pipelines make every image one of three channels

@@ -151,9 +151,8 @@ def predict(classifier: str | os.PathLike, **options) -> classification.Predicte
         ValueError: before any work: the options, the classifier, the images or the output do not fit.
     """
     with _one_exception():
-        return classification.predict(
-            os.fspath(classifier), **_typed("predict", options, classification.option_types())
-        )
+        types = embeddings.option_types(classification.PredictArguments)
+        return classification.predict(os.fspath(classifier), **_typed("predict", options, types))
 
 
 def _typed(command: str, options: dict[str, Any], types: dict[str, Any]) -> dict[str, Any]:

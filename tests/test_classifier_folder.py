@@ -12,6 +12,7 @@ from transformers import TrainerCallback, ViTConfig, ViTModel
 
 import hf_mim
 from hf_mim.cli import main
+from hf_mim.companions import how_to_use
 from hf_mim.data.labelled import load_labelled
 from hf_mim.data.processor import image_processor
 from hf_mim.evaluation import finetune, finetune_result
@@ -74,6 +75,17 @@ def test_the_folder_is_whole_and_what_is_printed_can_be_pasted(photos, tmp_path,
     exec("\n".join(line.strip() for line in printed.split("Python load it:")[1].strip().splitlines()), found)
     name, answer = next(iter(told.items()))
     assert found["classifier"](str(photos / name), top_k=1)[0]["label"] == answer
+
+
+@pytest.mark.parametrize(
+    ("source", "chosen"), [("digits, split test", " --split test"), ("a held-out fifth of digits, split train", "")]
+)
+def test_the_printed_command_classifies_the_images_of_the_test(tmp_path, source, chosen):
+    """The default split of predict is train, and an accuracy on images that were trained on tells nothing."""
+    hf_mim.MAEConfig(**SIZES).save_pretrained(tmp_path)
+    result = Result("finetune", "top-1 accuracy", 0.5, {}, {"test": {"source": source}})
+    command = f"predict {tmp_path} --dataset digits{chosen} --output predictions.csv"
+    assert command in how_to_use(tmp_path, "digits", result)
 
 
 def test_the_card_has_the_result_the_pictures_and_examples_that_run(photos, tmp_path):

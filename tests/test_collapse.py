@@ -74,6 +74,16 @@ def test_the_standard_deviation_of_a_small_batch_is_not_biased():
     assert torch.stack(values).mean() == pytest.approx(1, abs=0.03)
 
 
+def test_images_that_share_no_place_have_no_spread():
+    """As two images whose checkerboards are inverse: NaN, which no mean of a log counts, and not 0, a collapse."""
+    torch.manual_seed(0)
+    ids = torch.stack([torch.arange(0, 16, 2), torch.arange(1, 16, 2)])
+    for targets in torch.randn(20, 2, 8, 24):
+        signals = target_signals(targets, ids, 16)
+        assert signals["target_std"].isnan() and signals["target_position_share"].isnan()
+        assert signals["target_cosine"].isfinite()
+
+
 def test_one_image_has_no_signals_and_zeros_are_finite():
     assert target_signals(torch.randn(1, 9, 4)) == {}
     assert target_signals(torch.zeros(3, 9, 4))["target_std"] == 0

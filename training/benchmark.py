@@ -1,7 +1,7 @@
 """Measure on this machine what the project claims to be fast.
 
     python training/benchmark.py data --source FOLDER            # loading: one core, compared with a plain PIL pipeline
-    python training/benchmark.py step                            # full training steps of the three methods
+    python training/benchmark.py step                            # full training steps of every method
     python training/benchmark.py evaluate                        # k-NN and linear heads, compared with plain ways
 
 Each command prints a table and, with --json PATH, writes its numbers there.

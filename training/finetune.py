@@ -110,7 +110,7 @@ def main():
             result.add_predictions(Predictions.of(result.predicted, test))
             fill_classifier_folder(args.output_dir, result)
     if main_process:
-        print(f"\n{result}\n\n{how_to_use(args.output_dir, ours.test_dataset or ours.dataset)}")
+        print(f"\n{result}\n\n{how_to_use(args.output_dir, ours.test_dataset or ours.dataset, result)}")
 
 
 if __name__ == "__main__":

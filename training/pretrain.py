@@ -1,4 +1,4 @@
-"""Pretrain MAE, Latent MIM or StoP-JEPA: `hf-mim pretrain` as a script, for launchers and for copying.
+"""Pretrain a model on images: `hf-mim pretrain` as a script, for launchers and for copying.
 
     python training/pretrain.py training/recipes/digits_mae.yaml
     torchrun --nproc_per_node 8 training/pretrain.py training/recipes/imagenet_mae.yaml --dataset /path/to/imagenet

@@ -59,7 +59,7 @@ def run(protocol: str, checkpoint: str, **given: str):
             ends = ", ".join(other.name.removeprefix(result.path.stem) for other in result.beside)
             print(f"\nThe result is in {result.path}{f', beside it under the same name {ends}' if ends else ''}.")
         if failure is None and given.get("output_dir"):
-            print(f"\n{how_to_use(given['output_dir'], given.get('test', given['dataset']))}")
+            print(f"\n{how_to_use(given['output_dir'], given.get('test', given['dataset']), result)}")
         if failure is not None:
             raise failure
 

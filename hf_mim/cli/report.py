@@ -5,7 +5,7 @@ from hf_mim.cli.options import Command, Setting
 
 TEXT = """\
 Write one HTML page about a run of hf-mim pretrain, also of one that still trains or has stopped: what was trained on
-what, results, pictures, curves, health in words, recipe. Of several runs, the page shows them side by side. Everything
+what, results, pictures, curves, health in words, recipe. The page of several runs shows them side by side. Everything
 is in the file: it can be sent, printed, and read without a network.
 
 \b

@@ -44,11 +44,12 @@ def run(checkpoint: str, *queries: str, where: str | None = None, **given: str):
         from transformers.utils.logging import disable_progress_bar
 
         from hf_mim.embeddings import report
-        from hf_mim.embeddings.search import Search, option_types
+        from hf_mim.embeddings.embed import option_types
+        from hf_mim.embeddings.search import Search, SearchArguments
         from hf_mim.evaluation.result import format_table
 
         disable_progress_bar()
-        types = option_types()
+        types = option_types(SearchArguments)
         values = {name: to_type(name, value, types[name]) for name, value in given.items()}
         if where is None:
             raise ValueError("in must be given: a file or folder of hf-mim embed, or a source of images")

@@ -31,9 +31,9 @@ def is_tiff(data: bytes) -> bool:
 def is_plain_tiff(data: bytes, as_ids: bool = False) -> bool:
     """Whether PIL reads all its values: 8 bits or fewer, grey, colour and alpha; or one band of 16 or 32 bits.
 
-    Grey pages may be the bands of one image, which PIL cannot tell. Of BigTIFF only the colours that tifffile does not
-    convert are left to PIL, which reads fewer compressions, and no big-endian BigTIFF. With `as_ids`, grey that PIL
-    scales is not plain.
+    Grey pages may be the bands of one image, which PIL cannot tell. PIL gets BigTIFF only in colours that tifffile does
+    not convert, because it reads fewer compressions, and no big-endian BigTIFF. With `as_ids`, grey that PIL scales is
+    not plain.
     """
     if data[:4] == b"MM\0+":
         return False

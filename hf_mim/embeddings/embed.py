@@ -78,10 +78,17 @@ class Embedded:
     seconds: float
 
 
-def option_types() -> dict[str, Any]:
-    """Name → type of every option of `embed`."""
+def option_types(own: type = EmbedArguments) -> dict[str, Any]:
+    """Name → type of every option of `embed`, or of a command with other arguments of its `own`."""
     encoder = {name: hint for name, hint in field_types(EncoderArguments).items() if name in OF_THE_ENCODER}
-    return field_types(EmbedArguments) | encoder
+    return field_types(own) | encoder
+
+
+def divided(own: type, options: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """Options of `option_types` → the arguments `own` that are made of some, and the others, for `EncoderArguments`."""
+    names = field_types(own)
+    rest = {name: value for name, value in options.items() if name not in names}
+    return own(**{name: value for name, value in options.items() if name in names}), rest
 
 
 def embed(checkpoint: str | Path, **options) -> Embedded:
@@ -94,11 +101,10 @@ def embed(checkpoint: str | Path, **options) -> Embedded:
     Raises:
         ValueError: in one line, before any work: the options, the checkpoint, the source or the output do not fit, or
             an extraction with other settings was begun for this output.
-        BrokenImagesError: more than 1 % of the images cannot be decoded.
+        BrokenImagesError: more than one image, and more than 1 % of them, cannot be decoded.
     """
     start = time.perf_counter()
-    own = {name: options.pop(name) for name in field_types(EmbedArguments) if name in options}
-    source = EmbedArguments(**own)
+    source, options = divided(EmbedArguments, options)
     output = formats.check_output(source.output, source.features)
     extract = EncoderArguments(**options, cache="none").extractor(str(checkpoint), source.crop())
     specs = [FeatureSpec.parse(text) for text in source.features]

@@ -21,12 +21,12 @@ from hf_mim.data.decode import BrokenImage, decoding, image_name
 from hf_mim.data.images import Images
 from hf_mim.data.sources import load_images, source_name
 from hf_mim.embeddings.collection import EmbeddedCollection, Found, ImageCollection, Whitening, found
-from hf_mim.embeddings.embed import OF_THE_ENCODER
+from hf_mim.embeddings.embed import divided
 from hf_mim.embeddings.formats import Embeddings, read_about
 from hf_mim.evaluation.data_arguments import CropArguments
 from hf_mim.evaluation.features import LARGEST_TABLE
 from hf_mim.evaluation.knn import ROUNDING, nearest_neighbours, unit_vectors
-from hf_mim.evaluation.measure import EncoderArguments, field_types
+from hf_mim.evaluation.measure import EncoderArguments
 from hf_mim.evaluation.probe_training import parse_features
 from hf_mim.models.pixels import scale_pixels
 
@@ -69,12 +69,6 @@ class SearchArguments(CropArguments):
             parse_features(self.features, "search")
 
 
-def option_types() -> dict[str, Any]:
-    """Name → type of every option of `Search`."""
-    encoder = {name: hint for name, hint in field_types(EncoderArguments).items() if name in OF_THE_ENCODER}
-    return field_types(SearchArguments) | encoder
-
-
 class Search:
     """A collection, and the encoder that its features are from.
 
@@ -89,8 +83,7 @@ class Search:
     """
 
     def __init__(self, checkpoint: str | Path, where: str | Path, **options):
-        own = {name: options.pop(name) for name in field_types(SearchArguments) if name in options}
-        self.source = SearchArguments(**own)
+        self.source, options = divided(SearchArguments, options)
         embedded = Embeddings(where) if read_about(where) is not None else None
         crop = self.source.crop()
         if embedded is not None:

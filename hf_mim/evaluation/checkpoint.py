@@ -1,5 +1,6 @@
 """Load a model whose every weight comes from the checkpoint, or raise an error of one line that says why not."""
 
+import hashlib
 import pickle
 import re
 from collections.abc import Callable, Sequence
@@ -151,6 +152,15 @@ def checkpoint_sha256(checkpoint: str | Path) -> str | None:
         folder = Path(config).parent if config else folder
     files = _weight_files(folder)
     return sha256(*files) if files else None
+
+
+def model_sha256(model: nn.Module) -> str:
+    """The hash of the weights of a model: names, types, shapes and values."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def _weight_files(folder: Path) -> list[Path]:

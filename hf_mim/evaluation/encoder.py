@@ -5,7 +5,6 @@ I-JEPA, CLIP's, …), and networks whose maps shrink from stage to stage (Swin, 
 so that a layer means the same in each: the residual stream after the block or stage, before any final norm.
 """
 
-import hashlib
 import logging
 import re
 from collections.abc import Sequence
@@ -19,7 +18,7 @@ from torch import Tensor, nn
 
 from hf_mim.data import IMAGENET_MEAN, IMAGENET_STD, CenterCrop, CenterWindow, DeviceAugment, WholeImage
 from hf_mim.data.processor import InputSpec, image_processor, read_processor
-from hf_mim.evaluation.checkpoint import load_encoder, weight_stamps
+from hf_mim.evaluation.checkpoint import load_encoder, model_sha256, weight_stamps
 from hf_mim.evaluation.inputs import (
     UNKNOWN_SIZE,
     channels_of,
@@ -185,12 +184,8 @@ class FrozenEncoder:
 
     @property
     def sha256(self) -> str:
-        """The hash of the weights as they are now: names, types, shapes and values."""
-        digest = hashlib.sha256()
-        for name, tensor in sorted(self.model.state_dict().items()):
-            digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
-            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-        return digest.hexdigest()
+        """The hash of the weights as they are now."""
+        return model_sha256(self.model)
 
     def untrained(self, seed: int = 0) -> "FrozenEncoder":
         """The same architecture with new random weights. Trained features have to be better than its features."""

@@ -31,7 +31,7 @@ class AccuracyCurve(TrainerCallback):
             self.predicted[epoch] = self.logits().argmax(dim=1)
 
     def logits(self) -> torch.Tensor:
-        """Of all test images, `[n, C]`."""
+        """The logits of all test images, `[n, C]`."""
         args = self.trainer.args
         before, args.dataloader_drop_last = args.dataloader_drop_last, False
         try:

@@ -6,14 +6,13 @@ comes from anywhere else, and the card says which numbers are missing.
 The text is in `card_template.md`. The text about a method is named by the method's row in `hf_mim.methods`.
 """
 
-import re
 import shlex
 from pathlib import Path
 from urllib.parse import quote
 
 import jinja2
 import yaml
-from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from huggingface_hub import ModelCard, ModelCardData
 from PIL import Image
 
 from hf_mim.checks import check_license
@@ -21,7 +20,17 @@ from hf_mim.data.nodata import IGNORE_TAGS
 from hf_mim.evaluation import PROTOCOLS
 from hf_mim.evaluation.result import Result
 from hf_mim.files import one_line, replacing
-from hf_mim.hub.card_text import fenced, is_hub_name, literal, markdown_table, plain, shown, shown_number, words
+from hf_mim.hub.card_text import (
+    eval_result,
+    fenced,
+    is_hub_name,
+    literal,
+    markdown_table,
+    plain,
+    shown,
+    shown_number,
+    words,
+)
 from hf_mim.hub.classifier_card import classifier_card, is_finetuned
 from hf_mim.hub.measured import Measured, data_in_words, headline, measurements, table
 from hf_mim.lock import locked
@@ -32,9 +41,6 @@ from hf_mim.visualize.captions import CAPTIONS
 
 TEMPLATE = Path(__file__).with_name("card_template.md")
 
-# Protocol → the Hub's name of its task. All other protocols are image-feature-extraction.
-TASKS = dict.fromkeys(("knn", "leave_one_out", "linear", "attentive", "lowshot", "finetune"), "image-classification")
-TASKS |= dict.fromkeys(("segment", "propagate"), "image-segmentation")
 NOT_RECORDED = "not recorded"
 # The first screen, of 1,000 pixels, has a picture of this height at most and so many results; the rest is below.
 PICTURE_HEIGHT, LONGEST = 320, 5
@@ -125,7 +131,7 @@ def write_card(folder: str | Path, repo_id: str | None = None, license: str | No
 
 def _metadata(name: str, facts: RunFacts, method: Method, dataset: str, license: str | None) -> ModelCardData:
     tags = ["hf_mim", "masked-image-modeling", "self-supervised-learning", method.title.lower().replace(" ", "-")]
-    results = [_eval_result(result) for result in facts.own_results.values() if result.value is not None]
+    results = [eval_result(result) for result in facts.own_results.values() if result.value is not None]
     return ModelCardData(
         model_name=name,
         library_name="transformers",
@@ -134,20 +140,6 @@ def _metadata(name: str, facts: RunFacts, method: Method, dataset: str, license:
         datasets=[dataset] if is_hub_name(dataset) else None,
         tags=tags + [f"arxiv:{paper}" for paper in method.papers],
         eval_results=results or None,
-    )
-
-
-def _eval_result(result: Result) -> EvalResult:
-    measured = result.data.get("test", result.data)
-    source, _, split = plain(measured.get("source", "images")).partition(", split ")
-    return EvalResult(
-        task_type=TASKS.get(result.protocol, "image-feature-extraction"),
-        dataset_type=source if is_hub_name(source) else re.sub(r"[^\w.-]+", "-", source),
-        dataset_name=source,
-        dataset_split=split or None,
-        metric_type=re.sub(r"\W+", "_", result.metric.lower()),
-        metric_name=plain(f"{result.metric} ({result.protocol})"),
-        metric_value=result.value,
     )
 
 

@@ -8,13 +8,19 @@ code through `fenced`.
 import json
 import re
 
-from hf_mim.evaluation.result import format_number
+from huggingface_hub import EvalResult
+
+from hf_mim.evaluation.result import Result, format_number
 from hf_mim.scrub import scrubbed
 
 # What has a meaning in Markdown or HTML. As a numeric entity it has none, in cells of tables too.
 SPECIAL = re.compile(r"&(?=#?\w+;)|[<>`*\[\]|\\~$]")
 # What has a meaning only at the beginning of a line: headings, lists, lines.
 BEGINNING = re.compile(r"^(\d{1,9})?([-+#=_.)])(?=[-+#=_\s]|$)")
+
+# Protocol → the Hub's name of its task. All other protocols are image-feature-extraction.
+TASKS = dict.fromkeys(("knn", "leave_one_out", "linear", "attentive", "lowshot", "finetune"), "image-classification")
+TASKS |= dict.fromkeys(("segment", "propagate"), "image-segmentation")
 
 
 def shown(value) -> str:
@@ -65,6 +71,21 @@ def fenced(text: str, language: str) -> str:
 def is_hub_name(source: str) -> bool:
     """Whether it has the form `owner/name` or `owner/name:config`. A path may have this form too."""
     return bool(re.fullmatch(r"\w[\w.-]*/[\w.-]+(:[\w.-]+)?", str(source)))
+
+
+def eval_result(result: Result) -> EvalResult:
+    """A result as the metadata of a card have it."""
+    measured = result.data.get("test", result.data)
+    source, _, split = plain(measured.get("source", "images")).partition(", split ")
+    return EvalResult(
+        task_type=TASKS.get(result.protocol, "image-feature-extraction"),
+        dataset_type=source if is_hub_name(source) else re.sub(r"[^\w.-]+", "-", source),
+        dataset_name=source,
+        dataset_split=split or None,
+        metric_type=re.sub(r"\W+", "_", result.metric.lower()),
+        metric_name=plain(f"{result.metric} ({result.protocol})"),
+        metric_value=result.value,
+    )
 
 
 def markdown_table(rows: list[dict[str, str]]) -> str:

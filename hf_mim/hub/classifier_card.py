@@ -1,11 +1,10 @@
 """The card of a classifier that fine-tuning wrote, of our models or of others: made of `results/finetune.json`, the
 pictures beside it, the config and the image processor."""
 
-import re
 import shlex
 from pathlib import Path
 
-from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from huggingface_hub import ModelCard, ModelCardData
 from transformers import AutoConfig, PreTrainedConfig
 
 from hf_mim.checks import check_license
@@ -13,7 +12,7 @@ from hf_mim.data.processor import read_processor
 from hf_mim.evaluation.checkpoint import LOADING_ERRORS, checkpoint_sha256, loading_failure
 from hf_mim.evaluation.inputs import channels_of, native_size
 from hf_mim.evaluation.result import Result, format_number
-from hf_mim.hub.card_text import fenced, is_hub_name, literal, markdown_table, plain, shown, shown_number
+from hf_mim.hub.card_text import eval_result, fenced, is_hub_name, literal, markdown_table, plain, shown, shown_number
 from hf_mim.methods import of_config
 from hf_mim.models.configuration_vit import MIMConfig
 from hf_mim.run_folder import CONFIG, FINETUNE_RESULT, STARTED_FROM, card_license, result_path
@@ -89,16 +88,6 @@ def _overview(config: PreTrainedConfig, result: Result, license: str | None) -> 
 
 
 def _metadata(name: str, result: Result, license: str | None, start) -> ModelCardData:
-    source, _, split = plain(result.data.get("test", {}).get("source", "images")).partition(", split ")
-    found = EvalResult(
-        task_type="image-classification",
-        dataset_type=source if is_hub_name(source) else re.sub(r"[^\w.-]+", "-", source),
-        dataset_name=source,
-        dataset_split=split or None,
-        metric_type=re.sub(r"\W+", "_", result.metric.lower()),
-        metric_name=plain(f"{result.metric} ({result.protocol})"),
-        metric_value=result.value,
-    )
     return ModelCardData(
         model_name=name,
         library_name="transformers",
@@ -106,5 +95,5 @@ def _metadata(name: str, result: Result, license: str | None, start) -> ModelCar
         license=license,
         base_model=start if is_hub_name(start) else None,
         tags=["hf_mim", "image-classification"],
-        eval_results=[found] if result.value is not None else None,
+        eval_results=[eval_result(result)] if result.value is not None else None,
     )

@@ -129,7 +129,7 @@ class Measured:
 
 
 def measurements(facts: RunFacts) -> list[Measured]:
-    """Those of these weights, by protocol, and after them those that belong to none of these."""
+    """The measurements of these weights, by protocol; after them, the results that stand beside none of these."""
     own = [Measured({TRAINED: (name, result)}) for name, result in facts.own_results.items()]
     rest = []
     for name, result in facts.results.items():
@@ -197,7 +197,7 @@ def data_in_words(data: dict) -> str:
 
 
 def _column(result: Result) -> str | None:
-    """The column of a result that is not of these weights; None for one of other weights."""
+    """The column of a result that is there for comparison; None for a result of other weights."""
     flags = {AT_START: AT_START, "untrained": UNTRAINED, "pixels": PIXELS}
     return next((column for flag, column in flags.items() if result.settings.get(flag)), None)
 

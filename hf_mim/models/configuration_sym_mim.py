@@ -75,6 +75,13 @@ class SymMIMConfig(MIMConfig):
             raise ValueError(f"contrast_weight must be 0 or more, got {self.contrast_weight}")
         check_target(self)
 
+    def check_batch(self, images: int):
+        if self.contrast_weight and images < 2:
+            raise ValueError(
+                f"per_device_train_batch_size must be 2 or more on a single process, not {images}: the contrast finds "
+                "an image among others; contrast_weight 0 trains without it"
+            )
+
     def check_grid(self, grid: tuple[int, int]):
         """Raise ValueError for a grid of patches that cannot be divided into two halves by both checkerboards."""
         if max(grid) == 1:

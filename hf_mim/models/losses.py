@@ -33,7 +33,7 @@ def mean_over(values: torch.Tensor, valid: torch.Tensor | None) -> torch.Tensor:
 
 
 def mean_squared_error(predictions, targets, valid: torch.Tensor | None = None) -> torch.Tensor:
-    """Of predictions and targets of one shape, over the `valid` values, bool of this shape."""
+    """The mean over the `valid` values, bool of the shape that predictions and targets have."""
     if valid is None:
         return F.mse_loss(predictions, targets)
     return mean_over((predictions - targets).square(), valid)

@@ -70,10 +70,10 @@ class SymMIMForPreTraining(PixelTargets, TargetNetworkMixin, SymMIMPreTrainedMod
     half. The target encoder, the EMA of the online one, sees one half of the coarse one, whose cells have `mask_cell`
     patches a side. InfoNCE ties the two views of an image: the keys are of all images of all ranks.
 
-    The paper says so much, and no code was released. Decided here: both encoders get the visible patches only; which
-    half is visible is drawn for each image and each checkerboard, or one half of the places would never be predicted;
-    the decoder is MAE's; the contrast is MoCo v3's, of the mean of the patch tokens, where the projector has 3 layers
-    and the predictor 2; the loss is reconstruction + contrast_weight · contrast.
+    The paper says no more than this, and no code was released. Decided here: both encoders get the visible patches
+    only; which half is visible is drawn for each image and each checkerboard, or one half of the places would never be
+    predicted; the decoder is MAE's; the contrast is MoCo v3's, of the mean of the patch tokens, where the projector has
+    3 layers and the predictor 2; the loss is reconstruction + contrast_weight · contrast.
     """
 
     def __init__(self, config: SymMIMConfig):
@@ -155,7 +155,7 @@ class SymMIMForPreTraining(PixelTargets, TargetNetworkMixin, SymMIMPreTrainedMod
             context_ids, target_ids: `[B, n]` visible and `[B, n]` masked patches, raster indices; drawn if absent.
             coarse_ids: `[B, m]` the patches that the target encoder sees; drawn if absent.
             valid_pixels: bool `[B, C, H, W]`, False for pixels without data, which are 0 in `pixel_values` and left out
-                of the reconstruction. Images without any data are not searched for. Default: all have data.
+                of the reconstruction. Images without any data do not count in the contrast. Default: all have data.
         """
         patches, grid = self.encoder.cut(pixel_values)
         given = {"context_ids": context_ids, "target_ids": target_ids, "coarse_ids": coarse_ids}

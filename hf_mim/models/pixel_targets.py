@@ -27,9 +27,9 @@ class PixelTargets:
         """Mask normalised images `[B, C, H, W]` and fill the masked patches with the model's predictions.
 
         `masks` are the ids or the noise of `forward`, drawn if absent. Returns the reconstruction `[B, C, H, W]`
-        (float32, normalised as the images) and the mask `[B, 1, H, W]`, True where masked. Visible patches show the
-        true pixels. With `norm_pix_loss` the model predicts standardised patches, so each gets the mean and variance of
-        the true patch, of its `valid_pixels`.
+        (float32, normalised as the images) and the mask `[B, 1, H, W]`, True where masked. All other patches show the
+        true pixels, also those that the pass has left out. With `norm_pix_loss` the model predicts standardised
+        patches, so each gets the mean and variance of the true patch, of its `valid_pixels`.
         """
         output = self(pixel_values, valid_pixels=valid_pixels, **masks)
         patches, grid = self.encoder.cut(pixel_values.float())

@@ -47,6 +47,7 @@ def target_signals(
         counts = targets.new_zeros(num_places).index_add_(0, ids, ones)  # bincount would make the host wait
         sums = targets.new_zeros(num_places, width).index_add_(0, ids, targets.flatten(0, 1))
         num_seen, by_place = (counts > 0).sum(), (sums.square().sum(dim=1) / counts.clamp(min=1)).sum()
+        by_place = torch.where(num_seen < number, by_place, torch.nan)  # no place has two images
     varying = size - (targets.mean(dim=(0, 1)) * (total / number)).square().sum() * number
     # The mean of each place uses up one degree of freedom. Without the correction, small batches would be biased.
     within = (size - by_place) / (number - num_seen) * number

@@ -28,7 +28,7 @@ class MIMProgress(ProgressCallback):
     """Shows step, loss, rate, images per second, the share of waiting for images, the time left and the last probe.
 
     Somebody who watches sees one bar with them. Without a terminal or a notebook, or with `disable_tqdm`, each log is a
-    line. The time left is that of the steps since the first log, with all that was done between them.
+    line. The time left follows from the time since the first log, in which probes and checkpoints count too.
     """
 
     def on_train_begin(self, args, state, control, **kwargs):

@@ -63,6 +63,7 @@ class Pretraining:
         config = recipe.config()
         check_bands(run.bands, config.num_channels)
         args = training_arguments(recipe)
+        config.check_batch(args.per_device_train_batch_size * args.world_size)
         self.folder = Path(args.output_dir)
         run.dataset_fingerprint = fingerprint(run.dataset)
         run.test_dataset_fingerprint = run.test_dataset and fingerprint(run.test_dataset)

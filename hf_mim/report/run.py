@@ -165,11 +165,8 @@ def _went(run: Run) -> Iterator[str]:
     else:
         yield "No loss was logged yet."
     if error := list(run.curve("error_over_constant").values()):
-        found = "less than 1, so it has" if error[-1] < 1 else "not less than 1, so it has not"
-        yield (
-            f"The error is {error[-1]:.3g} times that of the best constant prediction: {found} learned something about "
-            "its targets."
-        )
+        found = "less than 1, so it has learned something" if error[-1] < 1 else "1 or more, so it has learned nothing"
+        yield f"The error is {error[-1]:.3g} times that of the best constant prediction: {found} about its targets."
     if probe := list(run.curve("probe_knn").values()):
         told = f"The probe's k-NN accuracy went from {100 * probe[0]:.1f} % to {100 * probe[-1]:.1f} %"
         yield f"{told}; its best was {100 * max(probe):.1f} %."

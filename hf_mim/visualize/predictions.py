@@ -15,7 +15,7 @@ STRIPES = "Stripes: hidden from the encoder."
 
 
 def plot_reconstructions(model, images, seed: int = 0, hidden: Tensor | None = None) -> Picture:
-    """What a model that predicts pixels (MAE) sees of the images, and its prediction of the rest.
+    """What a model that predicts pixels (MAE, SymMIM) sees of the images, and its prediction of the rest.
 
     Args:
         model: a `Viewer`, or a checkpoint.
@@ -42,7 +42,7 @@ def plot_reconstructions(model, images, seed: int = 0, hidden: Tensor | None = N
         Row("original", task.view.shown()),
         Row("what the encoder sees", task.seen()),
         Row("prediction of hidden patches", masked(restored, gone)),
-        Row("prediction and visible patches", restored),
+        Row("prediction and visible patches", masked(restored, gone | task.pixels_of(task.context()))),
     ]
     return draw_rows(f"Reconstructions, with {1 - task.context().float().mean():.0%} of the patches hidden", rows, note)
 

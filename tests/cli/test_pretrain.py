@@ -242,6 +242,7 @@ BAD_INPUT = [
         "mask_ratio is an argument of mae, latent_mim, interactive_mim, not of",
     ),
     ("--method jepa", "method must be one of mae, latent_mim, stop_jepa, ijepa, sym_mim, interactive_mim, not 'jepa'"),
+    ("--method sym_mim --per_device_train_batch_size 1", "per_device_train_batch_size must be 2 or more on a single"),
     ("--mask_ration 0.5", "unknown argument mask_ration; did you mean mask_ratio?"),
     ("wrong_key.yaml", "unknown argument mask_ration; did you mean mask_ratio?"),
     ("no.yaml", "there is no recipe no.yaml"),

@@ -48,7 +48,7 @@ def test_the_first_line_needs_no_library_and_comes_from_the_first_rank(rank, tol
 
 @pytest.mark.slow
 def test_the_first_line_comes_within_a_second():
-    """Of the process's own time, so that a busy machine does no harm."""
+    """A second of the process's own time, so that a busy machine does no harm."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
     process = subprocess.Popen([sys.executable, "-c", WITHOUT_LIBRARIES], env=ENVIRONMENT, **pipes)

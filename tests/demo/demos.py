@@ -11,7 +11,7 @@ from hf_mim.visualize import Viewer
 
 
 def tiny_demo(method="mae", value_range=None, bands=None, search=None, task=True, **changes) -> Demo:
-    """Of a model with patches of 4 × 4 pixels, 4 rows and 6 columns of them."""
+    """Its model has patches of 4 × 4 pixels, 4 rows and 6 columns of them."""
     model = make_model(method, image_size=[16, 24], **changes).eval()
     channels = model.config.num_channels
     encoder = FrozenEncoder(model.base_model, [0.5] * channels, [0.25] * channels, name="tiny", value_range=value_range)

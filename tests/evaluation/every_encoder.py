@@ -9,7 +9,7 @@ LISTS = (
     "MODEL_FOR_MASKED_IMAGE_MODELING_MAPPING_NAMES MODEL_FOR_ZERO_SHOT_IMAGE_CLASSIFICATION_MAPPING_NAMES"
 ).split()
 MORE = {"aimv2", "cvt", "flava", "radio", "sam", "vjepa2"}
-# Of these no tiny model can be built here, or there is no encoder of images in it.
+# No tiny model of these can be built here, or there is no encoder of images in it.
 LEFT_OUT = {
     "needs natten": {"dinat"},
     "needs timm": {"gemma3n_vision", "timm_backbone", "timm_wrapper", "edgetam_vision_model"},

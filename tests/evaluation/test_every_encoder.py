@@ -1,4 +1,4 @@
-"""Of every vision encoder that `AutoModel` loads: features are those of its own forward, or one line says why not."""
+"""Every vision encoder that `AutoModel` loads gives the features of its own forward, or one line says why not."""
 
 import inspect
 import math

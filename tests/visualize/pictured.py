@@ -9,7 +9,7 @@ from hf_mim.visualize import Viewer
 
 
 def viewer(method="mae", image_size=(16, 24), value_range=None, bands=None, **changes) -> Viewer:
-    """Of a model with patches of 4 x 4 pixels, 4 rows and 6 columns of them."""
+    """Its model has patches of 4 x 4 pixels, 4 rows and 6 columns of them."""
     model = tiny_model(method, image_size=list(image_size), **changes).eval()
     channels = model.config.num_channels
     encoder = FrozenEncoder(model.base_model, [0.5] * channels, [0.25] * channels, name="tiny", value_range=value_range)

@@ -31,7 +31,7 @@ def test_a_perfect_models_reconstruction_equals_the_image(monkeypatch, norm_pix_
 
     monkeypatch.setattr(view.pretraining, "forward", oracle)
     plot_reconstructions(view, shown)
-    np.testing.assert_allclose(rows[0]["prediction and visible patches"], rows[0]["original"], atol=2e-3)
+    np.testing.assert_allclose(rows[0]["prediction and visible patches"][..., :3], rows[0]["original"], atol=2e-3)
     assert np.ptp(rows[0]["original"]) > 0.9
 
 
@@ -41,9 +41,18 @@ def test_visible_patches_are_the_images_and_the_hidden_ones_predictions(monkeypa
     seen, predicted = (rows[0][name] for name in ("what the encoder sees", "prediction of hidden patches"))
     visible = seen[..., 3] > 0
     assert visible.mean() == 0.25 and (visible == (predicted[..., 3] == 0)).all()
-    pasted, original = rows[0]["prediction and visible patches"], rows[0]["original"]
+    pasted, original = rows[0]["prediction and visible patches"][..., :3], rows[0]["original"]
     np.testing.assert_allclose(pasted[visible], original[visible], atol=1e-5)
     assert np.abs(pasted[~visible] - original[~visible]).mean() > 0.02
+
+
+def test_a_patch_that_a_pass_leaves_out_is_not_shown_as_visible(monkeypatch):
+    """The halves of an odd checkerboard are unequal, so SymMIM neither sees nor predicts one of these 9 patches."""
+    view, rows = viewer("sym_mim", image_size=(12, 12)), drawn(monkeypatch, predictions)
+    plot_reconstructions(view, images(size=(12, 12)))
+    names = "what the encoder sees", "prediction of hidden patches", "prediction and visible patches"
+    seen, predicted, both = (rows[0][name][..., 3] > 0 for name in names)
+    assert (both == seen | predicted).all() and both.mean() == pytest.approx(8 / 9)
 
 
 @pytest.mark.parametrize("method", METHODS)
