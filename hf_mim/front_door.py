@@ -4,8 +4,8 @@
 
     run = hf_mim.pretrain("my_photos", method="mae", size="tiny", output_dir="runs/mine")
     run.plot()
-    hf_mim.evaluate("knn", run.folder, dataset="my_labelled_photos")
-    hf_mim.embed(run.folder, dataset="my_photos", output="photos.parquet")
+    hf_mim.evaluate("knn", run, dataset="my_labelled_photos")
+    hf_mim.embed(run, dataset="my_photos", output="photos.parquet")
 
 Each option of a command is a keyword here, and takes a value of Python or the text that one would type. A mistake of
 the user raises ValueError with the line that the command prints, before any work.

@@ -56,6 +56,10 @@ class Run:
             raise ValueError(f"RUN must be a folder that hf-mim pretrain has written, and {folder} holds no {RECIPE}")
         return cls(folder, recipe, log)
 
+    def __fspath__(self) -> str:
+        """A run may stand wherever its folder may."""
+        return str(self.folder)
+
     @property
     def step(self) -> int:
         """The last optimizer step that was logged or saved."""

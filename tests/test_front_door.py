@@ -150,7 +150,7 @@ def test_a_result_is_returned_and_saved_as_the_command_saves_it(quick, tmp_path,
     monkeypatch.setenv("HF_MIM_CACHE", str(tmp_path / "cache"))
     make_model("mae").save_pretrained(tmp_path / "run")
     options = dict(dataset="digits", train_images=60, test_images=30, k=3, beside=False, image_mean=[0.5] * 3)
-    result = hf_mim.evaluate("knn", tmp_path / "run", **options, image_std=(0.5, 0.5, 0.5))
+    result = hf_mim.evaluate("knn", Run(tmp_path / "run", {}, []), **options, image_std=(0.5, 0.5, 0.5))
     saved = Result.load(result.path)
     assert result.path.parent == tmp_path / "run/results" and saved.value == result.value
     assert [path.is_file() for path in result.beside] == [True] * 3
