@@ -114,7 +114,7 @@ def embed(checkpoint: str | Path, **options) -> Embedded:
     images, account = load_described(source.dataset, source.split, False, *columns)
     about = describe(checkpoint, extract, source) | {"labels": account.labels}
     split = Images(images, f"{source_name(source.dataset)}, split {source.split}")
-    partial = output.with_name(f"_{output.name}.partial")
+    partial = formats.partial_of(output)
     _check_room(output, extract, specs, len(split))
     partial.mkdir(exist_ok=True)
     with locked(partial, "output"):

@@ -9,6 +9,7 @@ beside the array, and in `embeddings.json` in the folder.
 import csv
 import json
 import os
+import shutil
 from collections.abc import Iterable, Iterator
 from functools import cached_property
 from pathlib import Path
@@ -31,9 +32,16 @@ READ = 1024  # rows of a part that is read
 PARQUET, ARRAY, FOLDER = ".parquet", ".npy", ""
 
 
+def partial_of(output: Path) -> Path:
+    """The folder with the parts of an extraction that is under way."""
+    return output.with_name(f"_{output.name}.partial")
+
+
 def check_output(output: str | Path, features: list[str]) -> Path:
     """Raise ValueError, in one line, unless embeddings of these features can be written to this new file or folder."""
     output = Path(output)
+    if output.is_file() or (output.is_dir() and any(output.iterdir())):  # it was ended while it took its parts away
+        shutil.rmtree(partial_of(output), ignore_errors=True)
     if output.suffix not in (PARQUET, ARRAY, FOLDER):
         raise ValueError(f"output must end with .parquet or .npy, or be a new folder without such an end, not {output}")
     check_parent(output, "output")
@@ -41,7 +49,8 @@ def check_output(output: str | Path, features: list[str]) -> Path:
         return check_destination(output, "output")
     if output.suffix == ARRAY and len(features) > 1:
         raise ValueError(f"features must be of one kind for a .npy file, not {', '.join(features)}; .parquet takes all")
-    for path in (output, *(output.with_suffix(end) for end in (".csv", ".json") if output.suffix == ARRAY)):
+    ends = (".csv", ".json") if output.suffix == ARRAY and not partial_of(output).is_dir() else ()
+    for path in (output, *map(output.with_suffix, ends)):  # what stands beside an array is written before it
         if os.path.lexists(path):
             raise ValueError(f"output must be a new file, and {path} exists")
     check_writable(output, "output", "file")

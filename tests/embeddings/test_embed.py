@@ -2,7 +2,9 @@
 
 import csv
 import json
+import os
 import shutil
+import sys
 import tracemalloc
 from types import SimpleNamespace
 
@@ -15,7 +17,7 @@ from pictures import scenes, tiny_checkpoint
 from hf_mim.cli import main
 from hf_mim.data import BrokenImagesError, load_images
 from hf_mim.data.images import Images
-from hf_mim.embeddings import parts
+from hf_mim.embeddings import formats, parts
 from hf_mim.embeddings.embed import embed
 from hf_mim.embeddings.formats import Embeddings
 from hf_mim.evaluation import cache, features
@@ -97,6 +99,29 @@ def test_killed_and_resumed_it_gives_the_same_bytes(output, checkpoint, photos, 
     embed(checkpoint, **options)
     assert sum(seen) == 40 - 16  # two whole parts of eight were kept
     assert {path.name: path.read_bytes() for path in (sorted(whole.iterdir()) if whole.is_dir() else [whole])} == before
+
+
+@pytest.mark.parametrize("output", ["photos.parquet", "photos.npy", "embedded"])
+def test_ended_while_it_takes_its_parts_away_it_is_whole(output, checkpoint, photos, monkeypatch, capsys):
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr("hf_mim.embeddings.embed.shutil.rmtree", lambda path: sys.exit())
+        embed(checkpoint, dataset="photos", output=output)
+    assert list(photos.parent.glob("_*"))
+    assert main(["embed", str(checkpoint), "--dataset", "photos", "--output", output]) == 2
+    assert "output must be a new" in capsys.readouterr().err and not list(photos.parent.glob("_*"))
+    assert len(Embeddings(output)) == 40
+
+
+def test_ended_between_the_files_of_an_array_it_goes_on(checkpoint, photos, monkeypatch):
+    embed(checkpoint, dataset="photos", output="straight.npy")
+    replace = os.replace
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(formats.os, "replace", lambda a, b: sys.exit() if str(b) == "photos.npy" else replace(a, b))
+        embed(checkpoint, dataset="photos", output="photos.npy")
+    assert os.path.exists("photos.csv") and not os.path.exists("photos.npy")
+    embed(checkpoint, dataset="photos", output="photos.npy")
+    for end in (".npy", ".csv"):
+        assert (photos.parent / f"photos{end}").read_bytes() == (photos.parent / f"straight{end}").read_bytes()
 
 
 def test_an_extraction_that_was_begun_goes_on_with_the_same_settings_only(checkpoint, photos, monkeypatch, capsys):
