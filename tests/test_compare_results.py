@@ -99,6 +99,7 @@ def test_a_run_that_failed_is_in_the_table_with_its_reason(made):
     assert failures == ["training: base_lr must be above 0, not -1.0", None] * 2
 
 
+@pytest.mark.slow
 def test_each_value_has_the_command_that_gives_it_again(made, monkeypatch):
     monkeypatch.chdir(made.output)  # the record has no folders of this machine
     done = [result for result in record(made)["results"] if result["value"] is not None]

@@ -81,6 +81,7 @@ def test_the_untrained_encoder_has_a_file_of_its_own(checkpoint):
     assert result["settings"]["untrained"] is True and result["checkpoint_sha256"] is None
 
 
+@pytest.mark.slow
 def test_another_seed_draws_other_untrained_weights(checkpoint, tmp_path):
     values = []
     for seed in (0, 1, 1):

@@ -155,7 +155,7 @@ def test_a_handful_of_images_is_pretrained_on_without_a_readout(tmp_path):
     assert (tmp_path / "run" / "config.json").exists() and not (tmp_path / "run" / "results" / "knn.json").exists()
 
 
-@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("workers", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_more_than_one_broken_file_in_a_hundred_stops_the_run_with_one_line(tmp_path, capsys, workers):
     pictures = make_pictures(tmp_path / "pictures")
     for index in range(8):

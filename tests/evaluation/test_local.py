@@ -91,6 +91,7 @@ def test_answers_are_not_among_what_the_encoder_is_shown():
     assert Scenes(3, 32, 0, "test").images.column_names == ["image"]
 
 
+@pytest.mark.slow
 def test_two_runs_give_the_same_numbers_and_the_protocol_is_written_out(tiny_encoder):
     extract = FeatureExtractor(tiny_encoder, progress=False)
     protocol = Local(num_train=200, num_test=50, size=48)

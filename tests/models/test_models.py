@@ -15,8 +15,7 @@ from hf_mim.models.vit import MLP
 CASES = [
     (method, image_size, channels, cls_token)
     for method in METHODS
-    for image_size in (32, (24, 40))
-    for channels in (1, 10)
+    for image_size, channels in ((32, 1), ((24, 40), 10))
     for cls_token in ((True, False) if make_config(method).use_cls_token else (False,))
 ]
 
