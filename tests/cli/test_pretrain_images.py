@@ -80,6 +80,7 @@ def draw_scans(folder, patients=16, each=5):
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.pictures
 def test_folders_of_patients_are_not_measured_as_classes(tmp_path, capsys, monkeypatch):
     accumulators = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")

@@ -27,6 +27,7 @@ def results(run):
     return sorted(path.name for path in (run / "results").glob("*.json"))
 
 
+@pytest.mark.slow
 def test_data_settings_and_encoders_that_differ_have_files_of_their_own(run, tmp_path):
     """10 % and 10 images, two folders of one name, a float, other weights, other images under the old names; what is
     the same in other words replaces its file."""

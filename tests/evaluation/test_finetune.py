@@ -59,6 +59,7 @@ def test_learning_rate_follows_the_batch_and_warm_up_is_five_epochs_of_a_long_ru
     assert args.learning_rate == 1 and args.get_warmup_steps(1000) == 100
 
 
+@pytest.mark.slow
 def test_digits_are_learned(checkpoint, digits_splits):
     train, test = digits_splits[0].select(range(640)), digits_splits[1]
     result = Finetune(**QUICK).run(extractor(checkpoint), train, test)
