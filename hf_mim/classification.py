@@ -150,9 +150,11 @@ def answers(split: Images, source: PredictArguments, logits: Tensor, classes: Se
         names += names_of(pictures[part]["image"], rows[part], root)
     predicted = [classes[number] for number in logits.argmax(dim=1).tolist()]
     table = {"name": names, "row": rows, "predicted": predicted}
-    twice = {name for name, count in Counter(classes).items() if count > 1}  # ImageNet has two cranes
-    for number, probabilities in enumerate(logits.softmax(dim=1).T):
-        name = f"{classes[number]} {number}" if classes[number] in twice else classes[number]
+    counts = Counter(classes)  # ImageNet has two cranes
+    named = [name if counts[name] == 1 else f"{name} {number}" for number, name in enumerate(classes)]
+    if len(set(named)) < len(named):  # and somebody has "a", "a" and "a 0"
+        named = [f"{name} {number}" for number, name in enumerate(classes)]
+    for name, probabilities in zip(named, logits.softmax(dim=1).T, strict=True):
         table[f"probability_{name}"] = probabilities.numpy()
     if any(label is not None for label in labels):
         table["label"] = pa.array(labels, pa.string())

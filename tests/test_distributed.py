@@ -10,9 +10,6 @@ from tiny import METHODS, make_mean_model, make_model
 from tiny_runs import AtEachStep, Images, Stream, arguments, assert_same_weights, fixed_ids, image_column, snapshot
 
 from hf_mim.data import BrokenImagesError, DeviceAugment, ImageDataset, ImageStream, WholeImage
-from hf_mim.models.losses import info_nce
-from hf_mim.models.modeling_sym_mim import ContrastMLP
-from hf_mim.models.ranks import all_gather
 from hf_mim.pretraining.checkpoints import is_whole
 from hf_mim.pretraining.trainer import MIMTrainer
 
@@ -119,15 +116,14 @@ def options_of_ddp(folder, **options):
 
 
 def contrast_of_ranks(rank=None):
-    """InfoNCE of this rank's part of a batch, or of the whole one, with its gradient by the projector's weights."""
-    generator = torch.Generator().manual_seed(0)
-    features, others = torch.randn(2, 8, 6, generator=generator)
+    """SymMIM's contrast of this rank's part of a batch, or of the whole one, with its gradient by the features."""
+    model, generator = make_model("sym_mim").train(), torch.Generator().manual_seed(0)
+    patches, tokens = torch.randn(8, 36, 48, generator=generator), torch.randn(8, 19, 32, generator=generator)
     own = slice(None) if rank is None else slice(4 * rank, 4 * rank + 4)
-    torch.manual_seed(1)
-    projector = ContrastMLP(6, 16, 5)
-    keys = all_gather(projector(others[own]))
-    loss = info_nce(projector(features[own]), keys, temperature=0.2, first=own.start or 0)
-    return [loss.detach(), *torch.autograd.grad(loss, list(projector.parameters()))]
+    seen = torch.arange(18).expand(8, -1)
+    loss, _ = model.contrast(tokens[own], patches[own], (6, 6), seen[own])
+    parameters = [*model.projector.parameters(), *model.predictor.parameters()]
+    return [loss.detach(), *torch.autograd.grad(loss, parameters)]
 
 
 DDP = dict(ddp_bucket_cap_mb=3, ddp_broadcast_buffers=True, ddp_find_unused_parameters=True, ddp_static_graph=True)

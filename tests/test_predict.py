@@ -175,6 +175,11 @@ def test_a_classifier_of_transformers_and_classes_of_one_name(photos, tmp_path):
     with torch.no_grad():
         expected = model(**pixels, interpolate_pos_encoding=True).logits.softmax(1)[:, 2]
     torch.testing.assert_close(torch.tensor(table["probability_cat"].to_pylist()), expected, atol=1e-5, rtol=1e-4)
+    model.config.id2label[2] = "crane 0"
+    model.save_pretrained(tmp_path / "vit")
+    hf_mim.predict(tmp_path / "vit", dataset=photos, output="again.parquet", device="cpu")
+    columns = [name for name in pq.read_table("again.parquet").column_names if name.startswith("probability_")]
+    assert columns == ["probability_crane 0", "probability_crane 1", "probability_crane 0 2"]
 
 
 def test_mistakes_are_one_line_and_nothing_is_written(photos, classifier, tmp_path, capsys):

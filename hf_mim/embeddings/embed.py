@@ -105,6 +105,7 @@ def embed(checkpoint: str | Path, **options) -> Embedded:
     """
     start = time.perf_counter()
     source, options = divided(EmbedArguments, options)
+    formats.remove_leftovers(Path(source.output))
     output = formats.check_output(source.output, source.features)
     extract = EncoderArguments(**options, cache="none").extractor(str(checkpoint), source.crop())
     specs = [FeatureSpec.parse(text) for text in source.features]

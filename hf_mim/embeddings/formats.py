@@ -37,11 +37,15 @@ def partial_of(output: Path) -> Path:
     return output.with_name(f"_{output.name}.partial")
 
 
+def remove_leftovers(output: Path):
+    """Take away the parts of an output that is whole: its extraction was ended while it did so."""
+    if output.is_file() or (output.is_dir() and any(output.iterdir())):
+        shutil.rmtree(partial_of(output), ignore_errors=True)
+
+
 def check_output(output: str | Path, features: list[str]) -> Path:
     """Raise ValueError, in one line, unless embeddings of these features can be written to this new file or folder."""
     output = Path(output)
-    if output.is_file() or (output.is_dir() and any(output.iterdir())):  # it was ended while it took its parts away
-        shutil.rmtree(partial_of(output), ignore_errors=True)
     if output.suffix not in (PARQUET, ARRAY, FOLDER):
         raise ValueError(f"output must end with .parquet or .npy, or be a new folder without such an end, not {output}")
     check_parent(output, "output")

@@ -155,9 +155,10 @@ def checkpoint_sha256(checkpoint: str | Path) -> str | None:
 
 
 def model_sha256(model: nn.Module) -> str:
-    """The hash of the weights of a model: names, types, shapes and values."""
+    """The hash of the weights that decide what a model gives: names, types, shapes and values."""
     digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
+    state = getattr(model, "plain_state_dict", model.state_dict)()
+    for name, tensor in sorted(state.items()):
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     return digest.hexdigest()

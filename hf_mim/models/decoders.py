@@ -6,9 +6,9 @@ import torch
 from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from .blocks import MLP, MultiHeadAttention, SelfAttention, run_layers, vit_layers
 from .configuration_vit import MIMConfig
 from .positions import PositionEmbeddings
-from .vit import MLP, MultiHeadAttention, SelfAttention, run_layers, vit_layers
 
 
 class PixelDecoder(nn.Module):

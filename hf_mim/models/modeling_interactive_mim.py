@@ -8,24 +8,23 @@ from torch import nn
 from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from .blocks import MLP, run_layers, vit_layers
 from .configuration_interactive_mim import InteractiveMIMConfig
 from .decoders import CrossAttention
 from .heads import BackboneHead, ClassificationHead
-from .losses import mean_and_variance, mean_squared_error, standardize
+from .losses import mean_squared_error
 from .masking import gather, split_at_random, split_modalities
+from .pixel_targets import PixelTargets, fill_patches, masked_pixels, pixel_targets
 from .positions import PositionEmbeddings
 from .recording import pretraining_forward
 from .signals import error_over_constant, spread
 from .vit import (
-    MLP,
     MIMPreTrainedModel,
     PretrainingOutput,
     ViTEmbeddings,
     ViTEncoder,
     are_ids_absent,
-    run_layers,
     unpatchify,
-    vit_layers,
 )
 
 
@@ -99,14 +98,15 @@ class InteractiveMIMModel(InteractiveMIMPreTrainedModel, ViTEncoder):
         own = self.config.channels_of_modalities
         chosen = [channel for name, part in own.items() if name in names for channel in range(part.start, part.stop)]
         if pixel_values.shape[1] == len(chosen) < self.config.num_channels:
-            whole = pixel_values.new_zeros(len(pixel_values), self.config.num_channels, *pixel_values.shape[2:])
+            whole = pixel_values.new_zeros(pixel_values.shape[0], self.config.num_channels, *pixel_values.shape[2:])
             whole[:, chosen] = pixel_values
             pixel_values = whole
         sides = zip(pixel_values.shape[2:], self.config.patch_height_width, strict=True)
         rows, columns = (side // patch for side, patch in sides)
         count = rows * columns if patch_ids is None else patch_ids.shape[1]
         visible = torch.tensor([name in names for name in own], device=pixel_values.device)
-        return super().forward(pixel_values, patch_ids, visible=visible.expand(len(pixel_values), count, -1), **kwargs)
+        visible = visible.expand(pixel_values.shape[0], count, -1)
+        return super().forward(pixel_values, patch_ids, visible=visible, **kwargs)
 
     def plain_state_dict(self) -> dict[str, torch.Tensor]:
         state, config = self.state_dict(), self.config
@@ -170,7 +170,7 @@ class InteractionDecoder(nn.Module):
         return [head(part) for head, part in zip(self.heads, parts, strict=True)]
 
 
-class InteractiveMIMForPreTraining(InteractiveMIMPreTrainedModel):
+class InteractiveMIMForPreTraining(PixelTargets, InteractiveMIMPreTrainedModel):
     """Encoder on the visible patches of all modalities, decoder with interaction, reconstruction of the masked ones.
 
     From the paper: masked tokens, which carry nothing of the image in MAE, first read the visible tokens by
@@ -234,16 +234,18 @@ class InteractiveMIMForPreTraining(InteractiveMIMPreTrainedModel):
         places = self._of_each_modality(masks["target_ids"])
         context_ids, num_prefix = masks["context_ids"], self.config.num_prefix_tokens
         tokens = self.encoder.encode(gather(patches, context_ids), grid, context_ids, visible=masks.get("visible"))
-        predictions = self.decoder(tokens, grid, context_ids, places)
-        valid = None if valid_pixels is None else self.encoder.cut(valid_pixels)[0]
-        losses, targets, kept = {}, [], []
-        for number, name in enumerate(self.config.modality_channels):
-            own = gather(self._modality(patches, name), places[:, number]).float()
-            kept.append(None if valid is None else gather(self._modality(valid, name), places[:, number]))
-            targets.append(standardize(own, kept[-1]) if self.config.norm_pix_loss else own)
-            losses[name] = mean_squared_error(predictions[number].float(), targets[-1], kept[-1])
-        predictions, targets = torch.cat(predictions, dim=-1), torch.cat(targets, dim=-1)
-        kept = None if valid is None else torch.cat(kept, dim=-1)
+        predictions = torch.cat(self.decoder(tokens, grid, context_ids, places), dim=-1)
+        names, valid = self.config.modality_channels, self.valid_values(valid_pixels)
+        pairs = [
+            pixel_targets(self._modality(patches, name), ids, self._modality(valid, name), self.config.norm_pix_loss)
+            for name, ids in zip(names, places.unbind(dim=1), strict=True)
+        ]
+        losses = {
+            name: mean_squared_error(predicted.float(), *pair)
+            for name, predicted, pair in zip(names, self._parts(predictions), pairs, strict=True)
+        }
+        targets = torch.cat([own for own, _ in pairs], dim=-1)
+        kept = None if valid is None else torch.cat([own for _, own in pairs], dim=-1)
         metrics = {
             "feature_std": spread(tokens[:, num_prefix:]),
             "error_over_constant": error_over_constant(predictions[..., None], targets[..., None], kept),
@@ -258,37 +260,30 @@ class InteractiveMIMForPreTraining(InteractiveMIMPreTrainedModel):
         target_ids = target_ids[:, None] if target_ids.ndim == 2 else target_ids
         return target_ids.expand(-1, len(self.config.modalities), -1)
 
+    def _parts(self, predictions):
+        """Predictions `[B, Nm, P]` of all modalities → those of each."""
+        pixels = math.prod(self.config.patch_height_width)
+        return predictions.split([pixels * count for count in self.config.modality_channels.values()], dim=-1)
+
     def _modality(self, patches, name):
-        """Patches `[B, N, P]` → those of one modality."""
+        """Patches `[B, N, P]` → those of one modality. None stays None."""
+        if patches is None:
+            return None
         pixels = patches.unflatten(-1, (-1, self.config.num_channels))
         return pixels[..., self.config.channels_of_modalities[name]].flatten(-2)
 
     @torch.no_grad()
     def reconstruct(self, pixel_values, valid_pixels=None, **masks) -> tuple[torch.Tensor, torch.Tensor]:
-        """Mask normalised images `[B, C, H, W]` and fill the masked patches with the model's predictions.
-
-        `masks` are those of `forward`, drawn if absent. Returns the reconstruction `[B, C, H, W]` (float32, normalised
-        as the images) and the mask of the first modality `[B, 1, H, W]`, True where masked. With `norm_pix_loss` each
-        predicted patch gets the mean and variance of the true one, of its `valid_pixels`.
-        """
+        """As `PixelTargets.reconstruct`, of all modalities. The mask is that of the first one."""
         output = self(pixel_values, valid_pixels=valid_pixels, **masks)
-        patches, grid = self.encoder.cut(pixel_values.float())
-        valid = None if valid_pixels is None else self.encoder.cut(valid_pixels)[0]
-        places, size = self._of_each_modality(output.target_ids), self.config.patch_height_width
-        widths = [math.prod(size) * count for count in self.config.modality_channels.values()]
-        images = []
-        for number, (name, predicted) in enumerate(
-            zip(self.config.modality_channels, output.predictions.float().split(widths, dim=-1), strict=True)
-        ):
-            own, ids = self._modality(patches, name), places[:, number]
-            if self.config.norm_pix_loss:
-                kept = None if valid is None else gather(self._modality(valid, name), ids)
-                mean, variance = mean_and_variance(gather(own, ids), kept)
-                predicted = predicted * (variance + 1e-6).sqrt() + mean
-            images.append(unpatchify(own.scatter(1, ids[..., None].expand_as(predicted), predicted), size, grid))
-        first = patches.new_zeros(*patches.shape[:2], math.prod(size))
-        ids = places[:, 0, :, None].expand(-1, -1, first.shape[-1])
-        return torch.cat(images, dim=1), unpatchify(first.scatter(1, ids, 1.0), size, grid).bool()
+        patches, grid = self.encoder.cut(pixel_values)
+        valid, size = self.valid_values(valid_pixels), self.config.patch_height_width
+        places = self._of_each_modality(output.target_ids)
+        images, parts = [], (self._parts(output.predictions), places.unbind(dim=1))
+        for name, predicted, ids in zip(self.config.modality_channels, *parts, strict=True):
+            about = predicted, self._modality(valid, name), self.config.norm_pix_loss
+            images.append(unpatchify(fill_patches(self._modality(patches, name), ids, *about), size, grid))
+        return torch.cat(images, dim=1), masked_pixels(places[:, 0], size, grid)
 
 
 class InteractiveMIMForImageClassification(ClassificationHead, InteractiveMIMPreTrainedModel):

@@ -9,7 +9,7 @@ from .decoders import PixelDecoder
 from .heads import BackboneHead, ClassificationHead
 from .losses import mean_squared_error
 from .masking import gather, split_at_random
-from .pixel_targets import PixelTargets
+from .pixel_targets import PixelTargets, pixel_targets
 from .recording import pretraining_forward
 from .signals import error_over_constant, spread
 from .vit import MIMPreTrainedModel, PretrainingOutput, ViTEncoder, are_ids_absent
@@ -68,7 +68,7 @@ class MAEForPreTraining(PixelTargets, MAEPreTrainedModel):
         context_ids, target_ids = masks["context_ids"], masks["target_ids"]
         latents = self.encoder.encode(gather(patches, context_ids), grid, context_ids)
         predictions = self.decoder(latents, grid, context_ids, target_ids)
-        targets, valid = self.pixel_targets(patches, target_ids, valid_pixels)
+        targets, valid = pixel_targets(patches, target_ids, self.valid_values(valid_pixels), self.config.norm_pix_loss)
         return MAEOutput(
             loss=mean_squared_error(predictions.float(), targets, valid),
             predictions=predictions,

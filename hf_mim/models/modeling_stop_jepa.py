@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from .blocks import run_layers, vit_layers
 from .configuration_stop_jepa import StopJepaConfig
 from .heads import BackboneHead, ClassificationHead
 from .linear_layers import bias_of, input_dtype, product_without_bias
@@ -19,7 +20,7 @@ from .positions import PositionEmbeddings
 from .recording import pretraining_forward
 from .signals import error_over_constant, spread, target_signals
 from .target_encoder import TargetNetworkMixin, target_encoder_config
-from .vit import MIMPreTrainedModel, PretrainingOutput, ViTEncoder, are_ids_absent, run_layers, vit_layers
+from .vit import MIMPreTrainedModel, PretrainingOutput, ViTEncoder, are_ids_absent
 
 
 @dataclass

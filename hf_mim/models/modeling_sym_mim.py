@@ -10,7 +10,7 @@ from .decoders import PixelDecoder
 from .heads import BackboneHead, ClassificationHead
 from .losses import info_nce, mean_squared_error
 from .masking import gather, split_at_random, split_checkerboard
-from .pixel_targets import PixelTargets
+from .pixel_targets import PixelTargets, pixel_targets
 from .ranks import all_gather, mean_over_ranks, rank_and_count
 from .recording import pretraining_forward
 from .signals import error_over_constant, spread, target_signals
@@ -21,9 +21,9 @@ from .vit import MIMPreTrainedModel, PretrainingOutput, ViTEncoder, are_ids_abse
 @dataclass
 class SymMIMOutput(PretrainingOutput):
     """Predictions and targets `[B, Nm, P]` (by row, column, channel); context_ids `[B, Nv]`, target_ids `[B, Nm]`,
-    coarse_ids `[B, Nc]`, which the target encoder has seen."""
+    target_context_ids `[B, Nc]`, which the target encoder has seen."""
 
-    coarse_ids: torch.Tensor | None = None
+    target_context_ids: torch.Tensor | None = None
 
 
 class SymMIMPreTrainedModel(MIMPreTrainedModel):
@@ -101,22 +101,24 @@ class SymMIMForPreTraining(PixelTargets, TargetNetworkMixin, SymMIMPreTrainedMod
             target.train(mode)  # it has no drop path, and in train mode it standardises over the images of all ranks
         return self
 
-    def draw_masks(self, batch_size, grid, device=None, *, context_ids=None, target_ids=None, coarse_ids=None) -> dict:
+    def draw_masks(
+        self, batch_size, grid, device=None, *, context_ids=None, target_ids=None, target_context_ids=None
+    ) -> dict:
         """Draw the ids of one pass over a grid of `(rows, columns)` patches. Ids that are given stay as they are.
 
         Returns the arguments of `forward`: `context_ids [B, n]`, `target_ids [B, n]` and, if there is a contrast,
-        `coarse_ids [B, m]`, int64 on `device`. If a checkerboard has unequal halves, some patches of the larger half
-        are left out of the pass. Raises ValueError if only one of context and target is given, or if the grid cannot be
-        halved.
+        `target_context_ids [B, m]`, int64 on `device`. If a checkerboard has unequal halves, some patches of the larger
+        half are left out of the pass. Raises ValueError if only one of context and target is given, or if the grid
+        cannot be halved.
         """
         self.config.check_grid(grid)
         if are_ids_absent(context_ids, target_ids):
             context_ids, target_ids = self._halves(batch_size, grid, 1, device)
         ids = {"context_ids": context_ids, "target_ids": target_ids}
         if self.config.contrast_weight:
-            if coarse_ids is None:
-                coarse_ids, _ = self._halves(batch_size, grid, self.config.mask_cell, device)
-            ids["coarse_ids"] = coarse_ids
+            if target_context_ids is None:
+                target_context_ids, _ = self._halves(batch_size, grid, self.config.mask_cell, device)
+            ids["target_context_ids"] = target_context_ids
         return ids
 
     def _halves(self, batch_size, grid, cell, device):
@@ -129,14 +131,15 @@ class SymMIMForPreTraining(PixelTargets, TargetNetworkMixin, SymMIMPreTrainedMod
             inverted = torch.rand(batch_size, device=device) < 0.5
         return split_checkerboard(grid, cell, inverted, noise)
 
-    def contrast(self, tokens, patches, grid, coarse_ids, valid=None):
+    def contrast(self, tokens, patches, grid, target_context_ids, valid=None):
         """The InfoNCE of the online tokens `[B, prefix + n, D]`, and the target tokens `[B, m, D]`, float32.
 
         In evaluation mode the keys are those of this rank alone, so that one rank can do it by itself.
         """
         num_prefix = self.config.num_prefix_tokens
         with torch.no_grad():
-            targets = self.target_encoder.encode(gather(patches, coarse_ids), grid, coarse_ids)[:, num_prefix:]
+            seen = gather(patches, target_context_ids)
+            targets = self.target_encoder.encode(seen, grid, target_context_ids)[:, num_prefix:]
             keys, first = self.target_projector(targets.mean(dim=1)).float(), 0
             if self.training:
                 first, keys = rank_and_count()[0] * len(keys), all_gather(keys)
@@ -146,34 +149,36 @@ class SymMIMForPreTraining(PixelTargets, TargetNetworkMixin, SymMIMPreTrainedMod
 
     @pretraining_forward
     def forward(
-        self, pixel_values, context_ids=None, target_ids=None, coarse_ids=None, valid_pixels=None
+        self, pixel_values, context_ids=None, target_ids=None, target_context_ids=None, valid_pixels=None
     ) -> SymMIMOutput:
         """Reconstruct one half of the patches from the other, and find the image among others.
 
         Args:
             pixel_values: normalised images `[B, C, H, W]`.
             context_ids, target_ids: `[B, n]` visible and `[B, n]` masked patches, raster indices; drawn if absent.
-            coarse_ids: `[B, m]` the patches that the target encoder sees; drawn if absent.
+            target_context_ids: `[B, m]` the patches that the target encoder sees; drawn if absent.
             valid_pixels: bool `[B, C, H, W]`, False for pixels without data, which are 0 in `pixel_values` and left out
                 of the reconstruction. Images without any data do not count in the contrast. Default: all have data.
         """
         patches, grid = self.encoder.cut(pixel_values)
-        given = {"context_ids": context_ids, "target_ids": target_ids, "coarse_ids": coarse_ids}
+        given = {"context_ids": context_ids, "target_ids": target_ids, "target_context_ids": target_context_ids}
         masks = self.draw_masks(len(patches), grid, patches.device, **given)
         context_ids, target_ids = masks["context_ids"], masks["target_ids"]
         tokens = self.encoder.encode(gather(patches, context_ids), grid, context_ids)
         predictions = self.decoder(tokens, grid, context_ids, target_ids)
-        targets, valid = self.pixel_targets(patches, target_ids, valid_pixels)
+        data = self.valid_values(valid_pixels)
+        targets, valid = pixel_targets(patches, target_ids, data, self.config.norm_pix_loss)
         loss = mean_squared_error(predictions.float(), targets, valid)
         metrics = {
             "feature_std": spread(tokens[:, self.config.num_prefix_tokens :]),
             "error_over_constant": error_over_constant(predictions[..., None], targets[..., None], valid),
         }
         if self.config.contrast_weight:
-            valid_images = None if valid_pixels is None else valid_pixels.flatten(1).any(dim=1)
-            contrast, seen = self.contrast(tokens, patches, grid, masks["coarse_ids"], valid_images)
+            places = masks["target_context_ids"]
+            known = None if data is None else data.any(dim=-1)  # [B, N]
+            contrast, seen = self.contrast(tokens, patches, grid, places, None if known is None else known.any(dim=1))
             metrics |= {"reconstruction": loss.detach(), "contrast": contrast.detach()}
-            metrics |= target_signals(seen, masks["coarse_ids"], patches.shape[1])
+            metrics |= target_signals(seen, places, patches.shape[1], None if known is None else gather(known, places))
             loss = loss + self.config.contrast_weight * contrast
         return SymMIMOutput(loss=loss, predictions=predictions, targets=targets, metrics=metrics, **masks)
 

@@ -7,20 +7,42 @@ from .masking import gather
 from .vit import unpatchify
 
 
+def pixel_targets(patches, ids, valid, norm_pix_loss: bool):
+    """Patches `[B, N, P]` → the targets `[B, Nm, P]` (float32) at `ids [B, Nm]`, and which of their values have data.
+
+    valid: bool `[B, N, P]`, the values of the patches with data; None: all, also in what is returned.
+    """
+    targets, valid = gather(patches, ids).float(), None if valid is None else gather(valid, ids)
+    return standardize(targets, valid) if norm_pix_loss else targets, valid
+
+
+def fill_patches(patches, ids, predictions, valid, norm_pix_loss: bool):
+    """Patches `[B, N, P]` with those at `ids` replaced by predictions of `pixel_targets`, float32.
+
+    With `norm_pix_loss` each gets the mean and variance of the true patch, of its `valid` values.
+    """
+    patches, predictions = patches.float(), predictions.float()
+    if norm_pix_loss:
+        mean, variance = mean_and_variance(gather(patches, ids), None if valid is None else gather(valid, ids))
+        predictions = predictions * (variance + 1e-6).sqrt() + mean
+    return patches.scatter(1, ids[..., None].expand_as(predictions), predictions)
+
+
+def masked_pixels(ids, patch_size: tuple[int, int], grid: tuple[int, int]):
+    """Where the patches at `ids [B, Nm]` lie in the image: bool `[B, 1, H, W]`."""
+    mask = torch.zeros(len(ids), grid[0] * grid[1], dtype=torch.bool, device=ids.device).scatter(1, ids, True)
+    return unpatchify(mask[..., None].expand(-1, -1, patch_size[0] * patch_size[1]), patch_size, grid)
+
+
 class PixelTargets:
     """For pretraining models that predict pixels; it stands before the `PreTrainedModel` among the bases.
 
     The model has an `encoder` and `config.norm_pix_loss`, and its predictions are pixels in the order of `target_ids`.
     """
 
-    def pixel_targets(self, patches, target_ids, valid_pixels=None):
-        """Patches `[B, N, P]` → the targets `[B, Nm, P]` (float32), and which of their values have data (None: all)."""
-        targets, valid = gather(patches, target_ids).float(), self.valid_values(valid_pixels, target_ids)
-        return standardize(targets, valid) if self.config.norm_pix_loss else targets, valid
-
-    def valid_values(self, valid_pixels, target_ids):
-        """Which values of the targets have data, bool `[B, Nm, P]`; None: all."""
-        return None if valid_pixels is None else gather(self.encoder.cut(valid_pixels)[0], target_ids)
+    def valid_values(self, valid_pixels):
+        """Which values of the patches have data, bool `[B, N, P]`; None: all."""
+        return None if valid_pixels is None else self.encoder.cut(valid_pixels)[0]
 
     @torch.no_grad()
     def reconstruct(self, pixel_values, valid_pixels=None, **masks) -> tuple[torch.Tensor, torch.Tensor]:
@@ -32,14 +54,8 @@ class PixelTargets:
         patches, so each gets the mean and variance of the true patch, of its `valid_pixels`.
         """
         output = self(pixel_values, valid_pixels=valid_pixels, **masks)
-        patches, grid = self.encoder.cut(pixel_values.float())
-        predictions = output.predictions.float()
-        if self.config.norm_pix_loss:
-            masked, valid = gather(patches, output.target_ids), self.valid_values(valid_pixels, output.target_ids)
-            mean, variance = mean_and_variance(masked, valid)
-            predictions = predictions * (variance + 1e-6).sqrt() + mean
-        places = output.target_ids[..., None].expand_as(predictions)
-        images = patches.scatter(1, places, predictions)
-        mask = torch.zeros_like(patches).scatter(1, places, 1.0)
-        images, mask = (unpatchify(x, self.config.patch_height_width, grid) for x in (images, mask))
-        return images, mask[:, :1].bool()
+        patches, grid = self.encoder.cut(pixel_values)
+        ids, size = output.target_ids, self.config.patch_height_width
+        about = self.valid_values(valid_pixels), self.config.norm_pix_loss
+        filled = fill_patches(patches, ids, output.predictions, *about)
+        return unpatchify(filled, size, grid), masked_pixels(ids, size, grid)

@@ -1,7 +1,7 @@
-"""The vision transformer (ViT) that the methods share: layers, initialisation, encoder.
+"""The vision transformer (ViT) that the methods share: patches, initialisation, encoder. Its blocks are in `blocks.py`.
 
-Pre-norm blocks, one fused `qkv` projection, a final LayerNorm. Patches are cut before they are embedded, and `encode`
-takes only the patches that the encoder may see, so a masked patch costs nothing.
+Patches are cut before they are embedded, and `encode` takes only the patches that the encoder may see, so a masked
+patch costs nothing. After the last block stands a LayerNorm.
 """
 
 import shutil
@@ -12,16 +12,14 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 from transformers import initialization as init
-from transformers.activations import ACT2FN
-from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPooling
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import ModelOutput
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
+from .blocks import SelfAttention, ViTLayer, vit_layers
 from .configuration_vit import MIMConfig
-from .linear_layers import input_dtype, is_plain
+from .linear_layers import input_dtype
 from .masking import gather
 from .positions import PositionEmbeddings
 
@@ -72,108 +70,6 @@ def are_ids_absent(context_ids, target_ids) -> bool:
         given, missing = ("target_ids", "context_ids") if context_ids is None else ("context_ids", "target_ids")
         raise ValueError(f"context_ids and target_ids must be given together, got {given} without {missing}")
     return context_ids is None
-
-
-def eager_attention(module, query, key, value, attention_mask=None, scaling=None, dropout=0.0, **kwargs):
-    """Attention written out, for callers that want its weights: `[B, heads, Q, d]` → `[B, Q, heads, d]`, weights."""
-    weights = (query @ key.transpose(2, 3) * scaling).softmax(dim=-1, dtype=torch.float32).to(query.dtype)
-    return (weights @ value).transpose(1, 2), weights
-
-
-class MultiHeadAttention(nn.Module):
-    """Splits the width into heads and calls the attention backend; subclasses make queries, keys and values."""
-
-    is_causal = False
-
-    def __init__(self, config: MIMConfig, width: int, heads: int):
-        super().__init__()
-        self.config, self.heads = config, heads
-        self.scaling = (width // heads) ** -0.5
-        self.proj = nn.Linear(width, width)
-
-    def attend(self, query, key, value, **kwargs):
-        """Three `[B, tokens, D]` → `[B, Q, D]` and the attention weights, where the backend gives them."""
-        query, key, value = (x.unflatten(-1, (self.heads, -1)).transpose(1, 2) for x in (query, key, value))
-        interface = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
-        output, weights = interface(self, query, key, value, None, dropout=0.0, scaling=self.scaling, **kwargs)
-        return self.proj(output.flatten(2)), weights
-
-
-class SelfAttention(MultiHeadAttention):
-    def __init__(self, config: MIMConfig, width: int, heads: int):
-        super().__init__(config, width, heads)
-        self.qkv = nn.Linear(width, 3 * width)
-
-    def forward(self, hidden_states, num_queries=None, **kwargs):
-        """Every token is a key and a value; only the last `num_queries` tokens (default: all) are computed."""
-        if num_queries is None or not is_plain(self.qkv):
-            query, key, value = self.qkv(hidden_states).chunk(3, dim=-1)
-            query = query if num_queries is None else query[:, -num_queries:]
-            return self.attend(query, key, value, **kwargs)
-        width = hidden_states.shape[-1]
-        weight_q, weight_kv = self.qkv.weight.split([width, 2 * width])
-        bias_q, bias_kv = self.qkv.bias.split([width, 2 * width])
-        query = nn.functional.linear(hidden_states[:, -num_queries:], weight_q, bias_q)
-        return self.attend(query, *nn.functional.linear(hidden_states, weight_kv, bias_kv).chunk(2, dim=-1), **kwargs)
-
-
-class MLP(nn.Module):
-    def __init__(self, config: MIMConfig, width: int, intermediate_size: int):
-        super().__init__()
-        self.fc1 = nn.Linear(width, intermediate_size)
-        self.act = ACT2FN[config.hidden_act]
-        self.fc2 = nn.Linear(intermediate_size, width)
-
-    def forward(self, hidden_states):
-        return self.fc2(self.act(self.fc1(hidden_states)))
-
-
-def mark_residual_branches(depth: int, *linears: nn.Linear):
-    """Note on the last Linear of each residual branch the number of its layer (from 1): I-JEPA initialises by it."""
-    for module in linears:
-        module.residual_depth = depth
-
-
-class ViTLayer(GradientCheckpointingLayer):
-    """Pre-norm transformer block; `depth` counts from 1."""
-
-    def __init__(self, config: MIMConfig, width, heads, intermediate_size, depth: int, drop_path_rate: float = 0.0):
-        super().__init__()
-        self.drop_path_rate = drop_path_rate
-        self.norm1 = nn.LayerNorm(width, eps=config.layer_norm_eps)
-        self.attention = SelfAttention(config, width, heads)
-        self.norm2 = nn.LayerNorm(width, eps=config.layer_norm_eps)
-        self.mlp = MLP(config, width, intermediate_size)
-        mark_residual_branches(depth, self.attention.proj, self.mlp.fc2)
-
-    def drop_path(self, branch):
-        """Stochastic depth: leave the branch out for a random share of the images."""
-        if not self.training or self.drop_path_rate == 0:
-            return branch
-        kept = torch.rand(branch.shape[0], 1, 1, device=branch.device) >= self.drop_path_rate
-        return branch * kept / (1 - self.drop_path_rate)
-
-    def forward(self, hidden_states, num_queries=None, **kwargs):
-        """`[B, tokens, D]` → `[B, tokens, D]`, or only the last `num_queries` tokens."""
-        attended, _ = self.attention(self.norm1(hidden_states), num_queries, **kwargs)
-        if num_queries is not None:
-            hidden_states = hidden_states[:, -num_queries:]
-        hidden_states = hidden_states + self.drop_path(attended)
-        return hidden_states + self.drop_path(self.mlp(self.norm2(hidden_states)))
-
-
-def vit_layers(config: MIMConfig, width, depth, heads, intermediate_size=None, drop_path_rate=0.0) -> nn.ModuleList:
-    """A stack of blocks. Their drop path rate grows linearly from 0 to `drop_path_rate`."""
-    rates = [drop_path_rate * i / max(depth - 1, 1) for i in range(depth)]
-    mlp = intermediate_size or 4 * width
-    return nn.ModuleList(ViTLayer(config, width, heads, mlp, i, rate) for i, rate in enumerate(rates, start=1))
-
-
-def run_layers(layers: nn.ModuleList, hidden_states: torch.Tensor, num_queries: int) -> torch.Tensor:
-    """Run all blocks. The last block computes only the last `num_queries` tokens, because nothing else is read."""
-    for layer in layers[:-1]:
-        hidden_states = layer(hidden_states)
-    return layers[-1](hidden_states, num_queries=num_queries)
 
 
 class ViTEmbeddings(nn.Module):

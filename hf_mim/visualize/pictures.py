@@ -41,7 +41,7 @@ class Kind:
 
 
 PICTURES = {
-    "reconstructions": Kind(plot_reconstructions, "pixels that MAE and SymMIM predict", ("seed",)),
+    "reconstructions": Kind(plot_reconstructions, "pixels that MAE, SymMIM and Interactive MIM predict", ("seed",)),
     "prediction": Kind(plot_prediction, "how well the others predict features, and the nearest patches", ("seed",)),
     "noise": Kind(plot_noise, "how predictions of StoP-JEPA differ under its noise", ("seed",)),
     "masks": Kind(plot_masks, "masks as they are drawn, and how often each patch is hidden", ("seed",)),

@@ -15,7 +15,7 @@ STRIPES = "Stripes: hidden from the encoder."
 
 
 def plot_reconstructions(model, images, seed: int = 0, hidden: Tensor | None = None) -> Picture:
-    """What a model that predicts pixels (MAE, SymMIM) sees of the images, and its prediction of the rest.
+    """What a model that predicts pixels (MAE, SymMIM, Interactive MIM) sees of images, and its prediction of the rest.
 
     Args:
         model: a `Viewer`, or a checkpoint.

@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from other_encoders import OTHERS, TINY, build
+from tiny import make_model
 from transformers import (
     BeitConfig,
     BeitModel,
@@ -88,6 +89,21 @@ def test_of_a_batch_for_transformers_mae_each_image_has_its_own_features():
     torch.testing.assert_close(together, alone)
     assert torch.cdist(together, together).fill_diagonal_(1).min() > 1e-3
     assert config.mask_ratio == model.config.mask_ratio == 0.75  # as it was, for whoever trains it on
+
+
+def test_a_part_of_the_modalities_has_its_own_features_and_hash(tmp_path):
+    modalities = {"rgb": 3, "ir": 1}
+    model = make_model("interactive_mim", "encoder", num_channels=4, modalities=modalities).eval()
+    torch.nn.init.normal_(model.embeddings.absent)
+    images, found = torch.randn(2, 4, 24, 24), {}
+    for seen in (None, ["rgb"], ["ir"]):
+        model.config.modalities_seen = seen
+        model.save_pretrained(tmp_path / str(seen))
+        encoder = FrozenEncoder.load(tmp_path / str(seen), mean=[0.5] * 4, std=[0.5] * 4, device="cpu")
+        (features,) = encoder.extract(images, [FeatureSpec()])
+        torch.testing.assert_close(features, model(images, modalities=seen).pooler_output.detach())
+        found[encoder.sha256] = encoder.describe()
+    assert len(found) == 3  # features of one part are neither taken from a cache for another, nor searched in
 
 
 def test_of_clip_the_image_half_is_evaluated():

@@ -34,7 +34,10 @@ CASES = {
     "stop_jepa": (lambda: stop_jepa(), "IJepaModel"),
     "stop_jepa-oblong": (lambda: stop_jepa(**OBLONG, position_embedding="learned"), "IJepaModel"),
     "sym_mim": (lambda: sym_mim(), "ViTModel"),
-    "interactive_mim": (lambda: interactive_mim(num_channels=4, modalities={"rgb": 3, "ir": 1}), "ViTModel"),
+    "interactive_mim": (
+        lambda: interactive_mim(num_channels=4, modalities={"rgb": 3, "ir": 1}, modalities_seen=["rgb"]),
+        "ViTModel",
+    ),
     "cls-classifier": (
         lambda: mae("classifier", pooling="cls", num_labels=5),
         "ViTForImageClassification",

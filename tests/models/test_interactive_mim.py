@@ -148,6 +148,16 @@ def test_a_plain_vit_gives_the_same_features(seen):
     torch.testing.assert_close(theirs, model(pictures).last_hidden_state, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("seen", [None, ["ir"]])
+def test_a_graph_of_the_encoder_takes_any_number_of_images(seen):
+    encoder = interactive(modalities_seen=seen).encoder.eval()
+    shapes = {"pixel_values": {0: torch.export.Dim("batch")}}
+    program = torch.export.export(encoder, (torch.randn(2, 4, 32, 32),), dynamic_shapes=shapes, strict=False)
+    pictures = torch.randn(5, 4, 32, 32)
+    ours, graph = encoder(pictures).pooler_output, program.module()(pictures).pooler_output
+    torch.testing.assert_close(graph, ours, rtol=1e-5, atol=1e-6)
+
+
 def test_the_interaction_is_attention_by_hand():
     model = interactive()
     layer, heads = model.decoder.interaction[0].eval(), model.config.decoder_num_attention_heads

@@ -4,12 +4,16 @@ import numpy as np
 import pytest
 import torch
 from passes import make
+from tiny import only
 
+from hf_mim import methods
 from hf_mim.models.losses import mean_over
+from hf_mim.models.masking import gather
 from hf_mim.models.modeling_latent_mim import mean_pairwise_cosine
 from hf_mim.models.signals import error_over_constant, target_signals
 
-METHODS = ["mae", "latent_mim", "stop_jepa"]
+METHODS = [method.name for method in methods.rows() if method.takes_nodata]
+OF_PIXELS = [name for name in METHODS if methods.get(name).predicts_pixels]
 
 
 def images_and_valid(model, batch=3, share=0.3, seed=0):
@@ -27,9 +31,10 @@ def run(model, images, valid=None, **masks):
     return model(images, valid_pixels=valid, **masks)
 
 
+@pytest.mark.parametrize("method", OF_PIXELS)
 @pytest.mark.parametrize("norm_pix_loss", [False, True])
-def test_the_loss_of_mae_is_that_of_a_loop_over_the_valid_pixels(norm_pix_loss):
-    model = make("mae", norm_pix_loss=norm_pix_loss)
+def test_the_reconstruction_loss_is_that_of_a_loop_over_the_valid_pixels(method, norm_pix_loss):
+    model = make(method, norm_pix_loss=norm_pix_loss)
     images, valid = images_and_valid(model)
     output = run(model, images, valid)
     p = model.config.patch_size
@@ -45,16 +50,17 @@ def test_the_loss_of_mae_is_that_of_a_loop_over_the_valid_pixels(norm_pix_loss):
                 values = (values - values.mean()) / np.sqrt(variance + 1e-6)
             predicted = output.predictions[image, place].detach().double().numpy()[known]
             total, count = total + ((predicted - values) ** 2).sum(), count + len(values)
-    assert output.loss.item() == pytest.approx(total / count, rel=1e-5)
+    assert output.metrics.get("reconstruction", output.loss).item() == pytest.approx(total / count, rel=1e-5)
 
 
-def test_only_valid_pixels_of_mae_pull_at_its_predictions():
-    model = make("mae", norm_pix_loss=True)
+@pytest.mark.parametrize("method", OF_PIXELS)
+def test_only_valid_pixels_pull_at_the_predictions(method):
+    model = make(method, norm_pix_loss=True)
     images, valid = images_and_valid(model)
     output = run(model, images, valid)
     output.predictions.retain_grad()
     output.loss.backward()
-    known = model.valid_values(valid, output.target_ids)
+    known = gather(model.valid_values(valid), output.target_ids)
     assert known.any() and not known.all()
     assert (output.predictions.grad[~known] == 0).all() and (output.predictions.grad[known] != 0).all()
 
@@ -108,7 +114,7 @@ def test_valid_pixels_that_are_all_true_leave_the_loss(method):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_a_batch_without_data_gives_loss_and_gradient_zero(method):
-    model = make(method, **({"similarity_weight": 0.0} if method == "latent_mim" else {})).train()
+    model = make(method, **only(method, similarity_weight=0.0)).train()
     images, valid = images_and_valid(model)
     loss = run(model, images * 0, torch.zeros_like(valid)).loss
     loss.backward()

@@ -8,9 +8,9 @@ from passes import drawn, gradients, make, tables
 from tiny import METHODS, make_config
 from transformers import AutoModel
 
-from hf_mim.models import vit
+from hf_mim.models import blocks
+from hf_mim.models.blocks import MLP
 from hf_mim.models.positions import sincos_table
-from hf_mim.models.vit import MLP
 
 CASES = [
     (method, image_size, channels, cls_token)
@@ -112,10 +112,10 @@ def test_eager_attention_equals_sdpa(case, monkeypatch):
     assert model.config._attn_implementation == "sdpa"
     loss, grads = gradients(model, images)
     model.set_attn_implementation("eager")
-    calls = []
-    monkeypatch.setattr(vit, "eager_attention", lambda *a, f=vit.eager_attention, **k: calls.append(1) or f(*a, **k))
+    calls, attend = [], blocks.eager_attention
+    monkeypatch.setattr(blocks, "eager_attention", lambda *a, **k: calls.append(1) or attend(*a, **k))
     eager_loss, eager_grads = gradients(model, images)
-    assert len(calls) == sum(isinstance(module, vit.MultiHeadAttention) for module in model.modules())
+    assert len(calls) == sum(isinstance(module, blocks.MultiHeadAttention) for module in model.modules())
     torch.testing.assert_close(eager_loss, loss, rtol=1e-5, atol=0)
     for name in grads:
         torch.testing.assert_close(eager_grads[name], grads[name], rtol=1e-3, atol=1e-6)

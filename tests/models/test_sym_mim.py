@@ -71,7 +71,7 @@ def test_the_target_encoder_sees_the_coarse_cells_and_nothing_else():
     model, images = sym_mim(), torch.randn(4, 3, 32, 32)
     masks = model.draw_masks(4, (8, 8))
     before = model(images, **masks).metrics
-    hidden = torch.ones(4, 64, dtype=torch.bool).scatter(1, masks["coarse_ids"], False)
+    hidden = torch.ones(4, 64, dtype=torch.bool).scatter(1, masks["target_context_ids"], False)
     seen_online = torch.zeros(4, 64, dtype=torch.bool).scatter(1, masks["context_ids"], True)
     patches = patchify(images, (4, 4))
     other = torch.where((hidden & ~seen_online)[..., None], torch.randn_like(patches), patches)
@@ -90,7 +90,7 @@ def test_without_the_contrast_it_is_mae_on_the_same_ids(norm_pix_loss):
     mae.load_state_dict(model.state_dict())
     images = torch.randn(2, 3, 32, 32)
     output = drawn(model, images)
-    assert "coarse_ids" not in output and "contrast" not in output.metrics
+    assert "target_context_ids" not in output and "contrast" not in output.metrics
     ids = {"context_ids": output.context_ids, "target_ids": output.target_ids}
     assert torch.equal(mae(images, **ids).loss, output.loss)
 
