@@ -3,6 +3,9 @@
 A step is forward with random masks, backward, AdamW and target update, on one batch that is on the device already.
 transformers' ViTMAEForPreTraining is measured beside MAE, with the same sizes, masks and loss. A new model of
 transformers has position tables of zeros; they are filled with MAE's, so that both do the same work.
+
+`--masks_per_image 1 4` measures the methods that have this setting with each of these numbers. Then the masks that are
+predicted in a second (masks/s) are what compares.
 """
 
 import collections
@@ -23,6 +26,7 @@ def add_step(subcommands):
     parser.add_argument("--batch_size", type=int, default=8)
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"], help="precision of the autocast")
+    parser.add_argument("--masks_per_image", type=int, nargs="+", default=[1], help="for the methods that have it")
     parser.add_argument("--compile", action="store_true", help="torch.compile the model")
     parser.add_argument("--steps", type=int, default=10, help="timed steps; the methods take turns")
     parser.add_argument("--warmup", type=int, default=2, help="steps before the timed ones")
@@ -34,12 +38,14 @@ def benchmark_step(args) -> dict:
 
     device, dtype = torch.device(args.device), getattr(torch, args.dtype)
     ceiling = matrix_ceiling(device, dtype)
-    runs = {}
-    for method in args.methods:
+    runs, masks = {}, {}
+    for method, number in contestants(args):
         torch.manual_seed(0)
-        flops = count_flops(method, args)
-        model, images = contestant(method, args)
-        runs[method] = flops, training_step(model.to(device).train(), images.to(device), dtype, args.compile)
+        flops = count_flops(method, args, number)
+        model, images = contestant(method, args, number)
+        name = method if number == 1 else f"{method}, {number} masks"
+        runs[name] = flops, training_step(model.to(device).train(), images.to(device), dtype, args.compile)
+        masks[name] = number
     seconds = {method: [] for method in runs}
     for round_ in range(args.warmup + args.steps):
         for method, (_, step) in runs.items():
@@ -50,30 +56,45 @@ def benchmark_step(args) -> dict:
     mode = "compiled" if args.compile else "eager"
     print(f"ViT-{args.size}/{args.patch_size}, {args.image_size} px, batch {args.batch_size}, {args.dtype}, {mode}")
     print(f"matrix ceiling {ceiling / 1e12:.3f} TFLOP/s; median of {args.steps} steps\n")
-    print(f"{'method':<20}{'images/s':>10}{'GFLOP/image':>14}{'of ceiling':>12}{'speed':>8}")
+    print(
+        f"{'method':<20}{'s/step':>9}{'images/s':>10}{'masks/s':>10}{'GFLOP/image':>14}{'of ceiling':>12}{'speed':>8}"
+    )
     result = {"matrix_ceiling_tflops": ceiling / 1e12, "mode": mode, "methods": {}}
     result |= {name: getattr(args, name) for name in ("size", "patch_size", "image_size", "batch_size", "dtype")}
+    last = [*runs][-1]
     for method, (flops, _) in runs.items():
         rate = args.batch_size / medians[method]
-        share, speed = flops * rate / ceiling, medians[args.methods[-1]] / medians[method]
-        print(f"{method:<20}{rate:>10.2f}{flops / 1e9:>14.2f}{share:>11.1%}{speed:>7.2f}x")
+        share, speed = flops * rate / ceiling, medians[last] / medians[method]
+        rates = f"{medians[method]:>9.3f}{rate:>10.2f}{rate * masks[method]:>10.2f}"
+        print(f"{method:<20}{rates}{flops / 1e9:>14.2f}{share:>11.1%}{speed:>7.2f}x")
         result["methods"][method] = {
             "images_per_second": rate,
+            "masks_per_second": rate * masks[method],
             "gflop_per_image": flops / 1e9,
             "share_of_ceiling": share,
-            "speed_over_" + args.methods[-1]: speed,
+            "speed_over_" + last: speed,
             "seconds": seconds[method],
         }
     return result
 
 
-def contestant(method: str, args):
+def contestants(args) -> list[tuple[str, int]]:
+    """Which methods are measured, with how many masks per image."""
+    found = []
+    for method in args.methods:
+        has = method != THEIRS and "masks_per_image" in methods.get(method).config_class.__dataclass_fields__
+        found += [(method, number) for number in (args.masks_per_image if has else [1])]
+    return found
+
+
+def contestant(method: str, args, masks_per_image: int = 1):
     """A pretraining model on the CPU and a batch for it."""
     import torch
 
     row = methods.MAE if method == THEIRS else methods.get(method)
     sizes = dict(size=args.size, image_size=args.image_size, patch_size=args.patch_size)
-    config = row.config_class(**sizes, **row.settings)
+    several = {"masks_per_image": masks_per_image} if masks_per_image > 1 else {}
+    config = row.config_class(**sizes, **row.settings, **several)
     model = filled_transformers_mae(config) if method == THEIRS else row.pretraining_class(config)
     return model, torch.randn(args.batch_size, 3, *config.training_size)
 
@@ -114,7 +135,7 @@ def training_step(model, images, dtype, compiled: bool):
     return step
 
 
-def count_flops(method: str, args, draws: int = 20) -> float:
+def count_flops(method: str, args, masks_per_image: int = 1, draws: int = 20) -> float:
     """FLOPs of a step per image, forward and backward: the mean over `draws` random masks.
 
     Nothing is computed, because the tensors are fake. The masks are drawn before that: their size can be random too
@@ -124,10 +145,11 @@ def count_flops(method: str, args, draws: int = 20) -> float:
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     with torch.device("meta"):  # initialisation reads the weights that it draws, and fake tensors have no values
-        model, images = contestant(method, args)
+        model, images = contestant(method, args, masks_per_image)
+    several = {"masks_per_image": masks_per_image} if masks_per_image > 1 else {}
     drawn = [{}]
     if method != THEIRS:
-        drawn = [model.draw_masks(len(images), model.config.grid_size, "meta") for _ in range(draws)]
+        drawn = [model.draw_masks(len(images), model.config.grid_size, "meta", **several) for _ in range(draws)]
     sizes = collections.Counter(tuple((name, x.shape, x.dtype) for name, x in masks.items()) for masks in drawn)
     with FakeTensorMode(allow_non_fake_inputs=True):
         model.to_empty(device="cpu")

@@ -71,9 +71,9 @@ def _tensor(layout: Layout, ours: str, rank: int) -> torch.Tensor:
     return tensor
 
 
-def _depth(layout: Layout, ours: str) -> int:
-    """How many layers the file has under a prefix of ours."""
-    pattern = re.escape(_row(layout, f"{ours}.{{i}}.norm1.bias")[0]).replace(r"\{i\}", r"(\d+)")
+def _depth(layout: Layout, ours: str, parameter: str = "norm1.bias") -> int:
+    """How many layers the file has under a prefix of ours. Each of them has this parameter."""
+    pattern = re.escape(_row(layout, f"{ours}.{{i}}.{parameter}")[0]).replace(r"\{i\}", r"(\d+)")
     return len({found[1] for found in (re.fullmatch(pattern, key) for key in layout.state) if found})
 
 
@@ -150,6 +150,7 @@ def _other_sizes(layout: Layout) -> dict[str, Any]:
             sizes[f"{part}_num_hidden_layers"] = _depth(layout, f"{part}.layers")
     if "projector.linears.{i}.weight" in ours:
         sizes["projector_hidden_size"] = len(_tensor(layout, "projector.linears.{i}.weight", rank=2))
+        sizes["projector_num_layers"] = _depth(layout, "projector.linears", "weight")
     if "classifier.linear.bias" in ours:
         sizes["num_labels"] = len(_tensor(layout, "classifier.linear.bias", rank=1))
     return sizes

@@ -24,8 +24,10 @@ class LatentMIMConfig(MIMConfig):
             computes its own.
         similarity_start, similarity_end: the mean pairwise cosine that the similarity term pulls to, at the start and
             the end of training; between them it follows a cosine.
-        projector_hidden_size: width of the 3-layer head on both encoders; by default 4096 at ViT-Base and in
-            proportion elsewhere.
+        projector_hidden_size: width of the hidden layers of the head on both encoders; by default 4096 at ViT-Base and
+            in proportion elsewhere.
+        projector_num_layers: Linears of this head.
+        mask_target: the target encoder sees only the masked patches, as in the paper; if not, it sees all of them.
         decoder_num_hidden_layers: 3 in the paper. Decoder width and heads as in `MAEConfig`.
         momentum_start, momentum_end, momentum_schedule: momentum of the EMA target, and how it changes over the run.
         target_config: sizes of a frozen target encoder, which `--target_from` fills in; default: the target is the
@@ -46,6 +48,8 @@ class LatentMIMConfig(MIMConfig):
     similarity_start: float | int = 0.75
     similarity_end: float | int = 0.25
     projector_hidden_size: int | None = None
+    projector_num_layers: int = 3
+    mask_target: bool = True
     decoder_hidden_size: int | None = None
     decoder_num_hidden_layers: int = 3
     decoder_num_attention_heads: int | None = None
@@ -64,7 +68,7 @@ class LatentMIMConfig(MIMConfig):
     def check_fields(self):
         super().check_fields()
         check_decoder(self)
-        check_at_least_1(self, "projector_hidden_size")
+        check_at_least_1(self, "projector_hidden_size", "projector_num_layers")
         self.num_visible(self.grid_size)
         if self.patch_gap < 0:
             raise ValueError(f"patch_gap must be 0 or more pixels, got {self.patch_gap}")

@@ -29,6 +29,8 @@ class StopJepaConfig(MIMConfig):
         block_range: blocks may reach the last row and column ("inclusive"), or never do ("exclusive"), as in the
             released code.
         num_candidates: masks drawn for each image, of which the one with the largest context is kept.
+        masks_per_image: R masks of each image in training, predicted from one pass of the target encoder (data2vec 2.0,
+            arXiv 2212.07525, section 3.2). In evaluation mode it is one.
         predictor_hidden_size: 384 in the paper; by default 384, or half the encoder's width where that is less.
         predictor_num_hidden_layers: by default 6 up to ViT-Base, 12 above (I-JEPA, appendix A).
         predictor_num_attention_heads: by default as many as the encoder has.
@@ -55,6 +57,7 @@ class StopJepaConfig(MIMConfig):
     mask_trim: Literal["random", "raster"] = BlockMasks.mask_trim
     block_range: Literal["inclusive", "exclusive"] = BlockMasks.block_range
     num_candidates: int = BlockMasks.num_candidates
+    masks_per_image: int = 1
     predictor_hidden_size: int | None = None
     predictor_num_hidden_layers: int | None = None
     predictor_num_attention_heads: int | None = None
@@ -77,7 +80,7 @@ class StopJepaConfig(MIMConfig):
     def check_fields(self):
         super().check_fields()
         check_width(self, "predictor_hidden_size", "predictor_num_attention_heads")
-        check_at_least_1(self, "predictor_num_hidden_layers")
+        check_at_least_1(self, "predictor_num_hidden_layers", "masks_per_image")
         if not self.position_noise_std >= 0:
             raise ValueError(f"position_noise_std must be 0 or more, got {self.position_noise_std}")
         if self.use_cls_token:

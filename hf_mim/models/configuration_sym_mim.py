@@ -26,6 +26,8 @@ class SymMIMConfig(MIMConfig):
         mask_phase: "random" draws for each image, and for each of its two checkerboards, which half is visible; with
             "fixed" one half of the places is never predicted (an ablation).
         mask_pattern: "checkerboard", or "random" halves (an ablation).
+        masks_per_image: masks of each image in training, against one pass of the target encoder; 2 checkerboards of one
+            image are the two halves, so that each place is predicted once. In evaluation mode it is one.
         norm_pix_loss: reconstruct each patch standardised by its own mean and variance.
         contrast_weight: the weight of the contrast beside the reconstruction; 0: no target encoder, which is MAE on
             checkerboards.
@@ -44,6 +46,7 @@ class SymMIMConfig(MIMConfig):
     mask_cell: int = 2
     mask_phase: Literal["random", "fixed"] = "random"
     mask_pattern: Literal["checkerboard", "random"] = "checkerboard"
+    masks_per_image: int = 1
     norm_pix_loss: bool = True
     contrast_weight: float | int = 1.0
     temperature: float | int = 0.2
@@ -67,12 +70,22 @@ class SymMIMConfig(MIMConfig):
         super().check_fields()
         check_decoder(self)
         check_norm_pix_loss(self)
-        check_at_least_1(self, "mask_cell", "projector_hidden_size", "projector_size")
+        check_at_least_1(self, "mask_cell", "masks_per_image", "projector_hidden_size", "projector_size")
         self.check_grid(self.grid_size)
         if not self.temperature > 0:
             raise ValueError(f"temperature must be above 0, got {self.temperature}")
         if not self.contrast_weight >= 0:
             raise ValueError(f"contrast_weight must be 0 or more, got {self.contrast_weight}")
+        if self.masks_per_image > 1 and not self.contrast_weight:
+            raise ValueError(
+                f"masks_per_image must be 1 with contrast_weight 0, not {self.masks_per_image}: there is no pass of a "
+                "target encoder that several masks could share"
+            )
+        if self.masks_per_image > 2 and self.mask_pattern == "checkerboard":
+            raise ValueError(
+                f"masks_per_image must be 1 or 2 with mask_pattern 'checkerboard', which has two halves, not "
+                f"{self.masks_per_image}"
+            )
         check_target(self)
 
     def check_batch(self, images: int):

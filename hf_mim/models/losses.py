@@ -54,15 +54,21 @@ def normalized_l2(predictions: torch.Tensor, targets: torch.Tensor, valid: torch
 
 
 def info_nce(
-    queries: torch.Tensor, keys: torch.Tensor, temperature: float, first: int = 0, valid: torch.Tensor | None = None
+    queries: torch.Tensor,
+    keys: torch.Tensor,
+    temperature: float,
+    first: int = 0,
+    valid: torch.Tensor | None = None,
+    queries_per_key: int = 1,
 ) -> torch.Tensor:
     """InfoNCE among images (MoCo v3, arXiv 2104.02057, algorithm 1): which key belongs to a query?
 
-    Queries are `[B, D]`. Keys are `[K, D]`, and those of the queries stand at `first`, `first + 1`, ... The loss is
-    multiplied by 2·temperature, so equal logits give `2 · temperature · ln K`. Only `valid [B]` queries count.
+    Queries are `[B, D]`. Keys are `[K, D]`, and those of the queries stand at `first`, `first + 1`, ..., each for
+    `queries_per_key` queries that follow each other. The loss is multiplied by 2·temperature, so equal logits give
+    `2 · temperature · ln K`. Only `valid [B]` queries count.
     """
     logits = F.normalize(queries, dim=-1) @ F.normalize(keys, dim=-1).T / temperature
-    own = first + torch.arange(len(queries), device=queries.device)
+    own = first + torch.arange(len(queries), device=queries.device) // queries_per_key
     return 2 * temperature * mean_over(F.cross_entropy(logits, own, reduction="none"), valid)
 
 

@@ -94,10 +94,15 @@ def split_checkerboard(grid: tuple[int, int], cell: int, inverted: Tensor, noise
 def gather(tokens: Tensor, ids: Tensor) -> Tensor:
     """Pick from each image's tokens `[B, N, ...]` those named by its ids `[B, K]`: `[B, K, ...]`.
 
-    It copies whole rows, which a CPU does four times as fast as `torch.gather` with expanded ids.
+    Ids `[B·R, K]` are R picks for each image, those of the first image first: `[B·R, K, ...]`. Raises ValueError for
+    another number of rows. It copies whole rows, which a CPU does four times as fast as `torch.gather` with expanded
+    ids.
     """
+    if len(ids) % len(tokens):
+        raise ValueError(f"ids must have one row for each of {len(tokens)} images, or several, got {len(ids)} rows")
     first = torch.arange(len(tokens), device=tokens.device)[:, None] * tokens.shape[1]
-    return tokens.flatten(0, 1).index_select(0, (first + ids).flatten()).unflatten(0, ids.shape)
+    picked = (first + ids.reshape(len(tokens), -1)).flatten()
+    return tokens.flatten(0, 1).index_select(0, picked).unflatten(0, ids.shape)
 
 
 @dataclass(frozen=True)

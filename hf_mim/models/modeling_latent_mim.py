@@ -82,11 +82,12 @@ class LatentMIMModel(LatentMIMPreTrainedModel, ViTEncoder):
 
 
 class Projector(nn.Module):
-    """The head on both encoders: Linears `D → width → width → D` without bias, LayerNorm after each, GELU between."""
+    """The head on both encoders: Linears `D → width → … → D` without bias, LayerNorm after each, GELU between."""
 
     def __init__(self, config: LatentMIMConfig):
         super().__init__()
-        widths = [config.hidden_size, config.projector_hidden_size, config.projector_hidden_size, config.hidden_size]
+        hidden = [config.projector_hidden_size] * (config.projector_num_layers - 1)
+        widths = [config.hidden_size, *hidden, config.hidden_size]
         self.linears = nn.ModuleList(nn.Linear(i, o, bias=False) for i, o in zip(widths[:-1], widths[1:], strict=True))
         self.norms = nn.ModuleList(nn.LayerNorm(width, eps=1e-5) for width in widths[1:])
 
@@ -144,6 +145,8 @@ class LatentMIMDecoder(nn.Module):
 
 class LatentMIMForPreTraining(TargetNetworkMixin, LatentMIMPreTrainedModel):
     """Online encoder on the visible patches, target encoder on the masked ones, decoder from one to the other.
+
+    With `mask_target=False` the target encoder sees all patches, and its tokens of the masked ones are the targets.
 
     The target is the EMA of the online encoder and of its projector. With `config.target_config` it is a frozen
     encoder, and its standardised tokens are the targets.
@@ -245,8 +248,9 @@ class LatentMIMForPreTraining(TargetNetworkMixin, LatentMIMPreTrainedModel):
             cut = self.config.patch_height_width, masks["patch_offsets"], self.config.patch_gap
             valid = gather(patchify_with_gap(valid_pixels, *cut).any(dim=-1), target_ids)
         with torch.no_grad():
-            targets = self.target_encoder.encode(gather(patches, target_ids), grid, target_ids)
-            targets = targets[:, self.target_encoder.config.num_prefix_tokens :]
+            seen = (gather(patches, target_ids), grid, target_ids) if self.config.mask_target else (patches, grid)
+            targets = self.target_encoder.encode(*seen)[:, self.target_encoder.config.num_prefix_tokens :]
+            targets = targets if self.config.mask_target else gather(targets, target_ids)
             if self.target_projector is None:
                 targets = F.layer_norm(targets.float(), targets.shape[-1:])
             else:

@@ -135,16 +135,19 @@ class StopJepaForPreTraining(TargetNetworkMixin, StopJepaPreTrainedModel):
         position_noise=None,
         context_noise=None,
         dtype=None,
+        masks_per_image=1,
     ) -> dict:
         """Draw ids and noise of one pass over a grid of `(rows, columns)` patches. What is given stays as it is.
 
         Returns the arguments of `forward`: `context_ids [B, Nc]` and `target_ids [B, M, Nt]`, int64 on `device`. If the
         config asks for noise, also `position_noise [B, M, Nt, D]` and `context_noise [B, M, Nc, D]`, of `dtype` (or
-        torch's default), multiplied by σ. Raises ValueError if only one kind of ids is given, or if the grid is too
-        small for the target blocks.
+        torch's default), multiplied by σ. With several masks per image, B is the number of masks, and those of the
+        first image come first. Raises ValueError if only one kind of ids is given, or if the grid is too small for the
+        target blocks.
         """
         if are_ids_absent(context_ids, target_ids):
-            context_ids, target_ids = sample_multi_block(batch_size, grid, self.config.masking, device)
+            masking = self.config.masking
+            context_ids, target_ids = sample_multi_block(batch_size * masks_per_image, grid, masking, device)
         like = {"device": device, "dtype": dtype}
         if position_noise is None:
             position_noise = self.draw_noise("target", *target_ids.shape, **like)
@@ -168,7 +171,9 @@ class StopJepaForPreTraining(TargetNetworkMixin, StopJepaPreTrainedModel):
 
         Args:
             pixel_values: normalised images `[B, C, H, W]`.
-            context_ids, target_ids: `[B, Nc]` context and `[B, M, Nt]` target patches, raster indices; drawn if absent.
+            context_ids, target_ids: `[B, Nc]` context and `[B, M, Nt]` target patches, raster indices; drawn if absent,
+                in train mode `config.masks_per_image` for each image. With R masks per image, B stands for B·R here and
+                in the output, and the masks of the first image come first.
             position_noise: `[B, M, Nt, D]` for the masked tokens, σ applied; drawn if absent and the config has it.
             context_noise: the same for the context tokens, `[B, M, Nc, D]`.
             valid_pixels: bool `[B, C, H, W]`, False for pixels without data, which are 0 in `pixel_values`. Patches
@@ -177,6 +182,7 @@ class StopJepaForPreTraining(TargetNetworkMixin, StopJepaPreTrainedModel):
         patches, grid = self.encoder.cut(pixel_values)
         given = {"context_ids": context_ids, "target_ids": target_ids}
         given |= {"position_noise": position_noise, "context_noise": context_noise}
+        given["masks_per_image"] = self.config.masks_per_image if self.training else 1
         masks = self.draw_masks(len(patches), grid, patches.device, dtype=pixel_values.dtype, **given)
         context_ids, target_ids = masks["context_ids"], masks["target_ids"]
         with torch.no_grad():

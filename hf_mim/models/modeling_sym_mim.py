@@ -20,8 +20,8 @@ from .vit import MIMPreTrainedModel, PretrainingOutput, ViTEncoder, are_ids_abse
 
 @dataclass
 class SymMIMOutput(PretrainingOutput):
-    """Predictions and targets `[B, Nm, P]` (by row, column, channel); context_ids `[B, Nv]`, target_ids `[B, Nm]`,
-    target_context_ids `[B, Nc]`, which the target encoder has seen."""
+    """Predictions and targets `[B·R, Nm, P]` (by row, column, channel) for R masks per image; context_ids `[B·R, Nv]`,
+    target_ids `[B·R, Nm]`; target_context_ids `[B, Nc]`, which the target encoder has seen."""
 
     target_context_ids: torch.Tensor | None = None
 
@@ -102,18 +102,26 @@ class SymMIMForPreTraining(PixelTargets, TargetNetworkMixin, SymMIMPreTrainedMod
         return self
 
     def draw_masks(
-        self, batch_size, grid, device=None, *, context_ids=None, target_ids=None, target_context_ids=None
+        self,
+        batch_size,
+        grid,
+        device=None,
+        *,
+        context_ids=None,
+        target_ids=None,
+        target_context_ids=None,
+        masks_per_image=1,
     ) -> dict:
         """Draw the ids of one pass over a grid of `(rows, columns)` patches. Ids that are given stay as they are.
 
-        Returns the arguments of `forward`: `context_ids [B, n]`, `target_ids [B, n]` and, if there is a contrast,
-        `target_context_ids [B, m]`, int64 on `device`. If a checkerboard has unequal halves, some patches of the larger
-        half are left out of the pass. Raises ValueError if only one of context and target is given, or if the grid
-        cannot be halved.
+        Returns the arguments of `forward`: `context_ids [B·R, n]`, `target_ids [B·R, n]` and, if there is a contrast,
+        `target_context_ids [B, m]`, int64 on `device`. The R = `masks_per_image` masks of the first image come first.
+        If a checkerboard has unequal halves, some patches of the larger half are left out of the pass. Raises
+        ValueError if only one of context and target is given, or if the grid cannot be halved.
         """
         self.config.check_grid(grid)
         if are_ids_absent(context_ids, target_ids):
-            context_ids, target_ids = self._halves(batch_size, grid, 1, device)
+            context_ids, target_ids = self._halves(batch_size, grid, 1, device, masks_per_image)
         ids = {"context_ids": context_ids, "target_ids": target_ids}
         if self.config.contrast_weight:
             if target_context_ids is None:
@@ -121,18 +129,20 @@ class SymMIMForPreTraining(PixelTargets, TargetNetworkMixin, SymMIMPreTrainedMod
             ids["target_context_ids"] = target_context_ids
         return ids
 
-    def _halves(self, batch_size, grid, cell, device):
-        """The ids of the visible half and of the other, of a checkerboard with such cells."""
-        noise = torch.rand(batch_size, grid[0] * grid[1], device=device)
+    def _halves(self, batch_size, grid, cell, device, masks_per_image=1):
+        """The ids of the visible half and of the other, of a checkerboard with such cells. The next mask of an image
+        has them the other way round."""
+        noise = torch.rand(batch_size * masks_per_image, grid[0] * grid[1], device=device)
         if self.config.mask_pattern == "random":
             return split_at_random(noise, noise.shape[1] // 2)
         inverted = torch.zeros(batch_size, dtype=torch.bool, device=device)
         if self.config.mask_phase == "random":
             inverted = torch.rand(batch_size, device=device) < 0.5
+        inverted = (inverted[:, None] ^ (torch.arange(masks_per_image, device=device) % 2 == 1)).flatten()
         return split_checkerboard(grid, cell, inverted, noise)
 
     def contrast(self, tokens, patches, grid, target_context_ids, valid=None):
-        """The InfoNCE of the online tokens `[B, prefix + n, D]`, and the target tokens `[B, m, D]`, float32.
+        """The InfoNCE of the online tokens `[B·R, prefix + n, D]`, and the target tokens `[B, m, D]`, float32.
 
         In evaluation mode the keys are those of this rank alone, so that one rank can do it by itself.
         """
@@ -144,8 +154,10 @@ class SymMIMForPreTraining(PixelTargets, TargetNetworkMixin, SymMIMPreTrainedMod
             if self.training:
                 first, keys = rank_and_count()[0] * len(keys), all_gather(keys)
         queries = self.predictor(self.projector(tokens[:, num_prefix:].mean(dim=1))).float()
+        masks = len(queries) // len(patches)
+        valid = None if valid is None else valid.repeat_interleave(masks)
         with torch.autocast(patches.device.type, enabled=False):  # logits of bfloat16 would be off by 1 %
-            return info_nce(queries, keys, self.config.temperature, first, valid), targets.float()
+            return info_nce(queries, keys, self.config.temperature, first, valid, masks), targets.float()
 
     @pretraining_forward
     def forward(
@@ -155,13 +167,15 @@ class SymMIMForPreTraining(PixelTargets, TargetNetworkMixin, SymMIMPreTrainedMod
 
         Args:
             pixel_values: normalised images `[B, C, H, W]`.
-            context_ids, target_ids: `[B, n]` visible and `[B, n]` masked patches, raster indices; drawn if absent.
+            context_ids, target_ids: `[B·R, n]` visible and masked patches, raster indices: R rows for each image, those
+                of the first image first. Drawn if absent, R = `config.masks_per_image` in train mode, and 1 else.
             target_context_ids: `[B, m]` the patches that the target encoder sees; drawn if absent.
             valid_pixels: bool `[B, C, H, W]`, False for pixels without data, which are 0 in `pixel_values` and left out
                 of the reconstruction. Images without any data do not count in the contrast. Default: all have data.
         """
         patches, grid = self.encoder.cut(pixel_values)
         given = {"context_ids": context_ids, "target_ids": target_ids, "target_context_ids": target_context_ids}
+        given["masks_per_image"] = self.config.masks_per_image if self.training else 1
         masks = self.draw_masks(len(patches), grid, patches.device, **given)
         context_ids, target_ids = masks["context_ids"], masks["target_ids"]
         tokens = self.encoder.encode(gather(patches, context_ids), grid, context_ids)

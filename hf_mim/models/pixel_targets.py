@@ -53,8 +53,9 @@ class PixelTargets:
         true pixels, also those that the pass has left out. With `norm_pix_loss` the model predicts standardised
         patches, so each gets the mean and variance of the true patch, of its `valid_pixels`.
         """
-        output = self(pixel_values, valid_pixels=valid_pixels, **masks)
         patches, grid = self.encoder.cut(pixel_values)
+        masks = self.draw_masks(len(patches), grid, patches.device, **masks)
+        output = self(pixel_values, valid_pixels=valid_pixels, **masks)
         ids, size = output.target_ids, self.config.patch_height_width
         about = self.valid_values(valid_pixels), self.config.norm_pix_loss
         filled = fill_patches(patches, ids, output.predictions, *about)

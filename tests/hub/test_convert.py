@@ -22,6 +22,7 @@ from transformers import (
 import hf_mim
 from hf_mim.hub import key_tables
 from hf_mim.hub.convert import Conversion, convert
+from hf_mim.models.masking import gather
 
 # What no file tells: the tiny fixtures have widths of no paper.
 MAE_HEADS = {"num_attention_heads": 3, "decoder_num_attention_heads": 4}
@@ -126,6 +127,56 @@ def test_latent_mim_from_the_authors_file_gives_their_numbers(tmp_path, dest):
     close(output.targets, t["target_out"][:, 1:])
     close(output.loss, t["loss"].squeeze())
     close(AutoModel.from_pretrained(dest)(t["image_nogap"]).last_hidden_state, t["features_after_norm"])
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+def test_latent_mim_files_with_a_shorter_projector_convert_with_losses_computed_by_hand(tmp_path, depth):
+    config, t, weights = read("latent_mim")
+    for network in ("encoder", "target_encoder"):
+        head = {key: weights.pop(key) for key in [*weights] if key.startswith(f"{network}.head.")}
+        if depth == 2:  # the first and the last Linear of three
+            kept = {"linear0": "linear0", "norm0": "norm0", "linear2": "linear1", "norm2": "norm1"}
+        else:
+            kept = {"norm2": "norm0"}
+            weights[f"{network}.head.linear0.weight"] = torch.randn(48, 48, generator=torch.Generator().manual_seed(0))
+        for name, value in head.items():
+            layer, _, parameter = name.removeprefix(f"{network}.head.").partition(".")
+            if layer in kept:
+                weights[f"{network}.head.{kept[layer]}.{parameter}"] = value
+    settings = {"num_attention_heads": config["heads"], "decoder_num_attention_heads": config["decoder_heads"]}
+    settings |= {"patch_gap": config["patch_gap"], "similarity_weight": 0}
+    model = convert(save_latent_mim(tmp_path / "short.pth", weights), **settings)
+    assert model.config.projector_num_layers == depth
+
+    def project(network, tokens):
+        for number in range(depth):
+            linear, norm = f"{network}.head.linear{number}", f"{network}.head.norm{number}"
+            tokens = tokens @ weights[f"{linear}.weight"].T
+            centred = tokens - tokens.mean(-1, keepdim=True)
+            variance = centred.square().mean(-1, keepdim=True)
+            tokens = centred / (variance + 1e-5).sqrt() * weights[f"{norm}.weight"] + weights[f"{norm}.bias"]
+            if number < depth - 1:
+                tokens = tokens * (1 + torch.erf(tokens / 2**0.5)) / 2
+        return tokens
+
+    offsets = torch.stack([t["offset_rows"], t["offset_cols"]], dim=-1)
+    with torch.no_grad():
+        output = model(t["pixel_values"], t["visible_ids"], t["masked_ids"], patch_offsets=offsets)
+        ids = {"context_ids": t["visible_ids"], "target_ids": t["masked_ids"]}
+        patches, grid, _ = model.draw(t["pixel_values"], offsets, **ids)
+        tokens = {
+            network: getattr(model, network).encode(gather(patches, t[ids]), grid, t[ids])
+            for network, ids in (("encoder", "visible_ids"), ("target_encoder", "masked_ids"))
+        }
+        predictions = model.decoder(project("encoder", tokens["encoder"]), grid, t["visible_ids"], t["masked_ids"])
+    targets = project("target_encoder", tokens["target_encoder"])[:, 1:]
+    close(output.targets, targets)
+    losses = []
+    for own, seen in zip(predictions.double(), targets.double(), strict=True):
+        own = torch.nn.functional.normalize((own - own.mean(0)) / (own.std(0) + 1e-4), dim=-1)
+        logits = own @ torch.nn.functional.normalize(seen, dim=-1).T / config["temperature"]
+        losses += [2 * config["temperature"] * (row.logsumexp(0) - row[place]) for place, row in enumerate(logits)]
+    close(output.loss, torch.stack(losses).mean().float())
 
 
 FILES = {

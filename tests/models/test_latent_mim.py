@@ -45,6 +45,32 @@ def test_without_a_gap_training_sees_what_evaluation_sees():
     assert torch.equal(patches, expected) and grid == expected_grid == (8, 8)
 
 
+def test_without_mask_target_the_targets_are_those_of_the_whole_image():
+    model = make(mask_target=False, patch_gap=0).eval()
+    with torch.no_grad():
+        for parameter in model.target_encoder.parameters():
+            parameter.add_(0.02 * torch.randn_like(parameter))
+    images = torch.randn(2, 3, 32, 32)
+    output = model(images)
+    whole = model.target_projector(model.target_encoder(images).last_hidden_state[:, 1:])
+    expected = torch.stack([tokens[ids] for tokens, ids in zip(whole, output.target_ids, strict=True)])
+    torch.testing.assert_close(output.targets, expected)
+    masked = passes.make("latent_mim", mask_ratio=0.8, patch_gap=0).eval()
+    masked.load_state_dict(model.state_dict())
+    assert not torch.allclose(masked(images, output.context_ids, output.target_ids).targets, expected, atol=1e-3)
+
+
+@pytest.mark.parametrize("depth", [1, 2, 4])
+def test_the_projector_has_as_many_linears_as_asked_for(depth):
+    model = make(projector_num_layers=depth)
+    shapes = [tuple(linear.weight.shape) for linear in model.projector.linears]
+    width = model.config.projector_hidden_size
+    assert len(shapes) == depth and shapes[0][1] == shapes[-1][0] == 48
+    assert all(shape[0] == width for shape in shapes[:-1])
+    with pytest.raises(ValueError, match="projector_num_layers must be at least 1, not 0"):
+        make(projector_num_layers=0)
+
+
 def test_a_wrong_training_size_is_refused_by_name():
     with pytest.raises(ValueError, match=r"patch_size \+ patch_gap = 8×8.*training_size is \(64, 64\)"):
         make()(torch.randn(2, 3, 32, 36))
