@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from tiny import METHODS
+from tiny import METHODS, fields
 
 import hf_mim
 from hf_mim.models.configuration_vit import SIZES
@@ -25,10 +25,16 @@ def test_step_measures_every_method_beside_transformers_and_counts_its_flops(ben
     monkeypatch.setitem(SIZES, "tiny", (192, 3, 3, 768))  # a quarter of its layers: counting takes long
     monkeypatch.setattr(step, "count_flops", functools.partial(step.count_flops, draws=2))
     options = ["--size", "tiny", "--image_size", "64", "--patch_size", "8", "--batch_size", "2", "--steps", "1"]
-    monkeypatch.setattr(sys, "argv", ["benchmark.py", "step", *options, "--warmup", "0", "--json", str(path)])
+    options += ["--warmup", "0", "--masks_per_image", "1", "2"]
+    monkeypatch.setattr(sys, "argv", ["benchmark.py", "step", *options, "--json", str(path)])
     benchmark.main()
     methods = json.loads(path.read_text())["methods"]
-    assert methods.keys() == {*METHODS, "transformers_mae"}
+    several = {f"{name}, 2 masks" for name in METHODS if "masks_per_image" in fields(name)}
+    assert methods.keys() == {*METHODS, "transformers_mae"} | several
+    for name in several:  # the target encoder, which needs no backward pass, runs once
+        one, two = methods[name.removesuffix(", 2 masks")], methods[name]
+        assert two["masks_per_second"] == 2 * two["images_per_second"]
+        assert one["gflop_per_image"] < two["gflop_per_image"] < 2 * one["gflop_per_image"]
     assert all(m["images_per_second"] > 0 and 0 < m["share_of_ceiling"] < 1 for m in methods.values())
     # Ours computes less: the last decoder layer and the pixels of the masked patches only.
     assert 0.85 < methods["mae"]["gflop_per_image"] / methods["transformers_mae"]["gflop_per_image"] < 1

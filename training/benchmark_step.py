@@ -146,10 +146,10 @@ def count_flops(method: str, args, masks_per_image: int = 1, draws: int = 20) ->
 
     with torch.device("meta"):  # initialisation reads the weights that it draws, and fake tensors have no values
         model, images = contestant(method, args, masks_per_image)
-    several = {"masks_per_image": masks_per_image} if masks_per_image > 1 else {}
     drawn = [{}]
     if method != THEIRS:
-        drawn = [model.draw_masks(len(images), model.config.grid_size, "meta", **several) for _ in range(draws)]
+        asked = len(images), model.config.grid_size, "meta"
+        drawn = [model.draw_masks(*asked, **model.training_masks()) for _ in range(draws)]
     sizes = collections.Counter(tuple((name, x.shape, x.dtype) for name, x in masks.items()) for masks in drawn)
     with FakeTensorMode(allow_non_fake_inputs=True):
         model.to_empty(device="cpu")

@@ -102,34 +102,34 @@ def examine(config, batch_size: int, devices: int, bf16: bool = True, checkpoint
         fsdp = activations(model, largest_shapes, bf16, checkpointing)
         forward, backward = flops_per_image(model, *batch(config, 2, mean_shapes))
     backward += backward / 2 if checkpointing else 0
-    tokens = (mean_shapes[0][0] + config.num_prefix_tokens) * masks_per_image(config)
+    tokens = mean_shapes[0][0] * (mean_shapes[0][1] + config.num_prefix_tokens)
     return Step(parameters, shards, ddp, fsdp, forward, backward, tokens)
 
 
-def masks_per_image(config) -> int:
-    """How many masks of an image a step predicts. They share one pass of the target encoder."""
-    return getattr(config, "masks_per_image", 1)
-
-
 def mask_shapes(model, batch_size: int) -> tuple[tuple, tuple]:
-    """The shapes of one mask's context_ids and target_ids: the mean over many draws, and those with the most ids."""
+    """The shapes of one image's context_ids and target_ids: the mean over many draws, and those with the most ids.
+
+    The first number is that of an image's masks, which share one pass of the target encoder.
+    """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        rows = batch_size * masks_per_image(model.config)
-        draws = [model.draw_masks(rows, model.config.grid_size, "meta") for _ in range(MASK_DRAWS)]
-    shapes = [(draw["context_ids"].shape[1:], draw["target_ids"].shape[1:]) for draw in draws]
+        asked = batch_size, model.config.grid_size, "meta"
+        draws = [model.draw_masks(*asked, **model.training_masks()) for _ in range(MASK_DRAWS)]
+    shapes = [
+        tuple((len(draw[name]) // batch_size, *draw[name].shape[1:]) for name in ("context_ids", "target_ids"))
+        for draw in draws
+    ]
     mean = tuple(
         tuple(round(sum(lengths) / len(draws)) for lengths in zip(*shape, strict=True))
         for shape in zip(*shapes, strict=True)
     )
-    return mean, max(shapes, key=lambda pair: sum(shape.numel() for shape in pair))
+    return mean, max(shapes, key=lambda pair: sum(math.prod(shape) for shape in pair))
 
 
 def batch(config, size: int, shapes) -> list[torch.Tensor]:
     """The arguments of a forward pass: images, context_ids, target_ids."""
     images = torch.empty(size, config.num_channels, *config.training_size)
-    rows = size * masks_per_image(config)
-    return [images, *(torch.zeros(rows, *shape, dtype=torch.int64) for shape in shapes)]
+    return [images, *(torch.zeros(size * masks, *rest, dtype=torch.int64) for masks, *rest in shapes)]
 
 
 def activations(model, shapes, bf16: bool, checkpointing: bool) -> Activations:
@@ -146,7 +146,7 @@ def activations(model, shapes, bf16: bool, checkpointing: bool) -> Activations:
         (total, _), (larger, _) = (saved_bytes(model, batch(model.config, size, shapes), bf16) for size in (2, 4))
         model.activation_checkpointing_disable()
         per_image, recomputed = (larger - total) / 2, max(layers.values())
-    tokens = (model.config.num_prefix_tokens + shapes[0][0]) * masks_per_image(model.config)
+    tokens = shapes[0][0] * (model.config.num_prefix_tokens + shapes[0][1])
     second = [size for name, size in layers.items() if name.startswith("encoder.layers.")][:2][-1]
     return Activations(per_image, fixed, recomputed, second / tokens)
 

@@ -93,6 +93,8 @@ def summary(record: dict[str, Any], dest: str, hint: bool) -> str:
         lines.append(
             f"Not taken over: {tokens}. The original has them, so its features differ from those of this model."
         )
+    if record["folded"]:
+        lines.append("LayerScale is multiplied into the weights before it: the features stay the same.")
     if record["left_out"]:
         lines.append(f"Left out, because nothing reads it: {', '.join(record['left_out'])}.")
     if hint and record["method"] == "ijepa" and record["model"].endswith("ForPreTraining"):

@@ -45,7 +45,7 @@ def convert(source: str | Path, method: str | None = None, prefix: str | None = 
     Args:
         source: a file (.pth, .pth.tar, .bin, .safetensors, …), a folder with one checkpoint, or a name on the Hub. It
             may come from the authors of MAE, I-JEPA, StoP and Latent MIM, from transformers' ViTMAE, ViT, I-JEPA and
-            DINOv2 (if its LayerScale is 1 throughout), or from timm's ViT.
+            DINOv2 (with registers too, but not its giant, which has SwiGLU), or from timm's ViT.
         method: "mae", "latent_mim", "ijepa" or "stop_jepa"; by default the keys decide (`hf_mim.hub.recognise`).
         prefix: which network, if the file holds several that are equally whole, such as "teacher.".
         settings: config fields that override what the file tells and the papers say (`hf_mim.hub.sizes`).
@@ -99,6 +99,7 @@ class Conversion:
             "given": settings,
             "left_out": list(layout.unread),
             "tokens_left": list(layout.tokens),
+            "folded": list(layout.folded),
             "prefix": layout.prefix,
             "other_prefixes": list(layout.others),
             "taken": grouped(layout.taken, layout.prefix.count(".") + 1),

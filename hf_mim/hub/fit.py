@@ -45,7 +45,7 @@ def fit_tensor(name: str, tensor: Tensor, theirs: MIMConfig, ours: MIMConfig) ->
     """A tensor of a model with the config `theirs`, for one with the config `ours`, if it depends on channels, patch
     size or grid; any other tensor as it is."""
     if name.endswith("position_embeddings.table") and theirs.grid_size != ours.grid_size:
-        return resize_table(tensor, theirs.grid_size, ours.grid_size, theirs.num_prefix_tokens)
+        return resize_table(tensor, theirs.grid_size, ours.grid_size, int(theirs.use_cls_token))
     if name.endswith("embeddings.projection.weight") and _patch(theirs) != _patch(ours):
         filters = tensor.unflatten(1, _patch(theirs)).permute(0, 3, 1, 2)  # ours are by row, column, channel
         if theirs.patch_height_width != ours.patch_height_width:

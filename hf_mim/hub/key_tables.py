@@ -12,7 +12,8 @@ The tables, ours ↔ theirs:
 - `MAE_CLS_CLASSIFIER`, `MAE_MEAN_CLASSIFIER`, `MAE_LINEAR_PROBE`: MAE's classifier ↔ the authors' files.
 - `TIMM_VIT_CLS`, `TIMM_VIT`: an encoder with, without a CLS token ↔ timm's `VisionTransformer` without its head.
 - `VIT_HF` = `VIT_MAE_ENCODER`: an encoder with a CLS token ↔ `ViTModel` without pooler, `ViTMAEModel`.
-- `DINOV2_HF`: an encoder with a CLS token ↔ `Dinov2Model` without LayerScale.
+- `DINOV2_HF`: an encoder with a CLS token ↔ `Dinov2Model` without LayerScale; `DINOV2_REGISTERS_HF`: the same with
+  registers ↔ `Dinov2WithRegistersModel`. `foreign.py` multiplies LayerScale into the weights before.
 - `IJEPA_HF`: an encoder without a CLS token ↔ `IJepaModel`.
 - `VIT_MAE`: `MAEForPreTraining` ↔ `ViTMAEForPreTraining`.
 
@@ -76,6 +77,7 @@ def _timm_vit(norm: str) -> list[Row]:
 
 CLS_TOKEN = ("embeddings.cls_token", "cls_token", None)
 TIMM_VIT = _timm_vit("norm")
+REGISTER_TOKENS = ("embeddings.register_tokens", "reg_token", None)
 TIMM_VIT_CLS = [*TIMM_VIT, CLS_TOKEN]
 
 MAE_ENCODER = within(TIMM_VIT_CLS, "encoder.", "")
@@ -167,6 +169,7 @@ VIT_HF = VIT_MAE_ENCODER = [*IJEPA_HF, ("embeddings.cls_token", "embeddings.cls_
 
 DINOV2_HF = [row for row in VIT_HF if not row[0].startswith("layers")]
 DINOV2_HF += _transformers_layers("layers", "layers", TRANSFORMERS_LAYER | {"norm1": "norm1", "norm2": "norm2"})
+DINOV2_REGISTERS_HF = [*DINOV2_HF, ("embeddings.register_tokens", "embeddings.register_tokens", None)]
 
 VIT_MAE = [
     *within(VIT_MAE_ENCODER, "encoder.", "vit."),

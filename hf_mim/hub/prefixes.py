@@ -24,6 +24,7 @@ TABLES = (
     ),
     key_tables.VIT_HF,
     *(within(key_tables.DINOV2_HF, "", prefix) for prefix in ("", "dinov2.")),
+    *(within(key_tables.DINOV2_REGISTERS_HF, "", prefix) for prefix in ("", "dinov2_with_registers.")),
 )
 PATCH_EMBEDDING = re.compile(r"(embed\.proj|projection)\.weight$")
 PATCHES = sorted({theirs for table in TABLES for _, theirs, _ in table if PATCH_EMBEDDING.search(theirs)})

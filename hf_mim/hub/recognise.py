@@ -16,7 +16,7 @@ from transformers import AutoConfig, PreTrainedModel
 from hf_mim import methods
 from hf_mim.files import one_line
 from hf_mim.hub import key_tables
-from hf_mim.hub.foreign import layer_scale_of_ones
+from hf_mim.hub.foreign import fold_layer_scale
 from hf_mim.hub.key_tables import Row, module_names, within
 from hf_mim.hub.prefixes import choose_prefix
 from hf_mim.hub.reading import Checkpoint, check_plain
@@ -26,13 +26,15 @@ from hf_mim.models.configuration_vit import MIMConfig
 
 # Dictionaries of the authors' files beside their networks.
 BESIDE = ("opt", "optimizer", "scaler", "loss_scaler", "args", "epoch", "loss")
-TOKENS = ("dist_token", "reg_token", "register_tokens", "storage_tokens")  # timm's, DINOv2's, DINOv3's
+REGISTERS = ("reg_token", "register_tokens")  # timm's name, and that of DINOv2's authors
+DINOV2 = ("mae", "latent_mim")
 POOLER = ("pooler.dense.weight", "pooler.dense.bias")
 # transformers' model types → the methods that each can be, the table, the encoder's prefix, the classifier's pooling.
 TRANSFORMERS = {
     "vit_mae": (("mae",), key_tables.VIT_MAE_ENCODER, "vit.", "cls"),
     "vit": (("mae", "latent_mim"), key_tables.VIT_HF, "vit.", "cls"),
-    "dinov2": (("mae", "latent_mim"), key_tables.DINOV2_HF, "dinov2.", None),  # its classifier reads CLS and mean
+    "dinov2": (DINOV2, key_tables.DINOV2_HF, "dinov2.", None),  # its classifier reads CLS and mean
+    "dinov2_with_registers": (DINOV2, key_tables.DINOV2_REGISTERS_HF, "dinov2_with_registers.", None),
     "ijepa": (("ijepa", "stop_jepa", "mae", "latent_mim"), key_tables.IJEPA_HF, "ijepa.", "mean"),
 }
 DINOV2_UNREAD = ("embeddings.mask_token",)  # only for its pretraining
@@ -51,7 +53,8 @@ class Layout:
         unread: keys that were left out because they change nothing.
         prefix: what stands before the names in the file.
         others: the prefixes of other networks in the file that could be taken instead.
-        tokens: tensors of distillation tokens and registers, which are not taken over.
+        tokens: tensors of distillation tokens, which are not taken over.
+        folded: tensors of LayerScale, which are multiplied into the weights.
         taken: the names in the file of the tensors that are taken over.
     """
 
@@ -65,6 +68,7 @@ class Layout:
     prefix: str = ""
     others: tuple[str, ...] = ()
     tokens: tuple[str, ...] = ()
+    folded: tuple[str, ...] = ()
     taken: tuple[str, ...] = ()
 
     @property
@@ -93,30 +97,56 @@ def recognise(checkpoint: Checkpoint, method: str | None = None, prefix: str | N
     inside = {key.removeprefix(prefix): x for key, x in checkpoint.state.items() if key.startswith(prefix)}
     if prefix == "":  # an optimizer and the like lie beside networks that have no name of their own
         inside = {key: x for key, x in inside.items() if key.partition(".")[0] not in BESIDE}
-    state, tokens = without_tokens(check_plain(inside, checkpoint.name))
+    state, folded = fold_layer_scale(check_plain(inside, checkpoint.name))
+    state, tokens = with_settled_tokens(state, checkpoint.config)
     layout = _layout(dataclasses.replace(checkpoint, state=state), method)
-    layout.prefix, layout.others, layout.tokens = prefix, tuple(others), tokens
+    layout.prefix, layout.others, layout.tokens, layout.folded = prefix, tuple(others), tokens, tuple(folded)
     layout.taken = tuple(f"{prefix}{key}" for key in inside if key not in {*layout.unread, *tokens})
     return layout
 
 
-def without_tokens(state: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], tuple[str, ...]]:
-    """(the tensors of a ViT without those of distillation tokens and registers, the names of these). Our encoders have
-    none. Their rows in the position table go too; if the CLS token has no row there, it gets one of zeros."""
-    found = [key for key in TOKENS if key in state]
+def with_settled_tokens(
+    state: dict[str, torch.Tensor], config: dict[str, Any]
+) -> tuple[dict[str, torch.Tensor], tuple[str, ...]]:
+    """(the tensors of a ViT as ours has them, the names of those of a distillation token, which are left out).
+
+    The position table keeps a row for the CLS token, of zeros if it had none, and rows for the patches. A row for the
+    distillation token is dropped. Rows for registers are added to the registers themselves, named as in timm. `config`
+    is that of timm.
+    """
     positions = state.get("pos_embed")
-    if not found or "cls_token" not in state or positions is None or positions.ndim != 3:
+    registers = next((key for key in REGISTERS if key in state), None)
+    distilled = ("dist_token",) if "dist_token" in state else ()
+    if not (registers or distilled) or positions is None or positions.ndim != 3:
         return state, ()
-    extra = sum(state[key].shape[-2] for key in found if state[key].ndim > 1)
-    for num_prefix in (1, 1 + extra, 0):
-        count = positions.shape[1] - num_prefix
-        if math.isqrt(max(count, 0)) ** 2 == count:
-            cls = positions[:, :1] if num_prefix else torch.zeros_like(positions[:, :1])
-            positions = torch.cat([cls, positions[:, num_prefix:]], dim=1)
-            break
-    found += [key for key in ("head_dist.weight", "head_dist.bias") if key in state]
-    kept = {key: tensor for key, tensor in state.items() if key not in found}
-    return kept | {"pos_embed": positions}, tuple(found)
+    has_cls = int("cls_token" in state)
+    count = state[registers].shape[-2] if registers and state[registers].ndim == 3 else 0
+    all_prefix = has_cls + len(distilled) + count
+    possible = [positions.shape[1] - num_prefix for num_prefix in (has_cls, all_prefix, 0)]
+    told = _num_patches(state, config)
+    right = (number for number in possible if (_is_square(number) if told is None else number == told))
+    num_prefix = positions.shape[1] - next(right, possible[0])
+    cls = positions[:, :has_cls] if num_prefix else positions.new_zeros(1, has_cls, positions.shape[2])
+    left_out = (*distilled, *(key for key in ("head_dist.weight", "head_dist.bias") if key in state))
+    kept = {key: x for key, x in state.items() if key not in (*left_out, registers)}
+    if count:
+        own = positions[:, num_prefix - count : num_prefix] if num_prefix == all_prefix else 0
+        kept["reg_token"] = state[registers] + own
+    return kept | {"pos_embed": torch.cat([cls, positions[:, num_prefix:]], dim=1)}, left_out
+
+
+def _is_square(number: int) -> bool:
+    return number > 0 and math.isqrt(number) ** 2 == number
+
+
+def _num_patches(state: dict[str, torch.Tensor], config: dict[str, Any]) -> int | None:
+    """How many patches a timm folder's `config.json` tells; None if it does not."""
+    arguments = config.get("model_args")
+    size = arguments.get("img_size") if isinstance(arguments, dict) else None
+    filters = state.get("patch_embed.proj.weight")
+    if not isinstance(size, list | tuple) or len(size) != 2 or filters is None or filters.ndim != 4:
+        return None
+    return math.prod(int(side) // patch for side, patch in zip(size, filters.shape[2:], strict=True))
 
 
 def _layout(checkpoint: Checkpoint, method: str | None) -> Layout:
@@ -169,6 +199,9 @@ def _vit(checkpoint: Checkpoint, method: str | None) -> Layout:
         _choose(method, ("mae",), checkpoint)
         return Layout("mae", "pretraining", key_tables.MAE, state, told, ("mask_ratio", "norm_pix_loss"))
     table, told = key_tables.MAE_ENCODER, {"use_cls_token": has_cls}
+    registers = within([key_tables.REGISTER_TOKENS], "encoder.", "") if "reg_token" in state else []
+    if registers:
+        told["num_register_tokens"] = state["reg_token"].shape[1]
     if "head.1.weight" in state:
         table, told = key_tables.MAE_LINEAR_PROBE, told | {"pooling": "cls", "head_batch_norm": True}
     elif "fc_norm.weight" in state:
@@ -181,11 +214,12 @@ def _vit(checkpoint: Checkpoint, method: str | None) -> Layout:
     prefix = f"{methods.get(method).classifier_class.base_model_prefix}." if has_head else ""
     table = [
         (ours.replace("encoder.", prefix, 1), theirs, layout)
-        for ours, theirs, layout in table
+        for ours, theirs, layout in [*table, *registers]
         if (has_cls or theirs != "cls_token") and (has_head or not ours.startswith("classifier."))
     ]
     told |= _jepa_settings(method) | _timm_settings(checkpoint.config)
-    return Layout(method, "classifier" if has_head else "encoder", table, state, told)
+    state, unread = _apart(state, ("mask_token",))  # of DINOv2's authors, only for its pretraining
+    return Layout(method, "classifier" if has_head else "encoder", table, state, told, unread=unread)
 
 
 def _timm_settings(config: dict[str, Any]) -> dict[str, Any]:
@@ -222,8 +256,8 @@ def _transformers(checkpoint: Checkpoint, method: str | None) -> Layout:
         return Layout(method, "pretraining", key_tables.VIT_MAE, state, told)
     inner = prefix if any(key.startswith(prefix) for key in state) else ""
     table = within(table, "", inner)
-    if model_type == "dinov2":
-        left = {f"{inner}{key}" for key in DINOV2_UNREAD} | set(layer_scale_of_ones(state))
+    if model_type.startswith("dinov2"):
+        left = {f"{inner}{key}" for key in DINOV2_UNREAD}
         left |= {key for key in state if key.startswith("classifier.")}
         state, unread = _apart(state, left)
         return Layout(method, "encoder", table, state, told, unread=unread)

@@ -53,7 +53,7 @@ class Source:
 
         Raises:
             ValueError: in one line that names the argument: there is none, it is damaged, or it has what our encoders
-                do not have (LayerScale, registers, RoPE, SwiGLU).
+                do not have (a distillation token, RoPE, SwiGLU).
         """
         try:
             return cls._read(name)

@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import torch
 from safetensors.torch import save_file
 
 from hf_mim.data.processor import read_processor, warn_of_scale
@@ -70,6 +71,7 @@ def timm_arguments(model: MIMPreTrainedModel) -> dict:
         "mlp_ratio": ratio,
         "class_token": config.use_cls_token,
         "act_layer": ACTIVATIONS[config.hidden_act],
+        **({"reg_tokens": config.num_register_tokens} if config.num_register_tokens else {}),
     }
 
 
@@ -77,7 +79,12 @@ def timm_state(model: MIMPreTrainedModel) -> dict:
     """The encoder's tensors, and a classifier's, under timm's names."""
     config = model.config
     table = key_tables.TIMM_VIT_CLS if config.use_cls_token else key_tables.TIMM_VIT
+    table = [*table, key_tables.REGISTER_TOKENS]
     state = key_tables.to_theirs(model.base_model.plain_state_dict(), table, config.patch_height_width)
+    if config.num_register_tokens:  # timm's position table has rows for them
+        cls, places = state["pos_embed"].tensor_split([int(config.use_cls_token)], dim=1)
+        rows = places.new_zeros(1, config.num_register_tokens, config.hidden_size)
+        state["pos_embed"] = torch.cat([cls, rows, places], dim=1)
     if _pools_first(config):
         for name in ("weight", "bias"):
             state[f"fc_norm.{name}"] = state.pop(f"norm.{name}")

@@ -29,7 +29,8 @@ from hf_mim.models.vit import MIMPreTrainedModel
 # The fields of transformers' configs that have the names and the meaning of ours.
 SHARED = (
     "image_size patch_size num_channels hidden_size num_hidden_layers num_attention_heads intermediate_size hidden_act "
-    "layer_norm_eps mask_ratio norm_pix_loss decoder_hidden_size decoder_num_hidden_layers decoder_num_attention_heads"
+    "layer_norm_eps num_register_tokens mask_ratio norm_pix_loss "
+    "decoder_hidden_size decoder_num_hidden_layers decoder_num_attention_heads"
 ).split()
 
 
@@ -50,15 +51,21 @@ def _name_decoder(weights: Path):
 
 
 def as_transformers(model: MIMPreTrainedModel) -> PreTrainedModel:
-    """MAE with its decoder becomes `ViTMAEForPreTraining` if it has a CLS token, square images and square patches. Any
-    other encoder becomes `ViTModel`, or `IJepaModel` without a CLS token. A classifier becomes that of the two.
+    """MAE with its decoder becomes `ViTMAEForPreTraining` if it has a CLS token, square images, square patches and a
+    decoder with self-attention. Any other encoder becomes `ViTModel`, or `IJepaModel` without a CLS token. A classifier
+    becomes that of the two.
 
-    `ViTModel`'s pooler is set so that it returns the normalised CLS token. Raises ValueError for a classifier that
-    pools in a way that transformers' classifiers do not.
+    `ViTModel`'s pooler is set so that it returns the normalised CLS token. Raises ValueError for an encoder with
+    registers, and for a classifier that pools in a way that transformers' classifiers do not.
     """
     config, patch_size = model.config, model.config.patch_height_width
+    if config.num_register_tokens:
+        raise ValueError(
+            f"to must be timm, remote-code or onnx: transformers' ViT has no registers, and this encoder has "
+            f"num_register_tokens={config.num_register_tokens}"
+        )
     is_square = len(set(config.image_height_width)) == len(set(patch_size)) == 1
-    if isinstance(model, MAEForPreTraining) and config.use_cls_token and is_square:
+    if isinstance(model, MAEForPreTraining) and _is_theirs(config) and is_square:
         state = key_tables.to_theirs(model.state_dict(), key_tables.VIT_MAE, patch_size)
         theirs = _config(ViTMAEConfig, config, decoder_intermediate_size=4 * config.decoder_hidden_size)
         return _filled(ViTMAEForPreTraining, theirs, state)
@@ -80,6 +87,11 @@ def as_transformers(model: MIMPreTrainedModel) -> PreTrainedModel:
         state["pooler.dense.weight"] = torch.eye(config.hidden_size)
         state["pooler.dense.bias"] = torch.zeros(config.hidden_size)
     return _filled(encoder, _config(config_class, config, **pooler), state)
+
+
+def _is_theirs(config: MIMConfig) -> bool:
+    """Whether transformers' MAE has such tokens and such a decoder."""
+    return config.use_cls_token and config.decoder_attention == "self"
 
 
 def _check_pooling(config: MIMConfig):

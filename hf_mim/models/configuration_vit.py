@@ -61,13 +61,16 @@ def check_norm_pix_loss(config):
         raise ValueError("norm_pix_loss must be False for patches of a single value, which have no variance")
 
 
-def num_visible(mask_ratio: float, grid: tuple[int, int], rounding: Callable, least_masked: int = 1) -> int:
-    """How many patches of a grid stay visible. Raises ValueError for a ratio that keeps nothing or everything."""
+def num_visible(
+    mask_ratio: float, grid: tuple[int, int], rounding: Callable, least_masked: int = 1, of: str = "patches"
+) -> int:
+    """How many patches of a grid stay visible. Raises ValueError for a ratio that keeps nothing or everything; it calls
+    the patches `of`."""
     num_patches = grid[0] * grid[1]
     visible = rounding(num_patches * (1 - mask_ratio)) if 0 <= mask_ratio <= 1 else 0
     if not 1 <= visible <= num_patches - least_masked:
         raise ValueError(
-            f"mask_ratio must leave between 1 and {num_patches - least_masked} of the {num_patches} patches visible, "
+            f"mask_ratio must leave between 1 and {num_patches - least_masked} of the {num_patches} {of} visible, "
             f"got {mask_ratio}, which leaves {visible}"
         )
     return visible
@@ -84,6 +87,8 @@ class MIMConfig(BackboneConfigMixin, PreTrainedConfig):
         intermediate_size: MLP width; by default that of `size`, or 4 × `hidden_size` where that is given.
         drop_path_rate: stochastic depth of the last layer; it grows linearly from 0 at the first; only in train mode.
         use_cls_token: a learned CLS token goes before the patch tokens.
+        num_register_tokens: learned tokens that stand after the CLS token, take part in attention and are not read
+            (Darcet et al., ICLR 2024, arXiv 2309.16588). They have no position.
         pooling: what `pooler_output` and the classifier read: the mean of the patch tokens, or the CLS token.
         pool_before_norm: pool first and apply the final norm to the pooled vector (MAE's fine-tuning); else pool the
             normalised tokens.
@@ -112,6 +117,7 @@ class MIMConfig(BackboneConfigMixin, PreTrainedConfig):
     hidden_act: str = "gelu"
     drop_path_rate: float | int = 0.0
     use_cls_token: bool = True
+    num_register_tokens: int = 0
     pooling: Literal["mean", "cls"] = "mean"
     pool_before_norm: bool = False
     head_batch_norm: bool = False
@@ -152,6 +158,8 @@ class MIMConfig(BackboneConfigMixin, PreTrainedConfig):
             raise ValueError(f"drop_path_rate must be in [0, 1), got {self.drop_path_rate}")
         if not 0 < self.layer_norm_eps < math.inf:
             raise ValueError(f"layer_norm_eps must be above 0 and finite, got {self.layer_norm_eps}")
+        if self.num_register_tokens < 0:
+            raise ValueError(f"num_register_tokens must be 0 or more, not {self.num_register_tokens}")
         if self.hidden_act not in ACT2FN:
             raise ValueError(f"hidden_act must be one of {sorted(ACT2FN)}, got {self.hidden_act!r}")
         if self.pooling == "cls" and not self.use_cls_token:
@@ -180,7 +188,8 @@ class MIMConfig(BackboneConfigMixin, PreTrainedConfig):
 
     @property
     def num_prefix_tokens(self) -> int:
-        return int(self.use_cls_token)
+        """How many tokens stand before those of the patches: CLS and registers."""
+        return int(self.use_cls_token) + self.num_register_tokens
 
     @property
     def learned_positions(self) -> bool:

@@ -36,8 +36,11 @@ class PixelDecoder(nn.Module):
         """
         prefix, places = self.position_embeddings(grid, self.mask_token.dtype)
         context = self.embed(latents) + torch.cat([prefix.expand(len(latents), -1, -1), places[context_ids]], dim=1)
-        tokens = torch.cat([context, self.mask_token + places[target_ids]], dim=1)
-        return self.head(self.norm(run_layers(self.layers, tokens, num_queries=target_ids.shape[1])))
+        return self.head(self.norm(self.decode(context, self.mask_token + places[target_ids])))
+
+    def decode(self, context, queries):
+        """The queries `[B, Nm, Dd]` after the layers, in which they see the context `[B, prefix + Nv, Dd]`."""
+        return run_layers(self.layers, torch.cat([context, queries], dim=1), num_queries=queries.shape[1])
 
 
 class CrossAttention(MultiHeadAttention):
@@ -73,3 +76,36 @@ class CrossAttentionLayer(GradientCheckpointingLayer):
         queries = queries + attended
         queries = queries + self.cross_attention(self.norm2_queries(queries), self.norm2_memory(memory))[0]
         return queries + self.mlp(self.norm3(queries))
+
+
+class InteractionLayer(GradientCheckpointingLayer):
+    """Pre-norm block without self-attention: cross-attention from masked tokens to the visible ones, MLP."""
+
+    def __init__(self, config: MIMConfig, width: int, heads: int):
+        super().__init__()
+        self.norm1_queries = nn.LayerNorm(width, eps=config.layer_norm_eps)
+        self.norm1_memory = nn.LayerNorm(width, eps=config.layer_norm_eps)
+        self.cross_attention = CrossAttention(config, width, heads)
+        self.norm2 = nn.LayerNorm(width, eps=config.layer_norm_eps)
+        self.mlp = MLP(config, width, 4 * width)
+
+    def forward(self, queries, memory):
+        """Queries `[B, Q, D]`, memory `[B, K, D]` → `[B, Q, D]`."""
+        queries = queries + self.cross_attention(self.norm1_queries(queries), self.norm1_memory(memory))[0]
+        return queries + self.mlp(self.norm2(queries))
+
+
+class CrossPixelDecoder(PixelDecoder):
+    """Masked tokens attend to the encoder's tokens, and not to each other, so each is predicted by itself (CrossMAE,
+    arXiv 2401.14391, without its weighted sum of the encoder's layers)."""
+
+    def __init__(self, config: MIMConfig):
+        super().__init__(config)
+        width, heads = config.decoder_hidden_size, config.decoder_num_attention_heads
+        blocks = range(config.decoder_num_hidden_layers)
+        self.layers = nn.ModuleList(InteractionLayer(config, width, heads) for _ in blocks)
+
+    def decode(self, context, queries):
+        for layer in self.layers:
+            queries = layer(queries, context)
+        return queries

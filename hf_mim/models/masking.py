@@ -46,6 +46,17 @@ def split_at_random(noise: Tensor, num_kept: int) -> tuple[Tensor, Tensor]:
     return order[:, :num_kept], order[:, num_kept:]
 
 
+def patches_of_units(ids: Tensor, grid: tuple[int, int], unit: int) -> Tensor:
+    """The patches of square units, `[B, K]` → `[B, K · unit²]`: those of the first unit come first, in raster order.
+
+    Units are numbered in raster order too. The sides of the grid of patches must be divisible by `unit`.
+    """
+    columns = grid[1] // unit
+    corners = (ids // columns * grid[1] + ids % columns) * unit
+    inside = torch.arange(unit, device=ids.device)
+    return (corners[..., None] + (inside[:, None] * grid[1] + inside).flatten()).flatten(1)
+
+
 def split_modalities(noise: Tensor, num_kept: int, num_modalities: int) -> tuple[Tensor, Tensor, Tensor]:
     """Keep `num_kept` patches of each modality of each image, at other places in each modality.
 

@@ -6,11 +6,10 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 from transformers import initialization as init
-from transformers.modeling_layers import GradientCheckpointingLayer
 
-from .blocks import MLP, run_layers, vit_layers
+from .blocks import run_layers, vit_layers
 from .configuration_interactive_mim import InteractiveMIMConfig
-from .decoders import CrossAttention
+from .decoders import InteractionLayer
 from .heads import BackboneHead, ClassificationHead
 from .losses import mean_squared_error
 from .masking import gather, split_at_random, split_modalities
@@ -122,23 +121,6 @@ class InteractiveMIMModel(InteractiveMIMPreTrainedModel, ViTEncoder):
         return state | {"embeddings.projection.weight": weight.flatten(-2)}
 
 
-class InteractionLayer(GradientCheckpointingLayer):
-    """Pre-norm block: cross-attention from masked tokens to the visible ones, MLP."""
-
-    def __init__(self, config: InteractiveMIMConfig, width: int, heads: int):
-        super().__init__()
-        self.norm1_queries = nn.LayerNorm(width, eps=config.layer_norm_eps)
-        self.norm1_memory = nn.LayerNorm(width, eps=config.layer_norm_eps)
-        self.cross_attention = CrossAttention(config, width, heads)
-        self.norm2 = nn.LayerNorm(width, eps=config.layer_norm_eps)
-        self.mlp = MLP(config, width, 4 * width)
-
-    def forward(self, queries, memory):
-        """Queries `[B, Q, D]`, memory `[B, K, D]` → `[B, Q, D]`."""
-        queries = queries + self.cross_attention(self.norm1_queries(queries), self.norm1_memory(memory))[0]
-        return queries + self.mlp(self.norm2(queries))
-
-
 class InteractionDecoder(nn.Module):
     """Masked tokens, one for each masked patch of each modality, read the visible tokens; then a light transformer of
     both, and a head for the pixels of each modality."""
@@ -179,8 +161,6 @@ class InteractiveMIMForPreTraining(PixelTargets, InteractiveMIMPreTrainedModel):
     left out; with independent masks, the modalities have to predict each other; the loss is the mean over modalities of
     the squared error on their masked patches. With one modality and no interaction it is MAE.
     """
-
-    _no_split_modules = ["ViTLayer", "InteractionLayer"]
 
     def __init__(self, config: InteractiveMIMConfig):
         super().__init__(config)

@@ -137,7 +137,7 @@ class LatentMIMDecoder(nn.Module):
         cues = self.visual_cues(visible[:, num_prefix:], target_positions, context_positions)
         queries = self.mask_token + cues + target_positions
         if self.cls_token is not None:
-            queries = torch.cat([self.cls_token + prefix, queries], dim=1)
+            queries = torch.cat([self.cls_token + prefix[:, :1], queries], dim=1)
         for layer in self.layers[:-1]:
             queries = layer(queries, memory)
         return self.head(self.norm(self.layers[-1](queries, memory, target_ids.shape[1])))
@@ -151,8 +151,6 @@ class LatentMIMForPreTraining(TargetNetworkMixin, LatentMIMPreTrainedModel):
     The target is the EMA of the online encoder and of its projector. With `config.target_config` it is a frozen
     encoder, and its standardised tokens are the targets.
     """
-
-    _no_split_modules = ["ViTLayer", "CrossAttentionLayer"]
 
     def __init__(self, config: LatentMIMConfig):
         super().__init__(config)

@@ -1,14 +1,15 @@
 """MAE: masked autoencoders are scalable vision learners (He et al., CVPR 2022, arXiv 2111.06377)."""
 
+import math
 from dataclasses import dataclass
 
 import torch
 
 from .configuration_mae import MAEConfig
-from .decoders import PixelDecoder
+from .decoders import CrossPixelDecoder, PixelDecoder
 from .heads import BackboneHead, ClassificationHead
 from .losses import mean_squared_error
-from .masking import gather, split_at_random
+from .masking import gather, patches_of_units, split_at_random
 from .pixel_targets import PixelTargets, pixel_targets
 from .recording import pretraining_forward
 from .signals import error_over_constant, spread
@@ -36,19 +37,32 @@ class MAEForPreTraining(PixelTargets, MAEPreTrainedModel):
     def __init__(self, config: MAEConfig):
         super().__init__(config)
         self.encoder = MAEModel(config)
-        self.decoder = PixelDecoder(config)
+        self.decoder = (CrossPixelDecoder if config.decoder_attention == "cross" else PixelDecoder)(config)
         self.post_init()
 
-    def draw_masks(self, batch_size, grid, device=None, *, context_ids=None, target_ids=None, noise=None) -> dict:
+    def training_masks(self):
+        return {"target_share": self.config.decoder_targets}
+
+    def draw_masks(
+        self, batch_size, grid, device=None, *, context_ids=None, target_ids=None, noise=None, target_share=1.0
+    ) -> dict:
         """Draw the ids of one pass over a grid of `(rows, columns)` patches. Ids that are given stay as they are.
 
         Returns the arguments of `forward`: `context_ids [B, Nv]` and `target_ids [B, Nm]`, int64 on `device`. With
-        `noise [B, N]`, the patches with the smallest noise stay visible. Raises ValueError if only one kind of ids is
+        `noise [B, N]`, the patches with the smallest noise stay visible; if masks have units, N is their number. Below
+        1, `target_share` leaves a random share of the masked patches. Raises ValueError if only one kind of ids is
         given, or if the grid has too few patches to mask.
         """
         if are_ids_absent(context_ids, target_ids):
-            noise = torch.rand(batch_size, grid[0] * grid[1], device=device) if noise is None else noise
-            context_ids, target_ids = split_at_random(noise, self.config.num_visible(grid))
+            unit, visible = self.config.mask_unit, self.config.num_visible(grid)
+            units = math.prod(self.config.units(grid))
+            noise = torch.rand(batch_size, units, device=device) if noise is None else noise
+            context_ids, target_ids = split_at_random(noise, visible // unit**2)
+            if unit > 1:
+                context_ids, target_ids = (patches_of_units(ids, grid, unit) for ids in (context_ids, target_ids))
+            if target_share < 1:
+                order = torch.rand(target_ids.shape, device=device).argsort(dim=1)
+                target_ids = target_ids.gather(1, order[:, : max(1, round(order.shape[1] * target_share))])
         return {"context_ids": context_ids, "target_ids": target_ids}
 
     @pretraining_forward
@@ -57,13 +71,15 @@ class MAEForPreTraining(PixelTargets, MAEPreTrainedModel):
 
         Args:
             pixel_values: normalised images `[B, C, H, W]`.
-            context_ids, target_ids: `[B, Nv]` visible and `[B, Nm]` masked patches, raster indices; drawn if absent.
-            noise: `[B, N]`; the patches with the smallest noise stay visible. Drawn if absent.
+            context_ids, target_ids: `[B, Nv]` visible and `[B, Nm]` masked patches, raster indices; drawn if absent, in
+                train mode only `config.decoder_targets` of the masked ones.
+            noise: `[B, N]`; the patches (or units of patches) with the smallest noise stay visible. Drawn if absent.
             valid_pixels: bool `[B, C, H, W]`, False for pixels without data, which are 0 in `pixel_values` and left out
                 of the loss. Default: all have data.
         """
         patches, grid = self.encoder.cut(pixel_values)
         given = {"context_ids": context_ids, "target_ids": target_ids, "noise": noise}
+        given |= self.training_masks() if self.training else {}
         masks = self.draw_masks(len(patches), grid, patches.device, **given)
         context_ids, target_ids = masks["context_ids"], masks["target_ids"]
         latents = self.encoder.encode(gather(patches, context_ids), grid, context_ids)

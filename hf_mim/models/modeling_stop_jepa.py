@@ -124,6 +124,9 @@ class StopJepaForPreTraining(TargetNetworkMixin, StopJepaPreTrainedModel):
         noise = torch.randn(*shape, self.config.hidden_size, device=device, dtype=dtype)
         return noise * self.config.position_noise_std
 
+    def training_masks(self):
+        return {"masks_per_image": self.config.masks_per_image}
+
     def draw_masks(
         self,
         batch_size,
@@ -182,7 +185,7 @@ class StopJepaForPreTraining(TargetNetworkMixin, StopJepaPreTrainedModel):
         patches, grid = self.encoder.cut(pixel_values)
         given = {"context_ids": context_ids, "target_ids": target_ids}
         given |= {"position_noise": position_noise, "context_noise": context_noise}
-        given["masks_per_image"] = self.config.masks_per_image if self.training else 1
+        given |= self.training_masks() if self.training else {}
         masks = self.draw_masks(len(patches), grid, patches.device, dtype=pixel_values.dtype, **given)
         context_ids, target_ids = masks["context_ids"], masks["target_ids"]
         with torch.no_grad():
@@ -190,6 +193,7 @@ class StopJepaForPreTraining(TargetNetworkMixin, StopJepaPreTrainedModel):
             tokens = F.layer_norm(tokens.float(), tokens.shape[-1:])
             targets = gather(tokens, target_ids.flatten(1)).unflatten(1, target_ids.shape[1:])
         features = self.encoder.encode(gather(patches, context_ids), grid, context_ids)
+        features = features[:, self.config.num_prefix_tokens :]
         valid, valid_targets = None, None
         if valid_pixels is not None:
             valid = self.encoder.cut(valid_pixels)[0].any(dim=-1)  # [B, N]

@@ -101,6 +101,9 @@ class SymMIMForPreTraining(PixelTargets, TargetNetworkMixin, SymMIMPreTrainedMod
             target.train(mode)  # it has no drop path, and in train mode it standardises over the images of all ranks
         return self
 
+    def training_masks(self):
+        return {"masks_per_image": self.config.masks_per_image}
+
     def draw_masks(
         self,
         batch_size,
@@ -175,7 +178,7 @@ class SymMIMForPreTraining(PixelTargets, TargetNetworkMixin, SymMIMPreTrainedMod
         """
         patches, grid = self.encoder.cut(pixel_values)
         given = {"context_ids": context_ids, "target_ids": target_ids, "target_context_ids": target_context_ids}
-        given["masks_per_image"] = self.config.masks_per_image if self.training else 1
+        given |= self.training_masks() if self.training else {}
         masks = self.draw_masks(len(patches), grid, patches.device, **given)
         context_ids, target_ids = masks["context_ids"], masks["target_ids"]
         tokens = self.encoder.encode(gather(patches, context_ids), grid, context_ids)

@@ -48,16 +48,17 @@ def resize_table(
 class PositionEmbeddings(nn.Module):
     """The position table of one network of this width: a buffer of sine-cosine codes, or a learned parameter.
 
-    `config` says which (`learned_positions`, `rescaled_positions`), for which grid, and how many prefix tokens there
-    are. The whole table is saved with the checkpoint, the row of the CLS token too: other people's fine-tuned weights
-    have changed that row.
+    `config` says which (`learned_positions`, `rescaled_positions`), for which grid, and whether there is a CLS token.
+    The whole table is saved with the checkpoint, the row of the CLS token too: other people's fine-tuned weights have
+    changed that row. Registers have no row; their positions are zero.
     """
 
     def __init__(self, config: MIMConfig, width: int):
         super().__init__()
-        self.grid, self.width, self.num_prefix_tokens = config.grid_size, width, config.num_prefix_tokens
+        self.grid, self.width, self.num_rows = config.grid_size, width, int(config.use_cls_token)  # before the patches
+        self.num_registers = config.num_register_tokens
         self.learned, self.rescaled = config.learned_positions, config.rescaled_positions
-        table = torch.empty(self.num_prefix_tokens + math.prod(self.grid), width)
+        table = torch.empty(self.num_rows + math.prod(self.grid), width)
         if self.learned:
             self.table = nn.Parameter(table)
         else:
@@ -67,7 +68,7 @@ class PositionEmbeddings(nn.Module):
         if self.learned:
             init.trunc_normal_(self.table, std=0.02)
         else:
-            table = sincos_table(self.grid, self.width, self.num_prefix_tokens, self.rescaled)
+            table = sincos_table(self.grid, self.width, self.num_rows, self.rescaled)
             init.copy_(self.table, table.to(self.table))
 
     def forward(self, grid: tuple[int, int], dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
@@ -77,6 +78,7 @@ class PositionEmbeddings(nn.Module):
         """
         table = self.table
         if tuple(grid) != self.grid:
-            table = resize_table(table, self.grid, grid, self.num_prefix_tokens)
+            table = resize_table(table, self.grid, grid, self.num_rows)
         table = table.to(dtype)
-        return table[: self.num_prefix_tokens], table[self.num_prefix_tokens :]
+        prefix, places = table[: self.num_rows], table[self.num_rows :]
+        return (F.pad(prefix, (0, 0, 0, self.num_registers)) if self.num_registers else prefix), places

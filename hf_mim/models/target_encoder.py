@@ -23,7 +23,7 @@ def cosine(start: float, end: float, progress: float) -> float:
 
 # What decides the weights and the features of an encoder, beside the images that it takes.
 ENCODER_FIELDS = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "use_cls_token")
-ENCODER_FIELDS += ("layer_norm_eps", "hidden_act")
+ENCODER_FIELDS += ("layer_norm_eps", "hidden_act", "num_register_tokens")
 
 
 def target_encoder_config(config: MIMConfig) -> MIMConfig:
@@ -37,6 +37,7 @@ def target_encoder_config(config: MIMConfig) -> MIMConfig:
 def check_target(config):
     """Raise ValueError for a momentum outside [0, 1], or a frozen target that is no encoder."""
     if getattr(config, "target_config", None) is not None:
+        config.target_config.setdefault("num_register_tokens", 0)  # checkpoints from before there were any
         if set(config.target_config) != set(ENCODER_FIELDS):
             raise ValueError(f"target_config must have {', '.join(ENCODER_FIELDS)}, not {config.target_config}")
         target_encoder_config(config).check_fields()

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 from transformers import initialization as init
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import ModelOutput
 from transformers.utils.generic import merge_with_config_defaults
@@ -79,16 +80,20 @@ class ViTEmbeddings(nn.Module):
         super().__init__()
         patch_height, patch_width = config.patch_height_width
         self.projection = nn.Linear(patch_height * patch_width * config.num_channels, config.hidden_size)
-        self.cls_token = nn.Parameter(torch.empty(1, 1, config.hidden_size)) if config.use_cls_token else None
+        width, registers = config.hidden_size, config.num_register_tokens
+        self.cls_token = nn.Parameter(torch.empty(1, 1, width)) if config.use_cls_token else None
+        self.register_tokens = nn.Parameter(torch.empty(1, registers, width)) if registers else None
         self.position_embeddings = PositionEmbeddings(config, config.hidden_size)
 
     def forward(self, patches, grid, patch_ids=None):
         dtype = input_dtype(self.projection)
         prefix, places = self.position_embeddings(grid, dtype)
         tokens = self.projection(patches.to(dtype)) + (places if patch_ids is None else places[patch_ids])
-        if self.cls_token is None:
+        learned = [token for token in (self.cls_token, self.register_tokens) if token is not None]
+        if not learned:
             return tokens
-        return torch.cat([(self.cls_token + prefix).expand(tokens.shape[0], -1, -1), tokens], dim=1)
+        learned = torch.cat(learned, dim=1) + prefix
+        return torch.cat([learned.expand(tokens.shape[0], -1, -1), tokens], dim=1)
 
 
 class MIMPreTrainedModel(PreTrainedModel):
@@ -97,7 +102,6 @@ class MIMPreTrainedModel(PreTrainedModel):
     main_input_name = "pixel_values"
     input_modalities = ("image",)
     supports_gradient_checkpointing = True
-    _no_split_modules = ["ViTLayer"]
     _keep_in_fp32_modules_strict = ["position_embeddings"]  # a checkpoint must not lose digits of its tables
     _supports_sdpa = True
     _supports_flash_attn = True
@@ -108,6 +112,8 @@ class MIMPreTrainedModel(PreTrainedModel):
 
     def post_init(self):
         super().post_init()
+        layers = (module for module in self.modules() if isinstance(module, GradientCheckpointingLayer))
+        self._no_split_modules = {type(layer).__name__ for layer in layers}  # FSDP takes each of them as a unit
         # This has added the encoder's ignore patterns to ours. The encoder ignores the keys of a decoder; a pretraining
         # model must not, because the decoder is its own.
         if hasattr(self, "draw_masks"):
@@ -126,8 +132,9 @@ class MIMPreTrainedModel(PreTrainedModel):
             module.init_weights()
         else:
             super()._init_weights(module)  # norms
-        if isinstance(getattr(module, "cls_token", None), nn.Parameter):
-            init.normal_(module.cls_token, std=0.02)
+        for name in ("cls_token", "register_tokens"):
+            if isinstance(getattr(module, name, None), nn.Parameter):
+                init.normal_(getattr(module, name), std=0.02)
         if isinstance(getattr(module, "mask_token", None), nn.Parameter):
             init.normal_(module.mask_token, std=self.config.mask_token_std)
 
@@ -159,6 +166,10 @@ class MIMPreTrainedModel(PreTrainedModel):
         channels = self.config.num_channels
         if pixel_values.shape[1] != channels:
             raise ValueError(f"pixel_values must have num_channels={channels} channels, got {pixel_values.shape[1]}")
+
+    def training_masks(self) -> dict:
+        """What a pretraining model asks its `draw_masks` for in train mode, beside one mask for each image."""
+        return {}
 
     # The trainer makes the next two calls for every model. A method without a schedule or a target does nothing there.
     def set_progress(self, progress: float):

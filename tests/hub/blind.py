@@ -71,12 +71,15 @@ class TimmViT(nn.Module):
         mlp_ratio,
         class_token,
         act_layer,
+        reg_tokens=0,
     ):
         super().__init__()
         activation = {"gelu": nn.GELU(), "gelu_tanh": nn.GELU(approximate="tanh")}[act_layer]
-        count = (img_size[0] // patch_size[0]) * (img_size[1] // patch_size[1]) + class_token
+        count = (img_size[0] // patch_size[0]) * (img_size[1] // patch_size[1]) + class_token + reg_tokens
         self.patch_embed = nn.ModuleDict({"proj": nn.Conv2d(in_chans, embed_dim, patch_size, patch_size)})
         self.cls_token = nn.Parameter(torch.empty(1, 1, embed_dim)) if class_token else None
+        self.reg_token = nn.Parameter(torch.empty(1, reg_tokens, embed_dim)) if reg_tokens else None
+        self.num_prefix = class_token + reg_tokens
         self.pos_embed = nn.Parameter(torch.empty(1, count, embed_dim))
         hidden = int(embed_dim * mlp_ratio)
         self.blocks = nn.Sequential(*(TimmBlock(embed_dim, num_heads, hidden, activation) for _ in range(depth)))
@@ -87,13 +90,14 @@ class TimmViT(nn.Module):
 
     def forward_features(self, images):
         x = self.patch_embed["proj"](images).flatten(2).transpose(1, 2)
-        if self.cls_token is not None:
-            x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1)
+        for token in (self.reg_token, self.cls_token):
+            if token is not None:
+                x = torch.cat([token.expand(len(x), -1, -1), x], dim=1)
         return self.norm(self.blocks(x + self.pos_embed))
 
     def forward_head(self, x):
-        prefix = 0 if self.cls_token is None else 1
-        return self.head(self.fc_norm(x[:, 0] if self.global_pool == "token" else x[:, prefix:].mean(dim=1)))
+        pooled = x[:, 0] if self.global_pool == "token" else x[:, self.num_prefix :].mean(dim=1)
+        return self.head(self.fc_norm(pooled))
 
 
 def timm_like(folder, images):

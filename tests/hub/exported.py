@@ -29,6 +29,8 @@ CASES = {
     "mae-oblong-patches": (lambda: mae(patch_size=(8, 4), pooling="cls"), "ViTModel"),
     "mae-without-cls": (lambda: mae(use_cls_token=False), "IJepaModel"),
     "mae-encoder": (lambda: mae("encoder"), "ViTModel"),
+    "mae-cross-decoder": (lambda: mae(decoder_attention="cross"), "ViTModel"),
+    "mae-registers": (lambda: mae(num_register_tokens=3), None),
     "latent_mim": (lambda: latent_mim(), "ViTModel"),
     "latent_mim-oblong": (lambda: latent_mim(**OBLONG), "ViTModel"),
     "stop_jepa": (lambda: stop_jepa(), "IJepaModel"),

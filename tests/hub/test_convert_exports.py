@@ -29,7 +29,7 @@ def latent_mim(model_class, **settings):
 
 
 def stop(model_class, **settings):
-    return model_class(hf_mim.StopJepaConfig(**SIZES, use_mask_token=False, **settings))
+    return model_class(hf_mim.StopJepaConfig(**SIZES | settings, use_mask_token=False))
 
 
 CASES = {
@@ -48,6 +48,12 @@ CASES = {
         "transformers timm",
     ),
     "mae, another activation": ("mae", lambda: mae(hf_mim.MAEModel, hidden_act="silu"), "transformers timm"),
+    "mae, registers": ("mae", lambda: mae(hf_mim.MAEModel, num_register_tokens=3), "timm"),
+    "stop, registers, not square": (
+        "stop",
+        lambda: stop(hf_mim.StopJepaModel, num_register_tokens=2, image_size=(16, 40)),
+        "timm",
+    ),
     "mae, not square": ("mae", lambda: wide(), "timm"),
     "mae, classifier": (
         "mae",

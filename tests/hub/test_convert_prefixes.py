@@ -139,23 +139,29 @@ def test_a_file_in_which_nothing_matches_says_what_was_expected_and_found(tmp_pa
     assert "names such as patch_embed.proj.weight" in message and "state_dict.layer0" in message and len(message) < 400
 
 
-def test_distillation_tokens_and_registers_are_named_and_not_taken(tmp_path, capsys):
+def test_a_distillation_token_is_named_and_not_taken(tmp_path, capsys):
     state = encoder()
     positions = state["pos_embed"]
     distilled = state | {"dist_token": torch.ones(1, 1, 48)}
     distilled["pos_embed"] = torch.cat([positions[:, :1], torch.ones(1, 1, 48), positions[:, 1:]], dim=1)
-    registers = state | {"reg_token": torch.ones(1, 4, 48)}
-    no_row_for_cls = registers | {"pos_embed": positions[:, 1:]}
-    for name, held in (("dist", distilled), ("reg", registers), ("no_row", no_row_for_cls)):
-        torch.save({"model": held}, tmp_path / f"{name}.pth")
-        words = [str(tmp_path / f"{name}.pth"), str(tmp_path / name), "--set", "num_attention_heads=3"]
-        assert main(["convert", *words]) == 0
-        out = capsys.readouterr().out
-        assert f"Not taken over: {'dist_token' if name == 'dist' else 'reg_token'}" in out
+    torch.save({"model": distilled}, tmp_path / "dist.pth")
+    words = [str(tmp_path / "dist.pth"), str(tmp_path / "dist"), "--set", "num_attention_heads=3"]
+    assert main(["convert", *words]) == 0
+    assert "Not taken over: dist_token" in capsys.readouterr().out
     same(taken(convert(tmp_path / "dist.pth", **HEADS)), state)
-    same(taken(convert(tmp_path / "reg.pth", **HEADS)), state)
-    table = taken(convert(tmp_path / "no_row.pth", **HEADS))["pos_embed"]
-    assert torch.equal(table[:, 1:], positions[:, 1:]) and not table[:, 0].any()
+
+
+def test_registers_are_taken_with_their_rows_of_the_position_table_added(tmp_path):
+    state, tokens = encoder(), torch.randn(1, 4, 48)
+    positions, rows = state["pos_embed"], torch.randn(1, 4, 48)
+    with_rows = torch.cat([positions[:, :1], rows, positions[:, 1:]], dim=1)
+    for table, expected in ((positions, tokens), (with_rows, tokens + rows), (positions[:, 1:], tokens)):
+        torch.save({"model": state | {"reg_token": tokens, "pos_embed": table}}, tmp_path / "reg.pth")
+        model = convert(tmp_path / "reg.pth", **HEADS)
+        assert model.config.num_register_tokens == 4 and model.config.num_prefix_tokens == 5
+        assert torch.equal(model.embeddings.register_tokens, expected)
+        held = model.embeddings.position_embeddings.table
+        assert torch.equal(held[1:], positions[0, 1:]) and held[0].any() == (table.shape[1] > 36)
 
 
 @pytest.mark.parametrize("form", ["safetensors", "bin"])

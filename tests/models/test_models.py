@@ -23,12 +23,13 @@ CASES = [
 @pytest.fixture(params=CASES, ids=lambda case: "-".join(map(str, case)).replace(" ", ""))
 def case(request):
     method, image_size, channels, cls_token = request.param
-    model = make(method, image_size=image_size, num_channels=channels, use_cls_token=cls_token)
+    sizes = dict(image_size=image_size, num_channels=channels, use_cls_token=cls_token)
+    model = make(method, **sizes, num_register_tokens=2 if channels == 1 else 0)
     return model, torch.randn(8, channels, *model.config.training_size)  # over fewer, batch statistics are noise
 
 
 def assert_tables_right_and_target_frozen(model):
-    prefix, grid = model.config.num_prefix_tokens, model.config.grid_size
+    prefix, grid = int(model.config.use_cls_token), model.config.grid_size
     assert tables(model)
     for table in tables(model).values():
         expected = sincos_table(grid, table.table.shape[1], prefix, model.config.rescaled_positions)

@@ -33,7 +33,7 @@ def test_perfect_predictions_give_the_image_back_in_the_right_places(monkeypatch
     noise = torch.rand(2, 24)
     true = model(images, noise=noise)
 
-    def oracle(pixel_values, noise, valid_pixels=None):
+    def oracle(pixel_values, valid_pixels=None, **masks):
         return SimpleNamespace(predictions=true.targets, target_ids=true.target_ids)
 
     monkeypatch.setattr(model, "forward", oracle)
