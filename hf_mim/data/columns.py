@@ -8,6 +8,8 @@ from datasets import Array2D, Array3D, ClassLabel, Dataset, IterableDataset, Lar
 from datasets import Image as ImageFeature
 from datasets.utils import disable_progress_bars, enable_progress_bars, is_progress_bar_enabled
 
+from .stacks import parts_of, stack_columns
+
 # A column of one of these names is preferred among several of its kind, or recognised if its type tells too little.
 IMAGE_NAMES = tuple("image img pixel_values picture photo jpg jpeg png webp tif tiff npy npz bytes".split())
 NO_LABELS = "none"  # as `labels`: the images have none, whatever columns and folders there are
@@ -37,6 +39,7 @@ def prepare_columns(
     was chosen).
 
     Args:
+        image_column: a column, or several of which each image is stacked (`stacks.py`).
         labels: a column; "none" leaves labels out; None takes a column that declares itself: its type is `ClassLabel`,
             or it is called label, labels, fine_label, class or cls and holds ids or names, several images of each.
         group: a column.
@@ -49,9 +52,16 @@ def prepare_columns(
     if features is None:
         raise ValueError("the columns of this source cannot be known before it is read; load it with streaming=False")
     wanted = labels if labels != NO_LABELS or NO_LABELS in features else None
-    check_columns(features, notes, image_column=image_column, labels=wanted, group=group)
-    image_column = image_column or _find_image(features)
-    check_holds_images(features, "image_column", image_column)
+    parts = parts_of(image_column) if image_column not in features else {}
+    for part in parts or [image_column]:
+        check_columns(features, notes, image_column=part)
+    check_columns(features, notes, labels=wanted, group=group)
+    if parts:
+        image_column, dataset = "image", _stacked(dataset, parts, notes)
+        features = dataset.features
+    else:
+        image_column = image_column or _find_image(features)
+        check_holds_images(features, "image_column", image_column)
     chosen = Chosen(wanted, group, labels is not None)
     if group is not None:
         _check_group(dataset, chosen)
@@ -69,6 +79,18 @@ def prepare_columns(
     if group is not None and features[group] != Value("string"):
         dataset = dataset.cast_column("group", Value("string"))
     return keep_types(dataset), chosen
+
+
+def _stacked(dataset, parts: dict[str, int | None], notes: Sequence[str]):
+    """The dataset with a column `image` in place of the columns of these parts."""
+    for name in parts:
+        if not is_encoded(dataset.features[name]):
+            raise ValueError(f"image_column={name!r} must hold encoded images, not {dataset.features[name]}")
+    if "image" in dataset.features and "image" not in parts:
+        dataset = dataset.remove_columns(["image"])
+    for name in parts:
+        dataset = dataset.cast_column(name, ImageFeature(decode=False))
+    return stack_columns(dataset, parts)
 
 
 def _check_group(dataset, chosen: Chosen):

@@ -7,6 +7,8 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 from datasets import Dataset
 
+from .stacks import is_stack
+
 DIGEST = 16  # bytes
 _ROWS = 1000  # that are looked at at once
 _THREADS = 8  # they wait for the disk; hashing runs without Python's lock
@@ -27,10 +29,10 @@ def stamps(images: Dataset) -> tuple[str, float] | None:
     """
     hashed, newest = hashlib.sha256(), 0.0
     for values in _parts(images):
-        for value in values:
-            if not isinstance(value, dict) or value.get("bytes") is not None:
+        for held in (part for value in values for part in (value.values() if is_stack(value) else [value])):
+            if not isinstance(held, dict) or held.get("bytes") is not None:
                 return None
-            path = os.path.abspath(value.get("path") or "")
+            path = os.path.abspath(held.get("path") or "")
             try:
                 about = os.stat(path)
             except OSError:  # the extraction will find that the file is not there
@@ -57,7 +59,9 @@ def _parts(images: Dataset):
 
 def _digest(value) -> bytes:
     data = value
-    if isinstance(value, dict):
+    if is_stack(value):
+        data = b"".join(map(_digest, value.values()))
+    elif isinstance(value, dict):
         data = value.get("bytes")
         if data is None:
             path = value.get("path") or ""

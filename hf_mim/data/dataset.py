@@ -338,9 +338,11 @@ def _empty_message(count: int, value_range: ValueRange) -> str:
 
 
 def _checksum(value) -> int:
-    value = "" if stored(value) is None else stored(value)
-    value = value.encode() if isinstance(value, str) else value
-    return zlib.crc32(value if isinstance(value, bytes) else np.ascontiguousarray(value))
+    held, checksum = stored(value), 0
+    for part in held if isinstance(held, tuple) else [held]:
+        part = part.encode() if isinstance(part, str) else b"" if part is None else part
+        checksum = zlib.crc32(part if isinstance(part, bytes) else np.ascontiguousarray(part), checksum)
+    return checksum
 
 
 def _text(names: Tensor) -> bytes:

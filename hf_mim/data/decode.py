@@ -16,6 +16,7 @@ from hf_mim.models.orientation import exif_orientation, upright
 from hf_mim.models.pixels import ImageFormatError
 
 from .deep import read_deep
+from .stacks import is_stack, open_stack
 from .tiff import is_plain_tiff, is_tiff, read_tiff
 
 # What PIL may open. EPS is not among them: PIL would run Ghostscript on it, whatever the file is called.
@@ -46,12 +47,18 @@ def decoding(name: str):
 
 
 def image_name(value, otherwise: str) -> str:
-    """The path in a value of an image column, or `otherwise` if it has none."""
+    """The path in a value of an image column, or `otherwise` if it has none. Of a stack, that of its first part."""
+    value = next(iter(value.values())) if is_stack(value) else value
     return (value.get("path") if isinstance(value, dict) else None) or otherwise
 
 
 def stored(value):
-    """What a value of an image column holds: of `{"bytes", "path"}` the bytes or else the path; other values as are."""
+    """What a value of an image column holds: of `{"bytes", "path"}` the bytes or else the path; other values as are.
+
+    Of a stack, the parts that `stored` gives, as a tuple.
+    """
+    if is_stack(value):
+        return tuple(map(stored, value.values()))
     if not isinstance(value, dict):
         return value
     return value["bytes"] if value.get("bytes") is not None else value.get("path")
@@ -74,7 +81,7 @@ def as_file(value: str | bytes):
 
 
 def open_image(value, num_channels: int | None = None, as_ids: bool = False) -> Image.Image | np.ndarray:
-    """Open one value of an image column: `{"bytes", "path"}`, a path, bytes, a PIL image, or an array.
+    """Open one value of an image column: `{"bytes", "path"}`, a path, bytes, a PIL image, an array, or a stack of such.
 
     A JPEG is returned undecoded, so that the caller may still `draft` it; every other image is decoded.
 
@@ -84,6 +91,8 @@ def open_image(value, num_channels: int | None = None, as_ids: bool = False) -> 
     Raises:
         ImageFormatError: too many pixels, or a depth or compression that needs the extra hf-mim[tiff].
     """
+    if is_stack(value):
+        return open_stack(value, num_channels, open_image)
     value = stored(value)
     if value is None:
         raise OSError("the row holds no image")
@@ -103,7 +112,7 @@ def open_image(value, num_channels: int | None = None, as_ids: bool = False) -> 
 
 def header_size(value) -> tuple[int, int] | None:
     """(width, height) of an encoded image, upright, from its header; None if PIL does not know the format."""
-    value = stored(value)
+    value = stored(next(iter(value.values())) if is_stack(value) else value)
     if not isinstance(value, str | bytes):
         return None
     with contextlib.suppress(UnidentifiedImageError, Image.DecompressionBombError):

@@ -4,6 +4,7 @@ import contextlib
 import os
 import tarfile
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 
 import datasets
@@ -25,6 +26,7 @@ from .folders import (
 )
 from .metadata import is_metadata, metadata_files, read_metadata
 from .names import canonical_split, group_folder
+from .stacks import files_of_parts
 from .tars import look_into, read_tars
 
 
@@ -65,9 +67,9 @@ def naming_the_source(source, where: str = ""):
 
 
 def load_local(
-    path: Path, split: str, streaming: bool, labels: str | None
+    path: Path, split: str, streaming: bool, labels: str | None, parts: Iterable[str] = ()
 ) -> tuple[Dataset | IterableDataset, Account]:
-    """A split of a file or folder, with all its columns. `labels`: as in `load_images`."""
+    """A split of a file or folder, with all its columns. `labels`: as in `load_images`; `parts`: those of an image."""
     if path.is_dir() and ((path / "dataset_dict.json").exists() or (path / "state.json").exists()):
         with naming_the_source(path):
             check_saved(path)
@@ -86,7 +88,7 @@ def load_local(
     if tables and len(tables) >= len(images):  # the few files of the other kind are not data
         return _load_tables(path, tables, split, streaming, left_out + Counter(map(_extension, images)), labels)
     if images:
-        return _load_folder(path, images, split, left_out + Counter(map(_extension, tables)), labels)
+        return _load_folder(path, images, split, left_out + Counter(map(_extension, tables)), labels, parts)
     found = (
         f"; there are {', '.join(f'{count:,} {what}' for what, count in left_out.most_common(6))}" if left_out else ""
     )
@@ -94,10 +96,15 @@ def load_local(
 
 
 def _load_folder(
-    folder: Path, paths: list[str], split: str, left_out: Counter, labels: str | None
+    folder: Path, paths: list[str], split: str, left_out: Counter, labels: str | None, parts: Iterable[str]
 ) -> tuple[Dataset, Account]:
     """A folder of image files. Only their paths, and tables about them, are read here."""
-    layout = image_splits(paths, classes={None: None, FOLDER: True}.get(labels, False))
+    stacks = {}
+    if parts:
+        with naming_the_source(folder):
+            stacks, outside = files_of_parts(paths, parts)
+        left_out = left_out + outside if stacks else left_out
+    layout = image_splits([*stacks] or paths, classes={None: None, FOLDER: True}.get(labels, False))
     if not layout.splits:
         raise ValueError(f"source {str(folder)!r} holds no images beside its masks")
     entries = pick_split(layout.splits, split, folder)
@@ -107,9 +114,11 @@ def _load_folder(
     taken = f"{len(entries):,} images ({types})"
     account = Account(taken, others, left_out + layout.left_out, layout.notes)
     columns = {}
-    dataset = image_files([str(folder / path) for path, _ in entries])
+    files = [stacks.get(path, {"image": path}) for path, _ in entries]
+    by_part = (image_files([str(folder / held[name]) for held in files], name) for name in files[0])
+    dataset = concatenate_datasets([*by_part], axis=1)
     if tables := metadata_files(folder, paths):
-        about = _metadata(folder, tables, paths, [path for path, _ in entries], account)
+        about = _metadata(folder, tables, paths, [next(iter(held.values())) for held in files], account)
         if about is not None:
             columns, dataset = set(about.column_names), concatenate_datasets([dataset, about], axis=1)
     if FOLDER not in columns and any(names := [group_folder(readable(path)) for path, _ in entries]):

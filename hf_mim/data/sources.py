@@ -4,7 +4,7 @@ import functools
 import logging
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from .fingerprint import is_copy
 from .folders import readable
 from .local import SplitNotFound, load_local, naming_the_source, picked
 from .metadata import UNREAD
+from .stacks import parts_of
 
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?(:[\w.-]+)?")
 _MAX_SHARDS = 64  # of a local source that is streamed
@@ -49,7 +50,8 @@ def load_images(
             folders or tables tell the split (`folders.py`); files without such a name are "train". Masks are left out.
             A `metadata.csv`, `.jsonl` or `.parquet` beside images gives them more columns (`metadata.py`).
         streaming: read during training instead of preparing everything first; returns an `IterableDataset`.
-        image_column: default: the only image column, or among several the one called "image".
+        image_column: default: the only image column, or among several the one called "image". "rgb,ir" stacks the
+            channels of two columns, or of the files with equal names in two folders (`stacks.py`).
         labels: a column; "folder": the class folders; "none": no labels. By default, a column that declares itself as
             the class (`columns.find_labels`), or folders that look like classes (`classes.py`).
         tell: is called with one line: what was taken, the splits, the classes, and what was left out. By default,
@@ -72,7 +74,7 @@ def load_described(
     source, split="train", streaming=False, image_column=None, labels=None, tell=None, group=None
 ) -> tuple[Dataset | IterableDataset, Account]:
     """As `load_images`, but also the account, which says where labels and groups come from."""
-    dataset, account = _open(source, split, streaming, labels)
+    dataset, account = _open(source, split, streaming, labels, parts_of(image_column))
     if group is not None and (streaming or isinstance(dataset, IterableDataset)):
         raise ValueError(f"group={group!r} needs the images as a whole, not a stream; leave out streaming or group")
     labels = "label" if labels == FOLDER and account.class_folders else labels
@@ -94,14 +96,18 @@ def open_source(source, split: str = "train", streaming: bool = False) -> Datase
     return _open(source, split, streaming)[0]
 
 
-def _open(source, split: str, streaming: bool, labels: str | None = None) -> tuple[Dataset | IterableDataset, Account]:
+def _open(
+    source, split: str, streaming: bool, labels: str | None = None, parts: Iterable[str] = ()
+) -> tuple[Dataset | IterableDataset, Account]:
     """The dataset of `open_source`, without a format of its own, because a format may hide columns."""
-    dataset, account = _read(source, split, streaming, labels)
+    dataset, account = _read(source, split, streaming, labels, parts)
     account.taken = account.taken or (f"{len(dataset):,} images" if isinstance(dataset, Dataset) else "a stream")
     return dataset.with_format(None), account
 
 
-def _read(source, split: str, streaming: bool, labels: str | None) -> tuple[Dataset | IterableDataset, Account]:
+def _read(
+    source, split: str, streaming: bool, labels: str | None, parts: Iterable[str]
+) -> tuple[Dataset | IterableDataset, Account]:
     if isinstance(source, Dataset | IterableDataset):
         return source, Account()
     if isinstance(source, dict):  # DatasetDict is one
@@ -115,7 +121,7 @@ def _read(source, split: str, streaming: bool, labels: str | None) -> tuple[Data
     if not str(source).strip():
         raise ValueError('source is empty; give a folder, a file, the name of a dataset on the Hub, or "textures"')
     if (path := Path(source).expanduser()).exists():
-        return load_local(path, split, streaming, labels)
+        return load_local(path, split, streaming, labels, parts)
     dataset = _load_hub(str(source), split, streaming)
     return dataset, Account(revision=hub_revision(dataset))
 

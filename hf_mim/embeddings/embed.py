@@ -40,7 +40,7 @@ from hf_mim.files import free_space, replacing
 from hf_mim.lock import locked
 
 # The options of the encoder that make sense for embeddings.
-OF_THE_ENCODER = ("image_size", "image_mean", "image_std", "trust_remote_code", "dtype", "device")
+OF_THE_ENCODER = ("image_size", "image_mean", "image_std", "modalities", "trust_remote_code", "dtype", "device")
 OF_THE_ENCODER += ("extract_batch_size", "num_workers")
 
 

@@ -170,7 +170,7 @@ class Search:
 def as_embedded(embedded: Embeddings, options: dict[str, Any], source: SearchArguments) -> tuple[dict[str, Any], Any]:
     """The options and the crop by which queries are seen as the images of the embeddings were."""
     about = embedded.about
-    fixed = {name: about[name] for name in ("image_size", "image_mean", "image_std", "dtype")}
+    fixed = {name: about.get(name) for name in ("image_size", "image_mean", "image_std", "dtype", "modalities")}
     given = [name for name in fixed if name in options]
     given += [name for name in ("crop_fraction", "crop_pixels") if getattr(source, name) is not None]
     if given:

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from hf_mim.data.crop import CenterCrop, CenterWindow, crop_rng
 from hf_mim.data.decode import open_image, stored
-from hf_mim.evaluation.encoder import FeatureSpec, FrozenEncoder, RawPixels
+from hf_mim.evaluation.encoder import FeatureSpec, FrozenEncoder
 from hf_mim.evaluation.features import FeatureExtractor
+from hf_mim.evaluation.raw_pixels import RawPixels
 from hf_mim.models.pixels import crop_image, draft_reduction
 
 ROOM = 2**29  # bytes of images and crops that are kept at once
@@ -59,6 +60,8 @@ class KeptCrops:
 def _name(value) -> str | bytes:
     """What tells an image from others: its path, or a hash of what it holds."""
     held = stored(value)
+    if isinstance(held, tuple):
+        return b"".join(part.encode() if isinstance(part, str) else _name(part) for part in held)
     if isinstance(held, str):
         return held
     return hashlib.sha256(held if isinstance(held, bytes) else np.asarray(held).tobytes()).digest()

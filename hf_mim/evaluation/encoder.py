@@ -13,7 +13,6 @@ from functools import partial
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hf_mim.data import IMAGENET_MEAN, IMAGENET_STD, CenterCrop, CenterWindow, DeviceAugment, WholeImage
@@ -201,10 +200,18 @@ class FrozenEncoder:
         encoder.untrained_seed, encoder.trust_remote_code = seed, self.trust_remote_code
         return encoder
 
-    def pixels(self) -> "RawPixels":
-        """The pixels that this encoder sees."""
-        about = self.mean, self.std, self.image_size, self.device, self.value_range, self.crop
-        return RawPixels(*about)
+    @property
+    def modalities(self) -> list[str] | None:
+        """The modalities that it reads, if it does not read all channels."""
+        return getattr(self.model.config, "modalities_seen", None)
+
+    def read_only(self, modalities: Sequence[str]):
+        """Read these modalities alone from now on. Raises ValueError if the encoder has no such modalities."""
+        config = self.model.config
+        if not hasattr(config, "check_seen"):
+            raise ValueError(f"modalities must be left out: the channels of {self.name} are one modality")
+        config.check_seen(modalities)
+        config.modalities_seen = list(modalities)
 
     def describe(self) -> dict:
         """Everything about the encoder that decides a feature, except its layer and pooling."""
@@ -309,40 +316,3 @@ def described(value_range: ValueRange | None) -> dict:
     """What decides how an image's values are scaled."""
     about = {"value_range": None if value_range is None else value_range.as_list()}
     return about if value_range is None or value_range.nodata is None else about | {"nodata": str(value_range.nodata)}
-
-
-class RawPixels:
-    """No encoder, for comparison: the features are the normalised pixels, averaged down to 32×32 where there are more.
-
-    An extractor takes it as a `FrozenEncoder` with one layer and one patch (the image); every spec gives the pixels.
-    """
-
-    name, num_layers, num_prefix_tokens, grid, dtype = "raw pixels", 1, 0, (1, 1), torch.float32
-    norm, is_untrained, stamps = None, False, None
-
-    def __init__(
-        self, mean, std, image_size: tuple[int, int], device="cpu", value_range: ValueRange | None = None, crop=None
-    ):
-        self.value_range, self.crop = value_range, CenterCrop() if crop is None else crop
-        self.mean, self.std, self.image_size, self.device = list(mean), list(std), image_size, torch.device(device)
-        self.patch_size, self.num_channels = image_size, len(self.mean)
-        self.side = min(32, image_size[0]), min(32, image_size[1])
-        self.width = self.num_channels * self.side[0] * self.side[1]
-        self.normalize = DeviceAugment(self.mean, self.std, nodata=self.has_nodata).eval()
-
-    def describe(self) -> dict:
-        about = {"weights": self.name, "image_size": self.image_size, "mean": self.mean, "std": self.std}
-        return about | described(self.value_range)
-
-    has_nodata = FrozenEncoder.has_nodata
-    preprocess = FrozenEncoder.preprocess
-
-    def check(self, spec: FeatureSpec):
-        """Nothing to check: every spec gives the pixels."""
-
-    def feature_width(self, spec: FeatureSpec) -> int:
-        return self.width
-
-    def extract(self, pixel_values: Tensor, specs: Sequence[FeatureSpec]) -> list[Tensor]:
-        pixels = F.adaptive_avg_pool2d(pixel_values, self.side).flatten(1)
-        return [pixels[:, None] if spec.pooling == "tokens" else pixels for spec in specs]

@@ -26,8 +26,9 @@ from hf_mim.evaluation.cache import (
     image_digests,
     warn_of_no_cache,
 )
-from hf_mim.evaluation.encoder import FeatureSpec, FrozenEncoder, RawPixels
+from hf_mim.evaluation.encoder import FeatureSpec, FrozenEncoder
 from hf_mim.evaluation.progress import progress_bar
+from hf_mim.evaluation.raw_pixels import RawPixels
 from hf_mim.evaluation.result import installed_versions
 from hf_mim.files import one_line
 from hf_mim.models.pixels import scale_pixels

@@ -219,6 +219,8 @@ class Finetune:
             about = self.drop_path, self.blocks, encoder.is_untrained, encoder.trust_remote_code
             model = load_classifier(encoder.name, classes, *about)
             check_unchanged(encoder.name, encoder.stamps)
+            if encoder.modalities is not None:
+                model.config.modalities_seen = encoder.modalities
             args = self._arguments(folder, encoder.device, extract.num_workers, not extract.progress)
             trainer = make_trainer(
                 model, args, self._augment(encoder.mean, encoder.std, encoder.has_nodata), train_images

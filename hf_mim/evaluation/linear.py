@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from hf_mim.data.labelled import LabelledImages
-from hf_mim.evaluation.encoder import FeatureSpec, FrozenEncoder, RawPixels
+from hf_mim.evaluation.encoder import FeatureSpec, FrozenEncoder
 from hf_mim.evaluation.features import FeatureExtractor
 from hf_mim.evaluation.probe_training import (
     LARGEST_PIECE,
@@ -24,6 +24,7 @@ from hf_mim.evaluation.probe_training import (
     parse_features,
     train_together,
 )
+from hf_mim.evaluation.raw_pixels import RawPixels
 from hf_mim.evaluation.result import Result
 
 MOMENTUM = 0.9

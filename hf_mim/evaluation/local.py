@@ -18,9 +18,9 @@ from hf_mim.data import WholeImage
 from hf_mim.data.images import Images
 from hf_mim.data.scenes import check_size, scenes
 from hf_mim.data.splits import stratified_split
-from hf_mim.evaluation.encoder import RawPixels
 from hf_mim.evaluation.lowshot import fit_logistic
 from hf_mim.evaluation.probe_training import parse_features, standardiser
+from hf_mim.evaluation.raw_pixels import RawPixels
 from hf_mim.evaluation.result import Result
 
 NUM_BINS = 6  # of the distance, as VTAB's

@@ -31,10 +31,11 @@ from hf_mim.evaluation import load_protocol
 from hf_mim.evaluation.cache import default_cache, fingerprint, image_digests
 from hf_mim.evaluation.checkpoint import check_unchanged, checkpoint_sha256
 from hf_mim.evaluation.data_arguments import NEEDS
-from hf_mim.evaluation.encoder import FrozenEncoder, RawPixels
+from hf_mim.evaluation.encoder import FrozenEncoder
 from hf_mim.evaluation.features import FeatureExtractor
 from hf_mim.evaluation.folds import CrossValidation
 from hf_mim.evaluation.predictions import Predictions
+from hf_mim.evaluation.raw_pixels import RawPixels
 from hf_mim.evaluation.result import NotKept, Result
 
 
@@ -45,6 +46,7 @@ class EncoderArguments:
     Args:
         image_size: side, or height,width, to which images are resized; default: the checkpoint's own
         image_mean, image_std: one value for each channel; default: the image processor's
+        modalities: those that the encoder reads, such as rgb; the others are masked; default: all, or the checkpoint's
         trust_remote_code: run the Python that CHECKPOINT brings along; read it first
         untrained: take the same architecture with random weights, to compare
         untrained_seed: of these weights
@@ -63,6 +65,7 @@ class EncoderArguments:
     image_size: int | list[int] | None = None
     image_mean: list[float] | None = None
     image_std: list[float] | None = None
+    modalities: list[str] | None = None
     trust_remote_code: bool = False
     untrained: bool = False
     untrained_seed: int = 0
@@ -97,10 +100,12 @@ class EncoderArguments:
         dtype = getattr(torch, self.dtype)
         statistics = self.image_mean, self.image_std
         encoder = kind.load(checkpoint, size, self.device, dtype, *statistics, self.trust_remote_code)
+        if self.modalities is not None:
+            encoder.read_only(self.modalities)
         if self.untrained:
             encoder = encoder.untrained(self.untrained_seed)
         elif self.pixels:
-            encoder = encoder.pixels()
+            encoder = RawPixels.of(encoder)
         cache = default_cache() if self.cache == "default" else None if self.cache == "none" else Path(self.cache)
         return FeatureExtractor(encoder, self.extract_batch_size, self.num_workers, cache, crop)
 
@@ -149,7 +154,7 @@ class Evaluation:
         if getattr(self._arguments[1], "beside", False) and "beside" not in unused and is_trained:
             yield "untrained", encoder.untrained()
             if "pixels" not in unused:
-                yield "raw pixels", encoder.pixels()
+                yield "raw pixels", RawPixels.of(encoder)
 
     @cached_property
     def _contents(self) -> list[np.ndarray]:
@@ -256,6 +261,7 @@ def how_seen(extract: FeatureExtractor) -> dict[str, Any]:
         "dtype": str(encoder.dtype).removeprefix("torch."),
         "image_mean": encoder.mean,
         "image_std": encoder.std,
+        **({} if encoder.modalities is None else {"modalities": encoder.modalities}),
         **({"crop_fraction": extract.crop.fraction} if window is None else {"crop_pixels": list(window)}),
     }
 

@@ -30,6 +30,7 @@ from hf_mim.evaluation.health import Health
 from hf_mim.evaluation.knn import KNN
 from hf_mim.evaluation.measure import measure
 from hf_mim.evaluation.progress import watched
+from hf_mim.evaluation.raw_pixels import RawPixels
 from hf_mim.evaluation.result import Result
 from hf_mim.models.pixels import EIGHT_BITS, ValueRange
 from hf_mim.pretraining.arguments import MIMTrainingArguments
@@ -170,7 +171,7 @@ class Readout:
         """
         train, test = self.sample(*self.most)
         encoder = frozen(model, augment, self.run, str(folder))
-        encoders = [encoder, frozen(untrained, augment, self.run, "untrained"), encoder.pixels()]
+        encoders = [encoder, frozen(untrained, augment, self.run, "untrained"), RawPixels.of(encoder)]
         about = dict(batch_size=batch_size, progress=watched() and "k-NN accuracy", kept=kept)
         extract, *others = SharedExtractor.of(encoders, **about)
         result, protocol = self._measure(extract, train, test, folder)

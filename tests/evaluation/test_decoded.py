@@ -15,6 +15,7 @@ from hf_mim.data.images import Images
 from hf_mim.evaluation.decoded import KeptCrops, SharedExtractor
 from hf_mim.evaluation.encoder import FrozenEncoder
 from hf_mim.evaluation.features import FeatureExtractor
+from hf_mim.evaluation.raw_pixels import RawPixels
 
 from tiny import make_model  # isort: skip
 
@@ -43,7 +44,7 @@ def photos(count=12) -> Images:
 
 def test_encoders_that_share_a_pass_have_the_features_that_each_has_alone(opened):
     encoders = [FrozenEncoder(make_model("mae", seed=seed).base_model, [0.5] * 3, [0.3] * 3) for seed in (0, 1)]
-    encoders.append(encoders[0].pixels())
+    encoders.append(RawPixels.of(encoders[0]))
     images, spec = photos(), ["last/mean/norm"]
     alone = [FeatureExtractor(encoder, 5, progress=False)(images, spec)[0] for encoder in encoders]
     opened.clear()

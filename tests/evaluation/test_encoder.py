@@ -23,7 +23,8 @@ from transformers import (
 
 from hf_mim.data.processor import read_processor
 from hf_mim.evaluation.checkpoint import checkpoint_sha256
-from hf_mim.evaluation.encoder import FeatureSpec, FrozenEncoder, RawPixels
+from hf_mim.evaluation.encoder import FeatureSpec, FrozenEncoder
+from hf_mim.evaluation.raw_pixels import RawPixels
 from hf_mim.models.configuration_mae import MAEConfig
 from hf_mim.models.configuration_stop_jepa import StopJepaConfig
 from hf_mim.models.modeling_mae import MAEForPreTraining
@@ -103,6 +104,18 @@ def test_a_part_of_the_modalities_has_its_own_features_and_hash(tmp_path):
         (features,) = encoder.extract(images, [FeatureSpec()])
         torch.testing.assert_close(features, model(images, modalities=seen).pooler_output.detach())
         found[encoder.sha256] = encoder.describe()
+        whole = FrozenEncoder.load(tmp_path / "None", mean=[0.5] * 4, std=[0.5] * 4, device="cpu")
+        if seen is not None:
+            whole.read_only(seen)
+        assert whole.sha256 == encoder.sha256 and torch.equal(whole.extract(images, [FeatureSpec()])[0], features)
+        channels = {None: [0, 1, 2, 3], "rgb": [0, 1, 2], "ir": [3]}[seen and seen[0]]
+        (pixels,) = RawPixels.of(whole).extract(images, [FeatureSpec()])
+        assert torch.equal(pixels, images[:, channels].flatten(1)) and RawPixels.of(whole).width == pixels.shape[1]
+    with pytest.raises(ValueError, match="modalities must be one or more of rgb, ir, not depth"):
+        whole.read_only(["depth"])
+    plain = FrozenEncoder(make_model("mae", "encoder"), [0.5] * 3, [0.5] * 3, name="plain")
+    with pytest.raises(ValueError, match="modalities must be left out: the channels of plain are one modality"):
+        plain.read_only(["rgb"])
     assert len(found) == 3  # features of one part are neither taken from a cache for another, nor searched in
 
 
