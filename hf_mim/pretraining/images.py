@@ -33,6 +33,17 @@ NUM_SAMPLED = 1024  # images on which the values are measured, the same for each
 NUM_SIZES = 1024  # images whose sizes are compared with the window
 
 
+def check_modalities(images, run: RunArguments, config: PreTrainedConfig):
+    """Raise ValueError if the classes of the images are the modalities of the model: their folders hold parts."""
+    names = list(getattr(config, "modality_channels", {}))
+    label = (images.features or {}).get("label")
+    if run.image_column is None and len(names) > 1 and set(getattr(label, "names", ())) >= set(names):
+        raise ValueError(
+            f"{run.dataset} has a folder for each of the modalities {', '.join(names)}; to read them as one image, "
+            f"give --image_column {','.join(names)}"
+        )
+
+
 def random_crops(
     images, run: RunArguments, config: PreTrainedConfig, args: MIMTrainingArguments
 ) -> ImageDataset | ImageStream:

@@ -59,7 +59,8 @@ class RunArguments:
         train_split: the split to train on
         test_dataset: images for the k-NN test; default: dataset
         test_split: split of test_dataset; default: validation or test, else training images are used
-        image_column: the column of the images; default: found by its type
+        image_column: the column of the images; or columns or folders of the parts of an image, whose channels are
+            stacked, such as rgb,ir; default: found by its type
         labels: where the classes are, which no method needs and only measurements use: a column; folder: class folders;
             none: there are none; default: a column that declares itself, or folders that look like classes
         group: a column of patients, scenes or the like, or folder: images of a group stay on one side of a split that
