@@ -11,7 +11,7 @@ from colorsys import hsv_to_rgb
 from dataclasses import dataclass
 
 import numpy as np
-from datasets import Dataset, Features, List, Value
+from datasets import ClassLabel, Dataset, Features, List, Value
 from datasets import Image as ImageFeature
 from PIL import Image
 
@@ -48,8 +48,9 @@ def scenes(count: int, size: int = 96, seed: int = 0, split: str = "train") -> D
 
     Returns:
         A dataset with the columns `image` (undecoded RGB PNG), `num_objects` (int), `distance` (float: between the
-        centres of the two nearest objects, as a share of the side) and `positions` (the objects' centres `[x, y]` from
-        the top left corner, as shares of the side; objects in front come last).
+        centres of the two nearest objects, as a share of the side), `positions` (the objects' centres `[x, y]` from
+        the top left corner, as shares of the side; objects in front come last), `boxes` (`[x, y, width, height]` of
+        each object with its hidden parts, in the same shares) and `shapes` (the place of its shape in `SHAPES`).
 
     Raises:
         ValueError: count is below 1, size is outside 16..1024, seed is negative, or the split is unknown.
@@ -58,7 +59,8 @@ def scenes(count: int, size: int = 96, seed: int = 0, split: str = "train") -> D
     check_size(size)
     least(0, seed=seed)
     one_of(SPLITS, split=split)
-    columns = {"image": [], "num_objects": [], "distance": [], "positions": []}
+    columns = {"image": [], "num_objects": [], "distance": [], "positions": [], "boxes": [], "shapes": []}
+    numbers = {name: number for number, name in enumerate(SHAPES)}
     for index in range(count):
         # Seeding by a string is the same in every process and version.
         rng = random.Random(f"scene/{seed}/{split}/{index}")
@@ -68,11 +70,15 @@ def scenes(count: int, size: int = 96, seed: int = 0, split: str = "train") -> D
         columns["num_objects"].append(len(objects))
         columns["distance"].append(min(math.dist(a.centre, b.centre) for a in objects for b in objects if a is not b))
         columns["positions"].append([list(item.centre) for item in objects])
+        columns["boxes"].append([list(item.box) for item in objects])
+        columns["shapes"].append([numbers[item.shape] for item in objects])
     features = Features(
         image=ImageFeature(decode=False),
         num_objects=Value("int64"),
         distance=Value("float64"),
         positions=List(List(Value("float64"))),
+        boxes=List(List(Value("float64"))),
+        shapes=List(ClassLabel(names=list(SHAPES))),
     )
     return Dataset.from_dict(columns, features=features)
 
@@ -91,6 +97,15 @@ class SceneObject:
     reach: float  # from the centre to the tips
     angle: float
     color: tuple[float, float, float]
+
+    @property
+    def box(self) -> tuple[float, float, float, float]:
+        """x and y of the top left corner, width, height: of the tips, because the notches lie between them."""
+        tips = SHAPES[self.shape][0]
+        angles = [self.angle + 2 * math.pi * number / tips for number in range(tips)]
+        xs = [self.centre[0] + self.reach * math.cos(angle) for angle in angles]
+        ys = [self.centre[1] + self.reach * math.sin(angle) for angle in angles]
+        return min(xs), min(ys), max(xs) - min(xs), max(ys) - min(ys)
 
     def signed_distance(self, side: int) -> tuple[tuple[slice, slice], np.ndarray]:
         """((rows, columns) of the box that holds the object, distance of each pixel there from the edge, in pixels).
