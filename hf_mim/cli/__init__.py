@@ -24,6 +24,7 @@ from hf_mim.cli import (
     predict,
     prepare,
     pretrain,
+    recipes,
     report,
     runs,
     search,
@@ -35,7 +36,7 @@ from hf_mim.methods import load_module
 from hf_mim.pretraining.settings import suggestion
 from hf_mim.pretraining.signals import INTERRUPTED, Ended, ended_at_once
 
-MODULES = prepare, cache, pretrain, runs, compare, report
+MODULES = recipes, prepare, cache, pretrain, runs, compare, report
 MODULES += evaluate, predict, show, demo, embed, search, convert, export, card
 COMMANDS = [module.command for module in MODULES]
 TEXT = """

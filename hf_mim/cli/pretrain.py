@@ -1,4 +1,4 @@
-"""`hf-mim pretrain [RECIPE.yaml] [--argument value ...]`."""
+"""`hf-mim pretrain [RECIPE] [--argument value ...]`."""
 
 import os
 import sys
@@ -9,9 +9,11 @@ from hf_mim import methods
 from hf_mim.cli.errors import Mistake, fail, say, told_in_one_line
 from hf_mim.cli.options import HELP, Command, Setting, settings_of, versions
 from hf_mim.files import one_line
+from hf_mim.pretraining.recipe_files import recipe_names
 
 TEXT = """\
-The command line overrides the recipe, and the recipe overrides the defaults. Without any argument, a small MAE is
+RECIPE is a YAML file, or the name of a recipe that comes with hf_mim (hf-mim recipes lists them). The command line
+overrides the recipe, and the recipe overrides the defaults. Without any argument, a small MAE is
 pretrained on the embedded textures. Pairs are written 64,96; --streaming means --streaming true."""
 
 # (name, default, text) of the options that most runs set. They are written by hand, because to read them from their
@@ -42,6 +44,7 @@ EXAMPLES = """\
 \b
 Examples:
   hf-mim pretrain
+  hf-mim pretrain cifar10_mae --dataset ~/cifar10
   hf-mim pretrain --dataset ~/photos --size small --num_train_epochs 200
   hf-mim pretrain --resume --output_dir runs/photos_mae
 
@@ -94,7 +97,7 @@ class Pretrain(Command):
 
     def get_help(self, ctx: click.Context) -> str:
         formatter = ctx.make_formatter()
-        formatter.write_usage(ctx.command_path, "[RECIPE.yaml] [--option value ...]")
+        formatter.write_usage(ctx.command_path, "[RECIPE] [--option value ...]")
         self.format_help_text(ctx, formatter)
         with formatter.section("options"):
             known = ", ".join(methods.names())
@@ -112,7 +115,8 @@ class Pretrain(Command):
             formatter.write_text(", ".join(setting.name for setting in others))
 
     def may_be_word(self, word: str) -> bool:
-        return word.lower().endswith((".yaml", ".yml")) or os.path.exists(os.path.expanduser(word))
+        is_file = word.lower().endswith((".yaml", ".yml")) or os.path.exists(os.path.expanduser(word))
+        return is_file or word in recipe_names()
 
     def check_words(self, path: str, words: list[str]):
         if len(words) > 1:
@@ -164,4 +168,4 @@ def run(recipe: str | None = None, **given: str) -> int:
 
 
 SUMMARY = "pretrain MAE, Latent MIM, StoP-JEPA, SymMIM or Interactive MIM on images"
-command = Pretrain("pretrain", run, ("[RECIPE.yaml]",), settings, TEXT, short_help=SUMMARY)
+command = Pretrain("pretrain", run, ("[RECIPE]",), settings, TEXT, short_help=SUMMARY)

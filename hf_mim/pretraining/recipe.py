@@ -24,6 +24,7 @@ from hf_mim.files import replacing
 from hf_mim.pretraining.layers import END, fresh_folder, held_settings, layered, settings_in
 from hf_mim.pretraining.longer import settings_of_continued
 from hf_mim.pretraining.probe import ALSO_CALLED, LARGER_IS_BETTER, SMALLER_IS_BETTER
+from hf_mim.pretraining.recipe_files import recipe_path
 from hf_mim.pretraining.settings import YamlDumper, read_yaml, suggestion, to_type
 from hf_mim.pretraining.start import settings_of_sources
 from hf_mim.pretraining.trainer import MIMTrainingArguments
@@ -225,7 +226,9 @@ class Recipe:
 
     @classmethod
     def read(cls, path: str | Path | None, given: dict[str, Any]) -> "Recipe":
-        """A recipe file, overridden by the settings `given`. With `resume` and no file, the one in `output_dir`."""
+        """A recipe, by its file or by its name in hf_mim, overridden by the settings `given`. With `resume` and no
+        recipe, the one in `output_dir`."""
+        path = path and recipe_path(path)
         given = {"continue_from" if name == "continue" else name: value for name, value in given.items()}
         if given.get("continue_from"):
             if path or given.get("init_from") or given.get("target_from") or str(given.get("resume")).lower() == "true":
