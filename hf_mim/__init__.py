@@ -7,8 +7,6 @@ import importlib
 
 from hf_mim import auto_classes, methods
 
-__version__ = "0.1.0"
-
 # Public name → its module.
 _MODULES = dict.fromkeys(("MIMTrainer", "MIMTrainingArguments"), "hf_mim.pretraining.trainer")
 _MODULES |= dict.fromkeys(("pretrain", "evaluate", "embed", "predict"), "hf_mim.front_door")
@@ -24,6 +22,10 @@ __all__ = sorted(_MODULES)
 
 
 def __getattr__(name: str):
+    if name == "__version__":
+        from importlib.metadata import version  # not at the top, so that the import is quick
+
+        return version("hf-mim")
     if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = globals()[name] = getattr(importlib.import_module(_MODULES[name]), name)
