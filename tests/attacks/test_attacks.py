@@ -218,7 +218,10 @@ def test_a_tag_in_yaml_makes_no_object(tmp_path, capsys, command):
 
 def test_yaml_that_unfolds_to_billions_of_words_is_read_as_the_few_that_it_is(tmp_path):
     lines = ["a: &a [x, x, x, x, x, x, x, x, x]"]
-    lines += [f"{name}: &{name} [{', '.join([f'*{before}'] * 9)}]" for before, name in zip("abcdefgh", "bcdefghi")]
+    lines += [
+        f"{name}: &{name} [{', '.join([f'*{before}'] * 9)}]"
+        for before, name in zip("abcdefgh", "bcdefghi", strict=True)
+    ]
     path = tmp_path / "recipe.yaml"
     path.write_text("\n".join(lines))
     assert main(["pretrain", str(path), "--output_dir", str(tmp_path / "run")]) == 2
