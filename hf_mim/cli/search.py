@@ -13,7 +13,8 @@ sheet (search.png) and as search.csv. The collection is a file of hf-mim embed, 
 \b
 hf-mim search runs/mine photo.jpg --in photos.parquet
 hf-mim search runs/mine photo.jpg other.jpg --in my_photos --k 20
-hf-mim search runs/mine --in photos.parquet --duplicates       # near-duplicates within the collection"""
+hf-mim search runs/mine --in photos.parquet --duplicates       # near-duplicates within the collection
+hf-mim search runs/mine --in photos.parquet --map --output map.png"""
 LONGEST = 60  # rows that are printed
 
 
@@ -53,12 +54,16 @@ def run(checkpoint: str, *queries: str, where: str | None = None, **given: str):
         values = {name: to_type(name, value, types[name]) for name, value in given.items()}
         if where is None:
             raise ValueError("in must be given: a file or folder of hf-mim embed, or a source of images")
-        if values.get("duplicates") and queries:
-            raise ValueError(f"duplicates are of the collection alone, without a query such as {queries[0]}")
-        if not values.get("duplicates") and not queries:
-            raise ValueError("search needs an image to search for, or --duplicates")
+        of_all = next((name for name in ("duplicates", "map") if values.get(name)), None)
+        if of_all and queries:
+            raise ValueError(f"{of_all} is of the collection alone, without a query such as {queries[0]}")
+        if not of_all and not queries:
+            raise ValueError("search needs an image to search for, --duplicates or --map")
         search = Search(checkpoint, where, **values)
         report.check_picture(search.source.output)
+        if search.source.map:
+            print(f"The map is in {report.write_map(search)}.")
+            return
         if queries:
             found = search.nearest(queries)
             rows = report.nearest_rows(queries, found)

@@ -4,12 +4,17 @@ import csv
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
+import torch
+
 from hf_mim.embeddings.collection import Found
 from hf_mim.embeddings.search import Search
 from hf_mim.files import check_writable, replacing
 from hf_mim.visualize.contact_sheet import Tile, contact_sheet
+from hf_mim.visualize.neighbours import plot_map
 
 MOST_LINES, MOST_TILES = 20, 10  # of the picture
+MOST_MAPPED = 2000  # images on a map: t-SNE of more takes minutes
 
 
 def check_picture(output: str | Path) -> Path:
@@ -59,6 +64,34 @@ def write(search: Search, found: Sequence[Sequence[Found]], rows: list[dict], qu
     with replacing(output) as aside:
         contact_sheet(tiles, title).savefig(aside, dpi=120, format=output.suffix.removeprefix("."))
     return output
+
+
+class Thumbnails(Sequence):
+    """The pictures of some images of a collection, opened when they are asked for."""
+
+    def __init__(self, search: Search, rows: Sequence[int]):
+        self.search, self.rows, self.images = search, rows, search.collection.images()
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index) -> np.ndarray:
+        picture = self.search.picture(self.images[self.rows[index]]["image"])
+        return (picture if picture.ndim == 3 else np.stack([picture] * 3, axis=2)) / 255
+
+
+def write_map(search: Search) -> Path:
+    """Draw a map of the collection, or of a fixed sample of it, on which like images lie beside each other."""
+    rows, count = search.collection.rows, len(search.collection)
+    chosen = sorted(torch.randperm(count, generator=torch.Generator().manual_seed(0))[:MOST_MAPPED].tolist())
+    features = torch.cat([*search.collection.parts()])[chosen]
+    labels = [rows["label"][place] for place in chosen] if "label" in rows else [None] * len(chosen)
+    names = sorted({label for label in labels if label is not None})
+    ids = [-1 if label is None else names.index(label) for label in labels]
+    pictures = Thumbnails(search, [rows["row"][place] for place in chosen])
+    figure = plot_map(features, pictures, ids, [str(name) for name in names])
+    figure.save(search.source.output)
+    return Path(search.source.output)
 
 
 def _about(image: Found) -> dict:

@@ -41,6 +41,7 @@ class SearchArguments(CropArguments):
 
     Args:
         duplicates: list the near-duplicates in the collection; no query is needed
+        map: draw the collection as a map, like images beside each other; no query is needed
         k: nearest images of each query
         threshold: two images are near-duplicates from this cosine of whitened features on
         features: layer/pooling/norm; default: the first pooled ones in the embeddings, or last/mean/norm
@@ -52,6 +53,7 @@ class SearchArguments(CropArguments):
     """
 
     duplicates: bool = False
+    map: bool = False
     k: int = 10
     threshold: float = 0.9
     features: str | None = None
@@ -64,6 +66,8 @@ class SearchArguments(CropArguments):
     def __post_init__(self):
         super().__post_init__()
         least(1, k=self.k)
+        if self.map and self.duplicates:
+            raise ValueError("map cannot be given together with duplicates; give one of them")
         share("(0, 1]", threshold=self.threshold)
         if self.features is not None:
             parse_features(self.features, "search")

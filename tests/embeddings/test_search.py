@@ -14,6 +14,7 @@ from hf_mim.embeddings.collection import Whitening
 from hf_mim.embeddings.embed import embed
 from hf_mim.embeddings.search import Search, groups_of, near_pairs
 from hf_mim.evaluation.knn import unit_vectors
+from hf_mim.visualize.neighbours import plot_map
 
 
 def altered(image: Image.Image, path, quality=60):
@@ -123,7 +124,7 @@ def test_images_of_a_table_have_pictures_too(checkpoint, photos):
     [
         ("q.png", "in must be given: a file or folder of hf-mim embed"),
         ("--in photos", "search needs an image to search for, or --duplicates"),
-        ("q.png --in photos --duplicates", "duplicates are of the collection alone, without a query such as q.png"),
+        ("q.png --in photos --duplicates", "duplicates is of the collection alone, without a query such as q.png"),
         ("no.png --in photos", "no.png"),
         ("broken.png --in photos", "broken.png: not an image"),
         ("q.png --in photos --k 41", "k must be at most the 40 images of the collection, not 41"),
@@ -150,3 +151,28 @@ def test_a_mistake_is_one_line_and_nothing_is_written(words, message, checkpoint
     lines = capsys.readouterr().err.strip().splitlines()
     assert lines[-1].startswith("error: ") and message in lines[-1]
     assert not list(photos.parent.glob("search.*")) and not list(photos.parent.glob("near.*"))
+
+
+@pytest.mark.parametrize("where", ["photos.parquet", "photos"])
+def test_a_map_shows_the_collection_with_its_pictures(where, checkpoint, photos, capsys, monkeypatch):
+    if where != "photos":
+        embed(checkpoint, dataset="photos", output=where)
+    seen = {}
+
+    def spy(features, pictures, labels, names):
+        seen.update(features=features, pictures=pictures, labels=labels, names=names)
+        return plot_map(features, pictures, labels, names)
+
+    monkeypatch.setattr("hf_mim.embeddings.report.plot_map", spy)
+    assert main(["search", str(checkpoint), "--in", where, "--map", "--output", "map.png"]) == 0
+    assert "map.png" in capsys.readouterr().out and Image.open("map.png").size[0] > 500
+    search = Search(checkpoint, where)
+    rows = search.collection.rows
+    assert len(seen["features"]) == len(search.collection) and seen["names"] == sorted(set(rows["label"]))
+    assert [seen["names"][label] for label in seen["labels"]] == list(rows["label"])
+    assert np.array_equal(seen["pictures"][3] * 255, search.picture(str(photos / rows["name"][3])))
+
+
+def test_a_map_takes_no_query(checkpoint, photos, capsys):
+    assert main(["search", str(checkpoint), "photos/a/004.png", "--in", "photos", "--map"]) == 2
+    assert "map is of the collection alone" in capsys.readouterr().err
