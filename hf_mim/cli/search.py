@@ -56,7 +56,7 @@ def run(checkpoint: str, *queries: str, where: str | None = None, **given: str):
             raise ValueError("in must be given: a file or folder of hf-mim embed, or a source of images")
         of_all = next((name for name in ("duplicates", "map") if values.get(name)), None)
         if of_all and queries:
-            raise ValueError(f"{of_all} is of the collection alone, without a query such as {queries[0]}")
+            raise ValueError(f"{of_all} needs the collection alone; leave out the query {queries[0]}")
         if not of_all and not queries:
             raise ValueError("search needs an image to search for, --duplicates or --map")
         search = Search(checkpoint, where, **values)

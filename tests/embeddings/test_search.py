@@ -124,7 +124,7 @@ def test_images_of_a_table_have_pictures_too(checkpoint, photos):
     [
         ("q.png", "in must be given: a file or folder of hf-mim embed"),
         ("--in photos", "search needs an image to search for, or --duplicates"),
-        ("q.png --in photos --duplicates", "duplicates is of the collection alone, without a query such as q.png"),
+        ("q.png --in photos --duplicates", "duplicates needs the collection alone; leave out the query q.png"),
         ("no.png --in photos", "no.png"),
         ("broken.png --in photos", "broken.png: not an image"),
         ("q.png --in photos --k 41", "k must be at most the 40 images of the collection, not 41"),
@@ -175,4 +175,4 @@ def test_a_map_shows_the_collection_with_its_pictures(where, checkpoint, photos,
 
 def test_a_map_takes_no_query(checkpoint, photos, capsys):
     assert main(["search", str(checkpoint), "photos/a/004.png", "--in", "photos", "--map"]) == 2
-    assert "map is of the collection alone" in capsys.readouterr().err
+    assert "map needs the collection alone" in capsys.readouterr().err
