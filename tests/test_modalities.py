@@ -89,7 +89,7 @@ def test_a_run_on_two_folders_is_measured_with_both_and_with_each(script, source
         assert main([*words, "--image_column", "luma,chroma", *chosen]) == 0
         path = tmp_path / "run/results" / capsys.readouterr().out.split("results/")[-1].split(".json")[0]
         result = json.loads(path.with_suffix(".json").read_text())
-        assert result["protocol"].get("modalities") == (seen and [seen])
+        assert result["settings"].get("modalities") == (seen and [seen])
         found[seen] = result
     assert len({str(result["scores"]) for result in found.values()}) > 1
     embed = ["embed", str(tmp_path / "run"), "--dataset", str(tmp_path / "two"), "--image_column", "luma,chroma"]

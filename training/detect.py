@@ -20,7 +20,7 @@ from datasets import load_dataset
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from transformers import (
-    AutoBackbone,
+    AutoConfig,
     ConditionalDetrConfig,
     ConditionalDetrForObjectDetection,
     HfArgumentParser,
@@ -29,6 +29,7 @@ from transformers import (
 )
 from transformers.image_transforms import center_to_corners_format
 
+from hf_mim import methods
 from hf_mim.data import WholeImage
 from hf_mim.data.decode import open_image
 from hf_mim.data.processor import read_processor
@@ -38,10 +39,7 @@ from hf_mim.models.pixels import crop_image
 
 @dataclass
 class Arguments:
-    checkpoint: str = field(metadata={"help": "A pretraining checkpoint or encoder of hf_mim: a folder or a Hub name."})
-    dataset: str | None = field(
-        default=None, metadata={"help": "A folder or a name on the Hub; default: drawn scenes."}
-    )
+    dataset: str | None = field(default=None, metadata={"help": "A folder or a Hub name; default: drawn scenes."})
     scenes: int = field(default=2000, metadata={"help": "Drawn scenes to train on; a tenth as many are for the test."})
     image_size: int | None = field(default=None, metadata={"help": "Side of the images; default: the checkpoint's."})
     num_queries: int = field(default=50, metadata={"help": "Boxes that the detector predicts for an image."})
@@ -96,9 +94,14 @@ def drawn(count: int, size: int, split: str):
     return rows.map(objects).select_columns(["image", "objects"])
 
 
+def load_backbone(checkpoint: str):
+    """The checkpoint's encoder as feature maps. (AutoBackbone asks the Hub first, and fails for a folder.)"""
+    return methods.of_config(AutoConfig.from_pretrained(checkpoint)).backbone_class.from_pretrained(checkpoint)
+
+
 def make_detector(checkpoint: str, names: list[str], arguments: Arguments):
     """Conditional DETR on the checkpoint's encoder; all else is new."""
-    backbone = AutoBackbone.from_pretrained(checkpoint)
+    backbone = load_backbone(checkpoint)
     config = ConditionalDetrConfig(
         backbone_config=backbone.config,
         num_queries=arguments.num_queries,
@@ -172,7 +175,7 @@ def main():
     checkpoint = rest.checkpoint
     args.remove_unused_columns, args.label_names = False, ["labels"]
     known = read_processor(checkpoint, 3)
-    size = arguments.image_size or AutoBackbone.from_pretrained(checkpoint).config.image_height_width[0]
+    size = arguments.image_size or load_backbone(checkpoint).config.image_height_width[0]
     if arguments.dataset is None:
         train, test = drawn(arguments.scenes, size, "train"), drawn(max(1, arguments.scenes // 10), size, "test")
         names = list(SHAPES)

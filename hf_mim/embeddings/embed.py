@@ -229,6 +229,8 @@ def names_of(column: pa.ChunkedArray, rows: Sequence[int], root: Path | None) ->
     """The names of images: paths below the folder of the source, the names in a table, or "image 12" by the row."""
     values = [None] * len(rows)
     if pa.types.is_struct(column.type):
+        if column.type.get_field_index("path") < 0:  # a stack: its first part
+            column = pa.compute.struct_field(column, [0])
         values = pa.compute.struct_field(column, "path").to_pylist()
     names = (image_name({"path": path}, f"image {row}") for path, row in zip(values, rows, strict=True))
     start = "" if root is None else f"{root}{os.sep}"

@@ -122,7 +122,7 @@ def test_parts_that_do_not_fit_are_named(tmp_path, other, message):
 def test_folders_whose_names_do_not_match_are_refused_with_the_file_that_lacks_a_part(folder):
     (folder / "ir/cat/2.tif").rename(folder / "ir/cat/3.tif")
     with pytest.raises(
-        ValueError, match=r"rgb/cat/2.png has no file of the same name in a folder ir; 2 of 5 images lack"
+        ValueError, match=r"ir/cat/3.tif has no file of the same name in a folder rgb; 2 of 5 images lack"
     ):
         load_images(folder, image_column="rgb,ir")
     (folder / "ir/cat/3.tif").rename(folder / "ir/cat/2.tif")
