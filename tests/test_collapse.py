@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny import make_model
+from tiny import METHODS, has_target, make_model
 from tiny_runs import Images, arguments
 from transformers import TrainerControl, TrainerState
 
@@ -110,7 +110,7 @@ def test_a_constant_prediction_of_latent_mim_has_an_error_of_one(loss_type):
     assert metrics["error_over_constant"] == pytest.approx(1, abs=1e-4)
 
 
-@pytest.mark.parametrize("method", ["latent_mim", "stop_jepa"])
+@pytest.mark.parametrize("method", [name for name in METHODS if has_target(name)])
 def test_the_models_report_the_signals_of_their_targets(method):
     model = make_model(method).eval()
     output = model(torch.randn(6, 3, *model.config.training_size))

@@ -43,6 +43,8 @@ RUNS = {
         "predictor_hidden_size": 48,
         "predictor_num_hidden_layers": 2,
     },
+    "sym_mim": {"method": "sym_mim", "decoder_hidden_size": 32, "decoder_num_hidden_layers": 2},
+    "interactive_mim": {"method": "interactive_mim", "decoder_hidden_size": 32, "decoder_num_hidden_layers": 1},
 }
 
 
