@@ -16,8 +16,6 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from matplotlib.figure import Figure
-
 from hf_mim.comparison import COLORS, MARKERS
 from hf_mim.evaluation.result import Result, format_number, format_table
 from hf_mim.files import replacing
@@ -191,10 +189,10 @@ class RunComparison:
         parts = {"settings": self.settings, "training": self.training, "results": self.results, "curves": curves}
         return {"runs": self.names} | parts
 
-    def figure(self) -> Figure:
+    def figure(self) -> Picture:
         """Loss and probe of each run over the images that it has seen."""
         shown_curves = [name for name in CURVES if any(run.curve(name) for run in self.runs)] or ["loss"]
-        figure = Figure(figsize=(8, 1 + 2.4 * len(shown_curves)), layout="constrained")
+        figure = Picture(figsize=(8, 1 + 2.4 * len(shown_curves)), layout="constrained")
         axes = figure.subplots(len(shown_curves), sharex=True, squeeze=False)[:, 0]
         for ax, name in zip(axes, shown_curves, strict=True):
             for number, run in enumerate(self.runs):
