@@ -22,7 +22,10 @@ ROPE_TYPES = ("dinov3_vit", "eva02", "vjepa2")  # transformers' types with rotar
 
 # LayerScale multiplies what the last Linear of a residual branch gives. The second table has the names of this Linear.
 SCALES = re.compile(r"(?P<layer>.*\.\d+)\.(?:ls|layer_scale)(?P<branch>[12])\.(?:gamma|lambda1)")
-SCALED = {"1": ("attn.proj", "attention.output.dense", "attention.o_proj"), "2": ("mlp.fc2",)}
+SCALED = {
+    "1": ("attn.proj", "attention.output.dense", "attention.o_proj"),
+    "2": ("mlp.fc2", "mlp.weights_out", "mlp.w3"),
+}
 
 
 def fold_layer_scale(state: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], list[str]]:

@@ -22,7 +22,9 @@ def fails_with(capsys, line: str) -> str:
     return err.removeprefix("error: ").rstrip()
 
 
-COMMANDS = "prepare, cache, pretrain, runs, compare, report, evaluate, predict, show, demo, embed, search, convert, "
+COMMANDS = (
+    "recipes, prepare, cache, pretrain, runs, compare, report, evaluate, predict, show, demo, embed, search, convert, "
+)
 COMMANDS += "export, card"
 PROTOCOLS = "knn, leave_one_out, linear, attentive, lowshot, finetune, segment, propagate, local, health"
 

@@ -196,7 +196,7 @@ def test_the_short_help_tells_the_real_defaults(capsys):
         real[name] for name, _, _ in pretrain.MOST_USED
     ]
     assert all(real[name] in text for name, _, _ in pretrain.MOST_USED) and "--help-all" in text
-    assert text.count("\n  hf-mim pretrain") == 3  # examples
+    assert text.count("\n  hf-mim pretrain") == 4  # examples
 
 
 def test_every_own_argument_is_explained():

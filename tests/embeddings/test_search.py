@@ -123,7 +123,7 @@ def test_images_of_a_table_have_pictures_too(checkpoint, photos):
     ("words", "message"),
     [
         ("q.png", "in must be given: a file or folder of hf-mim embed"),
-        ("--in photos", "search needs an image to search for, or --duplicates"),
+        ("--in photos", "search needs an image to search for, --duplicates or --map"),
         ("q.png --in photos --duplicates", "duplicates needs the collection alone; leave out the query q.png"),
         ("no.png --in photos", "no.png"),
         ("broken.png --in photos", "broken.png: not an image"),

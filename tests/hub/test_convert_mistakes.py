@@ -124,10 +124,10 @@ def test_a_setting_that_does_not_fit_is_one_line(mae, fails, words, message):
 
 
 def test_missing_and_left_over_tensors_are_listed(tmp_path, fails):
-    state = read("mae")[2] | {"blocks.0.ls1.gamma": torch.ones(48), "head_dist.bias": torch.ones(3)}
+    state = read("mae")[2] | {"blocks.0.gate.weight": torch.ones(48), "head_dist.bias": torch.ones(3)}
     del state["norm.weight"], state["decoder_pred.bias"]
     error = fails(save_mae(tmp_path / "mae.pth", state), *HEADS)
-    assert "missing: norm.weight, decoder_pred.bias; left over: blocks.0.ls1.gamma, head_dist.bias" in error
+    assert "missing: norm.weight, decoder_pred.bias; left over: blocks.0.gate.weight, head_dist.bias" in error
 
 
 def test_many_tensors_are_listed_in_part_and_counted(tmp_path, fails):
@@ -205,7 +205,7 @@ def ijepa_folder(tmp_path, **changes):
         ),
         ({"num_hidden_layers": 3}, "missing: layers.2."),
         ({"num_channels": 10}, "of another shape: "),
-        ({"model_type": "swin"}, "is of type swin; known are vit_mae, vit, dinov2, ijepa"),
+        ({"model_type": "swin"}, "is of type swin; known are vit_mae, vit, dinov2, dinov2_with_registers, ijepa"),
         ({"model_type": ["vit"]}, "is of type ['vit']"),
         ({"model_type": None}, "give the folder"),
         ({"model_type": "vit_mae"}, "missing: embeddings.cls_token"),
