@@ -84,6 +84,7 @@ def measured_crops(
     Raises ValueError for pixels without data if the method cannot leave them out.
     """
     run, method = recipe.run, methods.get(recipe.run.method)
+    check_modalities(images, run, config)
     given = run.nodata is not None
     if not given:
         run.nodata = tag_nodata(images)

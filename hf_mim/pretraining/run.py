@@ -37,14 +37,7 @@ from hf_mim.pretraining.final_results import (
     load_split,
 )
 from hf_mim.pretraining.image_cache import cached_images
-from hf_mim.pretraining.images import (
-    check_modalities,
-    check_sample,
-    check_windows,
-    device_augment,
-    evaluation_images,
-    measured_crops,
-)
+from hf_mim.pretraining.images import check_sample, check_windows, device_augment, evaluation_images, measured_crops
 from hf_mim.pretraining.layers import held_settings
 from hf_mim.pretraining.longer import check_longer, checkpoint_to_continue
 from hf_mim.pretraining.pictures import RunPictures
@@ -81,7 +74,6 @@ class Pretraining:
         tell = functools.cache(print if args.process_index == 0 else lambda line: None)
         with args.main_process_first(desc="loading the images"):
             self.images, account = load_split(run, "dataset", run.train_split, tell)
-            check_modalities(self.images, run, config)
             train_images, value_range, found, self.nodata = measured_crops(recipe, self.images, config, args)
             windows = None if run.crop_pixels is None else check_windows(self.images, train_images)
             self.augment = device_augment(recipe, train_images.in_range(value_range), config)
