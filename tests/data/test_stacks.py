@@ -9,6 +9,7 @@ from PIL import Image
 from hf_mim.data import ImageDataset, ImageStream, load_images
 from hf_mim.data.crop import WholeImage
 from hf_mim.data.decode import header_size, image_name, open_image
+from hf_mim.data.nodata import tag_nodata
 from hf_mim.data.stacks import files_of_parts, parts_of
 from hf_mim.models.pixels import ImageFormatError
 
@@ -163,6 +164,22 @@ def test_image_column_names_one_column_or_the_parts(text, parts):
 def test_a_text_that_names_no_parts_is_refused(text):
     with pytest.raises(ValueError, match="image_column must be a column, or the parts of an image"):
         parts_of(text)
+
+
+def test_the_tags_of_the_parts_tell_which_pixels_have_no_data(tmp_path):
+    tifffile = pytest.importorskip("tifffile")
+
+    def written(**tags):
+        for name, tag in tags.items():
+            (tmp_path / name).mkdir(exist_ok=True)
+            extra = [] if tag is None else [(42113, "s", 0, tag, True)]
+            tifffile.imwrite(tmp_path / name / "a.tif", pixels(0, 1, dtype=np.uint16), extratags=extra)
+        return load_images(tmp_path, image_column="radar,height")
+
+    assert tag_nodata(written(radar="7", height="7")) == 7 and tag_nodata(written(radar=None, height=None)) is None
+    images = written(radar=None, height="7")
+    with pytest.raises(ImageFormatError, match=r"\(radar none, height 7\); give the one .*--nodata 7"):
+        tag_nodata(images)
 
 
 def test_columns_that_are_not_there_or_hold_arrays_are_refused(folder):
