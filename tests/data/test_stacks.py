@@ -46,6 +46,8 @@ def test_files_of_two_folders_are_stacked_by_their_names_with_the_classes_of_the
         assert np.array_equal(stacked, expected(number))
     assert image_name(images[0]["image"], "").endswith("rgb/cat/0.png")
     assert header_size(images[0]["image"]) == (16, 12)
+    paths = {"rgb:": str(folder / "rgb/cat/0.png"), "ir:": np.asarray(Image.open(folder / "ir/cat/0.tif"))}
+    assert np.array_equal(open_image(paths), expected(0))
     turned = load_images(folder, image_column="ir, rgb")
     assert np.array_equal(whole(turned)[0], np.roll(expected(0), 1, axis=2))
 
