@@ -65,12 +65,14 @@ def test_columns_of_a_table_are_stacked_in_whole_and_in_streams(folder, tmp_path
     assert len(found) == 4 and all(np.array_equal(a, b) for a, b in zip(found, whole(images), strict=True))
 
 
-def test_a_column_of_the_name_image_can_be_a_part(folder):
+def test_a_column_of_the_name_image_can_be_a_part_and_a_name_can_have_a_comma(folder):
     rows = {"image": [str(folder / "rgb/cat/0.png")], "ir": [str(folder / "ir/cat/0.tif")]}
     images = load_images(
         Dataset.from_dict(rows, Features(image=ImageFeature(), ir=ImageFeature())), image_column="image,ir"
     )
     assert images.column_names == ["image"] and np.array_equal(whole(images)[0], expected(0))
+    named = Dataset.from_dict({"rgb, 8 bit": rows["image"]}, Features({"rgb, 8 bit": ImageFeature()}))
+    assert np.array_equal(whole(load_images(named, image_column="rgb, 8 bit"), 3)[0], pixels(30))
 
 
 def test_crops_take_the_same_place_of_each_part(tmp_path):
