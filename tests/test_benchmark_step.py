@@ -1,5 +1,6 @@
 """`benchmark.py step` runs, and counts what it says."""
 
+import argparse
 import functools
 import importlib
 import json
@@ -38,6 +39,17 @@ def test_step_measures_every_method_beside_transformers_and_counts_its_flops(ben
     assert all(m["images_per_second"] > 0 and 0 < m["share_of_ceiling"] < 1 for m in methods.values())
     # Ours computes less: the last decoder layer and the pixels of the masked patches only.
     assert 0.85 < methods["mae"]["gflop_per_image"] / methods["transformers_mae"]["gflop_per_image"] < 1
+
+
+def test_a_method_is_measured_with_the_numbers_of_masks_that_it_takes(benchmark):
+    step = importlib.import_module("benchmark_step")
+    args = argparse.Namespace(methods=[*METHODS], size="tiny", image_size=32, patch_size=4, masks_per_image=[1, 2, 4])
+    found = step.contestants(args)
+    assert [number for name, number in found if name == "stop_jepa"] == [1, 2, 4]
+    assert [number for name, number in found if name == "sym_mim"] == [1, 2]
+    assert [number for name, number in found if name == "mae"] == [1]
+    args.masks_per_image = [4]
+    assert ("mae", 1) in step.contestants(args) and ("stop_jepa", 4) in step.contestants(args)
 
 
 def test_counted_flops_are_those_of_the_formula(benchmark):

@@ -1,12 +1,15 @@
 """Our backbones inside transformers' UperNet and Conditional DETR, and `training/detect.py`."""
 
 import importlib
+import io
 import json
 import math
 import sys
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from tiny import METHODS, make_model
 from tiny_comparison import TRAINING
 from transformers import UperNetConfig, UperNetForSemanticSegmentation
@@ -76,6 +79,17 @@ def test_the_map_of_the_true_boxes_is_one_and_of_others_is_less(detect):
     assert score(classes=1)["mAP"] == 0
     # Moved by a tenth of the image: overlaps of 1/7, 1/5 and 9/23 of the union.
     assert score(shift=0.1)["AP50"] == 0 and 0 < score(shift=0.02)["mAP"] < 1
+
+
+def test_boxes_are_shares_of_the_upright_image_and_of_an_array(detect):
+    turned, file = Image.new("RGB", (30, 20)), io.BytesIO()
+    exif = turned.getexif()
+    exif[0x112] = 6  # it stands on its side
+    turned.save(file, "jpeg", exif=exif)
+    for image in ({"bytes": file.getvalue(), "path": None}, np.zeros((30, 20, 3), np.uint8)):
+        rows = [{"image": image, "objects": {"bbox": [[0, 0, 10, 30]], "category": [1]}}]
+        sample = detect.Detections(rows, 16, [0.5] * 3, [0.5] * 3)[0]
+        torch.testing.assert_close(sample["labels"]["boxes"], torch.tensor([[0.25, 0.5, 0.5, 1.0]]))
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -2,19 +2,26 @@
 
 import importlib
 import json
+import shutil
 import sys
 
 import numpy as np
 import pytest
 import torch
+from datasets import ClassLabel, Dataset, Features, Value
+from datasets import Image as ImageFeature
 from PIL import Image
 from tiny_comparison import TRAINING
 from transformers import AutoModel
 
 from hf_mim.cli import main
 from hf_mim.data import ImageDataset, WholeImage, load_images
+from hf_mim.data.processor import image_processor
+from hf_mim.demo.actions import Demo
+from hf_mim.models.modeling_interactive_mim import InteractiveMIMForPreTraining
 from hf_mim.pretraining.recipe import Recipe
 from hf_mim.pretraining.run import Pretraining
+from hf_mim.run_folder import RECIPE
 
 
 @pytest.fixture
@@ -43,6 +50,17 @@ def test_the_modalities_of_an_image_are_read_as_one_image_with_its_class(script,
     pixels = ImageDataset(test, 16, 3, WholeImage())[0]["pixel_values"].permute(1, 2, 0).numpy()
     first = load_images(source, "test")[0]["image"]["path"]
     assert np.array_equal(pixels, np.asarray(Image.open(first).convert("YCbCr")))
+
+
+def test_an_image_without_a_label_gets_no_class_and_ids_without_names_are_names(script, tmp_path):
+    rows = {"image": [Image.new("RGB", (8, 8))] * 4}
+    for feature in (ClassLabel(names=["0", "1"]), Value("int64")):
+        features = Features(image=ImageFeature(decode=False), label=feature)
+        images = Dataset.from_dict(rows | {"label": [0, 1, 1, -1]}, features)
+        script.write(images, tmp_path / str(feature.dtype), script.luma_chroma)
+        found = sorted(path.relative_to(tmp_path).parts[2:] for path in tmp_path.glob(f"{feature.dtype}/luma/**/*.npy"))
+        assert found == [("0", "00000.npy"), ("00003.npy",), ("1", "00001.npy"), ("1", "00002.npy")]
+        shutil.rmtree(tmp_path / str(feature.dtype))
 
 
 def test_the_gradient_of_a_ramp_is_its_slope(script):
@@ -109,3 +127,18 @@ def test_folders_of_modalities_that_nobody_has_named_are_no_classes(script, sour
     recipe = Recipe.resolve(SETTINGS | {"dataset": str(tmp_path / "two"), "output_dir": str(tmp_path / "run")})
     with pytest.raises(ValueError, match="give --image_column luma,chroma"):
         Pretraining(recipe)
+
+
+def test_show_and_the_demo_read_images_of_parts(script, source, tmp_path):
+    run, two = tmp_path / "run", tmp_path / "two"
+    script.main(str(source), str(two))
+    settings = SETTINGS | {"dataset": str(two), "image_column": "luma,chroma"}
+    config = Recipe.resolve(settings | {"output_dir": str(run)}).config()
+    InteractiveMIMForPreTraining(config).save_pretrained(run)
+    image_processor((16, 16), [0.5] * 3, [0.5] * 3).save_pretrained(run)
+    (run / RECIPE).write_text(json.dumps(settings))
+    demo = Demo.load(run)
+    assert len(demo.thumbnails()) == 8 and {*demo.examples[0]} == {"luma:", "chroma:"}
+    words = ["show", str(run), str(two), "--image_column", "luma,chroma", "--what", "pca", "--count", "2"]
+    assert main([*words, "--output", str(tmp_path / "pictures")]) == 0
+    assert (tmp_path / "pictures" / "pca.png").exists()

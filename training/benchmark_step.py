@@ -4,11 +4,12 @@ A step is forward with random masks, backward, AdamW and target update, on one b
 transformers' ViTMAEForPreTraining is measured beside MAE, with the same sizes, masks and loss. A new model of
 transformers has position tables of zeros; they are filled with MAE's, so that both do the same work.
 
-`--masks_per_image 1 4` measures the methods that have this setting with each of these numbers. Then the masks that are
-predicted in a second (masks/s) are what compares.
+`--masks_per_image 1 4` measures each method with those of these numbers that it takes (SymMIM takes 1 and 2, I-JEPA and
+StoP-JEPA any, the others 1). Then the masks that are predicted in a second (masks/s) are what compares.
 """
 
 import collections
+import contextlib
 import statistics
 import time
 
@@ -26,7 +27,9 @@ def add_step(subcommands):
     parser.add_argument("--batch_size", type=int, default=8)
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"], help="precision of the autocast")
-    parser.add_argument("--masks_per_image", type=int, nargs="+", default=[1], help="for the methods that have it")
+    parser.add_argument(
+        "--masks_per_image", type=int, nargs="+", default=[1], help="numbers of masks; for the methods that take them"
+    )
     parser.add_argument("--compile", action="store_true", help="torch.compile the model")
     parser.add_argument("--steps", type=int, default=10, help="timed steps; the methods take turns")
     parser.add_argument("--warmup", type=int, default=2, help="steps before the timed ones")
@@ -79,23 +82,42 @@ def benchmark_step(args) -> dict:
 
 
 def contestants(args) -> list[tuple[str, int]]:
-    """Which methods are measured, with how many masks per image."""
+    """Which methods are measured, with how many masks per image. A method that takes none of the numbers has one."""
     found = []
     for method in args.methods:
-        has = method != THEIRS and "masks_per_image" in methods.get(method).config_class.__dataclass_fields__
-        found += [(method, number) for number in (args.masks_per_image if has else [1])]
+        fitting = [number for number in args.masks_per_image if takes_masks(method, args, number)]
+        found += [(method, number) for number in fitting or [1]]
     return found
+
+
+def takes_masks(method: str, args, number: int) -> bool:
+    """Whether a method can have so many masks of an image."""
+    if number == 1:
+        return True
+    if method == THEIRS or "masks_per_image" not in methods.get(method).config_class.__dataclass_fields__:
+        return False
+    make_config(method, args)  # raises for other mistakes
+    with contextlib.suppress(ValueError):
+        return bool(make_config(method, args, number))
+    return False
+
+
+def make_config(method: str, args, masks_per_image: int = 1):
+    row = methods.MAE if method == THEIRS else methods.get(method)
+    sizes = dict(size=args.size, image_size=args.image_size, patch_size=args.patch_size)
+    several = {"masks_per_image": masks_per_image} if masks_per_image > 1 else {}
+    return row.config_class(**sizes, **row.settings, **several)
 
 
 def contestant(method: str, args, masks_per_image: int = 1):
     """A pretraining model on the CPU and a batch for it."""
     import torch
 
-    row = methods.MAE if method == THEIRS else methods.get(method)
-    sizes = dict(size=args.size, image_size=args.image_size, patch_size=args.patch_size)
-    several = {"masks_per_image": masks_per_image} if masks_per_image > 1 else {}
-    config = row.config_class(**sizes, **row.settings, **several)
-    model = filled_transformers_mae(config) if method == THEIRS else row.pretraining_class(config)
+    config = make_config(method, args, masks_per_image)
+    if method == THEIRS:
+        model = filled_transformers_mae(config)
+    else:
+        model = methods.get(method).pretraining_class(config)
     return model, torch.randn(args.batch_size, 3, *config.training_size)
 
 

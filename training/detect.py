@@ -31,10 +31,9 @@ from transformers.image_transforms import center_to_corners_format
 
 from hf_mim import methods
 from hf_mim.data import WholeImage
-from hf_mim.data.decode import open_image
+from hf_mim.data.crop import image_size, load_crop
 from hf_mim.data.processor import read_processor
 from hf_mim.data.scenes import SHAPES, scenes
-from hf_mim.models.pixels import crop_image
 
 
 @dataclass
@@ -66,9 +65,8 @@ class Detections(torch.utils.data.Dataset):
 
     def __getitem__(self, index):
         row = self.rows[index]
-        image = open_image(row["image"])
-        width, height = image.size
-        pixels = crop_image(image, WholeImage(), (self.size, self.size), len(self.mean)).float() / 255
+        width, height = image_size(row["image"], len(self.mean))
+        pixels = load_crop(row["image"], WholeImage(), (self.size, self.size), len(self.mean), None).float() / 255
         boxes = torch.tensor(row["objects"]["bbox"], dtype=torch.float32).reshape(-1, 4)
         boxes = boxes / torch.tensor([width, height, width, height])
         labels = {

@@ -8,8 +8,9 @@
     hf jobs uv run --flavor a10g-small --secrets HF_TOKEN training/job.py --dataset me/my_photos --repo me/photos_mae
 
 Every argument of `hf-mim pretrain` works, as a pair `--argument value`. If the images have labels, the protocols that
-need labels measure the features before the model goes up. HF_TOKEN, or `hf auth login`, gives the token with write
-access. As long as hf-mim is not on PyPI, give its wheel: `uv run --with dist/hf_mim-0.1.0-py3-none-any.whl ...`.
+need labels measure the features before the model goes up. `--hub_private_repo true` makes the repository a private one.
+HF_TOKEN, or `hf auth login`, gives the token with write access. As long as hf-mim is not on PyPI, give its wheel:
+`uv run --with dist/hf_mim-0.1.0-py3-none-any.whl ...`.
 """
 
 import sys
@@ -21,7 +22,9 @@ from hf_mim.hub.card import write_card
 from hf_mim.hub.push import NOT_UPLOADED
 
 PROTOCOLS = ("knn", "linear")
-OF_IMAGES = ("image_column", "labels", "train_split", "test_split")  # settings of the run that the protocols share
+# Settings of the run that the protocols share → their names there.
+OF_IMAGES = {name: name for name in ("image_column", "labels", "group", "train_split", "test_split")}
+OF_IMAGES["test_dataset"] = "test"
 
 
 def main(words: list[str]):
@@ -32,9 +35,11 @@ def main(words: list[str]):
     if not {"dataset", "repo"} <= settings.keys():
         sys.exit("error: dataset and repo must be given, such as --dataset me/my_photos --repo me/photos_mae")
     hub, repo = HfApi(), settings.pop("repo")
-    address = hub.create_repo(repo, exist_ok=True)  # now: a token that is not allowed to do this ends the job here
+    private = settings.get("hub_private_repo", "").lower() == "true" or None
+    # Now: a token that is not allowed to do this ends the job here.
+    address = hub.create_repo(repo, private=private, exist_ok=True)
     run = hf_mim.pretrain(**settings)
-    about = {name: settings[name] for name in OF_IMAGES if name in settings}
+    about = {theirs: settings[name] for name, theirs in OF_IMAGES.items() if name in settings}
     for protocol in PROTOCOLS:
         try:
             result = hf_mim.evaluate(protocol, run.folder, dataset=settings["dataset"], **about)

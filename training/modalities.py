@@ -33,10 +33,13 @@ def rgb_gradient(image: Image.Image) -> dict[str, np.ndarray]:
 
 def write(images, folder: Path, divide: Callable[[Image.Image], dict[str, np.ndarray]]):
     """The modalities of images, in a folder for each, below it by class where there are classes."""
-    names = images.features["label"].names if "label" in images.column_names else [""]
+    names = getattr(images.features.get("label"), "names", None)
     for number, row in enumerate(images):
+        label = row.get("label")
+        known = label is not None and label >= 0
+        below = (names[label] if names else str(label)) if known else ""
         for name, pixels in divide(open_image(row["image"]).convert("RGB")).items():
-            path = folder / name / names[row.get("label", 0)] / f"{number:05}.npy"
+            path = folder / name / below / f"{number:05}.npy"
             path.parent.mkdir(parents=True, exist_ok=True)
             np.save(path, pixels)
 

@@ -20,6 +20,7 @@ class ShowArguments:
         output: the folder for the PNG files
         count: images of a source, drawn with a fixed seed; default: 8, on a map 300
         split: the split of a source; default: test or validation, or train
+        image_column: the column of a source, or the parts of an image such as rgb,ir; default: found by its type
         image_size: side in pixels, or height,width, to which images are resized; larger ones have finer maps of
             features; default: that of the checkpoint
         bands: which bands are red, green and blue, such as 4,3,2, or the one that is grey; default: those of the
@@ -36,6 +37,7 @@ class ShowArguments:
     output: str = "pictures"
     count: int | None = None
     split: str | None = None
+    image_column: str | None = None
     image_size: int | list[int] | None = None
     bands: list[int] | None = None
     patch: list[int] | None = None

@@ -4,7 +4,6 @@ import contextlib
 import os
 import tarfile
 from collections import Counter
-from collections.abc import Iterable
 from pathlib import Path
 
 import datasets
@@ -26,7 +25,7 @@ from .folders import (
 )
 from .metadata import is_metadata, metadata_files, read_metadata
 from .names import canonical_split, group_folder
-from .stacks import files_of_parts
+from .stacks import files_of_parts, parts_of
 from .tars import look_into, read_tars
 
 
@@ -67,9 +66,9 @@ def naming_the_source(source, where: str = ""):
 
 
 def load_local(
-    path: Path, split: str, streaming: bool, labels: str | None, parts: Iterable[str] = ()
+    path: Path, split: str, streaming: bool, labels: str | None, image_column: str | None = None
 ) -> tuple[Dataset | IterableDataset, Account]:
-    """A split of a file or folder, with all its columns. `labels`: as in `load_images`; `parts`: those of an image."""
+    """A split of a file or folder, with all its columns. `labels`, `image_column`: as in `load_images`."""
     if path.is_dir() and ((path / "dataset_dict.json").exists() or (path / "state.json").exists()):
         with naming_the_source(path):
             check_saved(path)
@@ -88,7 +87,7 @@ def load_local(
     if tables and len(tables) >= len(images):  # the few files of the other kind are not data
         return _load_tables(path, tables, split, streaming, left_out + Counter(map(_extension, images)), labels)
     if images:
-        return _load_folder(path, images, split, left_out + Counter(map(_extension, tables)), labels, parts)
+        return _load_folder(path, images, split, left_out + Counter(map(_extension, tables)), labels, image_column)
     found = (
         f"; there are {', '.join(f'{count:,} {what}' for what, count in left_out.most_common(6))}" if left_out else ""
     )
@@ -96,11 +95,11 @@ def load_local(
 
 
 def _load_folder(
-    folder: Path, paths: list[str], split: str, left_out: Counter, labels: str | None, parts: Iterable[str]
+    folder: Path, paths: list[str], split: str, left_out: Counter, labels: str | None, image_column: str | None
 ) -> tuple[Dataset, Account]:
     """A folder of image files. Only their paths, and tables about them, are read here."""
     stacks = {}
-    if parts:
+    if parts := parts_of(image_column):
         with naming_the_source(folder):
             stacks, outside = files_of_parts(paths, parts)
         left_out = left_out + outside if stacks else left_out

@@ -14,6 +14,7 @@ from hf_mim.models.pixels import ImageFormatError, ValueRange, crop_image, to_ch
 from .augment import sampled
 from .crop import WholeImage
 from .decode import BrokenImage, as_file, decoding, image_name, stored
+from .stacks import is_stack
 from .tiff import is_tiff, unused_pages
 
 IGNORE_TAGS = "none"  # as the option nodata: there is no such value, whatever tags say
@@ -35,7 +36,11 @@ def gdal_nodata(value) -> float | None:
     palette, or cannot hold the value.
 
     value: one value of an image column. Only the first directory of the file is read.
+
+    Raises ImageFormatError if the parts of an image have different tags.
     """
+    if is_stack(value):
+        return _of_parts({key.partition(":")[0]: gdal_nodata(part) for key, part in value.items()})
     value = stored(value)
     if not isinstance(value, str | bytes):
         return None
@@ -61,6 +66,19 @@ def gdal_nodata(value) -> float | None:
     if kind == "uint" and tags.get(_PHOTOMETRIC) == 0:
         nodata = 2**bits - 1 - nodata
     return nodata * 255 / (2**bits - 1) if bits < 8 else nodata
+
+
+def _of_parts(tags: dict[str, float | None]) -> float | None:
+    """The value that the tags of all parts of an image give."""
+    texts = {name: "none" if tag is None else as_text(tag) for name, tag in tags.items()}
+    if len(set(texts.values())) > 1:
+        listed = ", ".join(f"{name} {text}" for name, text in texts.items())
+        some = next(text for text in texts.values() if text != "none")
+        raise ImageFormatError(
+            f"the parts of an image have different values in their GDAL_NODATA tags ({listed}); give the one that "
+            f"holds for all parts (--nodata {some}), or ignore the tags (--nodata none)"
+        )
+    return next(iter(tags.values()))
 
 
 def _read_tags(file, head: bytes) -> dict:
@@ -95,7 +113,7 @@ def tag_nodata(images) -> float | None:
     images: a `datasets.Dataset` of undecoded images, or an `IterableDataset`, of which the first images are read.
 
     Raises:
-        ImageFormatError: the files have several values.
+        ImageFormatError: the files, or the parts of an image, have several values.
     """
     found = {}
     for row in _rows(images):
@@ -150,7 +168,9 @@ def pages_line(images, num_channels: int) -> str | None:
 
 
 def holds_tiff(value) -> bool:
-    """Whether a value of an image column is a TIFF, by the name of its file or by its first bytes."""
+    """Whether a value of an image column, or a part of it, is a TIFF, by the name of its file or by its first bytes."""
+    if is_stack(value):
+        return any(map(holds_tiff, value.values()))
     value = stored(value)
     if isinstance(value, str):
         return value.lower().endswith((".tif", ".tiff"))

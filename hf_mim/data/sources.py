@@ -4,7 +4,7 @@ import functools
 import logging
 import os
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,6 @@ from .fingerprint import is_copy
 from .folders import readable
 from .local import SplitNotFound, load_local, naming_the_source, picked
 from .metadata import UNREAD
-from .stacks import parts_of
 
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?(:[\w.-]+)?")
 _MAX_SHARDS = 64  # of a local source that is streamed
@@ -74,7 +73,7 @@ def load_described(
     source, split="train", streaming=False, image_column=None, labels=None, tell=None, group=None
 ) -> tuple[Dataset | IterableDataset, Account]:
     """As `load_images`, but also the account, which says where labels and groups come from."""
-    dataset, account = _open(source, split, streaming, labels, parts_of(image_column))
+    dataset, account = _open(source, split, streaming, labels, image_column)
     if group is not None and (streaming or isinstance(dataset, IterableDataset)):
         raise ValueError(f"group={group!r} needs the images as a whole, not a stream; leave out streaming or group")
     labels = "label" if labels == FOLDER and account.class_folders else labels
@@ -97,16 +96,16 @@ def open_source(source, split: str = "train", streaming: bool = False) -> Datase
 
 
 def _open(
-    source, split: str, streaming: bool, labels: str | None = None, parts: Iterable[str] = ()
+    source, split: str, streaming: bool, labels: str | None = None, image_column: str | None = None
 ) -> tuple[Dataset | IterableDataset, Account]:
     """The dataset of `open_source`, without a format of its own, because a format may hide columns."""
-    dataset, account = _read(source, split, streaming, labels, parts)
+    dataset, account = _read(source, split, streaming, labels, image_column)
     account.taken = account.taken or (f"{len(dataset):,} images" if isinstance(dataset, Dataset) else "a stream")
     return dataset.with_format(None), account
 
 
 def _read(
-    source, split: str, streaming: bool, labels: str | None, parts: Iterable[str]
+    source, split: str, streaming: bool, labels: str | None, image_column: str | None
 ) -> tuple[Dataset | IterableDataset, Account]:
     if isinstance(source, Dataset | IterableDataset):
         return source, Account()
@@ -121,7 +120,7 @@ def _read(
     if not str(source).strip():
         raise ValueError('source is empty; give a folder, a file, the name of a dataset on the Hub, or "textures"')
     if (path := Path(source).expanduser()).exists():
-        return load_local(path, split, streaming, labels, parts)
+        return load_local(path, split, streaming, labels, image_column)
     dataset = _load_hub(str(source), split, streaming)
     return dataset, Account(revision=hub_revision(dataset))
 

@@ -52,7 +52,7 @@ def open_stack(stack: dict, num_channels: int | None, open_image: Callable) -> n
     parts = {}
     for key, value in stack.items():
         name, _, count = key.partition(":")
-        if value is None or all(held is None for held in (value.values() if isinstance(value, dict) else ())):
+        if all(held is None for held in (value.values() if isinstance(value, dict) else [value])):
             raise ImageFormatError(f"the row holds no {name}; leave such rows out")
         parts[name] = _whole(open_image(value, int(count) if count else None), int(count) if count else None)
     for what, told in (

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from hf_mim.data import EMBEDDED
-from hf_mim.data.decode import BrokenImage, as_stored, open_image
+from hf_mim.data.decode import BrokenImage, as_stored, image_name, open_image, stored
 from hf_mim.demo.markup import enlarged, figure_html, message, panel, picture_of, section
 from hf_mim.embeddings.search import Search
 from hf_mim.methods import of_config
@@ -59,8 +59,8 @@ def told(action: Callable[..., str]) -> Callable[..., str]:
 
 def reason(error: Exception, image: dict) -> str:
     """Why an image was refused. The message names the file, without the folder of the server that it lies in."""
-    path = image["path"] or ""
-    if image["bytes"] is None and not Path(path).exists():
+    path = image_name(image, "")
+    if stored(image) == path and not Path(path).exists():
         return "The image is no longer here. Choose it again."
     return str(error).replace(path, Path(path).name) if path else str(error)
 
@@ -87,10 +87,12 @@ class Demo:
         """
         run = layered(*settings_in(Path(checkpoint)))
         viewer = Viewer.load(checkpoint, image_size, bands=run.get("bands") if bands is None else bands)
-        trained_on = run.get("dataset")
+        trained_on, column = run.get("dataset"), None
         if examples is None and trained_on and (trained_on in EMBEDDED or Path(trained_on).exists()):
-            examples = trained_on
-        shown, search = chosen_images(viewer, [examples], NUM_EXAMPLES) if examples else [], None
+            examples, column = trained_on, run.get("image_column")
+        shown, search = [], None
+        if examples:
+            shown = chosen_images(viewer, [examples], NUM_EXAMPLES, image_column=column)
         if where is not None:
             search = Search(checkpoint, where)
             search.source.k = min(NUM_NEAREST, len(search.collection))

@@ -22,12 +22,14 @@ def recipe_names() -> list[str]:
 
 
 def recipe_path(given: str | Path) -> Path:
-    """A recipe file: that of a path, or that of the package with this name.
+    """A recipe file: that of a path, or that of the package with this name. A folder hides no recipe: runs are often
+    called as their recipes.
 
     Raises ValueError if there is neither.
     """
     path, names = Path(given).expanduser(), recipe_names()
-    if path.exists() or path.suffix.lower() in (".yaml", ".yml") or path.name != str(given):
+    is_named = str(given) in names and not path.is_file()
+    if not is_named and (path.exists() or path.suffix.lower() in (".yaml", ".yml") or path.name != str(given)):
         return path
     if str(given) not in names:
         hint = suggestion(str(given), names) or "; hf-mim recipes lists the names"

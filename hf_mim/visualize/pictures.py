@@ -71,6 +71,7 @@ def draw_pictures(
     output: str = "pictures",
     count: int | None = None,
     split: str | None = None,
+    image_column: str | None = None,
     image_size=None,
     bands: Sequence[int] | None = None,
     **options,
@@ -81,7 +82,7 @@ def draw_pictures(
         images: files, or one source as for `load_images`.
         what: names in `PICTURES`; default: `fitting_pictures`.
         output: the folder.
-        count, split: of a source: how many images, from which split.
+        count, split, image_column: of a source: how many images, from which split, in which column.
         image_size, bands: see `Viewer`. The default of the bands is what the checkpoint's recipe says.
         options: of the pictures.
 
@@ -99,12 +100,12 @@ def draw_pictures(
         takers = [name for name, kind in PICTURES.items() if unused[0] in kind.options]
         raise ValueError(f"{unused[0]} is an option of {' and '.join(takers)}, and what is {','.join(what)}")
     if "gallery" in options:
-        options["gallery"] = _of_source(viewer, options["gallery"], NUM_IN_GALLERY)
+        options["gallery"] = _of_source(viewer, options["gallery"], NUM_IN_GALLERY, None, image_column)
     figures = {}
     for name in what:
         kind, number = PICTURES[name], count or (NUM_ON_MAP if name == "map" else NUM_IMAGES)
         try:
-            chosen = chosen_images(viewer, images, number, split)
+            chosen = chosen_images(viewer, images, number, split, image_column)
             own = {key: value for key, value in options.items() if key in kind.options}
             figures[name] = kind.plot(viewer, chosen, **own)
         except BrokenImage as error:
@@ -115,12 +116,14 @@ def draw_pictures(
         yield path
 
 
-def chosen_images(viewer: Viewer, images: Sequence[str], count: int, split: str | None = None) -> list:
+def chosen_images(
+    viewer: Viewer, images: Sequence[str], count: int, split: str | None = None, image_column: str | None = None
+) -> list:
     """All of these image files; or `count` images of one source, the same each time.
 
     Raises ValueError for several words that are no image files, and for a source that cannot be read.
     """
-    return list(images) if _are_files(images) else _of_source(viewer, images[0], count, split)
+    return list(images) if _are_files(images) else _of_source(viewer, images[0], count, split, image_column)
 
 
 def _are_files(images: Sequence[str]) -> bool:
@@ -132,7 +135,8 @@ def _are_files(images: Sequence[str]) -> bool:
     return all(files)
 
 
-def _of_source(viewer: Viewer, source: str, count: int, split: str | None = None) -> list[dict]:
+def _of_source(viewer: Viewer, source: str, count: int, split: str | None, image_column: str | None) -> list[dict]:
     splits = ("test", "validation", "train") if split is None else (split,)
-    images, _ = first_split(splits, lambda name: load_images(source, name, tell=lambda line: None))
+    column = {"image_column": image_column}
+    images, _ = first_split(splits, lambda name: load_images(source, name, tell=lambda line: None, **column))
     return viewer.readable(fixed_sample(images, 2 * count), count)

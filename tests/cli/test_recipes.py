@@ -23,6 +23,9 @@ def test_a_name_is_the_file_of_the_package_and_the_command_line_overrides_it(tmp
     recipe = Recipe.read("cifar10_mae", {"num_train_epochs": "7", "output_dir": "runs/x"})
     assert recipe.run.dataset == settings["dataset"] == "uoft-cs/cifar10"
     assert recipe.training["num_train_epochs"] == 7 and recipe.model["patch_size"] == 4
+    (tmp_path / "cifar10_mae").mkdir()  # such as a run of it
+    assert Recipe.read("cifar10_mae", {"output_dir": "runs/x"}).model["patch_size"] == 4
+    (tmp_path / "cifar10_mae").rmdir()
     (tmp_path / "cifar10_mae").write_text("method: latent_mim")  # a file of this name comes first
     assert Recipe.read("cifar10_mae", {"output_dir": "runs/x"}).run.method == "latent_mim"
 

@@ -9,6 +9,7 @@ from PIL import Image
 from hf_mim.data import ImageDataset, ImageStream, load_images
 from hf_mim.data.crop import WholeImage
 from hf_mim.data.decode import header_size, image_name, open_image
+from hf_mim.data.nodata import tag_nodata
 from hf_mim.data.stacks import files_of_parts, parts_of
 from hf_mim.models.pixels import ImageFormatError
 
@@ -45,6 +46,8 @@ def test_files_of_two_folders_are_stacked_by_their_names_with_the_classes_of_the
         assert np.array_equal(stacked, expected(number))
     assert image_name(images[0]["image"], "").endswith("rgb/cat/0.png")
     assert header_size(images[0]["image"]) == (16, 12)
+    paths = {"rgb:": str(folder / "rgb/cat/0.png"), "ir:": np.asarray(Image.open(folder / "ir/cat/0.tif"))}
+    assert np.array_equal(open_image(paths), expected(0))
     turned = load_images(folder, image_column="ir, rgb")
     assert np.array_equal(whole(turned)[0], np.roll(expected(0), 1, axis=2))
 
@@ -62,12 +65,14 @@ def test_columns_of_a_table_are_stacked_in_whole_and_in_streams(folder, tmp_path
     assert len(found) == 4 and all(np.array_equal(a, b) for a, b in zip(found, whole(images), strict=True))
 
 
-def test_a_column_of_the_name_image_can_be_a_part(folder):
+def test_a_column_of_the_name_image_can_be_a_part_and_a_name_can_have_a_comma(folder):
     rows = {"image": [str(folder / "rgb/cat/0.png")], "ir": [str(folder / "ir/cat/0.tif")]}
     images = load_images(
         Dataset.from_dict(rows, Features(image=ImageFeature(), ir=ImageFeature())), image_column="image,ir"
     )
     assert images.column_names == ["image"] and np.array_equal(whole(images)[0], expected(0))
+    named = Dataset.from_dict({"rgb, 8 bit": rows["image"]}, Features({"rgb, 8 bit": ImageFeature()}))
+    assert np.array_equal(whole(load_images(named, image_column="rgb, 8 bit"), 3)[0], pixels(30))
 
 
 def test_crops_take_the_same_place_of_each_part(tmp_path):
@@ -163,6 +168,22 @@ def test_image_column_names_one_column_or_the_parts(text, parts):
 def test_a_text_that_names_no_parts_is_refused(text):
     with pytest.raises(ValueError, match="image_column must be a column, or the parts of an image"):
         parts_of(text)
+
+
+def test_the_tags_of_the_parts_tell_which_pixels_have_no_data(tmp_path):
+    tifffile = pytest.importorskip("tifffile")
+
+    def written(**tags):
+        for name, tag in tags.items():
+            (tmp_path / name).mkdir(exist_ok=True)
+            extra = [] if tag is None else [(42113, "s", 0, tag, True)]
+            tifffile.imwrite(tmp_path / name / "a.tif", pixels(0, 1, dtype=np.uint16), extratags=extra)
+        return load_images(tmp_path, image_column="radar,height")
+
+    assert tag_nodata(written(radar="7", height="7")) == 7 and tag_nodata(written(radar=None, height=None)) is None
+    images = written(radar=None, height="7")
+    with pytest.raises(ImageFormatError, match=r"\(radar none, height 7\); give the one .*--nodata 7"):
+        tag_nodata(images)
 
 
 def test_columns_that_are_not_there_or_hold_arrays_are_refused(folder):
