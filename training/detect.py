@@ -19,6 +19,7 @@ import torch
 from datasets import load_dataset
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
+from torch.utils.data import DataLoader
 from transformers import (
     AutoConfig,
     ConditionalDetrConfig,
@@ -187,10 +188,10 @@ def main():
     detector = make_detector(checkpoint, names, arguments)
     trainer = Trainer(detector, args, data_collator=collate, train_dataset=train, eval_dataset=test)
     trainer.train()
-    result = measure(detector, trainer.get_eval_dataloader(), size)
-    print(json.dumps(result))
-    if trainer.is_world_process_zero():
-        trainer.save_model()
+    trainer.save_model()
+    if trainer.is_world_process_zero():  # this process measures all test images: no other has a part of them
+        result = measure(detector, DataLoader(test, args.per_device_eval_batch_size, collate_fn=collate), size)
+        print(json.dumps(result))
         (Path(args.output_dir) / "detection.json").write_text(json.dumps(result, indent=2) + "\n")
 
 

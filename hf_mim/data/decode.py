@@ -76,8 +76,12 @@ def as_stored(value) -> dict:
 
 
 def as_file(value: str | bytes):
-    """A path or the bytes of a file, to read from."""
-    return open(value, "rb") if isinstance(value, str) else io.BytesIO(value)
+    """A path or the bytes of a file, to read from. A path in a table may name a device, which would never end."""
+    if isinstance(value, bytes):
+        return io.BytesIO(value)
+    if os.path.exists(value) and not os.path.isfile(value):
+        raise OSError(f"{value} is no file")
+    return open(value, "rb")
 
 
 def open_image(value, num_channels: int | None = None, as_ids: bool = False) -> Image.Image | np.ndarray:
@@ -97,7 +101,7 @@ def open_image(value, num_channels: int | None = None, as_ids: bool = False) -> 
     if value is None:
         raise OSError("the row holds no image")
     if isinstance(value, str):
-        with open(value, "rb") as file:
+        with as_file(value) as file:
             value = file.read()
     if isinstance(value, bytes):
         return _open_bytes(value, num_channels, as_ids)

@@ -157,7 +157,7 @@ class SymMIMForPreTraining(PixelTargets, TargetNetworkMixin, SymMIMPreTrainedMod
             if self.training:
                 first, keys = rank_and_count()[0] * len(keys), all_gather(keys)
         queries = self.predictor(self.projector(tokens[:, num_prefix:].mean(dim=1))).float()
-        masks = len(queries) // len(patches)
+        masks = len(queries) // len(seen)
         valid = None if valid is None else valid.repeat_interleave(masks)
         with torch.autocast(patches.device.type, enabled=False):  # logits of bfloat16 would be off by 1 %
             return info_nce(queries, keys, self.config.temperature, first, valid, masks), targets.float()

@@ -44,7 +44,7 @@ def recipe_files() -> list[RecipeFile]:
 
 def _read(path: Path) -> RecipeFile:
     lines = path.read_text(encoding="utf-8").splitlines()
-    end = next(number for number, line in enumerate(lines) if not line.startswith("#"))
+    end = next((number for number, line in enumerate(lines) if not line.startswith("#")), len(lines))
     paragraphs = [""]
     for line in (line.removeprefix("#").strip() for line in lines[:end]):
         if not line or line.startswith(("Measured", "Published")):

@@ -154,8 +154,14 @@ def test_postscript_is_not_opened_whatever_its_name():
     assert Image.open(io.BytesIO(program)).format == "EPS"  # Pillow alone would
 
 
-def test_a_path_in_a_table_that_is_a_device_or_a_url_opens_nothing(tmp_path):
-    for place in ("https://127.0.0.1:9/a.png", str(tmp_path / "not there.png")):
+def test_a_path_in_a_table_that_is_a_device_a_pipe_or_a_url_opens_nothing(tmp_path):
+    os.mkfifo(tmp_path / "pipe.png")
+    for place in (
+        "https://127.0.0.1:9/a.png",
+        str(tmp_path / "not there.png"),
+        "/dev/zero",
+        str(tmp_path / "pipe.png"),
+    ):
         rows = Dataset.from_dict(
             {"image": [{"bytes": None, "path": place}]}, Features(image=ImageFeature(decode=False))
         )
