@@ -54,3 +54,21 @@ def test_the_numbers_in_the_recipe_of_the_textures_are_those_of_the_record():
     head = " ".join((REPOSITORY / "training/recipes/textures_mae.yaml").read_text().split("\n\n")[0].split("\n# "))
     assert f"trained {values['MAE']} %, untrained {values['untrained']} %, raw pixels {values['raw pixels']} %" in head
     assert f"commit {record['results'][0]['commit']}:" in head
+
+
+def test_the_numbers_of_the_kept_weights_are_those_of_their_results():
+    """In the README, the log and the recipe."""
+    results = CARDS / "cifar10_small_mae" / "results"
+    linear, knn = Result.load(results / "linear.json"), Result.load(results / "knn_of_kept_weights.json")
+    shares = {
+        name: [f"{100 * x:.1f}" for x in (r.value, r.scores["untrained"], r.scores["raw pixels"])]
+        for name, r in (("linear", linear), ("20-NN", knn))
+    }
+    readme = (REPOSITORY / "README.md").read_text()
+    log = (REPOSITORY / "docs" / "log.md").read_text()
+    for name, values in shares.items():
+        assert f"| {name} (%) | {' | '.join(values)} |" in readme
+        told = " | ".join(f"{value} %" for value in values)
+        assert any(line.startswith(f"| {name}, ") and line.endswith(f"| {told} |") for line in log.splitlines())
+    head = (REPOSITORY / "training/recipes/cifar10_small_mae.yaml").read_text().split("\n\n")[0]
+    assert all(f"{value} %" in head for values in shares.values() for value in values[:1])

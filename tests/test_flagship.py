@@ -32,7 +32,7 @@ def test_kept_weights_encode_an_image(folder):
     model, processor = AutoModel.from_pretrained(folder), AutoImageProcessor.from_pretrained(folder)
     sides = model.config.image_height_width
     images = torch.randint(0, 256, (2, model.config.num_channels, *sides), dtype=torch.uint8)
-    features = model.float().eval()(**processor(images, return_tensors="pt")).pooler_output
+    features = model.float().eval()(**processor(list(images), return_tensors="pt")).pooler_output
     assert features.shape == (2, model.config.hidden_size) and features.isfinite().all()
     assert (features[0] - features[1]).abs().max() > 0.01
 
