@@ -23,7 +23,7 @@ def test_the_protocols_get_the_images_of_the_run_and_the_repository_its_privacy(
 
     monkeypatch.setattr(job, "HfApi", lambda: SimpleNamespace(create_repo=noted("repo"), upload_folder=noted("upload")))
     monkeypatch.setattr(job.hf_mim, "pretrain", noted("pretrain", SimpleNamespace(folder="runs/x")), raising=False)
-    result = SimpleNamespace(metric="accuracy", value=0.5)
+    result = SimpleNamespace(headline=lambda: "measured")
     monkeypatch.setattr(job.hf_mim, "evaluate", noted("evaluate", result), raising=False)
     monkeypatch.setattr(job, "write_card", noted("card"))
     words = "--dataset me/a --repo me/b --group patient --test_dataset me/c --hub_private_repo true --size tiny"

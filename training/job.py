@@ -46,7 +46,7 @@ def main(words: list[str]):
         except ValueError as error:  # such as: the images have no labels
             print(f"{protocol} was not measured: {error}")
         else:
-            print(f"{protocol}: {result.metric} {result.value:.4f}")
+            print(result.headline())
     write_card(run.folder, repo, settings.get("license"))
     message = f"Pretrained on {settings['dataset']} and measured"
     hub.upload_folder(repo_id=repo, folder_path=run.folder, commit_message=message, ignore_patterns=NOT_UPLOADED)

@@ -1,14 +1,15 @@
 """Find the image and label columns of a dataset, whatever they are called."""
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
-from datasets import Array2D, Array3D, ClassLabel, Dataset, IterableDataset, LargeList, List, Value
+from datasets import Array2D, Array3D, ClassLabel, Dataset, Features, IterableDataset, LargeList, List, Value
 from datasets import Image as ImageFeature
 from datasets.utils import disable_progress_bars, enable_progress_bars, is_progress_bar_enabled
 
-from .stacks import parts_of, stack_columns
+from .stacks import parts_of
 
 # A column of one of these names is preferred among several of its kind, or recognised if its type tells too little.
 IMAGE_NAMES = tuple("image img pixel_values picture photo jpg jpeg png webp tif tiff npy npz bytes".split())
@@ -16,6 +17,7 @@ NO_LABELS = "none"  # as `labels`: the images have none, whatever columns and fo
 FOLDER = "folder"  # as `labels`: the class folders; as `group`: the folder that holds an image
 LABEL_NAMES = ("label", "labels", "fine_label", "class", "cls")  # columns that say by their name that they hold classes
 _PERHAPS_LABELS = ("target", "category", "species", "y")  # columns that may hold classes; the user has to say so
+_ROWS = 64  # that are stacked at a time, because each may hold the bytes of a large image
 _FEW_CLASSES, _PER_CLASS = 10, 2  # a column that only its name declares has few values, or so many images of each
 
 
@@ -57,7 +59,7 @@ def prepare_columns(
         check_columns(features, notes, image_column=part)
     check_columns(features, notes, labels=wanted, group=group)
     if parts:
-        image_column, dataset = "image", _stacked(dataset, parts, notes)
+        image_column, dataset = "image", _stacked(dataset, parts)
         features = dataset.features
     else:
         image_column = image_column or _find_image(features)
@@ -81,16 +83,40 @@ def prepare_columns(
     return keep_types(dataset), chosen
 
 
-def _stacked(dataset, parts: dict[str, int | None], notes: Sequence[str]):
-    """The dataset with a column `image` in place of the columns of these parts."""
+def _stacked(dataset, parts: dict[str, int | None]):
+    """The dataset with a column `image` of stacks (`stacks.py`) in place of the columns of these parts."""
     for name in parts:
         if not is_encoded(dataset.features[name]):
             raise ValueError(f"image_column={name!r} must hold encoded images, not {dataset.features[name]}")
     if "image" in dataset.features and "image" not in parts:
         dataset = dataset.remove_columns(["image"])
-    for name in parts:
-        dataset = dataset.cast_column(name, ImageFeature(decode=False))
-    return stack_columns(dataset, parts)
+    columns = {name: f"part {number} of the image" for number, name in enumerate(parts)}  # one may be called `image`
+    dataset = dataset.rename_columns(columns)
+    for column in columns.values():
+        dataset = dataset.cast_column(column, ImageFeature(decode=False))
+    keys = [f"{name}:{count or ''}" for name, count in parts.items()]
+
+    def stack(rows: dict) -> dict:
+        values = zip(*(rows[column] for column in columns.values()), strict=True)
+        return {"image": [dict(zip(keys, row, strict=True)) for row in values]}
+
+    others = {name: feature for name, feature in dataset.features.items() if name not in columns.values()}
+    features = Features(others | {"image": {key: ImageFeature(decode=False) for key in keys}})
+    about = {"remove_columns": [*columns.values()], "features": features}
+    with _without_bars():
+        return dataset.map(stack, batched=True, batch_size=_ROWS, **about)
+
+
+@contextlib.contextmanager
+def _without_bars():
+    """Inside, datasets shows no progress bar: nobody waits for it, and an error may follow."""
+    shown = is_progress_bar_enabled()
+    disable_progress_bars()
+    try:
+        yield
+    finally:
+        if shown:
+            enable_progress_bars()
 
 
 def _check_group(dataset, chosen: Chosen):
@@ -148,13 +174,8 @@ def _with_class_ids(dataset, feature, labels: str):
         return dataset.cast_column("label", Value("int64"))
     if not _is_id_or_name(feature):
         raise ValueError(f"labels={labels!r} must hold class ids or names, not {feature}")
-    shown = is_progress_bar_enabled()
-    disable_progress_bars()  # nobody waits for it, and an error may follow
-    try:
+    with _without_bars():
         return dataset.class_encode_column("label")
-    finally:
-        if shown:
-            enable_progress_bars()
 
 
 def keep_types(dataset):

@@ -47,7 +47,7 @@ def decoding(name: str):
 
 
 def image_name(value, otherwise: str) -> str:
-    """The path in a value of an image column, or `otherwise` if it has none. Of a stack, that of its first part."""
+    """The path in a value of an image column, or `otherwise` if it has none. A stack has the path of its first part."""
     value = next(iter(value.values())) if is_stack(value) else value
     return (value.get("path") if isinstance(value, dict) else None) or otherwise
 
@@ -55,7 +55,7 @@ def image_name(value, otherwise: str) -> str:
 def stored(value):
     """What a value of an image column holds: of `{"bytes", "path"}` the bytes or else the path; other values as are.
 
-    Of a stack, the parts that `stored` gives, as a tuple.
+    A stack holds a tuple: what each of its parts holds.
     """
     if is_stack(value):
         return tuple(map(stored, value.values()))

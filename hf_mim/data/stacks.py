@@ -10,16 +10,12 @@ from collections.abc import Callable, Iterable
 from pathlib import PurePath
 
 import numpy as np
-from datasets import Features
-from datasets import Image as ImageFeature
-from datasets.utils import disable_progress_bars, enable_progress_bars, is_progress_bar_enabled
 from PIL import Image
 
 from hf_mim.models.orientation import exif_orientation, upright
 from hf_mim.models.pixels import ImageFormatError, as_pixels, to_channels
 
 _PART = re.compile(r"([^,:]+)(?::(\d+))?")
-_ROWS = 64  # stacked at a time: each may hold the bytes of a large image
 
 
 def parts_of(image_column: str | None) -> dict[str, int | None]:
@@ -82,28 +78,6 @@ def _whole(image: Image.Image | np.ndarray, num_channels: int | None) -> np.ndar
     turned = exif_orientation(image) if isinstance(image, Image.Image) else (False, False, False)
     pixels = np.asarray(to_channels(image, num_channels))
     return upright(as_pixels(pixels if pixels.ndim == 3 else pixels[..., None]), *turned)
-
-
-def stack_columns(dataset, parts: dict[str, int | None]):
-    """The dataset with a column `image` of these columns, which hold undecoded images, in their place."""
-    keys = [f"{name}:{count or ''}" for name, count in parts.items()]
-    aside = {name: f"part {number} of the image" for number, name in enumerate(parts)}  # one may be called `image`
-    dataset = dataset.rename_columns(aside)
-    columns = [*aside.values()]
-
-    def stack(rows: dict) -> dict:
-        values = zip(*(rows[column] for column in columns), strict=True)
-        return {"image": [dict(zip(keys, row, strict=True)) for row in values]}
-
-    others = {name: feature for name, feature in dataset.features.items() if name not in columns}
-    features = Features(others | {"image": {key: ImageFeature(decode=False) for key in keys}})
-    shown = is_progress_bar_enabled()
-    disable_progress_bars()
-    try:
-        return dataset.map(stack, batched=True, batch_size=_ROWS, remove_columns=columns, features=features)
-    finally:
-        if shown:
-            enable_progress_bars()
 
 
 def files_of_parts(paths: Iterable[str], names: Iterable[str]) -> tuple[dict[str, dict[str, str]], Counter]:

@@ -20,14 +20,14 @@ class MAEConfig(MIMConfig):
 
     Args:
         mask_ratio: share of the patches that is masked; `int(N · (1 - mask_ratio))` stay visible.
-        mask_unit: side, in patches, of the squares that are masked or visible as a whole (Pixio, arXiv 2512.15715); 1:
-            each patch by itself. Then `mask_ratio` is that of the squares.
+        mask_unit: side, in patches, of the squares that are masked or visible as a whole (Pixio, arXiv 2512.15715);
+            `mask_ratio` is the share of the squares that is masked. 1: each patch by itself.
         norm_pix_loss: reconstruct each patch standardised by its own mean and variance (Table 1d of the paper).
         decoder_attention: "self": the decoder is a transformer of visible and masked tokens, as in the paper; "cross":
             masked tokens attend to the encoder's tokens alone (CrossMAE, arXiv 2401.14391), so that each patch is
             predicted by itself.
-        decoder_targets: share of the masked patches that a training step predicts, a random one; below 1 only with
-            decoder_attention "cross". In evaluation mode all are predicted.
+        decoder_targets: share of the masked patches that a training step predicts; they are drawn at random. It can be
+            below 1 only with decoder_attention "cross". In evaluation mode all are predicted.
         decoder_hidden_size: 512 in the paper; by default 512, or 2/3 of the encoder's width where that is less.
         decoder_num_hidden_layers: 8 in the paper.
         decoder_num_attention_heads: one for every 32 of the decoder's width by default, as in the paper.
@@ -73,7 +73,7 @@ class MAEConfig(MIMConfig):
 
     def units(self, grid: tuple[int, int]) -> tuple[int, int]:
         """Rows and columns of units in a grid of patches. Raises ValueError for one that cannot be divided."""
-        if 1 < max(grid) == min(grid) == self.mask_unit:
+        if self.mask_unit > 1 and set(grid) == {self.mask_unit}:
             raise ValueError(
                 f"mask_unit must be below {grid[0]}, so that a grid of {grid[0]}×{grid[1]} patches has two units at "
                 f"least, not {self.mask_unit}"

@@ -26,8 +26,8 @@ class SymMIMConfig(MIMConfig):
         mask_phase: "random" draws for each image, and for each of its two checkerboards, which half is visible; with
             "fixed" one half of the places is never predicted (an ablation).
         mask_pattern: "checkerboard", or "random" halves (an ablation).
-        masks_per_image: masks of each image in training, against one pass of the target encoder; 2 checkerboards of one
-            image are its two halves, which predict each place once if they are equal. In evaluation mode it is one.
+        masks_per_image: masks of each image that a training step predicts for one pass of the target encoder. There are
+            1 or 2 checkerboards, and the second shows the other half. In evaluation mode it is one.
         norm_pix_loss: reconstruct each patch standardised by its own mean and variance.
         contrast_weight: the weight of the contrast beside the reconstruction; 0: no target encoder, which is MAE on
             checkerboards.

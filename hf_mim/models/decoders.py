@@ -23,9 +23,13 @@ class PixelDecoder(nn.Module):
         self.embed = nn.Linear(config.hidden_size, width)
         self.mask_token = nn.Parameter(torch.empty(1, 1, width))
         self.position_embeddings = PositionEmbeddings(config, width)
-        self.layers = vit_layers(config, width, config.decoder_num_hidden_layers, config.decoder_num_attention_heads)
+        self.layers = self.make_layers(config)
         self.norm = nn.LayerNorm(width, eps=config.layer_norm_eps)
         self.head = nn.Linear(width, math.prod(config.patch_height_width) * config.num_channels)
+
+    def make_layers(self, config: MIMConfig) -> nn.ModuleList:
+        heads = config.decoder_num_attention_heads
+        return vit_layers(config, config.decoder_hidden_size, config.decoder_num_hidden_layers, heads)
 
     def forward(self, latents, grid, context_ids, target_ids):
         """Latents `[B, prefix + Nv, D]` of the patches `context_ids [B, Nv]` → predictions `[B, Nm, P]` for
@@ -99,11 +103,9 @@ class CrossPixelDecoder(PixelDecoder):
     """Masked tokens attend to the encoder's tokens, and not to each other, so each is predicted by itself (CrossMAE,
     arXiv 2401.14391, without its weighted sum of the encoder's layers)."""
 
-    def __init__(self, config: MIMConfig):
-        super().__init__(config)
-        width, heads = config.decoder_hidden_size, config.decoder_num_attention_heads
-        blocks = range(config.decoder_num_hidden_layers)
-        self.layers = nn.ModuleList(InteractionLayer(config, width, heads) for _ in blocks)
+    def make_layers(self, config: MIMConfig) -> nn.ModuleList:
+        sizes = config.decoder_hidden_size, config.decoder_num_attention_heads
+        return nn.ModuleList(InteractionLayer(config, *sizes) for _ in range(config.decoder_num_hidden_layers))
 
     def decode(self, context, queries):
         for layer in self.layers:

@@ -20,7 +20,7 @@ import yaml
 from datasets import Dataset, Features
 from datasets import Image as ImageFeature
 from PIL import Image
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from tiny import make_model
 from tiny_runs import Images, arguments
 
@@ -198,8 +198,8 @@ def test_a_safetensors_header_that_lies_is_refused_in_one_line(tmp_path, data):
     with pytest.raises(ValueError) as error:
         convert(tmp_path / "model.safetensors")
     assert "\n" not in str(error.value)
-    with pytest.raises(Exception, match="."), safe_open(tmp_path / "model.safetensors", "pt") as file:
-        [file.get_tensor(key) for key in file.keys()]
+    with pytest.raises(SafetensorError):  # a naive reader of this format does not exist: its own library checks it
+        safe_open(tmp_path / "model.safetensors", "pt").__enter__()
 
 
 # ---- texts
