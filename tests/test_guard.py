@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from tiny import METHODS, make_model
+from tiny import METHODS, fields, make_model
 from tiny_runs import AtEachStep, Images, arguments, image_column, snapshot
 
 from hf_mim.data import DeviceAugment, ImageDataset
@@ -38,9 +38,9 @@ def names_kept(samples):
     return {"pixel_values": pixels, "name": [sample["name"] for sample in samples]}
 
 
-def train(folder, method="mae", broken=(5,), **settings):
+def train(folder, method="mae", broken=(5,), changes=None, **settings):
     """The trainer, and after each step the weights with the target, and the optimizer's state."""
-    model, after = make_model(method), []
+    model, after = make_model(method, **changes or {}), []
 
     def record(state, optimizer):
         states = [value for state in optimizer.optimizer.state.values() for value in state.values()]
@@ -74,6 +74,15 @@ def test_a_step_that_is_not_finite_changes_neither_weights_nor_optimizer_nor_tar
     assert trainer.guard.skipped == 1
     assert [line for line in caplog.messages if line.startswith("Step 2 is skipped")] == [
         "Step 2 is skipped, because its loss or its gradient is not finite; the predictions of 5.npy are not finite"
+    ]
+
+
+@pytest.mark.parametrize("method", [method for method in METHODS if "masks_per_image" in fields(method)])
+def test_with_several_masks_per_image_a_run_names_the_broken_image(tmp_path, method, caplog):
+    trainer, _ = train(tmp_path, method, broken=[6], changes={"masks_per_image": 2})
+    assert trainer.guard.skipped == 1
+    assert [line for line in caplog.messages if line.startswith("Step 2 is skipped")] == [
+        "Step 2 is skipped, because its loss or its gradient is not finite; the predictions of 6.npy are not finite"
     ]
 
 

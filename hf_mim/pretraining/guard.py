@@ -79,7 +79,11 @@ class StepGuard(TrainerCallback):
         self._losses, self._finite, self._names = [], [], []
 
     def watch(self, loss: Tensor, pixel_values: Tensor, predictions: Tensor, names: list[str] | None):
-        """Note a micro-batch's loss, and for which of its images both pixels and predictions are finite."""
+        """Note a micro-batch's loss, and for which of its images both pixels and predictions are finite.
+
+        With R masks per image, `predictions` has R rows for each image, those of the first image first.
+        """
+        predictions = predictions.unflatten(0, (len(pixel_values), -1))
         sums = [tensor.detach().flatten(1).sum(1, dtype=torch.float32) for tensor in (pixel_values, predictions)]
         self._losses.append(loss.detach().float())
         self._finite.append(torch.isfinite(sums[0] + sums[1]))
