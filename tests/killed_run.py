@@ -27,11 +27,12 @@ class SayThatTrainingBegins(TrainerCallback):
 
 
 def run(folder: Path, given) -> int:
-    images = image_column(102, broken=[7])
+    model, images = make_model(given.method, drop_path_rate=0.1), image_column(102, broken=[7])
+    size = model.config.training_size
     if given.stream:
-        images = ImageStream(images.to_iterable_dataset(num_shards=4).shuffle(seed=0, buffer_size=5), size=24)
+        images = ImageStream(images.to_iterable_dataset(num_shards=4).shuffle(seed=0, buffer_size=5), size=size)
     else:
-        images = ImageDataset(images.select([i for i in range(0, 102, 2)]), size=24)
+        images = ImageDataset(images.select([i for i in range(0, 102, 2)]), size=size)
     args = arguments(
         folder,
         max_steps=STEPS,
@@ -46,7 +47,7 @@ def run(folder: Path, given) -> int:
         **({"ddp_backend": "gloo"} if torch.distributed.is_torchelastic_launched() else {}),
     )
     augment = DeviceAugment(grayscale_probability=0.2, blur_probability=0.5)
-    trainer = MIMTrainer(make_model(given.method, drop_path_rate=0.1), args, images, augment=augment)
+    trainer = MIMTrainer(model, args, images, augment=augment)
     trainer.add_callback(SayThatTrainingBegins())
     trainer.train(resume_from_checkpoint=bool(checkpoints(folder)))
     if trainer.guard.signal:
