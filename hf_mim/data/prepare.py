@@ -24,13 +24,13 @@ import numpy as np
 from datasets import ClassLabel, Dataset
 from PIL import Image, JpegImagePlugin
 from torch.utils.data import DataLoader
-from tqdm.auto import tqdm
 
 from hf_mim.checks import least
 from hf_mim.files import check_destination, new_folder, one_line
 from hf_mim.models.nodata import as_text
 from hf_mim.models.orientation import exif_orientation, upright
 from hf_mim.models.pixels import ImageFormatError
+from hf_mim.progress import progress_bar
 
 from .decode import BrokenImage, as_file, decoding, image_name, open_image, stored
 from .folders import IMAGE_EXTENSIONS, TABLE_EXTENSIONS, scan, table_splits, without_masks
@@ -125,8 +125,8 @@ class Prepare:
                 num_workers=min(self.num_workers, len(self.tasks)),
                 worker_init_fn=leave_signals_to_the_main_process,
             )
-            # Not `tqdm(loader)`: that of tqdm.auto begins to read the loader before it is read.
-            with tqdm(total=len(work), desc="preparing", unit=" images", disable=None if progress else True) as bar:
+            # A bar over the loader would begin to read it before the loop does.
+            with progress_bar(progress, "preparing", len(work), " images") as bar:
                 for done in loader:
                     self._count(done)
                     bar.update()

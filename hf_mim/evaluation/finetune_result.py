@@ -10,6 +10,7 @@ from transformers.trainer_callback import ProgressCallback, TrainerCallback
 from hf_mim.data import ImageDataset
 from hf_mim.evaluation.metrics import top_k_accuracy
 from hf_mim.evaluation.result import Result
+from hf_mim.progress import progress_bar, watched
 
 
 class AccuracyCurve(TrainerCallback):
@@ -41,11 +42,22 @@ class AccuracyCurve(TrainerCallback):
 
 
 class LossOnBar(ProgressCallback):
-    """Trainer's progress bar with the loss on it. Without this, Trainer prints a line for every epoch."""
+    """A progress bar with the loss on it. Without this, Trainer prints a line for every epoch."""
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.shown = progress_bar(state.is_world_process_zero, "fine-tuning", state.max_steps)
+        self.training_bar, self.current_step = self.shown.__enter__(), state.global_step
+
+    def on_prediction_step(self, args, state, control, **kwargs):
+        if watched():
+            super().on_prediction_step(args, state, control, **kwargs)
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if self.training_bar is not None and "loss" in logs:
-            self.training_bar.set_postfix_str(f"loss {float(logs['loss']):.4g}")
+            self.training_bar.set_postfix_str(f"loss {float(logs['loss']):.4g}", refresh=False)
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self.shown.__exit__(None, None, None)
 
 
 def finetuning_result(

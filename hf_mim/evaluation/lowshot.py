@@ -19,8 +19,8 @@ from hf_mim.data.labelled import LabelledImages
 from hf_mim.data.splits import check_labels, random_ranks
 from hf_mim.evaluation.features import FeatureExtractor
 from hf_mim.evaluation.probe_training import parse_features, standardiser
-from hf_mim.evaluation.progress import progress_bar
 from hf_mim.evaluation.result import Result
+from hf_mim.progress import progress_bar
 
 MAX_ITERATIONS = 2000
 FOLDS = 3  # of the cross-validation, at most

@@ -12,8 +12,8 @@ from hf_mim.data.labelled import LabelledImages
 from hf_mim.data.splits import check_labels, generator, stratified_split
 from hf_mim.evaluation.encoder import FeatureSpec
 from hf_mim.evaluation.features import FeatureExtractor
-from hf_mim.evaluation.progress import progress_bar
 from hf_mim.evaluation.result import Result
+from hf_mim.progress import progress_bar
 from hf_mim.trainer_utils import learning_rate
 
 LARGEST_PIECE = 2**24  # numbers of one temporary table: 64 MB

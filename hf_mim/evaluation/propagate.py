@@ -24,9 +24,9 @@ from hf_mim.evaluation.encoder import FeatureSpec
 from hf_mim.evaluation.features import LARGEST_TABLE, FeatureExtractor
 from hf_mim.evaluation.metrics import object_scores
 from hf_mim.evaluation.probe_training import parse_features
-from hf_mim.evaluation.progress import progress_bar
 from hf_mim.evaluation.result import Result
 from hf_mim.models.pixels import scale_pixels
+from hf_mim.progress import progress_bar
 
 
 def propagate_labels(

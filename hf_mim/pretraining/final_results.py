@@ -29,7 +29,6 @@ from hf_mim.evaluation.features import FeatureExtractor
 from hf_mim.evaluation.health import Health
 from hf_mim.evaluation.knn import KNN
 from hf_mim.evaluation.measure import measure
-from hf_mim.evaluation.progress import watched
 from hf_mim.evaluation.raw_pixels import RawPixels
 from hf_mim.evaluation.result import Result
 from hf_mim.models.pixels import EIGHT_BITS, ValueRange
@@ -172,7 +171,7 @@ class Readout:
         train, test = self.sample(*self.most)
         encoder = frozen(model, augment, self.run, str(folder))
         encoders = [encoder, frozen(untrained, augment, self.run, "untrained"), RawPixels.of(encoder)]
-        about = dict(batch_size=batch_size, progress=watched() and "k-NN accuracy", kept=kept)
+        about = dict(batch_size=batch_size, progress="k-NN accuracy", kept=kept)
         extract, *others = SharedExtractor.of(encoders, **about)
         result, protocol = self._measure(extract, train, test, folder)
         names = "untrained", "raw pixels"
@@ -194,7 +193,7 @@ class Readout:
     def measure_start(self, model, augment, batch_size: int, folder: Path):
         """Measure and save what the weights of the start give."""
         encoder = frozen(model, augment, self.run, str(folder))
-        extract = FeatureExtractor(encoder, batch_size, progress=watched() and "k-NN accuracy at the start")
+        extract = FeatureExtractor(encoder, batch_size, progress="k-NN accuracy at the start")
         result, _ = self._measure(extract, *self.sample(*self.most), folder)
         result.settings[AT_START] = True
         result.save(result_path(folder, START_KNN_RESULT))
@@ -238,7 +237,7 @@ def health_record(
     they gave then stands in the later table. `kept`, a `KeptCrops`, keeps what is decoded.
     """
     sample = Images(fixed_sample(images, HEALTH_IMAGES), f"{source_name(run.dataset)}, split {run.train_split}")
-    about = dict(progress=watched() and "health", kept=kept or health_crops())
+    about = dict(progress="health", kept=kept or health_crops())
     extract = FeatureExtractor(frozen(model, augment, run, str(folder)), batch_size, **about)
     result = measure(Health(num_images=HEALTH_IMAGES, **VIEWS, compare=not is_start), extract, (sample,), folder)
     path = result_path(folder, START_HEALTH_RESULT)

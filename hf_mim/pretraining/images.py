@@ -22,12 +22,12 @@ from hf_mim.data.decode import BrokenImage, decoding, image_name
 from hf_mim.data.nodata import IGNORE_TAGS, pages_line, tag_nodata
 from hf_mim.data.sources import fixed_sample
 from hf_mim.data.value_range import find_value_range
-from hf_mim.evaluation.progress import with_bar
 from hf_mim.models.nodata import as_text
 from hf_mim.models.pixels import ValueRange
 from hf_mim.pretraining.arguments import MIMTrainingArguments
 from hf_mim.pretraining.final_results import Tell, find_test_split, fixed_view
 from hf_mim.pretraining.recipe import Recipe, RunArguments
+from hf_mim.progress import with_bar
 
 NUM_SAMPLED = 1024  # images on which the values are measured, the same for each measurement
 NUM_SIZES = 1024  # images whose sizes are compared with the window

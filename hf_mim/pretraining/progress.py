@@ -5,7 +5,7 @@ import time
 from tqdm.auto import tqdm
 from transformers.trainer_callback import ProgressCallback
 
-from hf_mim.evaluation.progress import watched
+from hf_mim.progress import watched
 
 UNITS = ("days", 86400), ("h", 3600), ("min", 60)
 
