@@ -12,6 +12,7 @@ import tempfile
 from collections.abc import Callable
 
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModel, AutoModelForPreTraining
 
 from hf_mim import methods
@@ -59,6 +60,21 @@ def encoder_images(model) -> torch.Tensor:
 def seeded_pass(model, images: torch.Tensor, seed: int = 2):
     torch.manual_seed(seed)
     return model(images)
+
+
+def counted_flops(model, images: torch.Tensor, *ids, **masks) -> tuple[int, int]:
+    """FLOPs of the matrix products in the forward and in the backward pass. A multiply-add counts as two.
+
+    From then on the model's attention is the eager one, because the counter does not know the CPU's fused attention.
+    """
+    for module in model.modules():  # transformers' MAE has a decoder with a config of its own
+        if hasattr(module, "config"):
+            module.config._attn_implementation = "eager"
+    with FlopCounterMode(display=False) as counter:
+        loss = model(images, *ids, **masks).loss
+        forward = counter.get_total_flops()
+        loss.backward()
+    return forward, counter.get_total_flops() - forward
 
 
 def check_classes(method: methods.Method, make: Callable):
@@ -125,6 +141,18 @@ def check_gradients(method, make):
             claim(not parameter.requires_grad, f"the target must not be trained, and {name} is")
         elif parameter.requires_grad:
             claim(parameter.grad is not None, f"every trainable parameter must get a gradient, and {name} gets none")
+
+
+def check_flops(method, make):
+    """Only for a method with a formula; without it, no FLOPs are logged."""
+    model = make().train()
+    if not hasattr(model, "step_flops"):
+        return
+    images, grid = images_for(model), model.config.grid_size
+    masks = model.draw_masks(len(images), grid, images.device, **model.training_masks())
+    formula, counted = model.step_flops(len(images), grid, masks), sum(counted_flops(model, images, **masks))
+    same = abs(formula - counted) <= 0.01 * counted
+    claim(same, f"step_flops must be the FLOPs of a step, and it is {formula:,} where {counted:,} were counted")
 
 
 def check_training_calls(method, make):
@@ -194,6 +222,7 @@ CHECKS = (
     check_output,
     check_ids_reproduce_a_pass,
     check_gradients,
+    check_flops,
     check_training_calls,
     check_save_and_load,
     check_low_precision,

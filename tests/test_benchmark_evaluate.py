@@ -30,7 +30,10 @@ def test_evaluate_times_equal_answers_and_sees_the_memory_of_the_similarities(be
     table = 5000 * 2000 * 4 / 2**20  # of all similarities in float32, which fit at once
     assert table < knn["peak_mb"] < 5 * table and knn["process_peak_mb"] > knn["peak_mb"]
     assert linear["heads"] == 5 and 0 < linear["ratio"] < 1
-    assert (result["train"], result["classes"], result["threads"]) == (5000, 10, 1)
+    settings = result["settings"]
+    assert (settings["train"], settings["classes"], settings["threads"]) == (5000, 10, 1)
+    assert all(len(seconds) == 1 for seconds in knn["seconds_of_rounds"].values())
+    assert sum(linear["seconds_of_each"]) == linear["seconds_alone"]
 
 
 @pytest.mark.slow

@@ -1,13 +1,13 @@
 """`benchmark.py step` runs, and counts what it says."""
 
 import argparse
-import functools
 import importlib
 import json
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 from tiny import METHODS, fields
 
 import hf_mim
@@ -22,14 +22,17 @@ def benchmark(monkeypatch):
 
 @pytest.mark.slow
 def test_step_measures_every_method_beside_transformers_and_counts_its_flops(benchmark, monkeypatch, tmp_path):
-    step, path = importlib.import_module("benchmark_step"), tmp_path / "step.json"
+    path = tmp_path / "step.json"
     monkeypatch.setitem(SIZES, "tiny", (192, 3, 3, 768))  # a quarter of its layers: counting takes long
-    monkeypatch.setattr(step, "count_flops", functools.partial(step.count_flops, draws=2))
     options = ["--size", "tiny", "--image_size", "64", "--patch_size", "8", "--batch_size", "2", "--steps", "1"]
-    options += ["--warmup", "0", "--masks_per_image", "1", "2"]
+    options += ["--warmup", "0", "--masks_per_image", "1", "2", "--mask_draws", "2"]
     monkeypatch.setattr(sys, "argv", ["benchmark.py", "step", *options, "--json", str(path)])
     benchmark.main()
-    methods = json.loads(path.read_text())["methods"]
+    result = json.loads(path.read_text())
+    methods, settings = result["methods"], result["settings"]
+    assert (settings["mask_draws"], settings["steps"], settings["batch_size"]) == (2, 1, 2)
+    assert result["versions"]["torch"] and "git" in result
+    assert len(result["matrix_seconds"]) == 5 and all(len(method["seconds"]) == 1 for method in methods.values())
     several = {f"{name}, 2 masks" for name in METHODS if "masks_per_image" in fields(name)}
     assert methods.keys() == {*METHODS, "transformers_mae"} | several
     for name in several:  # the target encoder, which needs no backward pass, runs once
@@ -53,18 +56,16 @@ def test_a_method_is_measured_with_the_numbers_of_masks_that_it_takes(benchmark)
 
 
 def test_counted_flops_are_those_of_the_formula(benchmark):
-    """MAE's encoder and decoder by hand: 2 FLOPs a multiply-add, 3 times the forward; the patch embedding, which has
-    no input gradient, 2 times."""
     step = importlib.import_module("benchmark_step")
-    args = type("Args", (), dict(size="tiny", image_size=64, patch_size=8, batch_size=2))
-    config = hf_mim.MAEConfig(size="tiny", image_size=64, patch_size=8)
+    sizes = dict(size="tiny", image_size=64, patch_size=8)
+    with torch.device("meta"):
+        model = hf_mim.MAEForPreTraining(hf_mim.MAEConfig(**sizes))
+    formula = model.step_flops(2, (8, 8), model.draw_masks(2, (8, 8), "meta"))
+    assert step.count_flops("mae", argparse.Namespace(**sizes, batch_size=2, mask_draws=1)) == formula / 2
 
-    def layer(tokens, queries, width, mlp):
-        projections = queries * width * (2 * width + 2 * mlp) + tokens * width * 2 * width
-        return projections + 2 * queries * tokens * width
 
-    width, narrow, pixels = config.hidden_size, config.decoder_hidden_size, 8 * 8 * 3
-    forward = 12 * layer(17, 17, width, config.intermediate_size) + 17 * width * narrow
-    forward += 7 * layer(65, 65, narrow, 4 * narrow) + layer(65, 48, narrow, 4 * narrow) + 48 * narrow * pixels
-    expected = 2 * (3 * forward + 2 * 16 * pixels * width)
-    assert abs(step.count_flops("mae", args) / expected - 1) < 1e-6
+@pytest.mark.parametrize("option", ["steps", "mask_draws"])
+def test_nothing_to_average_is_one_line(benchmark, monkeypatch, option):
+    monkeypatch.setattr(sys, "argv", ["benchmark.py", "step", f"--{option}", "0"])
+    with pytest.raises(SystemExit, match=f"^{option} must be at least 1, not 0$"):
+        benchmark.main()

@@ -143,6 +143,7 @@ def train_ranks(folder, rank):
         later_masks=later_masks,
         metrics=metrics,
         log=straight.state.log_history,
+        total_flos=[trainer.state.total_flos for trainer in (straight, resumed)],
         learning_rate=arguments(folder, learning_rate=None, base_lr=1e-3).learning_rate,
         streamed=stream_first_pixels(folder / "stream", lambda model: Stream(Images(model, 24))),
         image_stream=stream_first_pixels(
@@ -197,6 +198,13 @@ def test_logged_metrics_are_means_over_ranks(ranks):
     for rank in (first, second):
         assert rank["log"][0]["feature_std"] == pytest.approx(sum(metrics) / 12, rel=1e-5)
     assert sum(first["metrics"]) != pytest.approx(sum(second["metrics"]), rel=1e-4)
+
+
+def test_total_flos_are_those_of_all_ranks_and_of_all_parts_of_a_run(ranks):
+    model = make_model("mae")
+    grid = model.config.grid_size
+    for rank in ranks[1]:
+        assert rank["total_flos"] == [6 * 2 * model.step_flops(4, grid, model.draw_masks(4, grid))] * 2
 
 
 def test_base_lr_counts_the_images_of_all_ranks(ranks):

@@ -71,7 +71,7 @@ def test_parameters_are_those_of_the_real_model(plan_step, method):
 def test_activations_are_those_that_autograd_holds(plan_step, monkeypatch, method, sizes, checkpointing):
     config = methods.get(method).config_class(**make_model(method).config.to_diff_dict() | sizes)
     if method == "stop_jepa":  # its masks differ in length from draw to draw
-        shapes = (20,), (4, 7)
+        shapes = (1, 20), (1, 4, 7)
         monkeypatch.setattr(plan_step, "mask_shapes", lambda *_: (shapes, shapes))
     planned = plan_step.examine(config, batch_size=5, devices=1, checkpointing=checkpointing).ddp
     model = AutoModelForPreTraining.from_config(config).train()
@@ -81,7 +81,7 @@ def test_activations_are_those_that_autograd_holds(plan_step, monkeypatch, metho
     for size in (3, 5):
         arguments = [torch.randn(size, 3, *config.training_size)]
         if method == "stop_jepa":
-            arguments += [torch.zeros(size, *shape, dtype=torch.int64) for shape in shapes]
+            arguments += [torch.zeros(size * masks, *rest, dtype=torch.int64) for masks, *rest in shapes]
         held[size] = really_held(model, arguments, bf16=True)
     assert (held[5] - held[3]) / 2 == pytest.approx(planned.per_image, rel=0.01)
     if checkpointing:  # planned with all copies of weights, which autocast holds to the end of the forward pass

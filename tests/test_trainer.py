@@ -198,13 +198,12 @@ def test_a_step_between_two_logs_never_waits_for_the_device(tmp_path, method):
     assert counts[0] == counts[1]
 
 
-def test_log_has_images_per_second_and_no_pixel_flops(tmp_path):
+def test_log_has_images_per_second(tmp_path):
     model = make_model("mae")
     trainer = MIMTrainer(model, arguments(tmp_path, max_steps=2, logging_steps=1), Images(model))
     trainer.train()
-    *steps, summary = trainer.state.log_history
+    *steps, _ = trainer.state.log_history
     assert all(entry["images_per_second"] > 0 for entry in steps)
-    assert "total_flos" not in summary and trainer.state.total_flos == 0
 
 
 def test_throughput_counts_neither_evaluation_nor_saving(monkeypatch):

@@ -4,7 +4,8 @@
     python training/benchmark.py step                            # full training steps of every method
     python training/benchmark.py evaluate                        # k-NN and linear heads, compared with plain ways
 
-Each command prints a table and, with --json PATH, writes its numbers there.
+Each command prints a table. With --json PATH it writes its numbers there, with every single measured time, the machine,
+the versions, the commit and all settings of the command.
 """
 
 import argparse
@@ -70,16 +71,15 @@ def benchmark_data(args) -> dict:
 
     pipelines = {"plain": plain, "ours": worker, "ours + augment": worker_and_augment}
     pipelines |= as_a_run_loads(ours, augment) if args.cached else {}
-    seconds = fastest(pipelines, args.repeats)
-    rates = {name: len(indices) / value for name, value in seconds.items()}
+    seconds = seconds_of_rounds(pipelines, args.repeats)
+    rates = {name: len(indices) / min(values) for name, values in seconds.items()}
     result = {
         "images_per_second": {name: round(rate, 1) for name, rate in rates.items()},
         "speedup": round(rates["ours"] / rates["plain"], 2),
         "speedup_with_augment": round(rates["ours + augment"] / rates["plain"], 2),
         **({"cached_speedup": round(rates["run, cached"] / rates["run, decoded"], 2)} if args.cached else {}),
         "images": len(indices),
-        "size": args.size,
-        "scale": list(args.scale),
+        "seconds": seconds,
     }
     print(f"{len(indices)} images, crops of {args.size} x {args.size}, scale {tuple(args.scale)}, one core\n")
     print(f"{'pipeline':<18}{'images/s':>10}{'ms/image':>10}{'speedup':>10}")
@@ -150,11 +150,12 @@ def deep_rates(encoded: list[bytes], crop, size: tuple[int, int], repeats: int) 
         files = [write(Image.open(io.BytesIO(data)).convert("RGB")) for data in encoded]
         dataset = ImageDataset(column_of(files), size, channels, crop, own_depth=True)
         loads[name] = functools.partial(dataset.__getitems__, list(range(len(files))))
-    rates = {name: round(len(encoded) / seconds, 1) for name, seconds in fastest(loads, repeats).items()}
+    seconds = seconds_of_rounds(loads, repeats)
+    rates = {name: round(len(encoded) / min(values), 1) for name, values in seconds.items()}
     print(f"\ndeep images of the same sides, {len(encoded)} of each kind\n")
     for name, rate in rates.items():
         print(f"{name:<28}{rate:>8.0f} images/s")
-    return {"deep_images_per_second": rates}
+    return {"deep_images_per_second": rates, "deep_seconds": seconds}
 
 
 def crop_differences(samples, encoded, boxes, size) -> dict:
@@ -223,14 +224,14 @@ def plain_pipeline(data: bytes, box, size):
     return (pixels - mean[:, None, None]) / std[:, None, None]
 
 
-def fastest(functions: dict, repeats: int) -> dict[str, float]:
-    """Processor seconds of each function in its fastest round. In each round every function runs once."""
-    seconds = dict.fromkeys(functions, float("inf"))
+def seconds_of_rounds(functions: dict, repeats: int) -> dict[str, list[float]]:
+    """Processor seconds of each function in each round. In a round every function runs once."""
+    seconds = {name: [] for name in functions}
     for _ in range(repeats):
         for name, function in functions.items():
             start = time.process_time()
             function()
-            seconds[name] = min(seconds[name], time.process_time() - start)
+            seconds[name].append(time.process_time() - start)
     return seconds
 
 
@@ -238,9 +239,20 @@ def machine() -> dict:
     """The facts about this machine without which the numbers mean nothing."""
     import torch
 
-    versions = {"python": platform.python_version(), "torch": torch.__version__}
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else cpu_name()
-    return versions | {"device": device, "cores": os.cpu_count(), "vector": torch.backends.cpu.get_cpu_capability()}
+    facts = {"device": device, "cores": os.cpu_count(), "threads": torch.get_num_threads()}
+    return facts | {"vector": torch.backends.cpu.get_cpu_capability(), "python": platform.python_version()}
+
+
+def about(args) -> dict:
+    """What has to be known to measure again. Only the last part of a local path is in it."""
+    from hf_mim.data.sources import source_name
+    from hf_mim.evaluation.result import git_state, installed_versions
+
+    settings = {name: value for name, value in vars(args).items() if name not in ("run", "json")}
+    settings |= {"source": source_name(args.source)} if "source" in settings else {}
+    versions = installed_versions()
+    return {"machine": machine(), "versions": versions, "git": git_state(), "settings": settings}
 
 
 def cpu_name() -> str:
@@ -262,7 +274,7 @@ def main():
     result = args.run(args)
     if args.json:
         args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps({"machine": machine(), **result}, indent=2) + "\n")
+        args.json.write_text(json.dumps({**about(args), **result}, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -32,10 +32,9 @@ def benchmark_evaluate(args) -> dict:
     torch.set_num_threads(args.threads)
     try:
         with threadpool_limits(args.threads):
-            result = {"knn": benchmark_knn(args) | memory, "linear": benchmark_heads(args)}
+            return {"knn": benchmark_knn(args) | memory, "linear": benchmark_heads(args)}
     finally:
         torch.set_num_threads(before)
-    return result | {name: getattr(args, name) for name in ("train", "test", "width", "classes", "threads")}
 
 
 def clusters(count: int, width: int, classes: int, seed: int):
@@ -109,18 +108,19 @@ def benchmark_knn(args) -> dict:
         "scikit-learn, cosine": lambda: scikit_learn("cosine", False, lambda d: np.exp(-d / 0.07)),
         "scikit-learn, unit vectors": lambda: scikit_learn("euclidean", True, lambda d: np.exp(-(d**2) / 2 / 0.07)),
     }
-    seconds, predictions = dict.fromkeys(ways, float("inf")), {}
+    rounds, predictions = {name: [] for name in ways}, {}
     for _ in range(args.repeats):
         for name, predict in ways.items():
             start = time.perf_counter()
             predictions[name] = predict()
-            seconds[name] = min(seconds[name], time.perf_counter() - start)
+            rounds[name].append(time.perf_counter() - start)
+    seconds = {name: min(values) for name, values in rounds.items()}
     print(f"k-NN, {args.test} x {args.train} x {args.width}, k {args.k}, {args.threads} threads\n")
     print(f"{'way':<30}{'seconds':>10}{'ours is':>10}{'equal':>10}")
     equal = {name: (found == predictions["ours"]).double().mean().item() for name, found in predictions.items()}
     for name, value in seconds.items():
         print(f"{name:<30}{value:>10.2f}{value / seconds['ours']:>9.2f}x{equal[name]:>10.2%}")
-    return {"seconds": seconds, "equal_predictions": equal, "k": args.k}
+    return {"seconds": seconds, "seconds_of_rounds": rounds, "equal_predictions": equal}
 
 
 def benchmark_heads(args) -> dict:
@@ -140,9 +140,11 @@ def benchmark_heads(args) -> dict:
         return time.perf_counter() - start
 
     seconds(grid[:1])  # sets up memory and threads
-    together, alone = seconds(grid), sum(seconds([head]) for head in grid)
+    together, each = seconds(grid), [seconds([head]) for head in grid]
+    alone = sum(each)
     print(f"\n{len(grid)} linear heads, {args.train} x {args.width}, {args.classes} classes, {args.epochs} epochs\n")
     print(
         f"{'together':<12}{together:>8.2f} s\n{'one by one':<12}{alone:>8.2f} s\n{'ratio':<12}{together / alone:>8.3f}"
     )
-    return {"heads": len(grid), "seconds_together": together, "seconds_alone": alone, "ratio": together / alone}
+    result = {"heads": len(grid), "seconds_together": together, "seconds_alone": alone, "seconds_of_each": each}
+    return result | {"ratio": together / alone}

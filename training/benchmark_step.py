@@ -33,14 +33,18 @@ def add_step(subcommands):
     parser.add_argument("--compile", action="store_true", help="torch.compile the model")
     parser.add_argument("--steps", type=int, default=10, help="timed steps; the methods take turns")
     parser.add_argument("--warmup", type=int, default=2, help="steps before the timed ones")
+    parser.add_argument("--mask_draws", type=int, default=20, help="random masks over which FLOPs are averaged")
     parser.set_defaults(run=benchmark_step)
 
 
 def benchmark_step(args) -> dict:
     import torch
 
+    for name in ("steps", "mask_draws"):
+        if getattr(args, name) < 1:
+            raise SystemExit(f"{name} must be at least 1, not {getattr(args, name)}")
     device, dtype = torch.device(args.device), getattr(torch, args.dtype)
-    ceiling = matrix_ceiling(device, dtype)
+    ceiling, products = matrix_ceiling(device, dtype)
     runs, masks = {}, {}
     for method, number in contestants(args):
         torch.manual_seed(0)
@@ -62,8 +66,7 @@ def benchmark_step(args) -> dict:
     print(
         f"{'method':<20}{'s/step':>9}{'images/s':>10}{'masks/s':>10}{'GFLOP/image':>14}{'of ceiling':>12}{'speed':>8}"
     )
-    result = {"matrix_ceiling_tflops": ceiling / 1e12, "mode": mode, "methods": {}}
-    result |= {name: getattr(args, name) for name in ("size", "patch_size", "image_size", "batch_size", "dtype")}
+    result = {"matrix_ceiling_tflops": ceiling / 1e12, "matrix_seconds": products, "methods": {}}
     last = [*runs][-1]
     for method, (flops, _) in runs.items():
         rate = args.batch_size / medians[method]
@@ -157,8 +160,8 @@ def training_step(model, images, dtype, compiled: bool):
     return step
 
 
-def count_flops(method: str, args, masks_per_image: int = 1, draws: int = 20) -> float:
-    """FLOPs of a step per image, forward and backward: the mean over `draws` random masks.
+def count_flops(method: str, args, masks_per_image: int = 1) -> float:
+    """FLOPs of a step per image, forward and backward: the mean over `args.mask_draws` random masks.
 
     Nothing is computed, because the tensors are fake. The masks are drawn before that: their size can be random too
     (StoP-JEPA). Masks of the same size are counted once.
@@ -166,46 +169,34 @@ def count_flops(method: str, args, masks_per_image: int = 1, draws: int = 20) ->
     import torch
     from torch._subclasses.fake_tensor import FakeTensorMode
 
+    from hf_mim.testing import counted_flops
+
     with torch.device("meta"):  # initialisation reads the weights that it draws, and fake tensors have no values
         model, images = contestant(method, args, masks_per_image)
     drawn = [{}]
     if method != THEIRS:
         asked = len(images), model.config.grid_size, "meta"
-        drawn = [model.draw_masks(*asked, **model.training_masks()) for _ in range(draws)]
+        drawn = [model.draw_masks(*asked, **model.training_masks()) for _ in range(args.mask_draws)]
     sizes = collections.Counter(tuple((name, x.shape, x.dtype) for name, x in masks.items()) for masks in drawn)
     with FakeTensorMode(allow_non_fake_inputs=True):
         model.to_empty(device="cpu")
         images = torch.empty(images.shape)
         flops = {
-            size: sum(flops_per_image(model, images, **{name: torch.zeros(*shape, dtype=t) for name, shape, t in size}))
+            size: sum(counted_flops(model, images, **{name: torch.zeros(*shape, dtype=t) for name, shape, t in size}))
             for size in sizes
         }
-    return sum(flops[size] * count for size, count in sizes.items()) / len(drawn)
+    return sum(flops[size] * count for size, count in sizes.items()) / len(drawn) / len(images)
 
 
-def flops_per_image(model, images, *ids, **masks) -> tuple[float, float]:
-    """FLOPs per image of the matrix products, in the forward and in the backward pass. A multiply-add counts as two."""
-    from torch.utils.flop_counter import FlopCounterMode
-
-    # The counter does not know the CPU's fused attention. (transformers' decoder has a config of its own.)
-    for module in model.modules():
-        if hasattr(module, "config"):
-            module.config._attn_implementation = "eager"
-    with FlopCounterMode(display=False) as counter:
-        loss = model(images, *ids, **masks).loss
-        forward = counter.get_total_flops()
-        loss.backward()
-    return forward / len(images), (counter.get_total_flops() - forward) / len(images)
-
-
-def matrix_ceiling(device, dtype) -> float:
-    """FLOP/s of the fastest of five square matrix products."""
+def matrix_ceiling(device, dtype) -> tuple[float, list[float]]:
+    """FLOP/s of the fastest of five square matrix products, and the seconds of each."""
     import torch
 
     side = 8192 if device.type == "cuda" else 2048
     a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
     timed(lambda: a @ b, device)
-    return 2 * side**3 / min(timed(lambda: a @ b, device) for _ in range(5))
+    seconds = [timed(lambda: a @ b, device) for _ in range(5)]
+    return 2 * side**3 / min(seconds), seconds
 
 
 def timed(function, device) -> float:

@@ -9,12 +9,12 @@ import dataclasses
 import math
 
 import torch
-from benchmark_step import flops_per_image
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoModelForPreTraining
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 import hf_mim  # noqa: F401 (registers the models)
+from hf_mim.testing import counted_flops
 
 MASK_DRAWS = 300
 
@@ -100,7 +100,7 @@ def examine(config, batch_size: int, devices: int, bf16: bool = True, checkpoint
                 for name, parameter in module.named_parameters(recurse=False):
                     setattr(module, name, half[parameter])
         fsdp = activations(model, largest_shapes, bf16, checkpointing)
-        forward, backward = flops_per_image(model, *batch(config, 2, mean_shapes))
+        forward, backward = (flops / 2 for flops in counted_flops(model, *batch(config, 2, mean_shapes)))
     backward += backward / 2 if checkpointing else 0
     tokens = mean_shapes[0][0] * (mean_shapes[0][1] + config.num_prefix_tokens)
     return Step(parameters, shards, ddp, fsdp, forward, backward, tokens)

@@ -10,6 +10,7 @@ from transformers import initialization as init
 from .blocks import run_layers, vit_layers
 from .configuration_interactive_mim import InteractiveMIMConfig
 from .decoders import InteractionLayer
+from .flops import interaction_layers_flops, linear_flops, patch_values, trained_encoder_flops, vit_layers_flops
 from .heads import BackboneHead, ClassificationHead
 from .losses import mean_squared_error
 from .masking import gather, split_at_random, split_modalities
@@ -192,6 +193,18 @@ class InteractiveMIMForPreTraining(PixelTargets, InteractiveMIMPreTrainedModel):
         if number > 1:
             target_ids = target_ids[:, None].expand(-1, number, -1)
         return {"context_ids": context_ids, "target_ids": target_ids}
+
+    def step_flops(self, images, grid, masks):
+        config, context, masked = self.config, masks["context_ids"].shape[1], masks["target_ids"].shape[-1]
+        width, memory = config.decoder_hidden_size, config.num_prefix_tokens + context
+        number = len(config.modalities)
+        queries = number * masked
+        decoder = linear_flops(memory, config.hidden_size, width)
+        decoder += interaction_layers_flops(config.interaction_num_layers, queries, memory, width)
+        decoder += vit_layers_flops(config.decoder_num_hidden_layers, memory + queries, width, queries)
+        decoder += linear_flops(masked, width, patch_values(config))  # all heads together
+        absent = linear_flops(context, number, config.hidden_size) if "visible" in masks else 0
+        return images * (trained_encoder_flops(config, context) + 2 * absent + 3 * decoder)
 
     @pretraining_forward
     def forward(

@@ -10,6 +10,7 @@ from transformers import initialization as init
 
 from .configuration_latent_mim import LatentMIMConfig
 from .decoders import CrossAttentionLayer
+from .flops import attention_flops, encoder_flops, linear_flops, mlp_flops, product_flops, trained_encoder_flops
 from .heads import BackboneHead, ClassificationHead
 from .losses import masked_sum, mean_over, normalized_l2, patch_discrimination, standardize
 from .masking import gather, split_at_random
@@ -223,6 +224,25 @@ class LatentMIMForPreTraining(TargetNetworkMixin, LatentMIMPreTrainedModel):
             gaps = torch.stack(list(similarities.values())) - self.similarity_target.value
             loss = loss + self.config.similarity_weight * gaps.square().sum()
         return loss, metrics
+
+    def step_flops(self, images, grid, masks):
+        config, target = self.config, target_encoder_config(self.config)
+        context, masked = masks["context_ids"].shape[1], masks["target_ids"].shape[1]
+        tokens, width = config.num_prefix_tokens + context, config.decoder_hidden_size
+        hidden = [config.projector_hidden_size] * (config.projector_num_layers - 1)
+        projector = config.hidden_size, *hidden, config.hidden_size
+        decoder = linear_flops(tokens, config.hidden_size, width) + linear_flops(masked, width, target.hidden_size)
+        queries = masked + int(config.use_cls_token)
+        for computed in [queries] * (config.decoder_num_hidden_layers - 1) + [masked]:
+            decoder += attention_flops(computed, queries, width)
+            decoder += attention_flops(computed, tokens, width) + mlp_flops(computed, width)
+        cues = product_flops(masked, width, context)  # twice; positions have no gradient
+        trained = trained_encoder_flops(config, context) + 3 * (linear_flops(tokens, *projector) + decoder) + 3 * cues
+        if config.loss_type == "patch_discrimination":
+            trained += 2 * product_flops(masked, target.hidden_size, masked)  # targets have no gradient
+        seen = masked if config.mask_target else grid[0] * grid[1]
+        own = linear_flops(masked, *projector) if config.target_config is None else 0
+        return images * (trained + encoder_flops(target, seen) + own)
 
     @pretraining_forward
     def forward(

@@ -7,6 +7,7 @@ import torch
 
 from .configuration_mae import MAEConfig
 from .decoders import CrossPixelDecoder, PixelDecoder
+from .flops import pixel_decoder_flops, trained_encoder_flops
 from .heads import BackboneHead, ClassificationHead
 from .losses import mean_squared_error
 from .masking import gather, patches_of_units, split_at_random
@@ -64,6 +65,11 @@ class MAEForPreTraining(PixelTargets, MAEPreTrainedModel):
                 order = torch.rand(target_ids.shape, device=device).argsort(dim=1)
                 target_ids = target_ids.gather(1, order[:, : max(1, round(order.shape[1] * target_share))])
         return {"context_ids": context_ids, "target_ids": target_ids}
+
+    def step_flops(self, images, grid, masks):
+        context, masked = masks["context_ids"].shape[1], masks["target_ids"].shape[1]
+        decoder = pixel_decoder_flops(self.config, context, masked)
+        return images * (trained_encoder_flops(self.config, context) + 3 * decoder)
 
     @pretraining_forward
     def forward(self, pixel_values, context_ids=None, target_ids=None, noise=None, valid_pixels=None) -> MAEOutput:

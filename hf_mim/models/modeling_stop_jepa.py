@@ -12,6 +12,7 @@ from torch import nn
 
 from .blocks import run_layers, vit_layers
 from .configuration_stop_jepa import StopJepaConfig
+from .flops import encoder_flops, linear_flops, trained_encoder_flops, vit_layers_flops
 from .heads import BackboneHead, ClassificationHead
 from .linear_layers import bias_of, input_dtype, product_without_bias
 from .losses import smooth_l1
@@ -159,6 +160,18 @@ class StopJepaForPreTraining(TargetNetworkMixin, StopJepaPreTrainedModel):
         masks = {"context_ids": context_ids, "target_ids": target_ids}
         noise = {"position_noise": position_noise, "context_noise": context_noise}
         return masks | {name: value for name, value in noise.items() if value is not None}
+
+    def step_flops(self, images, grid, masks):
+        config, target = self.config, target_encoder_config(self.config)
+        (rows, context), (blocks, length) = masks["context_ids"].shape, masks["target_ids"].shape[1:]
+        width, depth = config.predictor_hidden_size, config.predictor_num_hidden_layers
+        block = vit_layers_flops(depth, context + length, width, queries=length)
+        block += linear_flops(length, width, target.hidden_size)
+        predictor = linear_flops(context, config.hidden_size, width) + blocks * block
+        noisy = sum(noise.shape[:3].numel() for name, noise in masks.items() if name.endswith("_noise"))
+        noise = linear_flops(noisy, config.hidden_size, width)  # it has no gradient
+        trained = rows * (trained_encoder_flops(config, context) + 3 * predictor) + 2 * noise
+        return trained + images * encoder_flops(target, grid[0] * grid[1])
 
     @pretraining_forward
     def forward(

@@ -7,6 +7,7 @@ from torch import nn
 
 from .configuration_sym_mim import SymMIMConfig
 from .decoders import PixelDecoder
+from .flops import encoder_flops, linear_flops, pixel_decoder_flops, product_flops, trained_encoder_flops
 from .heads import BackboneHead, ClassificationHead
 from .losses import info_nce, mean_squared_error
 from .masking import gather, split_at_random, split_checkerboard
@@ -161,6 +162,19 @@ class SymMIMForPreTraining(PixelTargets, TargetNetworkMixin, SymMIMPreTrainedMod
         valid = None if valid is None else valid.repeat_interleave(masks)
         with torch.autocast(patches.device.type, enabled=False):  # logits of bfloat16 would be off by 1 %
             return info_nce(queries, keys, self.config.temperature, first, valid, masks), targets.float()
+
+    def step_flops(self, images, grid, masks):
+        config, (rows, context) = self.config, masks["context_ids"].shape
+        decoder = pixel_decoder_flops(config, context, masks["target_ids"].shape[1])
+        total = rows * (trained_encoder_flops(config, context) + 3 * decoder)
+        if not config.contrast_weight:
+            return total
+        hidden, size = config.projector_hidden_size, config.projector_size
+        projector = linear_flops(1, config.hidden_size, hidden, hidden, size)
+        predictor = linear_flops(1, size, hidden, size)
+        logits = product_flops(rows, size, images * rank_and_count()[1])  # keys have no gradient
+        target = encoder_flops(config, masks["target_context_ids"].shape[1]) + projector
+        return total + 3 * rows * (projector + predictor) + 2 * logits + images * target
 
     @pretraining_forward
     def forward(

@@ -70,7 +70,8 @@ class Throughput(TrainerCallback):
         self._restart()
 
     def _restart(self):
-        self.images, self.seconds, self.waiting, self.mark = 0, 0.0, 0.0, time.perf_counter()
+        self.images, self.flops, self.seconds, self.waiting = 0, 0.0, 0.0, 0.0
+        self.mark = time.perf_counter()
 
     def _lap(self):
         now = time.perf_counter()
@@ -86,11 +87,13 @@ class Throughput(TrainerCallback):
     def read(self, device: torch.device) -> dict[str, float]:
         """The numbers since the last call. `images_per_second` is for all processes together, the rest for this one.
 
+        `tflops` are 10¹² FLOPs per second, waiting included; absent for a method without a formula (`flops.py`).
         `seconds` of training, `data_wait_seconds` among them, and their share `data_wait_share`; `device_memory_gib` is
         the peak on the device, in GiB. On a CPU, `memory_gib` is what the process holds now.
         """
         self._lap()
         found = {"images_per_second": self.images / self.seconds}
+        found |= {"tflops": self.flops / self.seconds / 1e12} if self.flops else {}
         found |= {"seconds": self.seconds, "data_wait_seconds": self.waiting}
         found["data_wait_share"] = self.waiting / self.seconds
         if device.type == "cpu":

@@ -36,6 +36,7 @@ from hf_mim.pretraining.callbacks import (
     WeightDecay,
 )
 from hf_mim.pretraining.collapse import CollapseAlarm
+from hf_mim.pretraining.flops import StepFlops
 from hf_mim.pretraining.guard import StepGuard
 from hf_mim.pretraining.progress import MIMProgress
 from hf_mim.pretraining.rates import RatesTrainer
@@ -112,7 +113,7 @@ class MIMTrainer(CheckpointTrainer, RatesTrainer, HubTrainer, QuietWorkers, Trai
         # The loss is a mean over a batch, so Trainer has to divide it by the accumulation steps.
         self.model_accepts_loss_kwargs = False
         self.augment = augment.to(args.device) if isinstance(augment, nn.Module) else augment
-        self.means, self.throughput = ScalarMeans(), Throughput()
+        self.means, self.throughput, self.step_flops = ScalarMeans(), Throughput(), StepFlops(model)
         self.guard = StepGuard(self, args)
         for_data = DatasetEpoch(train_dataset), BrokenImages(train_dataset)
         for_step = StepSeeds(), self.guard, TargetUpdate(self.guard), WeightDecay(), SaveBeforeDecay()
@@ -171,6 +172,8 @@ class MIMTrainer(CheckpointTrainer, RatesTrainer, HubTrainer, QuietWorkers, Trai
             self.means.add(outputs["metrics"] | {"loss": loss})
             self.guard.watch(loss, inputs["pixel_values"], outputs["predictions"], names)
             self.throughput.images += len(inputs["pixel_values"]) * self.args.world_size
+            self.flops_of_batch = self.step_flops(inputs["pixel_values"].shape, outputs)
+            self.throughput.flops += self.flops_of_batch
         return (loss, outputs) if return_outputs else loss
 
     def _augmented(self, pixel_values, keys) -> dict[str, torch.Tensor]:
@@ -207,12 +210,14 @@ class MIMTrainer(CheckpointTrainer, RatesTrainer, HubTrainer, QuietWorkers, Trai
                 logs["broken_images"] = broken  # found by this process
             if empty := hasattr(self.train_dataset, "num_empty") and self.train_dataset.num_empty():
                 logs["empty_images"] = empty
-        logs.pop("total_flos", None)
+        if not logs.get("total_flos"):
+            logs.pop("total_flos", None)  # the method has no formula
         super().log(logs, start_time)
 
-    def floating_point_ops(self, inputs) -> int:
-        """Zero: Trainer's formula counts each pixel as a token. `training/benchmark.py step` counts the operations."""
-        return 0
+    def floating_point_ops(self, inputs) -> float:
+        """Of the batch that was just trained on: Trainer sums them up over all ranks in `total_flos` of its state. Its
+        own formula counts each pixel as a token."""
+        return self.flops_of_batch
 
     def get_train_dataloader(self):
         """As Trainer's. An ImageStream is read without end, from the place that the checkpoint holds."""

@@ -24,13 +24,15 @@ def test_data_counts_full_and_drafted_crops_of_a_folder(benchmark, monkeypatch, 
     for number in range(4):
         picture(200, 160, seed=number).save(tmp_path / f"{number}.jpg", quality=95)
         picture(200, 160, seed=number).save(tmp_path / f"{number}.png")
-    options = ("--size", 16, "--repeats", 1, "--deep", "--json", tmp_path / "results" / "data.json")
+    options = ("--size", 16, "--repeats", 2, "--deep", "--json", tmp_path / "results" / "data.json")
     result = run(benchmark, monkeypatch, "data", "--source", tmp_path, *options)
     full, drafted = result["difference_decoded_in_full"], result["difference_draft"]
     assert (full["crops"], drafted["crops"], result["images"]) == (4, 4, 8)
     assert full["worst"] < 1 and drafted["worst"] < 4
     assert result["images_per_second"].keys() == {"plain", "ours", "ours + augment"}
-    assert result["machine"]["cores"] >= 1
+    assert result["machine"]["cores"] >= 1 and result["versions"]["pillow"]
+    assert result["settings"]["source"] == tmp_path.name and result["settings"]["repeats"] == 2
+    assert {len(values) for values in (result["seconds"] | result["deep_seconds"]).values()} == {2}
     assert len(result["deep_images_per_second"]) == 4 and min(result["deep_images_per_second"].values()) > 0
     assert "speedup" in capsys.readouterr().out
 
