@@ -70,6 +70,7 @@ def record(made) -> dict:
     return json.loads((made.output / "comparison.json").read_text())
 
 
+@pytest.mark.slow
 def test_the_table_has_mean_and_deviation_of_the_result_files(made):
     lines = {line[0]: line for line in cells((made.output / "comparison.md").read_text().split("\n\n")[0])}
     assert list(lines) == ["MAE", "broken", "untrained encoder of MAE", "raw pixels", "supervised from scratch"]
@@ -91,6 +92,7 @@ def test_the_table_has_mean_and_deviation_of_the_result_files(made):
     )
 
 
+@pytest.mark.slow
 def test_a_run_that_failed_is_in_the_table_with_its_reason(made):
     (line,) = [line for line in (made.output / "comparison.md").read_text().splitlines() if line.startswith("| broken")]
     reason = "failed in training: base_lr must be above 0, not -1.0"
@@ -114,6 +116,7 @@ def test_each_value_has_the_command_that_gives_it_again(made, monkeypatch):
             Path("again").unlink()
 
 
+@pytest.mark.slow
 def test_the_picture_is_made_of_what_the_run_logged_and_of_references_measured_in_the_same_way(made):
     (run, *_), results = record(made)["rows"], record(made)["results"]
     probed = [logged(made.output / f"MAE_{seed}", "probe_knn") for seed in (0, 1)]
@@ -127,6 +130,7 @@ def test_the_picture_is_made_of_what_the_run_logged_and_of_references_measured_i
     assert Result.load(output).value == probed[1][6]  # the last probe is that of the final weights
 
 
+@pytest.mark.slow
 def test_another_start_tries_again_only_what_has_failed(made, make):
     before = {path: path.stat().st_mtime_ns for path in made.output.rglob("results/*.json")}
     status, started = make(made.path, made.output)
@@ -134,6 +138,7 @@ def test_another_start_tries_again_only_what_has_failed(made, make):
     assert {path: path.stat().st_mtime_ns for path in made.output.rglob("results/*.json")} == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -159,6 +164,7 @@ def test_another_start_with_a_changed_setting_is_refused_by_its_name(changes, me
     assert re.search(message, line), line
 
 
+@pytest.mark.slow
 def test_more_runs_seeds_and_columns_may_join(scripts, made, tmp_path):
     changes = {"runs": {"JEPA": {"method": "ijepa"}}, "evaluate": {"linear": {}}, "seeds": [0, 1, 2]}
     comparison = read(scripts, tmp_path, **changes)
@@ -170,6 +176,7 @@ def test_more_runs_seeds_and_columns_may_join(scripts, made, tmp_path):
     assert [result["row"] for result in left_out] == ["broken"] * 4  # it is remembered, and may come back
 
 
+@pytest.mark.slow
 def test_runs_that_nobody_has_recorded_are_left_alone(made, make, tmp_path, capsys):
     (tmp_path / "MAE_0").symlink_to(made.output / "MAE_0")
     assert make(made.path, tmp_path) == (2, [])

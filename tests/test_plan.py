@@ -90,7 +90,7 @@ def test_activations_are_those_that_autograd_holds(plan_step, monkeypatch, metho
         assert held[5] == pytest.approx(5 * planned.per_image + planned.fixed, rel=0.01)
 
 
-@pytest.mark.parametrize("bf16", [True, False])
+@pytest.mark.parametrize("bf16", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_a_layer_keeps_the_bytes_of_the_formula(plan_step, bf16):
     """By hand, per token: in bfloat16 the float32 stream twice and its norms' statistics, then the inputs of four
     products, q, k and v, and GELU's input: 20 width + 4 MLP + 4 heads + 16 bytes."""

@@ -32,7 +32,7 @@ KINDS = {
 }
 DRAWN = ("13 bands", "decibels with stripes of NaN")  # tests/visualize has pictures of every kind
 MARKS = dict.fromkeys(DRAWN, [pytest.mark.pictures])
-MARKS |= dict.fromkeys(("decibels", "colour of 16 bits", "decibels of a given range"), [pytest.mark.slow])
+MARKS |= dict.fromkeys(("decibels", "colour of 16 bits", "decibels of a given range", "signed"), [pytest.mark.slow])
 # kind → (the value of pixels without data, the tag of the files)
 NODATA = {
     "decibels with stripes of NaN": (np.nan, None),

@@ -85,7 +85,7 @@ def test_data_workers_leave_signals_to_the_main_process(run, tmp_path, monkeypat
         assert evaluate(command, run, "--dataset", "photos", "--num_workers", 1, *words) == 0
 
 
-@pytest.mark.parametrize("when", ["train", "finish", "push_to_hub"])
+@pytest.mark.parametrize("when", ["train", pytest.param("finish", marks=pytest.mark.slow), "push_to_hub"])
 def test_a_run_that_is_ended_outside_of_its_steps_says_how_to_resume_it(tmp_path, monkeypatch, capsys, when):
     folder = tmp_path / "run"
     words = [*SMALL, "--max_steps", "1", "--knn", "false", "--output_dir", str(folder)]

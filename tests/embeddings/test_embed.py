@@ -136,6 +136,7 @@ def test_an_extraction_that_was_begun_goes_on_with_the_same_settings_only(checkp
         embed(checkpoint, dataset="photos")
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_number_of_images(checkpoint, photos, small_parts):
     peaks = []
     for count in (40, 160):

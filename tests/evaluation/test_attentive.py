@@ -93,7 +93,8 @@ def test_attention_finds_the_token_that_tells_the_class_where_the_mean_tells_not
     assert accuracy[0] > 0.97 and accuracy[1] < 0.5, "each probe learns at its own rate"
 
 
-def test_protocol_runs_on_an_encoder_and_repeats_itself(tiny_encoder, digits_splits, tmp_path, capsys):
+def test_protocol_runs_on_an_encoder_and_repeats_itself(tiny_encoder, digits_splits, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("hf_mim.progress.watched", lambda: True)
     train, test = (split.select(range(200)) for split in digits_splits)
     extract = FeatureExtractor(tiny_encoder, cache=tmp_path, progress=False)
     options = dict(epochs=20, batch_size=32, learning_rates=[0.05, 0.2], weight_decays=[0.01])

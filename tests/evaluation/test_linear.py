@@ -83,6 +83,7 @@ def test_convex_training_reaches_the_optimum_of_scikit_learn():
     torch.testing.assert_close(head.logits(z)[:, 0].softmax(dim=1), probabilities, atol=2e-3, rtol=0)
 
 
+@pytest.mark.slow
 def test_probe_is_within_a_point_of_logistic_regression_on_digits(tiny_encoder, digits_splits):
     extract = FeatureExtractor(tiny_encoder, progress=False)
     train, test = digits_splits
@@ -130,7 +131,8 @@ def test_the_order_of_training_does_not_depend_on_what_was_held_out():
     assert max(shares) < 0.3, "held-out images come all over the epoch"
 
 
-def test_training_shows_a_bar_of_its_steps_only_if_asked(capsys):
+def test_training_shows_a_bar_of_its_steps_only_if_asked(capsys, monkeypatch):
+    monkeypatch.setattr("hf_mim.progress.watched", lambda: True)
     rows = torch.arange(30)
     for progress in (False, True):
         assert capsys.readouterr().err == ""
@@ -216,7 +218,8 @@ def test_the_heads_that_choose_never_saw_the_images_that_choose():
     assert sorted(final.ids.tolist()) == list(range(400)), "the chosen ones are fitted on all training images"
 
 
-def test_the_protocol_shows_a_bar_where_the_extractor_does(capsys):
+def test_the_protocol_shows_a_bar_where_the_extractor_does(capsys, monkeypatch):
+    monkeypatch.setattr("hf_mim.progress.watched", lambda: True)
     extract, train, test = given()
     for extract.progress in (False, True):
         assert capsys.readouterr().err == ""

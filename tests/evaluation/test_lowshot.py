@@ -102,7 +102,8 @@ def test_groups_stay_in_one_fold_when_c_is_chosen():
     assert fit_logistic(x, labels, [1.0, 2.0, 3.0], groups=labels).C == 2.0, "single groups: the middle one"
 
 
-def test_every_draw_takes_the_c_that_cross_validation_prefers_on_it(capsys):
+def test_every_draw_takes_the_c_that_cross_validation_prefers_on_it(capsys, monkeypatch):
+    monkeypatch.setattr("hf_mim.progress.watched", lambda: True)
     random, labels = torch.Generator().manual_seed(3), torch.arange(400) % 2
     x = torch.randn(400, 200, generator=random)
     x[:, 0] += 4 * (labels - 0.5)

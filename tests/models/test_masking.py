@@ -74,7 +74,7 @@ def test_every_target_is_one_full_block_of_the_scale_and_shape_asked_for():
         assert 0.75 - 0.2 <= height / width <= 1.5 + 0.3
 
 
-@pytest.mark.parametrize("grid", [(14, 14), (8, 8), (7, 12)])
+@pytest.mark.parametrize("grid", [pytest.param((14, 14), marks=pytest.mark.slow), (8, 8), (7, 12)])
 @pytest.mark.parametrize("num_candidates", [1, 4])
 def test_unbiased_frequencies_are_symmetric_under_flips_and_leave_out_no_row_or_column(grid, num_candidates):
     torch.manual_seed(0)
@@ -102,7 +102,9 @@ def test_trimming_by_raster_alone_is_what_starves_the_bottom():
     assert random[0].mean().item() == pytest.approx(random[-1].mean().item(), rel=0.05)
 
 
-@pytest.mark.parametrize(("grid", "one", "four"), [((14, 14), 0.29, 0.41), ((8, 8), 0.30, 0.41)])
+@pytest.mark.parametrize(
+    ("grid", "one", "four"), [pytest.param((14, 14), 0.29, 0.41, marks=pytest.mark.slow), ((8, 8), 0.30, 0.41)]
+)
 def test_four_candidates_keep_the_context_of_a_large_batch_large(grid, one, four):
     torch.manual_seed(0)
     assert frequency_maps(grid, batches=300, num_candidates=1)[2] == pytest.approx(one, abs=0.02)
