@@ -18,6 +18,7 @@ from hf_mim.run_folder import RECIPE, contents
 FIXED = (
     "train_split",
     "image_column",
+    "missing_modality",
     "streaming",
     "shuffle_buffer",
     "image_mean",
