@@ -43,7 +43,9 @@ def check_parts(image_column: str | list[str] | None, missing_modality: str, cac
     image_column = ",".join(image_column) if isinstance(image_column, list) else image_column
     image_parts(image_column, missing_modality)
     if missing_modality == ZERO and cached:
-        raise ValueError(f"cache_images must be false with missing_modality {ZERO}: a cache has no place for such parts")
+        raise ValueError(
+            f"cache_images must be false with missing_modality {ZERO}: a cache has no place for such parts"
+        )
     return image_column
 
 

@@ -71,6 +71,9 @@ def find_value_range(
     images = images.in_range(None if nodata is None else images.value_range, own_depth=True)
     images = images if nodata is None else images.count_missing()
     values, counts = _values(watch(sampled(images, _IMAGES, seed=0)))
+    for channel, own in enumerate(channel_types(kind or "float32", num_channels)):
+        if own == "uint8":
+            values[channel].clamp_(0, 255)  # a resize overshoots at edges; in an image of 8 bits it ends there
     value_range = fixed or (EIGHT_BITS if kind == "uint8" else _measured_parts(values, kind))
     value_range = ValueRange(value_range.low, value_range.high, kind, nodata)
     lines.insert(0, _line(value_range, kind or "several depths", values, counts.images, fixed is None))

@@ -5,7 +5,6 @@ I-JEPA, CLIP's, …), and networks whose maps shrink from stage to stage (Swin, 
 so that a layer means the same in each: the residual stream after the block or stage, before any final norm.
 """
 
-import inspect
 import logging
 import re
 from collections.abc import Sequence
@@ -26,6 +25,7 @@ from hf_mim.evaluation.inputs import (
     forward_arguments,
     image_model,
     native_size,
+    reads_nodata,
     unmasked,
 )
 from hf_mim.evaluation.layers import Layers, find_layers
@@ -116,7 +116,7 @@ class FrozenEncoder:
         self.image_size = pair(size if image_size is None else image_size)
         if len(self.mean) != self.num_channels or len(self.std) != self.num_channels:
             raise ValueError(f"image_mean and image_std must have {self.num_channels} values, not {mean}, {std}")
-        self.normalize = DeviceAugment(self.mean, self.std, nodata=self.has_nodata and not self.reads_nodata).eval()
+        self.normalize = DeviceAugment(self.mean, self.std, nodata=self.has_nodata and not reads_nodata(model)).eval()
         self.layers = self._find_layers()
         last = self.layers.streams[-1]
         self.num_layers, self.norm, self.patch_size = len(self.layers.streams), self.layers.norm, self.layers.stride
@@ -183,11 +183,6 @@ class FrozenEncoder:
         return self.value_range is not None and self.value_range.nodata is not None
 
     @property
-    def reads_nodata(self) -> bool:
-        """Whether the model is told which pixels have no data. They are NaN until then; for other models they are 0."""
-        return "valid_pixels" in inspect.signature(self.model.forward).parameters
-
-    @property
     def sha256(self) -> str:
         """The hash of the weights as they are now."""
         return model_sha256(self.model)
@@ -240,7 +235,7 @@ class FrozenEncoder:
     def preprocess(self, pixel_values: Tensor) -> Tensor:
         """`[B, C, h, w]`, uint8 or float32 in 0..255 (NaN: no data) → normalised float32 on the encoder's device.
 
-        Pixels without data stay NaN if the encoder `reads_nodata`, and become 0 else."""
+        Pixels without data stay NaN for a model that `reads_nodata`, and become 0 for others."""
         return self.normalize(pixel_values.to(self.device, non_blocking=True))
 
     def check(self, spec: FeatureSpec):

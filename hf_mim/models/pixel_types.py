@@ -46,7 +46,7 @@ def as_pixels(array: np.ndarray) -> np.ndarray:
 
 
 def joined_types(types: Sequence[str | None]) -> str:
-    """The type of an image whose channels have these: "uint8" if it is one, else "3 uint8 + 1 uint16". None: unknown."""
+    """The type of an image whose channels have these: "uint8" if it is one, else "3 uint8 + 1 uint16". None: any."""
     if len({kind for kind in types if kind is not None}) == 1:
         return next(kind for kind in types if kind is not None)
     return " + ".join(f"{len([*run])} {kind or 'missing'}" for kind, run in itertools.groupby(types))

@@ -55,7 +55,9 @@ def counted_parts(run: RunArguments, config: PreTrainedConfig) -> str | None:
         return run.image_column
     counts, parts = list(getattr(config, "modality_channels", {}).values()), parts_of(run.image_column)
     if len(counts) < 2:
-        raise ValueError(f"missing_modality {ZERO} needs several modalities (interactive_mim), and {run.method} has one")
+        raise ValueError(
+            f"missing_modality {ZERO} needs several modalities (interactive_mim), and {run.method} has one"
+        )
     if len(parts) != len(counts) or any(own not in (None, n) for own, n in zip(parts.values(), counts, strict=True)):
         told = ", ".join(f"{name}: {count}" for name, count in config.modality_channels.items())
         raise ValueError(

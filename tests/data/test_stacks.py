@@ -329,7 +329,11 @@ def test_with_two_missing_parts_the_column_has_to_say_how_many_channels_each_has
 @pytest.mark.parametrize(
     ("column", "missing", "message"),
     [
-        ("image", "zero", "missing_modality zero needs the parts of an image as image_column, such as rgb,ir, not image"),
+        (
+            "image",
+            "zero",
+            "missing_modality zero needs the parts of an image as image_column, such as rgb,ir, not image",
+        ),
         ("rgb,ir", "mean", "missing_modality must be one of error, zero, not 'mean'"),
     ],
 )
