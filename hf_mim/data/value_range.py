@@ -77,7 +77,7 @@ def find_value_range(
     value_range = fixed or (EIGHT_BITS if kind == "uint8" else _measured_parts(values, kind))
     value_range = ValueRange(value_range.low, value_range.high, kind, nodata)
     lines.insert(0, _line(value_range, kind or "several depths", values, counts.images, fixed is None))
-    missing = None if nodata is None else counts.missing_in_words(nodata, images)
+    missing = None if nodata is None else counts.missing_in_words(nodata, images, lacking)
     if missing is not None:
         lines.append(f"nodata: {missing}")
     return value_range, "\n".join(lines), missing
@@ -131,10 +131,12 @@ class _Counts:
     missing: int = 0
     pixels: int = 0
 
-    def missing_in_words(self, nodata: float, images) -> str:
+    def missing_in_words(self, nodata: float, images, lacking: bool) -> str:
         share = 100 * self.missing / self.pixels
         words = f"{share:.{1 if share >= 0.1 or not share else 4}f} % of the pixels, in {self.touched:,} of "
-        words += f"{self.images:,} images ({as_text(nodata)}{', by GDAL_NODATA tags' if images.checks_tags else ''})"
+        what = f"{as_text(nodata)}{', by GDAL_NODATA tags' if images.checks_tags else ''}"
+        what = ("missing parts" if nodata != nodata else f"missing parts; {what}") if lacking else what
+        words += f"{self.images:,} images ({what})"
         if empty := images.num_empty():
             words += f"; {empty:,} images hold no data at all and are left out"
         return words
