@@ -16,7 +16,7 @@ from hf_mim.models.orientation import exif_orientation, upright
 from hf_mim.models.pixels import ImageFormatError
 
 from .deep import read_deep
-from .stacks import is_stack, open_stack, present
+from .stacks import first_part, is_stack, open_stack
 from .tiff import is_plain_tiff, is_tiff, read_tiff
 
 # What PIL may open. EPS is not among them: PIL would run Ghostscript on it, whatever the file is called.
@@ -48,7 +48,7 @@ def decoding(name: str):
 
 def image_name(value, otherwise: str) -> str:
     """The path in a value of an image column, or `otherwise` if it has none. A stack has the path of its first part."""
-    value = next(iter(present(value).values()), None) if is_stack(value) else value
+    value = first_part(value)
     return (value.get("path") if isinstance(value, dict) else None) or otherwise
 
 
@@ -119,7 +119,7 @@ def open_image(
 
 def header_size(value) -> tuple[int, int] | None:
     """(width, height) of an encoded image, upright, from its header; None if PIL does not know the format."""
-    value = stored(next(iter(present(value).values()), None) if is_stack(value) else value)
+    value = stored(first_part(value))
     if not isinstance(value, str | bytes):
         return None
     with contextlib.suppress(UnidentifiedImageError, Image.DecompressionBombError):

@@ -102,6 +102,11 @@ def present(stack: dict) -> dict:
     return {key: value for key, value in stack.items() if not is_empty(value)}
 
 
+def first_part(value):
+    """Of a stack the first part that the image has, None if there is none; any other value as it is."""
+    return next(iter(present(value).values()), None) if is_stack(value) else value
+
+
 def open_stack(
     stack: dict, num_channels: int | None, open_image: Callable, pixel_type: str | None = None
 ) -> np.ndarray:

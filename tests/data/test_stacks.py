@@ -9,6 +9,7 @@ from PIL import Image
 from hf_mim.data import ImageDataset, ImageStream, channel_statistics, load_images
 from hf_mim.data.crop import WholeImage
 from hf_mim.data.decode import header_size, image_name, open_image
+from hf_mim.data.masks import load_masks
 from hf_mim.data.nodata import tag_nodata
 from hf_mim.data.stacks import files_of_parts, image_parts, parts_of
 from hf_mim.data.value_range import find_value_range
@@ -340,3 +341,13 @@ def test_with_two_missing_parts_the_column_has_to_say_how_many_channels_each_has
 def test_missing_parts_of_an_image_without_parts_are_refused(column, missing, message):
     with pytest.raises(ValueError, match=message):
         image_parts(column, missing)
+
+
+def test_images_of_parts_have_masks(deep):
+    rows = {name: [str(deep / name / f"{number}.npy") for number in range(3)] for name in ("rgb", "ir")}
+    rows["ir"][1], masks = None, [Image.fromarray(pixels(number, 1)) for number in range(3)]
+    features = Features(rgb=ImageFeature(), ir=ImageFeature(), mask=ImageFeature())
+    table = Dataset.from_dict(rows | {"mask": masks}, features)
+    found = load_masks(table, image_column=image_parts("rgb,ir", "zero"))
+    assert found.sizes == [(12, 16)] * 3
+    assert open_image(found.images[0]["image"], 4).shape == (12, 16, 4)
