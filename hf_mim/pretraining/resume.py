@@ -17,8 +17,8 @@ from hf_mim.run_folder import RECIPE, contents
 # What must stay as it is when a run is resumed, beside the model's settings and the images. All else takes effect.
 FIXED = (
     "train_split",
-    "image_column",
     "missing_modality",
+    "image_column",
     "streaming",
     "shuffle_buffer",
     "image_mean",
