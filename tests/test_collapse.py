@@ -283,7 +283,7 @@ def run(tmp_path, method, **settings):
 
 # Latent MIM does not collapse without the gap and the discrimination alone: the similarity term holds latents apart.
 # SymMIM does not collapse without momentum, nor at a weight decay of 50: its contrast and its reconstruction hold the
-# images apart. What breaks it is a rate that no run would have, 5,000 times that of the recipe.
+# images apart. What breaks it is a high rate: 50 times that of the recipe may be enough, 5,000 times always was.
 COLLAPSING = {
     "stop_jepa": {"momentum_start": 0, "momentum_end": 0},
     "latent_mim": {"patch_gap": 0, "loss_type": "norm_l2", "similarity_weight": 0},
