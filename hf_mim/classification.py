@@ -102,7 +102,7 @@ def predict(classifier: str | Path, **options) -> Predicted:
     output = check_new_file(source.output, "output", (".csv", ".parquet"))
     arguments = EncoderArguments(**options, cache="none")
     extract = arguments.extractor(str(classifier), source.crop(), TrainedClassifier)
-    about = source.image_column, source.labels
+    about = source.parts(), source.labels
     images, _ = load_described(source.dataset, source.split, False, *about, group=source.group)
     name = f"{source_name(source.dataset)}, split {source.split}"
     split = Images(images.add_column("row", list(range(len(images)))), name)

@@ -12,16 +12,20 @@ from datasets import ClassLabel, Dataset, Features, Value
 from datasets import Image as ImageFeature
 from PIL import Image
 from tiny_comparison import TRAINING
-from transformers import AutoModel
+from transformers import AutoImageProcessor, AutoModel
 
 from hf_mim.cli import main
 from hf_mim.data import ImageDataset, WholeImage, load_images
 from hf_mim.data.processor import image_processor
+from hf_mim.data.stacks import image_parts
 from hf_mim.demo.actions import Demo
+from hf_mim.evaluation.encoder import FrozenEncoder
 from hf_mim.models.modeling_interactive_mim import InteractiveMIMForPreTraining
+from hf_mim.models.pixels import ValueRange
 from hf_mim.pretraining.recipe import Recipe
 from hf_mim.pretraining.run import Pretraining
 from hf_mim.run_folder import RECIPE
+from hf_mim.visualize.viewer import Viewer
 
 
 @pytest.fixture
@@ -142,3 +146,90 @@ def test_show_and_the_demo_read_images_of_parts(script, source, tmp_path):
     words = ["show", str(run), str(two), "--image_column", "luma,chroma", "--what", "pca", "--count", "2"]
     assert main([*words, "--output", str(tmp_path / "pictures")]) == 0
     assert (tmp_path / "pictures" / "pca.png").exists()
+
+
+# ---- images that lack a modality
+
+
+@pytest.fixture
+def lacking(script, source, tmp_path):
+    """Two modalities, of which a third of the training images and two test images lack the chroma."""
+    script.main(str(source), str(two := tmp_path / "two"))
+    files = sorted((two / "train/chroma").rglob("*.npy")), sorted((two / "test/chroma").rglob("*.npy"))
+    for path in [*files[0][::3], *files[1][:2]]:
+        path.unlink()
+    return two
+
+
+ZERO = {"image_column": ["luma", "chroma"], "missing_modality": "zero"}
+
+
+def test_a_run_on_images_that_lack_a_modality_is_trained_and_measured(lacking, tmp_path, capsys):
+    run = tmp_path / "run"
+    Pretraining(Recipe.resolve(SETTINGS | ZERO | {"dataset": str(lacking), "output_dir": str(run)}))()
+    printed = capsys.readouterr().out
+    assert "6 images lack chroma, which is masked there" in printed and "in 6 of 16 images (missing parts)" in printed
+    recipe = Recipe.read(run / "recipe.yaml", {}).run
+    assert (recipe.image_column, recipe.missing_modality) == ("luma:1,chroma:2", "zero") and np.isnan(recipe.nodata)
+    images = load_images(lacking, "test", image_column=image_parts("luma:1,chroma:2", "zero"))
+    words = ["--dataset", str(lacking), "--image_column", "luma,chroma", "--missing_modality", "zero"]
+    embed = ["embed", str(run), *words, "--output", str(tmp_path / "all.npy"), "--split", "test"]
+    assert main(embed) == 0
+    features, encoder = np.load(tmp_path / "all.npy"), AutoModel.from_pretrained(run).eval()
+    nan = ValueRange((0.0,), (255.0,), "uint8", float("nan"))
+    samples = ImageDataset(images, 16, 3, WholeImage(), value_range=nan)
+    pixels = torch.stack([sample["pixel_values"] for sample in samples]) / 255
+    assert pixels[:, 1:].isnan().flatten(1).all(dim=1).nonzero().flatten().tolist() == [0, 1]
+    mean, std = (torch.tensor(x).view(3, 1, 1) for x in (recipe.image_mean, recipe.image_std))
+    for rows, seen in ((slice(0, 2), ["luma"]), (slice(2, None), ["luma", "chroma"])):
+        given = ((pixels[rows] - mean) / std).nan_to_num(nan=0.0)
+        expected = encoder(given, modalities=seen).pooler_output.detach().numpy()
+        np.testing.assert_allclose(features[rows], expected, atol=1e-4)
+    assert main(["evaluate", "knn", str(run), *words, "--k", "3", "--cache", "none"]) == 0
+    assert main(["evaluate", "knn", str(run), *words[:4], "--k", "3", "--cache", "none"]) == 2
+    assert "--missing_modality zero" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"image_column": None}, "missing_modality zero needs the parts of an image as image_column, .* not None"),
+        ({"cache_images": True}, "cache_images must be false with missing_modality zero"),
+        ({"image_column": "chroma:2,luma:1"}, r"for each of the modalities \{luma: 1, chroma: 2\}, .* chroma:2,luma:1"),
+        ({"method": "mae"}, r"missing_modality zero needs several modalities \(interactive_mim\), and mae has one"),
+    ],
+)
+def test_missing_modalities_that_cannot_be_masked_are_refused(tmp_path, changes, message):
+    settings = SETTINGS | ZERO | {"dataset": str(tmp_path), "output_dir": str(tmp_path / "run")} | changes
+    if settings["method"] == "mae":
+        del settings["modalities"]
+    with pytest.raises(ValueError, match=message):
+        Pretraining(Recipe.resolve(settings))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_on_8_bit_rgb_and_16_bit_infrared_and_what_its_checkpoint_makes_of_an_image(tmp_path, capsys):
+    rng, two = np.random.default_rng(0), tmp_path / "two"
+    for number in range(8):
+        rgb, ir = rng.integers(0, 256, (16, 16, 3), np.uint8), rng.integers(0, 4096, (16, 16), np.uint16)
+        for name, array in (("rgb", rgb), ("ir", ir)):
+            (two / name).mkdir(parents=True, exist_ok=True)
+            Image.fromarray(array).save(two / name / f"{number}.png")
+    run = tmp_path / "run"
+    settings = {"modalities": {"rgb": 3, "ir": 1}, "num_channels": 4, "image_column": "rgb,ir"}
+    Pretraining(Recipe.resolve(SETTINGS | settings | {"dataset": str(two), "output_dir": str(run)}))()
+    recipe = Recipe.read(run / "recipe.yaml", {}).run
+    assert recipe.value_range == [0, 255, 0, 255, 0, 255, 0, 4095]
+    assert np.allclose(recipe.image_mean, 0.5, atol=0.05) and np.allclose(recipe.image_std, 0.25, atol=0.03)
+    assert "are clipped" not in capsys.readouterr().out
+    both = np.concatenate([rgb, ir[..., None]], axis=2, dtype=np.uint16)
+    pixels = AutoImageProcessor.from_pretrained(run)(both, return_tensors="pt")["pixel_values"][0]
+    mean, std = (torch.tensor(x).view(4, 1, 1) for x in (recipe.image_mean, recipe.image_std))
+    scaled = torch.from_numpy(both.astype(np.float32)).permute(2, 0, 1) / torch.tensor([255, 255, 255, 4095]).view(
+        -1, 1, 1
+    )
+    torch.testing.assert_close(pixels, (scaled - mean) / std, rtol=1e-4, atol=1e-4)
+    encoder = FrozenEncoder.load(run)
+    stack = load_images(two, image_column="rgb,ir")[7]["image"]
+    read = encoder.preprocess(Viewer(encoder).read([stack]).pixels)
+    torch.testing.assert_close(read[0], pixels, rtol=1e-4, atol=1e-4)

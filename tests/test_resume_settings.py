@@ -86,6 +86,7 @@ def pictures(tmp_path):
 OTHER = {
     "train_split": "test",
     "image_column": "picture",
+    "missing_modality": "zero",
     "streaming": True,
     "shuffle_buffer": 7,
     "image_mean": "0.1,0.1,0.1",
@@ -105,7 +106,7 @@ OTHER = {
 
 @pytest.mark.parametrize("name", FIXED)
 def test_what_must_stay_is_refused_by_name(held, name):
-    others = {"probe_every": 1} if name == "keep_best" else {}
+    others = {"keep_best": {"probe_every": 1}, "missing_modality": {"image_column": "rgb,ir"}}.get(name, {})
     recipe = Recipe.read(None, {"resume": True, "output_dir": str(held), name: OTHER[name]} | others)
     with pytest.raises(ValueError, match=rf"^{name} is .*, but the run in {held} has "):
         check_run_folder(held, recipe)

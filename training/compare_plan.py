@@ -173,9 +173,9 @@ class Comparison:
         run = self.first.run
         found = {"dataset": run.dataset, "test": run.test_dataset, "train_split": run.train_split}
         found |= {"split": run.train_split, "test_split": run.test_split, "image_column": run.image_column}
-        found |= {"labels": run.labels, "group": run.group}
+        found |= {"missing_modality": run.missing_modality, "labels": run.labels, "group": run.group}
         found |= {"device": "cpu" if self.first.training.get("use_cpu") else None}
-        offered, usual = option_types(load_protocol(protocol)), (None, "train")
+        offered, usual = option_types(load_protocol(protocol)), (None, "train", "error")
         return {name: value for name, value in found.items() if name in offered and value not in usual}
 
 

@@ -23,8 +23,8 @@ from hf_mim.hub.push import NOT_UPLOADED
 
 PROTOCOLS = ("knn", "linear")
 # Settings of the run that the protocols share → their names there.
-OF_IMAGES = {name: name for name in ("image_column", "labels", "group", "train_split", "test_split")}
-OF_IMAGES["test_dataset"] = "test"
+OF_IMAGES = {name: name for name in ("image_column", "missing_modality", "labels", "group")}
+OF_IMAGES |= {"train_split": "train_split", "test_split": "test_split", "test_dataset": "test"}
 
 
 def main(words: list[str]):

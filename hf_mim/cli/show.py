@@ -1,6 +1,7 @@
 """`hf-mim show CHECKPOINT IMAGE... [--what PICTURE,...] [--output FOLDER]`."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 from hf_mim.cli.errors import Mistake, told_in_one_line
 from hf_mim.cli.options import Command, Setting, settings_of
@@ -21,6 +22,7 @@ class ShowArguments:
         count: images of a source, drawn with a fixed seed; default: 8, on a map 300
         split: the split of a source; default: test or validation, or train
         image_column: the column of a source, or the parts of an image such as rgb,ir; default: found by its type
+        missing_modality: what an image is that lacks a part: error, or zero, the part is masked as a whole there
         image_size: side in pixels, or height,width, to which images are resized; larger ones have finer maps of
             features; default: that of the checkpoint
         bands: which bands are red, green and blue, such as 4,3,2, or the one that is grey; default: those of the
@@ -38,6 +40,7 @@ class ShowArguments:
     count: int | None = None
     split: str | None = None
     image_column: str | None = None
+    missing_modality: Literal["error", "zero"] = "error"
     image_size: int | list[int] | None = None
     bands: list[int] | None = None
     patch: list[int] | None = None
@@ -71,8 +74,11 @@ def run(checkpoint: str, *images: str, **given: str):
     hints = get_type_hints(ShowArguments)
     with told_in_one_line("the pictures that were named are whole"):
         values = {name: to_type(name, value, hints[name]) for name, value in given.items()}
+        from hf_mim.data.stacks import ERROR, image_parts
         from hf_mim.visualize.pictures import draw_pictures
 
+        missing = values.pop("missing_modality", ERROR)
+        values["image_column"] = image_parts(values.get("image_column"), missing)
         for path in draw_pictures(checkpoint, images, **values):
             print(path, flush=True)
 

@@ -9,7 +9,7 @@ from datasets import Array2D, Array3D, ClassLabel, Dataset, Features, IterableDa
 from datasets import Image as ImageFeature
 from datasets.utils import disable_progress_bars, enable_progress_bars, is_progress_bar_enabled
 
-from .stacks import parts_of
+from .stacks import Incomplete, keys_of, parts_of
 
 # A column of one of these names is preferred among several of its kind, or recognised if its type tells too little.
 IMAGE_NAMES = tuple("image img pixel_values picture photo jpg jpeg png webp tif tiff npy npz bytes".split())
@@ -35,7 +35,11 @@ class Chosen:
 
 
 def prepare_columns(
-    dataset, image_column: str | None, labels: str | None, group: str | None = None, notes: Sequence[str] = ()
+    dataset,
+    image_column: str | Incomplete | None,
+    labels: str | None,
+    group: str | None = None,
+    notes: Sequence[str] = (),
 ):
     """(the dataset with only `image` (undecoded) and, if there are any, `label` (class ids) and `group` (text); what
     was chosen).
@@ -59,7 +63,7 @@ def prepare_columns(
         check_columns(features, notes, image_column=part)
     check_columns(features, notes, labels=wanted, group=group)
     if parts:
-        image_column, dataset = "image", _stacked(dataset, parts)
+        image_column, dataset = "image", _stacked(dataset, keys_of(image_column))
         features = dataset.features
     else:
         image_column = image_column or _find_image(features)
@@ -83,8 +87,9 @@ def prepare_columns(
     return keep_types(dataset), chosen
 
 
-def _stacked(dataset, parts: dict[str, int | None]):
-    """The dataset with a column `image` of stacks (`stacks.py`) in place of the columns of these parts."""
+def _stacked(dataset, keys: list[str]):
+    """The dataset with a column `image` of stacks (`stacks.py`) of these keys in place of the columns of the parts."""
+    parts = [key.partition(":")[0] for key in keys]
     for name in parts:
         if not is_encoded(dataset.features[name]):
             raise ValueError(f"image_column={name!r} must hold encoded images, not {dataset.features[name]}")
@@ -94,7 +99,6 @@ def _stacked(dataset, parts: dict[str, int | None]):
     dataset = dataset.rename_columns(columns)
     for column in columns.values():
         dataset = dataset.cast_column(column, ImageFeature(decode=False))
-    keys = [f"{name}:{count or ''}" for name, count in parts.items()]
 
     def stack(rows: dict) -> dict:
         values = zip(*(rows[column] for column in columns.values()), strict=True)

@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 from datasets import Dataset
 
-from .stacks import is_stack
+from .stacks import is_stack, present
 
 DIGEST = 16  # bytes
 _ROWS = 1000  # that are looked at at once
@@ -29,7 +29,7 @@ def stamps(images: Dataset) -> tuple[str, float] | None:
     """
     hashed, newest = hashlib.sha256(), 0.0
     for values in _parts(images):
-        for held in (part for value in values for part in (value.values() if is_stack(value) else [value])):
+        for held in (part for value in values for part in (present(value).values() if is_stack(value) else [value])):
             if not isinstance(held, dict) or held.get("bytes") is not None:
                 return None
             path = os.path.abspath(held.get("path") or "")

@@ -114,11 +114,13 @@ class _Probe:
         return 0, 0, 1, 1
 
 
-def image_size(value, num_channels: int) -> tuple[int, int]:
-    """(width, height) of one value of an image column, upright. Where the header tells it, nothing is decoded."""
+def image_size(value, num_channels: int, value_range: ValueRange | None = None) -> tuple[int, int]:
+    """(width, height) of one value of an image column, upright. Where the header tells it, nothing is decoded.
+
+    value_range: as of `load_crop`; images that lack a part need it."""
     if (size := header_size(value)) is not None:
         return size
-    load_crop(value, probe := _Probe(), (1, 1), num_channels, None)
+    load_crop(value, probe := _Probe(), (1, 1), num_channels, None, value_range)
     return probe.size
 
 
@@ -135,5 +137,5 @@ def load_crop(
 
     The arguments are those of `crop_image`; rng is for crops at random.
     """
-    image = open_image(value, num_channels)
+    image = open_image(value, num_channels, pixel_type=value_range and value_range.pixel_type)
     return crop_image(image, crop, size, num_channels, rng, value_range=value_range, keep_empty=keep_empty)

@@ -108,7 +108,7 @@ class _Images:
                 check_tag(value, nodata)
             missing = None
             if self.counts_missing:
-                value = open_image(value, self.num_channels)  # once, for both
+                value = open_image(value, self.num_channels, pixel_type=value_range.pixel_type)  # once, for both
                 missing = count_missing(value, self.num_channels, value_range)
             pixels = load_crop(value, self.crop, self.size, self.num_channels, rng, value_range, self.keep_empty)
             if not self.own_depth:

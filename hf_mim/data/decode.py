@@ -16,7 +16,7 @@ from hf_mim.models.orientation import exif_orientation, upright
 from hf_mim.models.pixels import ImageFormatError
 
 from .deep import read_deep
-from .stacks import is_stack, open_stack
+from .stacks import first_part, is_stack, open_stack
 from .tiff import is_plain_tiff, is_tiff, read_tiff
 
 # What PIL may open. EPS is not among them: PIL would run Ghostscript on it, whatever the file is called.
@@ -48,7 +48,7 @@ def decoding(name: str):
 
 def image_name(value, otherwise: str) -> str:
     """The path in a value of an image column, or `otherwise` if it has none. A stack has the path of its first part."""
-    value = next(iter(value.values())) if is_stack(value) else value
+    value = first_part(value)
     return (value.get("path") if isinstance(value, dict) else None) or otherwise
 
 
@@ -84,19 +84,22 @@ def as_file(value: str | bytes):
     return open(value, "rb")
 
 
-def open_image(value, num_channels: int | None = None, as_ids: bool = False) -> Image.Image | np.ndarray:
+def open_image(
+    value, num_channels: int | None = None, as_ids: bool = False, pixel_type: str | None = None
+) -> Image.Image | np.ndarray:
     """Open one value of an image column: `{"bytes", "path"}`, a path, bytes, a PIL image, an array, or a stack of such.
 
     A JPEG is returned undecoded, so that the caller may still `draft` it; every other image is decoded.
 
     num_channels: as many as there will be; with it, files that can be read in two ways are read in the right one.
     as_ids: for masks: what PIL would scale, and the indices of palettes, stay as they are stored.
+    pixel_type: the type that a stack has to have (`stacks.open_stack`).
 
     Raises:
         ImageFormatError: too many pixels, or a depth or compression that needs the extra hf-mim[tiff].
     """
     if is_stack(value):
-        return open_stack(value, num_channels, open_image)
+        return open_stack(value, num_channels, open_image, pixel_type)
     value = stored(value)
     if value is None:
         raise OSError("the row holds no image")
@@ -116,7 +119,7 @@ def open_image(value, num_channels: int | None = None, as_ids: bool = False) -> 
 
 def header_size(value) -> tuple[int, int] | None:
     """(width, height) of an encoded image, upright, from its header; None if PIL does not know the format."""
-    value = stored(next(iter(value.values())) if is_stack(value) else value)
+    value = stored(first_part(value))
     if not isinstance(value, str | bytes):
         return None
     with contextlib.suppress(UnidentifiedImageError, Image.DecompressionBombError):

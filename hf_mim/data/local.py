@@ -25,7 +25,7 @@ from .folders import (
 )
 from .metadata import is_metadata, metadata_files, read_metadata
 from .names import canonical_split, group_folder
-from .stacks import files_of_parts, parts_of
+from .stacks import Incomplete, files_of_parts, parts_of
 from .tars import look_into, read_tars
 
 
@@ -66,7 +66,7 @@ def naming_the_source(source, where: str = ""):
 
 
 def load_local(
-    path: Path, split: str, streaming: bool, labels: str | None, image_column: str | None = None
+    path: Path, split: str, streaming: bool, labels: str | None, image_column: str | Incomplete | None = None
 ) -> tuple[Dataset | IterableDataset, Account]:
     """A split of a file or folder, with all its columns. `labels`, `image_column`: as in `load_images`."""
     if path.is_dir() and ((path / "dataset_dict.json").exists() or (path / "state.json").exists()):
@@ -95,13 +95,18 @@ def load_local(
 
 
 def _load_folder(
-    folder: Path, paths: list[str], split: str, left_out: Counter, labels: str | None, image_column: str | None
+    folder: Path,
+    paths: list[str],
+    split: str,
+    left_out: Counter,
+    labels: str | None,
+    image_column: str | Incomplete | None,
 ) -> tuple[Dataset, Account]:
     """A folder of image files. Only their paths, and tables about them, are read here."""
     stacks = {}
-    if parts := parts_of(image_column):
+    if parts_of(image_column):
         with naming_the_source(folder):
-            stacks, outside = files_of_parts(paths, parts)
+            stacks, outside = files_of_parts(paths, image_column)
         left_out = left_out + outside if stacks else left_out
     layout = image_splits([*stacks] or paths, classes={None: None, FOLDER: True}.get(labels, False))
     if not layout.splits:
@@ -111,13 +116,12 @@ def _load_folder(
     kinds = Counter(_extension(path) for path, _ in entries)
     types = ", ".join(f"{count:,} {kind}" for kind, count in kinds.most_common())
     taken = f"{len(entries):,} images ({types})"
-    account = Account(taken, others, left_out + layout.left_out, layout.notes)
-    columns = {}
-    files = [stacks.get(path, {"image": path}) for path, _ in entries]
-    by_part = (image_files([str(folder / held[name]) for held in files], name) for name in files[0])
+    columns, files = {}, [stacks.get(path, {"image": path}) for path, _ in entries]
+    account = Account(taken, others, left_out + layout.left_out, layout.notes + _without(files))
+    by_part = (image_files([held[name] and str(folder / held[name]) for held in files], name) for name in files[0])
     dataset = concatenate_datasets([*by_part], axis=1)
     if tables := metadata_files(folder, paths):
-        about = _metadata(folder, tables, paths, [next(iter(held.values())) for held in files], account)
+        about = _metadata(folder, tables, paths, [next(filter(None, held.values())) for held in files], account)
         if about is not None:
             columns, dataset = set(about.column_names), concatenate_datasets([dataset, about], axis=1)
     if FOLDER not in columns and any(names := [group_folder(readable(path)) for path, _ in entries]):
@@ -133,6 +137,12 @@ def _load_folder(
     elif labels == FOLDER:
         raise ValueError(f"labels={FOLDER!r} needs a folder for each of two classes at least, in {str(folder)!r}")
     return dataset, account
+
+
+def _without(files: list[dict[str, str | None]]) -> list[str]:
+    """Notes about the parts that images lack."""
+    counts = Counter(name for held in files for name, file in held.items() if file is None)
+    return [f"{count:,} images lack {name}, which is masked there" for name, count in counts.items()]
 
 
 def _class_column(layout: Layout, entries: list[tuple[str, str | None]]) -> tuple[list[int], ClassLabel] | None:

@@ -23,6 +23,7 @@ from .local import image_files, pick_split
 from .mask_folders import divide
 from .names import group_folder, split_of_folder
 from .sources import load_images, local_folder, open_source, source_name
+from .stacks import first_part
 
 IMAGE_FOLDERS = ("images", "image", "imgs", "img")
 MASK_FOLDERS = ("masks", "mask", "annotations", "annotation", "segmentations", "segmentation", "labels", "label")
@@ -169,7 +170,7 @@ def _check_holds_ids(mask: Image.Image):
 def _upright_size(value, name: str, is_mask: bool = False) -> tuple[int, int]:
     """(height, width) of one value of an image column when upright, from its header if it has one."""
     with _naming_the_mask(value, name):
-        value = stored(value)
+        value = stored(first_part(value))
         if isinstance(value, str | bytes):
             try:
                 with Image.open(io.BytesIO(value) if isinstance(value, bytes) else value) as image:

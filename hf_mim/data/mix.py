@@ -4,7 +4,10 @@ Each image is mixed with its neighbour in the batch (a roll by one). In a shuffl
 never the image itself. As in MAE's fine-tuning (arXiv 2111.06377, table 9), all images of a batch share one λ.
 """
 
+import functools
+import inspect
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -91,7 +94,8 @@ class MixAugment(nn.Module):
         label_smoothing: s in [0, 1).
         random_erase: probability of erasing a part of an image.
         flip: probability of a left-right flip.
-        nodata: whether pixels without data may come, as NaN; they become 0.
+        nodata: whether pixels without data may come, as NaN; they become 0, and a model whose encoder takes
+            `valid_pixels` is told where images have data. A mixture has data where one of its images has.
     """
 
     def __init__(
@@ -105,25 +109,32 @@ class MixAugment(nn.Module):
         self.mixup, self.cutmix, self.label_smoothing, self.erase = mixup, cutmix, label_smoothing, random_erase
         self.weight = 1.0  # λ of the last batch, for `loss`
 
-    @torch.no_grad()
     def forward(self, pixel_values: Tensor) -> Tensor:
-        images, self.weight = self.normalize(pixel_values), 1.0
+        return self.with_valid(pixel_values)[0]
+
+    @torch.no_grad()
+    def with_valid(self, pixel_values: Tensor) -> tuple[Tensor, Tensor | None]:
+        """(what `forward` gives; where there are data, bool [B, C, H, W], or None for images without such pixels)."""
+        (images, valid), self.weight = self.normalize.with_valid(pixel_values), 1.0
         if not self.training:
-            return images
+            return images, valid
         if self.erase:
             images = random_erase(images, self.erase)
         if not (self.mixup or self.cutmix):
-            return images
+            return images, valid
+        mix = self._draw_mixing(*images.shape[2:])
+        return mix(images), None if valid is None else mix(valid.float()) > 0
+
+    def _draw_mixing(self, height: int, width: int) -> Callable[[Tensor], Tensor]:
         # Drawn on the CPU, so that reading the numbers does not wait for the device.
         use_cutmix = torch.rand(()).item() < 0.5 if self.mixup and self.cutmix else bool(self.cutmix)
         alpha = self.cutmix if use_cutmix else self.mixup
         self.weight = torch.distributions.Beta(alpha, alpha).sample().item()
         if not use_cutmix:
-            return mixup(images, self.weight)
-        height, width = images.shape[2:]
+            return functools.partial(mixup, weight=self.weight)
         box = cutmix_box(height, width, self.weight)
         self.weight = weight_outside(box, height, width)
-        return cutmix(images, box)
+        return functools.partial(cutmix, box=box)
 
     def attach(self, model: nn.Module, **options):
         """Apply this before each forward of the model. Returns a handle; its `remove()` undoes this.
@@ -131,9 +142,14 @@ class MixAugment(nn.Module):
         options: further arguments of the model's forward.
         """
 
+        encoder = getattr(model, "base_model", model)
+        is_told = "valid_pixels" in inspect.signature(encoder.forward).parameters
+
         def before_forward(module, args, kwargs):
             self.train(module.training)
-            return args, kwargs | options | {"pixel_values": self(kwargs["pixel_values"])}
+            images, valid = self.with_valid(kwargs["pixel_values"])
+            own = options if valid is None or not is_told else options | {"valid_pixels": valid}
+            return args, kwargs | own | {"pixel_values": images}
 
         return model.register_forward_pre_hook(before_forward, with_kwargs=True)
 

@@ -14,7 +14,7 @@ from hf_mim.models.pixels import ImageFormatError, ValueRange, crop_image, to_ch
 from .augment import sampled
 from .crop import WholeImage
 from .decode import BrokenImage, as_file, decoding, image_name, stored
-from .stacks import is_stack
+from .stacks import is_stack, present
 from .tiff import is_tiff, unused_pages
 
 IGNORE_TAGS = "none"  # as the option nodata: there is no such value, whatever tags say
@@ -40,7 +40,7 @@ def gdal_nodata(value) -> float | None:
     Raises ImageFormatError if the parts of an image have different tags.
     """
     if is_stack(value):
-        return _of_parts({key.partition(":")[0]: gdal_nodata(part) for key, part in value.items()})
+        return _of_parts({key.partition(":")[0]: gdal_nodata(part) for key, part in present(value).items()})
     value = stored(value)
     if not isinstance(value, str | bytes):
         return None
@@ -78,7 +78,7 @@ def _of_parts(tags: dict[str, float | None]) -> float | None:
             f"the parts of an image have different values in their GDAL_NODATA tags ({listed}); give the one that "
             f"holds for all parts (--nodata {some}), or ignore the tags (--nodata none)"
         )
-    return next(iter(tags.values()))
+    return next(iter(tags.values()), None)
 
 
 def _read_tags(file, head: bytes) -> dict:

@@ -21,6 +21,7 @@ from .fingerprint import is_copy
 from .folders import readable
 from .local import SplitNotFound, load_local, naming_the_source, picked
 from .metadata import UNREAD
+from .stacks import Incomplete
 
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?(:[\w.-]+)?")
 _MAX_SHARDS = 64  # of a local source that is streamed
@@ -33,7 +34,7 @@ def load_images(
     source: str | os.PathLike | Dataset | IterableDataset | dict,
     split: str = "train",
     streaming: bool = False,
-    image_column: str | None = None,
+    image_column: str | Incomplete | None = None,
     labels: str | None = None,
     tell: Callable[[str], Any] | None = None,
     group: str | None = None,
@@ -50,7 +51,8 @@ def load_images(
             A `metadata.csv`, `.jsonl` or `.parquet` beside images gives them more columns (`metadata.py`).
         streaming: read during training instead of preparing everything first; returns an `IterableDataset`.
         image_column: default: the only image column, or among several the one called "image". "rgb,ir" stacks the
-            channels of two columns, or of the files with equal names in two folders (`stacks.py`).
+            channels of two columns, or of the files with equal names in two folders (`stacks.py`);
+            `stacks.image_parts` takes images that lack one.
         labels: a column; "folder": the class folders; "none": no labels. By default, a column that declares itself as
             the class (`columns.find_labels`), or folders that look like classes (`classes.py`).
         tell: is called with one line: what was taken, the splits, the classes, and what was left out. By default,
@@ -96,7 +98,7 @@ def open_source(source, split: str = "train", streaming: bool = False) -> Datase
 
 
 def _open(
-    source, split: str, streaming: bool, labels: str | None = None, image_column: str | None = None
+    source, split: str, streaming: bool, labels: str | None = None, image_column: str | Incomplete | None = None
 ) -> tuple[Dataset | IterableDataset, Account]:
     """The dataset of `open_source`, without a format of its own, because a format may hide columns."""
     dataset, account = _read(source, split, streaming, labels, image_column)
@@ -105,7 +107,7 @@ def _open(
 
 
 def _read(
-    source, split: str, streaming: bool, labels: str | None, image_column: str | None
+    source, split: str, streaming: bool, labels: str | None, image_column: str | Incomplete | None
 ) -> tuple[Dataset | IterableDataset, Account]:
     if isinstance(source, Dataset | IterableDataset):
         return source, Account()

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from hf_mim.data import EMBEDDED
 from hf_mim.data.decode import BrokenImage, as_stored, image_name, open_image, stored
+from hf_mim.data.stacks import ERROR, image_parts
 from hf_mim.demo.markup import enlarged, figure_html, message, panel, picture_of, section
 from hf_mim.embeddings.search import Search
 from hf_mim.methods import of_config
@@ -89,7 +90,8 @@ class Demo:
         viewer = Viewer.load(checkpoint, image_size, bands=run.get("bands") if bands is None else bands)
         trained_on, column = run.get("dataset"), None
         if examples is None and trained_on and (trained_on in EMBEDDED or Path(trained_on).exists()):
-            examples, column = trained_on, run.get("image_column")
+            parts = run.get("image_column"), run.get("missing_modality", ERROR)
+            examples, column = trained_on, image_parts(*parts)
         shown, search = [], None
         if examples:
             shown = chosen_images(viewer, [examples], NUM_EXAMPLES, image_column=column)

@@ -11,6 +11,7 @@ from torch import Tensor
 from hf_mim.data import load_images
 from hf_mim.data.images import Images
 from hf_mim.data.sources import local_folder
+from hf_mim.data.stacks import ERROR, image_parts
 from hf_mim.embeddings.embed import names_of
 from hf_mim.embeddings.formats import Embeddings
 from hf_mim.evaluation.features import FeatureExtractor
@@ -39,7 +40,8 @@ class EmbeddedCollection:
     def __init__(self, embeddings: Embeddings, features: str, dataset=None, split=None, image_column=None):
         self.embeddings, self.features, about = embeddings, features, embeddings.about
         self.source = dataset or about["dataset"], split or about["split"]
-        self.image_column = image_column or about["image_column"]
+        recorded = about["image_column"], about.get("missing_modality", ERROR)
+        self.image_column = image_column or image_parts(*recorded)
 
     def __len__(self) -> int:
         return len(self.embeddings)

@@ -111,7 +111,7 @@ def embed(checkpoint: str | Path, **options) -> Embedded:
     specs = [FeatureSpec.parse(text) for text in source.features]
     for spec in specs:
         extract.encoder.check(spec)
-    columns = source.image_column, source.labels
+    columns = source.parts(), source.labels
     images, account = load_described(source.dataset, source.split, False, *columns)
     about = describe(checkpoint, extract, source) | {"labels": account.labels}
     split = Images(images, f"{source_name(source.dataset)}, split {source.split}")
@@ -151,6 +151,7 @@ def describe(checkpoint: str | Path, extract: FeatureExtractor, source: EmbedArg
         "dataset": source.dataset,
         "split": source.split,
         "image_column": source.image_column,
+        "missing_modality": source.missing_modality,
         "versions": installed_versions(),
     }
 

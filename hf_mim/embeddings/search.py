@@ -6,7 +6,7 @@ Cosines are those of whitened features, see `collection.Whitening`.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -47,7 +47,8 @@ class SearchArguments(CropArguments):
         features: layer/pooling/norm; default: the first pooled ones in the embeddings, or last/mean/norm
         dataset: where the images of the embeddings are, for their pictures; default: where they were embedded
         split: the split of the images; default: that of the embeddings, or train
-        image_column: default: found by its type
+        image_column: the images, or their parts such as rgb,ir; default: found by its type
+        missing_modality: what an image is that lacks a part: error, or zero, the part is masked as a whole there
         cache: folder in which features of a source of images are kept (default: ~/.cache/hf_mim/features), or none
         output: file of the picture; a picture that is there is replaced
     """
@@ -60,6 +61,7 @@ class SearchArguments(CropArguments):
     dataset: str | None = None
     split: str | None = None
     image_column: str | None = None
+    missing_modality: Literal["error", "zero"] = "error"
     cache: str = "default"
     output: str = "search.png"
 
@@ -100,7 +102,7 @@ class Search:
             )
         self.features = self.source.features or default_features(embedded, self.extract.encoder)
         self.extract.encoder.check(parse_features(self.features, "search"))
-        place = self.source.split, self.source.image_column
+        place = self.source.split, self.source.parts()
         if embedded is not None:
             embedded.check(self.features)
             self.collection = EmbeddedCollection(embedded, self.features, self.source.dataset, *place)

@@ -7,6 +7,7 @@ from hf_mim.checks import least
 from hf_mim.data import CenterCrop, CenterWindow, WholeImage
 from hf_mim.data.crop import window_pixels
 from hf_mim.data.sources import fixed_sample, same_source, source_name
+from hf_mim.data.stacks import image_parts
 
 
 @dataclass
@@ -25,6 +26,11 @@ class CropArguments:
 
     def __post_init__(self):
         self.crop()
+        self.parts()
+
+    def parts(self):
+        """The `image_column` for `load_images`."""
+        return image_parts(self.image_column, self.missing_modality)
 
     def crop(self):
         """How an image is cropped to the encoder's size; None: as the checkpoint says."""
@@ -57,7 +63,8 @@ class LabelledArguments(CropArguments):
         test: where the test images are; default: the test or validation split of dataset, or a fifth of it
         train_split: the split of dataset to train on
         test_split: the split of test, or of dataset if test is not given; default: test or validation
-        image_column: default: found by its type
+        image_column: the images, or their parts such as rgb,ir; default: found by its type
+        missing_modality: what an image is that lacks a part: error, or zero, the part is masked as a whole there
         labels: the column of the classes; folder: class folders; none: no labels; default: what declares itself
         group: the column of patients, scenes or the like, or folder: each stays on one side of a split made here
         train_images, test_images: at most so many, drawn at random with a fixed seed; default: all
@@ -70,6 +77,7 @@ class LabelledArguments(CropArguments):
     train_split: str = "train"
     test_split: str | None = None
     image_column: str | None = None
+    missing_modality: Literal["error", "zero"] = "error"
     labels: str | None = None
     group: str | None = None
     train_images: int | None = None
@@ -91,12 +99,12 @@ class LabelledArguments(CropArguments):
 
         if self.folds is not None:
             least(1, train_images=self.train_images)
-            about = self.image_column, self.labels, self.group
+            about = self.parts(), self.labels, self.group
             images = load_all_labelled(self.dataset, self.train_split, *about)
             check_classes(images, images)
             return (images if self.train_images is None else fixed_sample(images, self.train_images, in_order=True),)
         splits = self.train_split, self.test_split
-        train, test = load_labelled(self.dataset, self.test, *splits, self.image_column, self.labels, self.group)
+        train, test = load_labelled(self.dataset, self.test, *splits, self.parts(), self.labels, self.group)
         train, test = fixed_parts(self, train, test)
         check_classes(train, test)
         return train, test
@@ -111,7 +119,8 @@ class MaskedArguments(WholeArguments):
         test: where the test images are; default: the test or validation split of dataset, or a fifth of it
         train_split: the split of dataset to train on
         test_split: the split of test, or of dataset if test is not given; default: test or validation
-        image_column: default: found by its type
+        image_column: the images, or their parts such as rgb,ir; default: found by its type
+        missing_modality: what an image is that lacks a part: error, or zero, the part is masked as a whole there
         mask_column: default: found by its name; or the folder, where images have masks in several
         group: the column of scenes, patients or the like, or folder: each stays on one side of a split made here
         train_images, test_images: at most so many, drawn at random with a fixed seed; default: all
@@ -122,6 +131,7 @@ class MaskedArguments(WholeArguments):
     train_split: str = "train"
     test_split: str | None = None
     image_column: str | None = None
+    missing_modality: Literal["error", "zero"] = "error"
     mask_column: str | None = None
     group: str | None = None
     train_images: int | None = None
@@ -133,8 +143,10 @@ class MaskedArguments(WholeArguments):
         from hf_mim.data.masks import load_masks
         from hf_mim.data.splits import random_split
 
+        column = image_parts(self.image_column, self.missing_modality)
+
         def load(source, split):
-            return load_masks(source, split, self.image_column, self.mask_column, self.group)
+            return load_masks(source, split, column, self.mask_column, self.group)
 
         source = self.dataset if self.test is None else self.test
         taken = self.train_split if same_source(source, self.dataset) else None
@@ -183,19 +195,21 @@ class ImageArguments(CropArguments):
     Args:
         dataset: images, as for hf-mim pretrain
         split: the split of dataset
-        image_column: default: found by its type
+        image_column: the images, or their parts such as rgb,ir; default: found by its type
+        missing_modality: what an image is that lacks a part: error, or zero, the part is masked as a whole there
     """
 
     dataset: str | None = None
     split: str = "train"
     image_column: str | None = None
+    missing_modality: Literal["error", "zero"] = "error"
 
     def load(self) -> tuple:
         """(images,)."""
         from hf_mim.data import load_images
         from hf_mim.data.images import Images
 
-        images = load_images(self.dataset, self.split, image_column=self.image_column)
+        images = load_images(self.dataset, self.split, image_column=self.parts())
         return (Images(images.select_columns("image"), f"{source_name(self.dataset)}, split {self.split}"),)
 
 

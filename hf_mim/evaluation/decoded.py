@@ -1,6 +1,7 @@
 """Images that several measurements read are decoded once: crops that are kept, and encoders that share a pass."""
 
 import hashlib
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -38,7 +39,8 @@ class KeptCrops:
         name = _name(value)
         key = name, crop, size, None if isinstance(crop, CenterCrop | CenterWindow) else row
         if key not in self.crops:
-            image = self.images[name] if name in self.images else self._open(name, value, size, num_channels)
+            kept = self.images.get(name)
+            image = self._open(name, value, size, num_channels, value_range) if kept is None else kept
             pixels = crop_image(image, crop, size, num_channels, crop_rng(0, 0, row), value_range=value_range)
             if pixels.nbytes > self.room:
                 return pixels
@@ -49,8 +51,8 @@ class KeptCrops:
         """From now on nothing is added, and whole images are let go."""
         self.room, self.images = 0, {}
 
-    def _open(self, name, value, size, num_channels: int):
-        image = open_image(value, num_channels)
+    def _open(self, name, value, size, num_channels: int, value_range):
+        image = open_image(value, num_channels, pixel_type=value_range and value_range.pixel_type)
         nbytes = image.nbytes if isinstance(image, np.ndarray) else image.width * image.height * 4
         if len(self.images) < self.whole and nbytes <= self.room and not _is_drafted(image, size):
             self.room, self.images[name] = self.room - nbytes, image
@@ -61,7 +63,7 @@ def _name(value) -> str | bytes:
     """What tells an image from others: its path, or a hash of what it holds."""
     held = stored(value)
     if isinstance(held, tuple):
-        return b"".join(part.encode() if isinstance(part, str) else _name(part) for part in held)
+        return b"/".join(b"" if part is None else os.fsencode(_name(part)) for part in held)
     if isinstance(held, str):
         return held
     return hashlib.sha256(held if isinstance(held, bytes) else np.asarray(held).tobytes()).digest()

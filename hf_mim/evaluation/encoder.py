@@ -25,6 +25,7 @@ from hf_mim.evaluation.inputs import (
     forward_arguments,
     image_model,
     native_size,
+    reads_nodata,
     unmasked,
 )
 from hf_mim.evaluation.layers import Layers, find_layers
@@ -115,7 +116,7 @@ class FrozenEncoder:
         self.image_size = pair(size if image_size is None else image_size)
         if len(self.mean) != self.num_channels or len(self.std) != self.num_channels:
             raise ValueError(f"image_mean and image_std must have {self.num_channels} values, not {mean}, {std}")
-        self.normalize = DeviceAugment(self.mean, self.std, nodata=self.has_nodata).eval()
+        self.normalize = DeviceAugment(self.mean, self.std, nodata=self.has_nodata and not reads_nodata(model)).eval()
         self.layers = self._find_layers()
         last = self.layers.streams[-1]
         self.num_layers, self.norm, self.patch_size = len(self.layers.streams), self.layers.norm, self.layers.stride
@@ -232,7 +233,9 @@ class FrozenEncoder:
         return image_processor(self.image_size, self.mean, self.std, self.value_range, *part)
 
     def preprocess(self, pixel_values: Tensor) -> Tensor:
-        """`[B, C, h, w]`, uint8 or float32 in 0..255 (NaN: no data) → normalised float32 on the encoder's device."""
+        """`[B, C, h, w]`, uint8 or float32 in 0..255 (NaN: no data) → normalised float32 on the encoder's device.
+
+        Pixels without data stay NaN for a model that `reads_nodata`, and become 0 for others."""
         return self.normalize(pixel_values.to(self.device, non_blocking=True))
 
     def check(self, spec: FeatureSpec):

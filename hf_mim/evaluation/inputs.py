@@ -30,6 +30,11 @@ def takes_images(model) -> bool:
     return isinstance(model, nn.Module) and next(iter(inspect.signature(model.forward).parameters)) in (IMAGES, CLIPS)
 
 
+def reads_nodata(model: nn.Module) -> bool:
+    """Whether a model's encoder takes `valid_pixels`, which tell where images have data."""
+    return "valid_pixels" in inspect.signature(image_model(model).forward).parameters
+
+
 def channels_of(config) -> int:
     """How many channels the images of a model have, by its config; 3 if it does not say."""
     names = ("num_channels", "in_chans", "in_channels")
@@ -64,6 +69,8 @@ def check_forward(model: nn.Module, name: str | None):
 def forward_arguments(model: nn.Module, images: Tensor) -> dict[str, Any]:
     """Normalised images `[B, C, H, W]` → the arguments with which `forward` encodes all patches in raster order.
 
+    NaN is for pixels without data, of images for a model that `reads_nodata`.
+
     Raises:
         ValueError: the model's positions hold for one size only, and the images have another.
     """
@@ -76,6 +83,8 @@ def forward_arguments(model: nn.Module, images: Tensor) -> dict[str, Any]:
             raise ValueError(f"its rotary positions hold for images of {config.crop_size}×{config.crop_size} only")
         return {CLIPS: images[:, None].expand(-1, config.tubelet_size, -1, -1, -1), "skip_predictor": True}
     arguments: dict[str, Any] = {IMAGES: images}
+    if reads_nodata(model) and (missing := images.isnan()).any():
+        arguments = {IMAGES: images.nan_to_num(nan=0.0), "valid_pixels": ~missing}
     if size != native_size(config) and "interpolate_pos_encoding" in parameters:
         arguments["interpolate_pos_encoding"] = True
     if config.model_type == "vit_mae":  # it sorts the patches by the noise, even if it masks none

@@ -64,5 +64,6 @@ class RawPixels:
         return self.width
 
     def extract(self, pixel_values: Tensor, specs: Sequence[FeatureSpec]) -> list[Tensor]:
-        pixels = F.adaptive_avg_pool2d(pixel_values[:, self.channels], self.side).flatten(1)
+        pixels = pixel_values[:, self.channels].nan_to_num(nan=0.0)  # NaN: no data; an encoder beside it may be told so
+        pixels = F.adaptive_avg_pool2d(pixels, self.side).flatten(1)
         return [pixels[:, None] if spec.pooling == "tokens" else pixels for spec in specs]

@@ -84,29 +84,40 @@ class InteractiveMIMModel(InteractiveMIMPreTrainedModel, ViTEncoder):
     embeddings_class = ModalityEmbeddings
     own_arguments = ("visible",)
 
-    def forward(self, pixel_values, patch_ids=None, modalities=None, **kwargs):
+    def forward(self, pixel_values, patch_ids=None, modalities=None, valid_pixels=None, **kwargs):
         """As `ViTEncoder.forward`, of all modalities or of some.
 
         Args:
             pixel_values: `[B, C, H, W]`; the channels of modalities that are left out are not read, and may be missing.
             modalities: names of those to read; default: `config.modalities_seen`.
+            valid_pixels: bool, of the shape of `pixel_values`, False for pixels without data, which are 0 there. Of an
+                image or a patch without any data in a modality, this modality is left out. Default: all have data.
         """
         names = self.config.modalities_seen if modalities is None else list(modalities)
-        if names is None:
+        if names is None and valid_pixels is None:
             return super().forward(pixel_values, patch_ids, **kwargs)
-        self.config.check_seen(names)
         own = self.config.channels_of_modalities
+        names = list(own) if names is None else names
+        self.config.check_seen(names)
         chosen = [channel for name, part in own.items() if name in names for channel in range(part.start, part.stop)]
+        valid_pixels = torch.ones_like(pixel_values, dtype=torch.bool) if valid_pixels is None else valid_pixels
         if pixel_values.shape[1] == len(chosen) < self.config.num_channels:
-            whole = pixel_values.new_zeros(pixel_values.shape[0], self.config.num_channels, *pixel_values.shape[2:])
-            whole[:, chosen] = pixel_values
-            pixel_values = whole
-        sides = zip(pixel_values.shape[2:], self.config.patch_height_width, strict=True)
-        rows, columns = (side // patch for side, patch in sides)
-        count = rows * columns if patch_ids is None else patch_ids.shape[1]
-        visible = torch.tensor([name in names for name in own], device=pixel_values.device)
-        visible = visible.expand(pixel_values.shape[0], count, -1)
+            pixel_values, valid_pixels = (self._widened(x, chosen) for x in (pixel_values, valid_pixels))
+        visible = self.with_data(self.cut(valid_pixels)[0])
+        visible = visible if patch_ids is None else gather(visible, patch_ids)
+        visible = visible & torch.tensor([name in names for name in own], device=visible.device)
         return super().forward(pixel_values, patch_ids, visible=visible, **kwargs)
+
+    def _widened(self, values, channels):
+        """These channels `[B, c, H, W]` among all, of which the others are 0."""
+        whole = values.new_zeros(values.shape[0], self.config.num_channels, *values.shape[2:])
+        whole[:, channels] = values
+        return whole
+
+    def with_data(self, valid):
+        """Which values of patches have data, bool `[B, N, P]` → whether a modality has any there, `[B, N, M]`."""
+        values = valid.unflatten(-1, (-1, self.config.num_channels)).any(dim=-2)
+        return torch.stack([values[..., part].any(-1) for part in self.config.channels_of_modalities.values()], dim=-1)
 
     def plain_state_dict(self) -> dict[str, torch.Tensor]:
         state, config = self.state_dict(), self.config
@@ -219,16 +230,19 @@ class InteractiveMIMForPreTraining(PixelTargets, InteractiveMIMPreTrainedModel):
             visible: bool `[B, U, M]`, the modalities that are visible at each of these places; default: all.
             noise: `[B, N]`; the patches of the first modality with the smallest noise stay visible.
             valid_pixels: bool `[B, C, H, W]`, False for pixels without data, which are 0 in `pixel_values` and left out
-                of the loss. Default: all have data.
+                of the loss. A patch without any data in a modality is not visible there. Default: all have data.
         """
         patches, grid = self.encoder.cut(pixel_values)
         given = {"context_ids": context_ids, "target_ids": target_ids, "visible": visible, "noise": noise}
         masks = self.draw_masks(len(patches), grid, patches.device, **given)
         places = self._of_each_modality(masks["target_ids"])
         context_ids, num_prefix = masks["context_ids"], self.config.num_prefix_tokens
-        tokens = self.encoder.encode(gather(patches, context_ids), grid, context_ids, visible=masks.get("visible"))
+        names, valid, shown = self.config.modality_channels, self.valid_values(valid_pixels), masks.get("visible")
+        if valid is not None:
+            with_data = gather(self.encoder.with_data(valid), context_ids)
+            shown = with_data if shown is None else shown & with_data
+        tokens = self.encoder.encode(gather(patches, context_ids), grid, context_ids, visible=shown)
         predictions = torch.cat(self.decoder(tokens, grid, context_ids, places), dim=-1)
-        names, valid = self.config.modality_channels, self.valid_values(valid_pixels)
         pairs = [
             pixel_targets(self._modality(patches, name), ids, self._modality(valid, name), self.config.norm_pix_loss)
             for name, ids in zip(names, places.unbind(dim=1), strict=True)
@@ -243,10 +257,23 @@ class InteractiveMIMForPreTraining(PixelTargets, InteractiveMIMPreTrainedModel):
             "feature_std": spread(tokens[:, num_prefix:]),
             "error_over_constant": error_over_constant(predictions[..., None], targets[..., None], kept),
         }
-        if len(losses) > 1:
-            metrics |= {f"reconstruction_{name}": loss.detach() for name, loss in losses.items()}
-        loss = torch.stack([*losses.values()]).mean()
+        loss, metrics_of = self._mean_of_modalities(losses, None if valid is None else [own for _, own in pairs])
+        metrics |= metrics_of
         return InteractiveMIMOutput(loss=loss, predictions=predictions, targets=targets, metrics=metrics, **masks)
+
+    @staticmethod
+    def _mean_of_modalities(losses, valid):
+        """(the mean of these losses, the metrics of several). `valid`: which targets of each have data; None: all. A
+        modality without any in this batch has no share in the mean, and its metric is NaN, which no log counts."""
+        every = torch.stack([*losses.values()])
+        if valid is None:
+            loss = every.mean()
+        else:
+            known = torch.stack([own.any() for own in valid])
+            loss, every = every.sum() / known.sum().clamp(min=1), torch.where(known, every, torch.nan)
+        if len(losses) == 1:
+            return loss, {}
+        return loss, {f"reconstruction_{name}": one for name, one in zip(losses, every.detach(), strict=True)}
 
     def _of_each_modality(self, target_ids):
         """`[B, M, Nm]`, for ids `[B, Nm]` or `[B, 1, Nm]` too."""

@@ -28,6 +28,7 @@ from torch import Tensor
 from .crops import Box
 from .nodata import EmptyImage, blanked, is_possible, resize_valid
 from .orientation import exif_orientation, upright
+from .pixel_types import ImageFormatError, as_pixels, common_type, pixel_type
 
 MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}  # what PIL itself can convert to
 LUMINANCE = (0.299, 0.587, 0.114)
@@ -38,16 +39,13 @@ DRAFT_MARGIN = 1.5
 TYPE_RANGES = {"uint8": (0, 255), "uint16": (0, 65535), "int16": None, "int32": (0, 255), "float32": (0, 1)}
 
 
-class ImageFormatError(ValueError):
-    """An intact image that cannot become what the config asks for. The user has to fix this, so it is never skipped."""
-
-
 @dataclass(frozen=True)
 class ValueRange:
     """The values of the images that become 0 and 1, for all bands together or for each band.
 
     low, high: one value, or one for each band.
-    pixel_type: the type of the images for which it was measured ("uint16"); images of other types are refused.
+    pixel_type: the type of the images for which it was measured: "uint16", or of channels that differ in it
+        "3 uint8 + 1 uint16"; images of other types are refused.
     nodata: the value of pixels without data, in the images' own depth; NaN: only those that are not finite.
     """
 
@@ -82,8 +80,8 @@ class ValueRange:
         return low.float(), (255 / (high - low)).float()
 
     def check(self, found: str):
-        """Raise ImageFormatError for an image of another type than the range was measured on."""
-        if self.pixel_type not in (None, found):
+        """Raise ImageFormatError for an image in another type of array than those on which the range was measured."""
+        if self.pixel_type is not None and common_type(self.pixel_type) != found:
             raise ImageFormatError(
                 f"the image is {found}, and the value range {self.as_list()} was measured on {self.pixel_type}; "
                 "convert the image, or give a value_range that holds for both"
@@ -141,10 +139,11 @@ def to_channels(
     """The image with `num_channels` channels: PIL of mode L, LA, RGB or RGBA, or an array [h, w, C] in its own depth.
 
     channels_last: an array is [h, w, C], whatever its shape says.
-    value_range: if it has `nodata`, an array becomes float32, with NaN there.
+    value_range: if it has `nodata`, an array becomes float32, with NaN there, and where it is masked.
 
     Raises:
-        ImageFormatError: the channels of the image cannot become `num_channels`.
+        ImageFormatError: the channels of the image cannot become `num_channels`; it is masked, and there is no
+            `nodata`.
     """
     if isinstance(image, Image.Image) and (image.mode.startswith("I") or image.mode == "F"):
         image = np.asarray(image)
@@ -166,7 +165,14 @@ def _array_to_channels(array: np.ndarray, num_channels: int, channels_last: bool
     if array.ndim != 3 or array.size == 0:
         raise ImageFormatError(f"an array image must be [h, w], [h, w, C] or [C, h, w], not {list(array.shape)}")
     array = array if channels_last else _channels_last(array, num_channels)
+    lacking = np.ma.getmask(array)  # where a part of the image is missing
+    array = np.ma.getdata(array)
     if value_range is None or value_range.nodata is None:
+        if lacking is not np.ma.nomask:
+            raise ImageFormatError(
+                "a part of the image is missing, and only a model that was pretrained with missing_modality zero, or "
+                "nodata, takes such images"
+            )
         array = as_pixels(array)
     else:  # before bands are mixed
         value_range.check(pixel_type(array.dtype))
@@ -174,6 +180,7 @@ def _array_to_channels(array: np.ndarray, num_channels: int, channels_last: bool
         # uint32 and int64 may have a value there that int32 cannot hold.
         array = blanked(as_pixels(np.where(missing, 0, array) if wide else array), value_range.nodata)
         array = np.where(missing, np.float32("nan"), array) if wide else array
+        array[lacking] = np.float32("nan")
     found = array.shape[2]
     if found == num_channels:
         return array
@@ -202,41 +209,6 @@ def _channels_last(array: np.ndarray, num_channels: int) -> np.ndarray:
         found = first if first < last else last
         raise ImageFormatError(f"num_channels={num_channels}, but the image has {found}: an array {list(array.shape)}")
     return array if sides[1] else array.transpose(1, 2, 0)
-
-
-def pixel_type(dtype: np.dtype) -> str:
-    """The type in which numbers of any type are kept: "uint8", "uint16", "int16", "int32" or "float32".
-
-    Raises ImageFormatError for complex numbers and for what is no number.
-    """
-    if dtype.kind not in "biuf":
-        raise ImageFormatError(f"an array image must be numeric, not {dtype}")
-    if dtype.kind in "bf":
-        return "uint8" if dtype.kind == "b" else "float32"
-    if dtype.itemsize < 4:
-        return "int16" if dtype == np.int8 else dtype.name
-    return "int32"
-
-
-def as_pixels(array: np.ndarray) -> np.ndarray:
-    """A numeric array in its `pixel_type`, in native byte order; False and True are 0 and 255.
-
-    Raises:
-        ImageFormatError: complex or non-numeric values, or whole numbers beyond 32 bits.
-    """
-    kind = pixel_type(array.dtype)
-    if array.dtype.kind == "b":
-        return array.astype(np.uint8) * 255
-    if kind == "int32" and array.dtype != np.int32:
-        limits = np.iinfo(np.int32)
-        for value, beyond in ((array.max(), array.max() > limits.max), (array.min(), array.min() < limits.min)):
-            if beyond:
-                side = f"above {limits.max}" if value > 0 else f"below {limits.min}"
-                raise ImageFormatError(
-                    f"the image has values {side} ({value}), which do not fit int32; if {value} stands for pixels "
-                    f"without data, give --nodata {value}"
-                )
-    return array.astype(kind, copy=False)
 
 
 def crop_image(

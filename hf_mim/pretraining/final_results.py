@@ -23,6 +23,7 @@ from hf_mim.data.labelled import (
 )
 from hf_mim.data.sources import SplitNotFound, first_split, fixed_sample, load_described, same_source, source_name
 from hf_mim.data.splits import stratified_split
+from hf_mim.data.stacks import image_parts
 from hf_mim.evaluation.decoded import KeptCrops, SharedExtractor
 from hf_mim.evaluation.encoder import FrozenEncoder
 from hf_mim.evaluation.features import FeatureExtractor
@@ -62,7 +63,7 @@ def load_split(
     def named(message) -> str:
         return re.sub("^source|(?<= in )source", argument, str(message))
 
-    columns = run.image_column, run.labels
+    columns = image_parts(run.image_column, run.missing_modality), run.labels
     try:
         images, account = load_described(
             getattr(run, argument), split, run.streaming, *columns, tell and (lambda line: tell(named(line))), run.group

@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import math
 from collections.abc import Callable, Iterable
 
 from datasets import Dataset
@@ -21,6 +22,7 @@ from hf_mim.data.crop import image_size
 from hf_mim.data.decode import BrokenImage, decoding, image_name
 from hf_mim.data.nodata import IGNORE_TAGS, pages_line, tag_nodata
 from hf_mim.data.sources import fixed_sample
+from hf_mim.data.stacks import ZERO, parts_of
 from hf_mim.data.value_range import find_value_range
 from hf_mim.models.nodata import as_text
 from hf_mim.models.pixels import ValueRange
@@ -42,6 +44,27 @@ def check_modalities(images, run: RunArguments, config: PreTrainedConfig):
             f"{run.dataset} has a folder for each of the modalities {', '.join(names)}; to read them as one image, "
             f"give --image_column {','.join(names)}"
         )
+
+
+def counted_parts(run: RunArguments, config: PreTrainedConfig) -> str | None:
+    """`image_column`; with missing_modality zero, it says how many channels each part has.
+
+    Raises ValueError unless the parts of the images, of which some may be missing, are the modalities of the model.
+    """
+    if run.missing_modality != ZERO:
+        return run.image_column
+    counts, parts = list(getattr(config, "modality_channels", {}).values()), parts_of(run.image_column)
+    if len(counts) < 2:
+        raise ValueError(
+            f"missing_modality {ZERO} needs several modalities (interactive_mim), and {run.method} has one"
+        )
+    if len(parts) != len(counts) or any(own not in (None, n) for own, n in zip(parts.values(), counts, strict=True)):
+        told = ", ".join(f"{name}: {count}" for name, count in config.modality_channels.items())
+        raise ValueError(
+            f"missing_modality {ZERO} needs as image_column one part for each of the modalities {{{told}}}, with as "
+            f"many channels and in their order, not {run.image_column}"
+        )
+    return ",".join(f"{name}:{count}" for name, count in zip(parts, counts, strict=True))
 
 
 def random_crops(
@@ -88,10 +111,13 @@ def measured_crops(
     given = run.nodata is not None
     if not given:
         run.nodata = tag_nodata(images)
+    lacking = run.missing_modality == ZERO
+    if lacking and run.nodata in (None, IGNORE_TAGS):
+        run.nodata = math.nan  # so that pixels can be without data; whole numbers are never NaN
     crops = random_crops(images, run, config, args)
     crops = crops if given else crops.check_tags()
     value_range, found, missing = find_value_range(
-        crops, run.value_range, config.num_channels, watching("range of values", images)
+        crops, run.value_range, config.num_channels, watching("range of values", images), lacking
     )
     found = "\n".join(line for line in (pages_line(images, config.num_channels), found) if line) or None
     if value_range is not None:
@@ -127,7 +153,7 @@ def check_windows(images, crops: ImageDataset | ImageStream) -> str:
     crop, sizes = crops.crop, []
     for row in fixed_sample(images, NUM_SIZES):
         with contextlib.suppress(BrokenImage), decoding(image_name(row["image"], "an image")):
-            sizes.append(image_size(row["image"], crops.num_channels))
+            sizes.append(image_size(row["image"], crops.num_channels, crops.value_range))
     smaller = sum(crop.is_larger(*size) for size in sizes)
     if sizes and smaller == len(sizes):
         fits = max(min(height, width) for width, height in sizes)

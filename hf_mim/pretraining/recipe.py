@@ -20,12 +20,13 @@ from hf_mim.data.crop import window_pixels
 from hf_mim.data.embedded import EMBEDDED
 from hf_mim.data.fingerprint import absolute_source
 from hf_mim.data.nodata import check_nodata
+from hf_mim.data.stacks import check_parts
 from hf_mim.files import replacing
 from hf_mim.pretraining.layers import END, fresh_folder, held_settings, layered, settings_in
 from hf_mim.pretraining.longer import settings_of_continued
 from hf_mim.pretraining.probe import ALSO_CALLED, LARGER_IS_BETTER, SMALLER_IS_BETTER
 from hf_mim.pretraining.recipe_files import recipe_path
-from hf_mim.pretraining.settings import YamlDumper, read_yaml, suggestion, to_type
+from hf_mim.pretraining.settings import YamlDumper, plain, read_yaml, suggestion, to_type
 from hf_mim.pretraining.start import settings_of_sources
 from hf_mim.pretraining.trainer import MIMTrainingArguments
 from hf_mim.pretraining.trainer_options import PYTHON_ONLY, REFUSED, check_options
@@ -62,6 +63,7 @@ class RunArguments:
         test_split: split of test_dataset; default: validation or test, else training images are used
         image_column: the column of the images; or columns or folders of the parts of an image, whose channels are
             stacked, such as rgb,ir; default: found by its type
+        missing_modality: what an image is that lacks a part: error, or zero, the part is masked as a whole there
         labels: where the classes are, which no method needs and only measurements use: a column; folder: class folders;
             none: there are none; default: a column that declares itself, or folders that look like classes
         group: a column of patients, scenes or the like, or folder: images of a group stay on one side of a split that
@@ -118,7 +120,8 @@ class RunArguments:
     train_split: str = "train"
     test_dataset: str | None = None
     test_split: str | None = None
-    image_column: str | None = None
+    image_column: str | list[str] | None = None
+    missing_modality: Literal["error", "zero"] = "error"
     labels: str | None = None
     group: str | None = None
     streaming: bool = False
@@ -168,6 +171,7 @@ class RunArguments:
         check_license(self.license)
         check_bands(self.bands)
         check_nodata(self.nodata)
+        self.image_column = check_parts(self.image_column, self.missing_modality, self.cache_images)
         for name in ("knn_train_images", "knn_test_images", "shuffle_buffer"):
             least(1, **{name: getattr(self, name)})
         least(0, probe_every=self.probe_every)
@@ -302,7 +306,7 @@ class Recipe:
         model = {name: getattr(config, name) for name in model_fields(self.run.method)}
         recorded = {name: getattr(MIMTrainingArguments, name, None) for name in RECORDED} | self.training
         training = {name: value for name, value in recorded.items() if value is not None and name not in SECRET}
-        return {title: _plain(section) for title, section in (("run", run), ("model", model), ("training", training))}
+        return {title: plain(section) for title, section in (("run", run), ("model", model), ("training", training))}
 
     def save(self, folder: Path):
         """Write `settings` as a YAML file that `hf-mim pretrain` takes, and beside it where its local data are.
@@ -343,8 +347,3 @@ def field_type(name: str):
     if name not in fields:
         raise ValueError(f"unknown argument {name}{suggestion(name, fields)}")
     return fields[name]
-
-
-def _plain(settings: dict[str, Any]) -> dict[str, Any]:
-    """Tuples become lists, because YAML has no tuples."""
-    return {name: list(value) if isinstance(value, tuple) else value for name, value in settings.items()}

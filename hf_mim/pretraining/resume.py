@@ -17,6 +17,7 @@ from hf_mim.run_folder import RECIPE, contents
 # What must stay as it is when a run is resumed, beside the model's settings and the images. All else takes effect.
 FIXED = (
     "train_split",
+    "missing_modality",
     "image_column",
     "streaming",
     "shuffle_buffer",

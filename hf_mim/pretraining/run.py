@@ -37,7 +37,14 @@ from hf_mim.pretraining.final_results import (
     load_split,
 )
 from hf_mim.pretraining.image_cache import cached_images
-from hf_mim.pretraining.images import check_sample, check_windows, device_augment, evaluation_images, measured_crops
+from hf_mim.pretraining.images import (
+    check_sample,
+    check_windows,
+    counted_parts,
+    device_augment,
+    evaluation_images,
+    measured_crops,
+)
 from hf_mim.pretraining.layers import held_settings
 from hf_mim.pretraining.longer import check_longer, checkpoint_to_continue
 from hf_mim.pretraining.pictures import RunPictures
@@ -62,6 +69,7 @@ class Pretraining:
         self.recipe, run = recipe, recipe.run
         config = recipe.config()
         check_bands(run.bands, config.num_channels)
+        run.image_column = counted_parts(run, config)
         args = training_arguments(recipe)
         config.check_batch(args.per_device_train_batch_size * args.world_size)
         self.folder = Path(args.output_dir)

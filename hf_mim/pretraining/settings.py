@@ -197,3 +197,8 @@ def _alternatives(arguments: tuple) -> list[Any]:
 
 def _is_enum(kind: Any) -> bool:
     return isinstance(kind, type) and issubclass(kind, Enum)
+
+
+def plain(settings: dict[str, Any]) -> dict[str, Any]:
+    """Tuples become lists, because YAML has no tuples."""
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in settings.items()}

@@ -44,7 +44,7 @@ class Task:
     def inputs(self) -> dict[str, Tensor]:
         """The arguments of the model's `forward`."""
         encoder = self.viewer.encoder
-        inputs = {"pixel_values": encoder.preprocess(self.view.pixels)} | self.masks
+        inputs = {"pixel_values": encoder.preprocess(self.view.pixels).nan_to_num(nan=0.0)} | self.masks
         if encoder.has_nodata:
             inputs["valid_pixels"] = ~self.view.pixels.isnan().to(encoder.device)
         return inputs

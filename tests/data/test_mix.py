@@ -149,6 +149,36 @@ def test_in_eval_mode_images_are_normalised_and_targets_hard_even_after_a_mixed_
     assert model.seen.dtype == torch.uint8
 
 
+class Told(Logits):
+    """It also takes where images have data."""
+
+    def forward(self, pixel_values, valid_pixels=None):
+        self.valid = valid_pixels
+        return super().forward(pixel_values)
+
+
+@pytest.mark.parametrize("mixing", [{"mixup": 1.0, "cutmix": 0}, {"mixup": 0, "cutmix": 1.0}], ids=["mixup", "cutmix"])
+def test_a_mixture_has_data_where_one_of_its_images_has(mixing):
+    torch.manual_seed(2)
+    images = torch.randint(0, 256, (4, 3, 8, 8)).float()
+    images[:2, 2] = torch.nan  # the first two lack a channel, so that only the second has a neighbour without it
+    augment = MixAugment(MEAN, STD, **mixing, random_erase=0, nodata=True)
+    augment.attach(model := Told())
+    model.train()(pixel_values=images)
+    assert model.seen.isfinite().all() and model.valid[:, :2].all() and model.valid[3].all()
+    assert not model.valid[1, 2].any() and 0 < 1 - augment.weight
+    if "cutmix" in mixing and mixing["cutmix"]:  # the box of the first is from the last image, that of the third not
+        for row, share in ((0, 1 - augment.weight), (2, augment.weight)):
+            assert model.valid[row, 2].float().mean() == pytest.approx(share)
+    else:
+        assert model.valid[[0, 2]].all()
+    model.eval()(pixel_values=images)
+    assert torch.equal(model.valid, ~images.isnan()) and (model.seen[:2, 2] == 0).all()
+    augment.attach(plain := Logits())
+    plain(pixel_values=images)
+    assert plain.seen.isfinite().all() and "valid_pixels" not in plain.kwargs
+
+
 def test_same_generator_state_same_batch():
     images = torch.randint(0, 256, (6, 3, 16, 16), dtype=torch.uint8)
     results = []

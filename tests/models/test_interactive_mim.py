@@ -229,3 +229,62 @@ def test_wrong_settings_are_refused_in_one_line(settings, line):
     with pytest.raises(ValueError, match="^modalities must be one or more of rgb, ir, not depth"):
         model = interactive()
         model.encoder(images(model), modalities=["depth"])
+
+
+# ---- images that lack a modality: their infrared is 0 and not valid
+
+
+def lacking(pictures, *rows):
+    """The images with infrared taken from those in `rows`, and which pixels have data."""
+    valid = torch.ones_like(pictures, dtype=torch.bool)
+    valid[list(rows), 3] = False
+    return pictures * valid, valid
+
+
+@pytest.mark.parametrize("masking", ["independent", "shared"])
+def test_an_image_without_infrared_has_the_tokens_of_rgb_alone(masking):
+    encoder = interactive(modality_masking=masking).encoder.eval()
+    if masking == "independent":
+        torch.nn.init.normal_(encoder.embeddings.absent)
+    pictures, valid = lacking(images(encoder), 0, 2)
+    tokens = encoder(pictures, valid_pixels=valid).last_hidden_state
+    alone, whole = encoder(pictures, modalities=["rgb"]), encoder(pictures)
+    assert torch.equal(tokens[[0, 2]], alone.last_hidden_state[[0, 2]])
+    assert torch.equal(tokens[[1, 3]], whole.last_hidden_state[[1, 3]])
+    if masking == "independent":  # a black infrared would be another image
+        assert not torch.allclose(tokens[0], whole.last_hidden_state[0], atol=1e-3)
+    one = encoder(pictures[:, :3], modalities=["rgb"], valid_pixels=valid[:, :3])
+    assert torch.equal(one.last_hidden_state, alone.last_hidden_state)
+    ids = torch.stack([torch.randperm(64)[:9] for _ in range(4)])
+    some = encoder(pictures, ids, valid_pixels=valid).last_hidden_state
+    assert torch.equal(some[[0, 2]], encoder(pictures, ids, modalities=["rgb"]).last_hidden_state[[0, 2]])
+
+
+def test_in_pretraining_an_image_without_infrared_is_one_whose_infrared_is_masked_everywhere():
+    model = interactive().eval()
+    torch.nn.init.normal_(model.encoder.embeddings.absent)
+    masks = model.draw_masks(4, (8, 8))
+    pictures, valid = lacking(images(model), 0, 2)
+    hidden = masks["visible"].clone()
+    hidden[[0, 2], :, 1] = False
+    ours = model(pictures, valid_pixels=valid, **masks, output_hidden_states=True)
+    masked = model(pictures, **masks | {"visible": hidden}, output_hidden_states=True)
+    assert all(torch.equal(one, two) for one, two in zip(ours.hidden_states, masked.hidden_states, strict=True))
+    assert torch.equal(ours.predictions, masked.predictions)
+
+
+def test_the_infrared_that_an_image_lacks_has_no_share_in_the_loss():
+    model = interactive().eval()
+    masks = model.draw_masks(4, (8, 8))
+    pictures, valid = lacking(images(model), 0, 2)
+    output = model(pictures, valid_pixels=valid, **masks)
+    errors, pixels = (output.predictions - output.targets).square(), 3 * 16
+    rgb, ir = errors[..., :pixels].mean(), errors[[1, 3]][..., pixels:].mean()
+    torch.testing.assert_close(output.loss, (rgb + ir) / 2)
+    torch.testing.assert_close(output.metrics["reconstruction_ir"], ir.detach())
+    none, valid = lacking(images(model), 0, 1, 2, 3)
+    output = model(none, valid_pixels=valid, **masks)
+    torch.testing.assert_close(output.loss.detach(), output.metrics["reconstruction_rgb"])
+    assert output.metrics["reconstruction_ir"].isnan()
+    output.loss.backward()
+    assert model.decoder.heads[1].weight.grad.abs().sum() == 0
