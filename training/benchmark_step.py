@@ -166,6 +166,8 @@ def count_flops(method: str, args, masks_per_image: int = 1, draws: int = 20) ->
     import torch
     from torch._subclasses.fake_tensor import FakeTensorMode
 
+    from hf_mim.planning.step import flops_per_image
+
     with torch.device("meta"):  # initialisation reads the weights that it draws, and fake tensors have no values
         model, images = contestant(method, args, masks_per_image)
     drawn = [{}]
@@ -181,21 +183,6 @@ def count_flops(method: str, args, masks_per_image: int = 1, draws: int = 20) ->
             for size in sizes
         }
     return sum(flops[size] * count for size, count in sizes.items()) / len(drawn)
-
-
-def flops_per_image(model, images, *ids, **masks) -> tuple[float, float]:
-    """FLOPs per image of the matrix products, in the forward and in the backward pass. A multiply-add counts as two."""
-    from torch.utils.flop_counter import FlopCounterMode
-
-    # The counter does not know the CPU's fused attention. (transformers' decoder has a config of its own.)
-    for module in model.modules():
-        if hasattr(module, "config"):
-            module.config._attn_implementation = "eager"
-    with FlopCounterMode(display=False) as counter:
-        loss = model(images, *ids, **masks).loss
-        forward = counter.get_total_flops()
-        loss.backward()
-    return forward / len(images), (counter.get_total_flops() - forward) / len(images)
 
 
 def matrix_ceiling(device, dtype) -> float:

@@ -23,9 +23,9 @@ def fails_with(capsys, line: str) -> str:
 
 
 COMMANDS = (
-    "recipes, prepare, cache, pretrain, runs, compare, report, evaluate, predict, show, demo, embed, search, convert, "
+    "recipes, plan, prepare, cache, pretrain, runs, compare, report, evaluate, predict, show, demo, embed, search, "
 )
-COMMANDS += "export, card"
+COMMANDS += "convert, export, card"
 PROTOCOLS = "knn, leave_one_out, linear, attentive, lowshot, finetune, segment, propagate, local, health"
 
 

@@ -137,7 +137,7 @@ def test_every_recipe_is_valid_and_says_how_to_run_it(path):
     assert recipe.config().grid_size == (8, 8) or any(word in path.name for word in others)
     assert path.stem.endswith(recipe.run.method)
     head = path.read_text().split("\n\n")[0]
-    assert f"training/recipes/{path.name}" in head and "NUMBERS" not in head
+    assert f"pretrain {path.stem}" in head and "NUMBERS" not in head
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -1,70 +1,46 @@
-"""Plan a recipe on many devices: memory, traffic, time, loading. All is computed, not measured; no GPU is needed.
+"""A recipe on many devices: memory, traffic, time and loading, computed from its model without a GPU."""
 
-    python training/plan.py training/recipes/imagenet_mae.yaml --devices 64 --images_per_step 4096
-    python training/plan.py huge --method stop_jepa --devices 512 --images_per_step 2048 --json plan.json
-    python training/plan.py giant --patch_size 14 --devices 8 --activation_checkpointing true
-
-MODEL is a recipe or a size (tiny ... giant). A size means the ImageNet recipe of --method, with the decoder, projector
-or predictor of that size. All arguments of `hf-mim pretrain` override the recipe. There are also:
-
-  --devices N                       number of devices, with one process each (1)
-  --images_per_step N               images of an optimizer step; batch per device and accumulation follow from it
-  --images N                        images in the dataset (ImageNet-1k: 1281167)
-  --json FILE                       write the numbers here too
-assumptions, for you to set:
-  --tflops X                        peak of a device in the recipe's precision (989: H100 SXM, bfloat16, dense)
-  --mfu X                           share of that peak that a step reaches (0.35; not measured by this project)
-  --memory_gib X                    memory of a device (80)
-  --devices_per_node N              devices of a node (8)
-  --link_gbps X,Y                   Gbit/s in one direction, of a device inside its node and between two nodes
-                                    (3600,400: NVLink 4, and one 400 Gbit/s port)
-  --loader_images_per_second X      images that one core loads (docs/benchmarks/data_cpu.json, at 224 pixels)
-"""
-
-import dataclasses
-import json
 import math
-import sys
-from dataclasses import dataclass
-from pathlib import Path
-from typing import get_type_hints
-
-from huggingface_hub.errors import StrictDataclassError
-from transformers.utils import logging
+from dataclasses import asdict, dataclass
+from typing import Any
 
 from hf_mim import methods
-from hf_mim.cli.options import Command, settings_of
-from hf_mim.cli.pretrain import settings as pretrain_settings
-from hf_mim.files import one_line
 from hf_mim.models.configuration_vit import SIZES
+from hf_mim.planning.step import examine
 from hf_mim.pretraining.recipe import Recipe, RunArguments, model_fields
-from hf_mim.pretraining.settings import read_yaml, to_type
+from hf_mim.pretraining.recipe_files import recipe_path
+from hf_mim.pretraining.settings import read_yaml
 from hf_mim.pretraining.trainer import MIMTrainingArguments
 
-HERE = Path(__file__).parent
 IMAGENET, IMAGENET_IMAGES = "ILSVRC/imagenet-1k", 1_281_167
-
-
-def measured_loading() -> float:
-    """Images per second that one core loads, from the benchmark in docs/."""
-    measured = json.loads((HERE.parent / "docs/benchmarks/data_cpu.json").read_text())
-    return measured["images_per_second"]["ours"]
 
 
 @dataclass
 class Cluster:
-    """The devices that the plan is made for, and what it assumes about them."""
+    """The devices that the plan is made for, and what it assumes about them.
+
+    Args:
+        devices: number of devices, with one process each
+        images_per_step: images of an optimizer step; batch per device and accumulation follow from it
+        images: images in the dataset; known for ImageNet-1k
+        tflops: peak of a device in the recipe's precision; default: H100 SXM, bfloat16, dense
+        mfu: share of that peak that a step reaches; the default was not measured
+        memory_gib: memory of a device
+        devices_per_node: devices of a node
+        link_gbps: Gbit/s in one direction, of a device inside its node and between two nodes; default: NVLink 4, and
+            one 400 Gbit/s port
+        loader_images_per_second: images that one core loads; default: 224-pixel crops of full-size JPEGs on an AMD EPYC
+    """
 
     devices: int = 1
     images_per_step: int | None = None
     images: int | None = None
-    json: str | None = None
     tflops: float = 989.0
     mfu: float = 0.35
     memory_gib: float = 80.0
     devices_per_node: int = 8
     link_gbps: tuple[float, float] = (3600.0, 400.0)
-    loader_images_per_second: float = dataclasses.field(default_factory=measured_loading)
+    loader_images_per_second: float = 532.9  # docs/benchmarks/data_cpu.json; a test compares the two
 
     def __post_init__(self):
         for name, value in vars(self).items():
@@ -80,32 +56,27 @@ class Cluster:
         return sent / inside if self.devices <= self.devices_per_node else sent / min(inside, between)
 
 
-CLUSTER_FIELDS = get_type_hints(Cluster)
+def read_model(model: str, settings: dict[str, Any]) -> Recipe:
+    """The recipe to plan, with `settings` in place of its own.
 
+    Args:
+        model: a recipe file, the name of a recipe of the package, or a size. A size means the ImageNet recipe of the
+            method, with the decoder, projector or predictor of that size.
 
-COMMAND = Command(
-    "plan",
-    None,
-    (f"MODEL, a recipe or one of {', '.join(SIZES)}",),
-    lambda: pretrain_settings() + settings_of(Cluster, "the plan"),
-    __doc__,
-)
-
-
-def parse(argv: list[str]) -> tuple[Recipe, Cluster]:
-    """Raises ValueError for an argument that does not exist, or whose value does not fit."""
-    words, options = COMMAND.read(argv)
-    own = {
-        name: to_type(name, options.pop(name), CLUSTER_FIELDS[name]) for name in list(options) if name in CLUSTER_FIELDS
-    }
-    if words[0] in SIZES:
-        method = methods.get(options.get("method", RunArguments.method))
-        settings = read_yaml(HERE / f"recipes/imagenet_{method.variant_of or method.name}.yaml")
-        sizes = model_fields(method.name).keys() - {"image_size", "patch_size"}
-        settings = {name: value for name, value in settings.items() if name not in sizes} | {"size": words[0]}
-    else:
-        settings = read_yaml(words[0])
-    return Recipe.resolve(settings, options), Cluster(**own)
+    Raises ValueError for an argument that does not exist, or whose value does not fit.
+    """
+    if model not in SIZES:
+        try:
+            path = recipe_path(model)
+        except ValueError as error:
+            raise ValueError(f"{error}; the sizes are {', '.join(SIZES)}") from None
+        return Recipe.resolve(read_yaml(path), settings)
+    method = methods.get(settings.get("method", RunArguments.method))
+    found = read_yaml(recipe_path(f"imagenet_{method.variant_of or method.name}"))
+    sizes = model_fields(method.name).keys() - {"image_size", "patch_size"}
+    return Recipe.resolve(
+        {name: value for name, value in found.items() if name not in sizes} | {"size": model}, settings
+    )
 
 
 def batches(recipe: Recipe, cluster: Cluster) -> tuple[int, int]:
@@ -210,9 +181,7 @@ def times(step, sent: dict, cluster: Cluster, batch: int, accumulation: int) -> 
 
 
 def plan(recipe: Recipe, cluster: Cluster) -> dict:
-    """All numbers, in bytes, seconds and FLOPs."""
-    from plan_step import examine
-
+    """All numbers of a recipe on these devices, in bytes, seconds and FLOPs: what `hf-mim plan --json` writes."""
     config, bf16 = recipe.config(), bool(training(recipe, "bf16"))
     batch, accumulation = batches(recipe, cluster)
     steps, per_step = steps_of(recipe, cluster, batch, accumulation), batch * accumulation * cluster.devices
@@ -227,8 +196,8 @@ def plan(recipe: Recipe, cluster: Cluster) -> dict:
         "width": config.hidden_size,
         "depth": config.num_hidden_layers,
         "bf16": bf16,
-        "cluster": {name: value for name, value in vars(cluster).items() if name != "json"},
-        "step": dataclasses.asdict(step),
+        "cluster": asdict(cluster),
+        "step": asdict(step),
         "batch": {"per_device": batch, "accumulation": accumulation, "images": per_step, "learning_rate": rate},
         "memory": memory(step, batch, accumulation, cluster.devices, bf16),
         "traffic": sent,
@@ -236,26 +205,3 @@ def plan(recipe: Recipe, cluster: Cluster) -> dict:
         "run": {"steps": steps, "images": steps * per_step, "hours": hours},
         "loading": {"images_per_second": loading, "workers": math.ceil(loading / cluster.loader_images_per_second)},
     }
-
-
-def main(argv: list[str]) -> int:
-    if {"-h", "--help"} & set(argv):
-        print(__doc__)
-        return 0
-    from plan_table import table
-
-    logging.set_verbosity_error()
-    try:
-        recipe, cluster = parse(argv)
-        result = plan(recipe, cluster)
-        print(table(result))
-        if cluster.json:
-            Path(cluster.json).write_text(json.dumps(result, indent=2) + "\n")
-    except (ValueError, OSError, StrictDataclassError) as error:
-        print(f"error: {one_line(error)}", file=sys.stderr)
-        return 2
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
