@@ -1,34 +1,25 @@
-"""`benchmark.py step` runs, and counts what it says."""
+"""`hf-mim benchmark step` runs, and counts what it says."""
 
-import argparse
 import functools
-import importlib
 import json
-import sys
-from pathlib import Path
 
 import pytest
 from tiny import METHODS, fields
 
 import hf_mim
+from hf_mim.benchmark import step
+from hf_mim.cli import main
 from hf_mim.models.configuration_vit import SIZES
 
 
-@pytest.fixture
-def benchmark(monkeypatch):
-    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "training")
-    return importlib.import_module("benchmark")
-
-
 @pytest.mark.slow
-def test_step_measures_every_method_beside_transformers_and_counts_its_flops(benchmark, monkeypatch, tmp_path):
-    step, path = importlib.import_module("benchmark_step"), tmp_path / "step.json"
+def test_step_measures_every_method_beside_transformers_and_counts_its_flops(monkeypatch, tmp_path):
+    path = tmp_path / "step.json"
     monkeypatch.setitem(SIZES, "tiny", (192, 3, 3, 768))  # a quarter of its layers: counting takes long
     monkeypatch.setattr(step, "count_flops", functools.partial(step.count_flops, draws=2))
     options = ["--size", "tiny", "--image_size", "64", "--patch_size", "8", "--batch_size", "2", "--steps", "1"]
-    options += ["--warmup", "0", "--masks_per_image", "1", "2"]
-    monkeypatch.setattr(sys, "argv", ["benchmark.py", "step", *options, "--json", str(path)])
-    benchmark.main()
+    options += ["--warmup", "0", "--masks_per_image", "1,2"]
+    assert main(["benchmark", "step", *options, "--json", str(path)]) == 0
     methods = json.loads(path.read_text())["methods"]
     several = {f"{name}, 2 masks" for name in METHODS if "masks_per_image" in fields(name)}
     assert methods.keys() == {*METHODS, "transformers_mae"} | several
@@ -41,9 +32,8 @@ def test_step_measures_every_method_beside_transformers_and_counts_its_flops(ben
     assert 0.85 < methods["mae"]["gflop_per_image"] / methods["transformers_mae"]["gflop_per_image"] < 1
 
 
-def test_a_method_is_measured_with_the_numbers_of_masks_that_it_takes(benchmark):
-    step = importlib.import_module("benchmark_step")
-    args = argparse.Namespace(methods=[*METHODS], size="tiny", image_size=32, patch_size=4, masks_per_image=[1, 2, 4])
+def test_a_method_is_measured_with_the_numbers_of_masks_that_it_takes():
+    args = step.Benchmark([*METHODS], size="tiny", image_size=32, patch_size=4, masks_per_image=[1, 2, 4])
     found = step.contestants(args)
     assert [number for name, number in found if name == "stop_jepa"] == [1, 2, 4]
     assert [number for name, number in found if name == "sym_mim"] == [1, 2]
@@ -52,11 +42,10 @@ def test_a_method_is_measured_with_the_numbers_of_masks_that_it_takes(benchmark)
     assert ("mae", 1) in step.contestants(args) and ("stop_jepa", 4) in step.contestants(args)
 
 
-def test_counted_flops_are_those_of_the_formula(benchmark):
+def test_counted_flops_are_those_of_the_formula():
     """MAE's encoder and decoder by hand: 2 FLOPs a multiply-add, 3 times the forward; the patch embedding, which has
     no input gradient, 2 times."""
-    step = importlib.import_module("benchmark_step")
-    args = type("Args", (), dict(size="tiny", image_size=64, patch_size=8, batch_size=2))
+    args = step.Benchmark(size="tiny", image_size=64, patch_size=8, batch_size=2)
     config = hf_mim.MAEConfig(size="tiny", image_size=64, patch_size=8)
 
     def layer(tokens, queries, width, mlp):

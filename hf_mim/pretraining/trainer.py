@@ -211,7 +211,7 @@ class MIMTrainer(CheckpointTrainer, RatesTrainer, HubTrainer, QuietWorkers, Trai
         super().log(logs, start_time)
 
     def floating_point_ops(self, inputs) -> int:
-        """Zero: Trainer's formula counts each pixel as a token. `training/benchmark.py step` counts the operations."""
+        """Zero: Trainer's formula counts each pixel as a token. `hf-mim benchmark step` counts the operations."""
         return 0
 
     def get_train_dataloader(self):

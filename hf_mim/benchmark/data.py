@@ -1,92 +1,93 @@
-"""Measure on this machine what the project claims to be fast.
+"""`hf-mim benchmark data SOURCE`: how many images one core loads."""
 
-    python training/benchmark.py data --source FOLDER            # loading: one core, compared with a plain PIL pipeline
-    python training/benchmark.py step                            # full training steps of every method
-    python training/benchmark.py evaluate                        # k-NN and linear heads, compared with plain ways
-
-Each command prints a table and, with --json PATH, writes its numbers there.
-"""
-
-import argparse
 import functools
 import io
-import json
-import os
-import platform
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
-from benchmark_evaluate import add_evaluate
-from benchmark_step import add_step
+from hf_mim.checks import least
 
 DEEP_IMAGES = 32  # of each kind: 13 bands take much memory
 
 
-def add_data(subcommands):
-    parser = subcommands.add_parser("data", help="images/s of one core, against a plain PIL pipeline on the same crops")
-    parser.add_argument("--source", required=True, help='a folder of images, or what load_images takes ("textures")')
-    parser.add_argument("--split", default="train")
-    parser.add_argument("--size", type=int, default=224, help="side of the crops")
-    parser.add_argument("--scale", type=float, nargs=2, default=(0.2, 1.0), help="share of the area that a crop takes")
-    parser.add_argument("--num_images", type=int, default=256, help="how many images of the source to use at most")
-    parser.add_argument("--repeats", type=int, default=5, help="rounds; the fastest counts")
-    parser.add_argument("--cached", action="store_true", help="also measure images that were decoded before")
-    parser.add_argument("--deep", action="store_true", help="also measure deep images, made from those of the source")
-    parser.set_defaults(run=benchmark_data)
-
-
-def benchmark_data(args) -> dict:
-    """Time both pipelines in turns, on one core, with the same bytes and crop boxes; then compare their crops.
+@dataclass
+class Benchmark:
+    """Images/s of one core, against a plain PIL pipeline on the same crops.
 
     The plain pipeline is decode, crop, bicubic resize, flip, float, normalise, image by image. "ours" is the part that
-    a data worker does, up to uint8. "ours + augment" adds flip and normalisation in batches of 64, here on the same
-    core; in training the GPU does them.
+    a data worker does, up to uint8; hf-mim plan takes it as --loader_images_per_second. "ours + augment" adds flip and
+    normalisation in batches of 64, here on the same core; in training the device does them.
+
+    Args:
+        split: the split of the images
+        size: side of the crops
+        scale: share of the area that a crop takes
+        num_images: how many images of the source to use at most
+        repeats: rounds; the fastest counts
+        cached: also measure images that were decoded before
+        deep: also measure deep images, made from those of the source
     """
-    import torch
 
-    from hf_mim.data import DeviceAugment, ImageDataset, RandomCrop, load_images
-    from hf_mim.data.crop import crop_rng
+    source: str
+    split: str = "train"
+    size: int = 224
+    scale: tuple[float, float] = (0.2, 1.0)
+    num_images: int = 256
+    repeats: int = 5
+    cached: bool = False
+    deep: bool = False
 
-    torch.set_num_threads(1)
-    images = load_images(args.source, args.split)
-    images = images.select(range(min(len(images), args.num_images)))
-    crop, size = RandomCrop(scale=tuple(args.scale)), (args.size, args.size)
-    ours = ImageDataset(in_memory(images), size, crop=crop)
-    encoded, indices = [row["bytes"] for row in ours.images["image"]], list(range(len(images)))
-    boxes = [crop.box(*upright_size(data), size, crop_rng(0, 0, index)) for index, data in enumerate(encoded)]
-    augment = DeviceAugment()
+    def __post_init__(self):
+        least(1, size=self.size, num_images=self.num_images, repeats=self.repeats)
 
-    def worker():
-        return ours.__getitems__(indices)
+    def __call__(self) -> dict:
+        """Time both pipelines in turns, on one core, with the same bytes and crop boxes; then compare their crops."""
+        import torch
 
-    def worker_and_augment():
-        for start in range(0, len(indices), 64):
-            batch = ours.__getitems__(indices[start : start + 64])
-            augment(torch.stack([sample["pixel_values"] for sample in batch]))
+        from hf_mim.data import DeviceAugment, ImageDataset, RandomCrop, load_images
+        from hf_mim.data.crop import crop_rng
 
-    def plain():
-        for data, box in zip(encoded, boxes, strict=True):
-            plain_pipeline(data, box, size)
+        torch.set_num_threads(1)
+        images = load_images(self.source, self.split)
+        images = images.select(range(min(len(images), self.num_images)))
+        crop, size = RandomCrop(scale=tuple(self.scale)), (self.size, self.size)
+        ours = ImageDataset(in_memory(images), size, crop=crop)
+        encoded, indices = [row["bytes"] for row in ours.images["image"]], list(range(len(images)))
+        boxes = [crop.box(*upright_size(data), size, crop_rng(0, 0, index)) for index, data in enumerate(encoded)]
+        augment = DeviceAugment()
 
-    pipelines = {"plain": plain, "ours": worker, "ours + augment": worker_and_augment}
-    pipelines |= as_a_run_loads(ours, augment) if args.cached else {}
-    seconds = fastest(pipelines, args.repeats)
-    rates = {name: len(indices) / value for name, value in seconds.items()}
-    result = {
-        "images_per_second": {name: round(rate, 1) for name, rate in rates.items()},
-        "speedup": round(rates["ours"] / rates["plain"], 2),
-        "speedup_with_augment": round(rates["ours + augment"] / rates["plain"], 2),
-        **({"cached_speedup": round(rates["run, cached"] / rates["run, decoded"], 2)} if args.cached else {}),
-        "images": len(indices),
-        "size": args.size,
-        "scale": list(args.scale),
-    }
-    print(f"{len(indices)} images, crops of {args.size} x {args.size}, scale {tuple(args.scale)}, one core\n")
-    print(f"{'pipeline':<18}{'images/s':>10}{'ms/image':>10}{'speedup':>10}")
-    for name, rate in rates.items():
-        print(f"{name:<18}{rate:>10.0f}{1000 / rate:>10.2f}{rate / rates['plain']:>9.2f}x")
-    result |= crop_differences(worker(), encoded, boxes, size)
-    return result | deep_rates(encoded[:DEEP_IMAGES], crop, size, args.repeats) if args.deep else result
+        def worker():
+            return ours.__getitems__(indices)
+
+        def worker_and_augment():
+            for start in range(0, len(indices), 64):
+                batch = ours.__getitems__(indices[start : start + 64])
+                augment(torch.stack([sample["pixel_values"] for sample in batch]))
+
+        def plain():
+            for data, box in zip(encoded, boxes, strict=True):
+                plain_pipeline(data, box, size)
+
+        pipelines = {"plain": plain, "ours": worker, "ours + augment": worker_and_augment}
+        pipelines |= as_a_run_loads(ours, augment) if self.cached else {}
+        seconds = fastest(pipelines, self.repeats)
+        rates = {name: len(indices) / value for name, value in seconds.items()}
+        result = {
+            "images_per_second": {name: round(rate, 1) for name, rate in rates.items()},
+            "speedup": round(rates["ours"] / rates["plain"], 2),
+            "speedup_with_augment": round(rates["ours + augment"] / rates["plain"], 2),
+            **({"cached_speedup": round(rates["run, cached"] / rates["run, decoded"], 2)} if self.cached else {}),
+            "images": len(indices),
+            "size": self.size,
+            "scale": list(self.scale),
+        }
+        print(f"{len(indices)} images, crops of {self.size} x {self.size}, scale {tuple(self.scale)}, one core\n")
+        print(f"{'pipeline':<18}{'images/s':>10}{'ms/image':>10}{'speedup':>10}")
+        for name, rate in rates.items():
+            print(f"{name:<18}{rate:>10.0f}{1000 / rate:>10.2f}{rate / rates['plain']:>9.2f}x")
+        result |= crop_differences(worker(), encoded, boxes, size)
+        return result | deep_rates(encoded[:DEEP_IMAGES], crop, size, self.repeats) if self.deep else result
 
 
 def as_a_run_loads(images, augment) -> dict:
@@ -232,38 +233,3 @@ def fastest(functions: dict, repeats: int) -> dict[str, float]:
             function()
             seconds[name] = min(seconds[name], time.process_time() - start)
     return seconds
-
-
-def machine() -> dict:
-    """The facts about this machine without which the numbers mean nothing."""
-    import torch
-
-    versions = {"python": platform.python_version(), "torch": torch.__version__}
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else cpu_name()
-    return versions | {"device": device, "cores": os.cpu_count(), "vector": torch.backends.cpu.get_cpu_capability()}
-
-
-def cpu_name() -> str:
-    """The name that the Linux kernel gives; on other systems the one that Python knows."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
-
-
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    subcommands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for add in (add_data, add_step, add_evaluate):
-        add(subcommands)
-    for subcommand in subcommands.choices.values():
-        subcommand.add_argument("--json", type=Path, help="write the numbers here too")
-    args = parser.parse_args()
-    result = args.run(args)
-    if args.json:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps({"machine": machine(), **result}, indent=2) + "\n")
-
-
-if __name__ == "__main__":
-    main()
