@@ -1,5 +1,5 @@
 # /// script
-# requires-python = ">=3.10"
+# requires-python = ">=3.11"
 # dependencies = ["hf-mim"]
 # ///
 """One file for a job in the cloud: it pretrains on a dataset of the Hub, measures, and pushes the model with its card.
