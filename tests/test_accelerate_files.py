@@ -4,7 +4,6 @@
 through Trainer is meant for accelerators: the ranks here tell accelerate that they are GPUs, and talk by gloo.
 """
 
-import importlib
 import json
 import os
 from pathlib import Path
@@ -19,6 +18,7 @@ from tiny import METHODS, make_mean_model, make_model
 from tiny_runs import Images, arguments, assert_same_weights, fixed_ids
 from two_ranks import launch
 
+from hf_mim.planning import step as plan_step
 from hf_mim.pretraining.trainer import MIMTrainer
 
 FOLDER = Path(__file__).parents[1] / "training" / "accelerate"
@@ -103,12 +103,6 @@ def ranks(tmp_path_factory):
     return folder
 
 
-@pytest.fixture
-def plan_step(monkeypatch):
-    monkeypatch.syspath_prepend(FOLDER.parent)
-    return importlib.import_module("plan_step")
-
-
 def saved(folder: Path):
     from transformers import AutoModelForPreTraining
 
@@ -124,7 +118,7 @@ def test_fsdp2_trains_as_ddp_does(ranks, method):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
-def test_every_parameter_is_sharded_as_planned(ranks, plan_step, method):
+def test_every_parameter_is_sharded_as_planned(ranks, method):
     found = json.loads((ranks / f"{method}_0.json").read_text())
     assert all(found["sharded"])
     step = plan_step.examine(make_mean_model(method).config, batch_size=3, devices=2)
@@ -141,7 +135,7 @@ def test_fsdp2_resumes_and_follows_float32_in_bfloat16(ranks):
 
 
 @pytest.mark.slow
-def test_fsdp2_holds_the_activations_that_are_planned(ranks, plan_step, monkeypatch):
+def test_fsdp2_holds_the_activations_that_are_planned(ranks, monkeypatch):
     found, config = json.loads((ranks / "stop_jepa_0.json").read_text()), make_model("stop_jepa").config
     ids = fixed_ids(make_model("stop_jepa"))
     shapes = tuple(ids[name](0).shape for name in ("context_ids", "target_ids"))

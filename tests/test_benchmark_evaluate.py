@@ -1,29 +1,21 @@
-"""`benchmark.py evaluate` runs, and measures what it says."""
+"""`hf-mim benchmark evaluate` runs, and measures what it says."""
 
-import importlib
 import json
-import sys
-from pathlib import Path
 
 import pytest
 
-
-@pytest.fixture
-def benchmark(monkeypatch):
-    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "training")
-    return importlib.import_module("benchmark")
+from hf_mim.cli import main
 
 
-def run(benchmark, monkeypatch, path, *options) -> dict:
-    monkeypatch.setattr(sys, "argv", ["benchmark.py", "evaluate", *options, "--json", str(path)])
-    benchmark.main()
+def run(path, *options) -> dict:
+    assert main(["benchmark", "evaluate", *options, "--json", str(path)]) == 0
     return json.loads(path.read_text())
 
 
 @pytest.mark.slow
-def test_evaluate_times_equal_answers_and_sees_the_memory_of_the_similarities(benchmark, monkeypatch, tmp_path):
+def test_evaluate_times_equal_answers_and_sees_the_memory_of_the_similarities(tmp_path):
     sizes = ["--train", "5000", "--test", "2000", "--width", "16", "--threads", "1", "--repeats", "1"]
-    result = run(benchmark, monkeypatch, tmp_path / "evaluate.json", *sizes, "--heads", "5", "--epochs", "1")
+    result = run(tmp_path / "evaluate.json", *sizes, "--heads", "5", "--epochs", "1")
     knn, linear = result["knn"], result["linear"]
     assert knn["seconds"].keys() == {"ours", "scikit-learn, cosine", "scikit-learn, unit vectors"}
     assert min(knn["equal_predictions"].values()) > 0.999
@@ -37,8 +29,8 @@ def test_evaluate_times_equal_answers_and_sees_the_memory_of_the_similarities(be
 
 
 @pytest.mark.slow
-def test_exact_search_is_no_slower_than_scikit_learn_and_heads_share_their_pass(benchmark, monkeypatch, tmp_path):
-    result = run(benchmark, monkeypatch, tmp_path / "evaluate.json")
+def test_exact_search_is_no_slower_than_scikit_learn_and_heads_share_their_pass(tmp_path):
+    result = run(tmp_path / "evaluate.json")
     seconds = result["knn"]["seconds"]
     assert seconds["ours"] <= seconds["scikit-learn, cosine"]
     assert result["knn"]["peak_mb"] < 2048

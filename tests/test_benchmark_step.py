@@ -1,33 +1,24 @@
-"""`benchmark.py step` runs, and counts what it says."""
+"""`hf-mim benchmark step` runs, and counts what it says."""
 
-import argparse
-import importlib
 import json
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 from tiny import METHODS, fields
 
 import hf_mim
+from hf_mim.benchmark import step
+from hf_mim.cli import main
 from hf_mim.models.configuration_vit import SIZES
 
 
-@pytest.fixture
-def benchmark(monkeypatch):
-    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "training")
-    return importlib.import_module("benchmark")
-
-
 @pytest.mark.slow
-def test_step_measures_every_method_beside_transformers_and_counts_its_flops(benchmark, monkeypatch, tmp_path):
+def test_step_measures_every_method_beside_transformers_and_counts_its_flops(monkeypatch, tmp_path):
     path = tmp_path / "step.json"
     monkeypatch.setitem(SIZES, "tiny", (192, 3, 3, 768))  # a quarter of its layers: counting takes long
     options = ["--size", "tiny", "--image_size", "64", "--patch_size", "8", "--batch_size", "2", "--steps", "1"]
-    options += ["--warmup", "0", "--masks_per_image", "1", "2", "--mask_draws", "2"]
-    monkeypatch.setattr(sys, "argv", ["benchmark.py", "step", *options, "--json", str(path)])
-    benchmark.main()
+    options += ["--warmup", "0", "--masks_per_image", "1,2", "--mask_draws", "2"]
+    assert main(["benchmark", "step", *options, "--json", str(path)]) == 0
     result = json.loads(path.read_text())
     methods, settings = result["methods"], result["settings"]
     assert (settings["mask_draws"], settings["steps"], settings["batch_size"]) == (2, 1, 2)
@@ -44,9 +35,8 @@ def test_step_measures_every_method_beside_transformers_and_counts_its_flops(ben
     assert 0.85 < methods["mae"]["gflop_per_image"] / methods["transformers_mae"]["gflop_per_image"] < 1
 
 
-def test_a_method_is_measured_with_the_numbers_of_masks_that_it_takes(benchmark):
-    step = importlib.import_module("benchmark_step")
-    args = argparse.Namespace(methods=[*METHODS], size="tiny", image_size=32, patch_size=4, masks_per_image=[1, 2, 4])
+def test_a_method_is_measured_with_the_numbers_of_masks_that_it_takes():
+    args = step.Benchmark([*METHODS], size="tiny", image_size=32, patch_size=4, masks_per_image=[1, 2, 4])
     found = step.contestants(args)
     assert [number for name, number in found if name == "stop_jepa"] == [1, 2, 4]
     assert [number for name, number in found if name == "sym_mim"] == [1, 2]
@@ -55,17 +45,15 @@ def test_a_method_is_measured_with_the_numbers_of_masks_that_it_takes(benchmark)
     assert ("mae", 1) in step.contestants(args) and ("stop_jepa", 4) in step.contestants(args)
 
 
-def test_counted_flops_are_those_of_the_formula(benchmark):
-    step = importlib.import_module("benchmark_step")
+def test_counted_flops_are_those_of_the_formula():
     sizes = dict(size="tiny", image_size=64, patch_size=8)
     with torch.device("meta"):
         model = hf_mim.MAEForPreTraining(hf_mim.MAEConfig(**sizes))
     formula = model.step_flops(2, (8, 8), model.draw_masks(2, (8, 8), "meta"))
-    assert step.count_flops("mae", argparse.Namespace(**sizes, batch_size=2, mask_draws=1)) == formula / 2
+    assert step.count_flops("mae", step.Benchmark(**sizes, batch_size=2, mask_draws=1)) == formula / 2
 
 
 @pytest.mark.parametrize("option", ["steps", "mask_draws"])
-def test_nothing_to_average_is_one_line(benchmark, monkeypatch, option):
-    monkeypatch.setattr(sys, "argv", ["benchmark.py", "step", f"--{option}", "0"])
-    with pytest.raises(SystemExit, match=f"^{option} must be at least 1, not 0$"):
-        benchmark.main()
+def test_nothing_to_average_is_one_line(capsys, option):
+    assert main(["benchmark", "step", f"--{option}", "0"]) == 2
+    assert capsys.readouterr().err == f"error: {option} must be at least 1, not 0\n"

@@ -15,7 +15,7 @@ FLOORS = {
     "evaluation": 2,
     **dict.fromkeys(("run_folder", "visualize", "hub", "comparison", "embeddings"), 3),
     **dict.fromkeys(("runs", "companions", "classification"), 3),
-    **dict.fromkeys(("pretraining", "front_door", "demo", "report"), 4),
+    **dict.fromkeys(("pretraining", "planning", "benchmark", "front_door", "demo", "report"), 4),
     "cli": 5,
 }
 

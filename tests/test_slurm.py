@@ -56,7 +56,7 @@ def test_each_task_is_a_rank_of_one_run(tmp_path):
     done, tasks, _ = submit(tmp_path, "recipe.yaml", "--output_dir", str(run), "--dataset", "my photos")
     assert done.returncode == 0, done.stderr
     port = 20000 + 1234567 % 20000
-    command = f"gpu07 {port} {ROOT}/training/pretrain.py recipe.yaml --output_dir {run} --dataset my photos"
+    command = f"gpu07 {port} -m hf_mim.cli pretrain recipe.yaml --output_dir {run} --dataset my photos"
     assert tasks == [f"{rank} 4 {rank % 2} 2 {command}" for rank in range(4)]
 
 

@@ -5,7 +5,7 @@
     torchrun --nproc_per_node 8 training/finetune.py runs/imagenet_mae --dataset /path/to/imagenet --bf16 true
     accelerate launch training/finetune.py facebook/dinov2-base --dataset /path/to/images --epochs 50
 
-The first command takes seconds on a CPU, after `hf-mim pretrain training/recipes/digits_mae.yaml`. A checkpoint is a
+The first command takes seconds on a CPU, after `hf-mim pretrain digits_mae`. A checkpoint is a
 folder or a name on the Hub, of one of our models or of any that `AutoModelForImageClassification` loads. Every argument
 of transformers' `TrainingArguments` works too (`--help`). The learning rate is `--base_lr` × images per step / 256.
 The folder then holds the classifier, its result with predictions, confusion and curve, and a card.

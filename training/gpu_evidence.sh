@@ -7,7 +7,7 @@
 # was done in time. The same command goes on with CIFAR-10 where it was stopped; benchmarks that are done are left out.
 #
 # Environment: SECONDS_IN_ALL (540), SIZES (base large), JOBS (4 runs at the same time), PYTHON (python), COMPARISON,
-# STEP_OPTIONS and COMPARE_OPTIONS (more options of `benchmark.py step` and `compare.py`).
+# STEP_OPTIONS and COMPARE_OPTIONS (more options of `hf-mim benchmark step` and `compare.py`).
 set -euo pipefail
 [ $# = 2 ] || { echo "usage: training/gpu_evidence.sh DATASET OUTPUT" >&2; exit 2; }
 dataset=$1 output=$2 here=$(dirname "$0") end=$((SECONDS + ${SECONDS_IN_ALL:-540}))
@@ -22,7 +22,7 @@ for size in ${SIZES:-base large}; do
     [ -e "$json" ] && continue
     compile=(); [ $mode = compiled ] && compile=(--compile)
     # shellcheck disable=SC2086
-    timeout "$(left)" "$python" "$here/benchmark.py" step --size "$size" --dtype bfloat16 "${compile[@]}" \
+    timeout "$(left)" "$python" -m hf_mim.cli benchmark step --size "$size" --dtype bfloat16 "${compile[@]}" \
       --json "$json" ${STEP_OPTIONS---device cuda --batch_size 128 --steps 10} ||
       echo "step $size $mode ended by status $?" >&2
   done

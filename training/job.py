@@ -1,5 +1,5 @@
 # /// script
-# requires-python = ">=3.10"
+# requires-python = ">=3.11"
 # dependencies = ["hf-mim"]
 # ///
 """One file for a job in the cloud: it pretrains on a dataset of the Hub, measures, and pushes the model with its card.
@@ -9,8 +9,8 @@
 
 Every argument of `hf-mim pretrain` works, as a pair `--argument value`. If the images have labels, the protocols that
 need labels measure the features before the model goes up. `--hub_private_repo true` makes the repository a private one.
-HF_TOKEN, or `hf auth login`, gives the token with write access. As long as hf-mim is not on PyPI, give its wheel:
-`uv run --with dist/hf_mim-0.1.0-py3-none-any.whl ...`.
+HF_TOKEN, or `hf auth login`, gives the token with write access. As long as hf-mim is not on PyPI, uv needs the folder
+with its wheel: `python -m build`, then `uv run --find-links dist training/job.py ...`.
 """
 
 import sys

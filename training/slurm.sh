@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Pretrain on a SLURM cluster, one task for each GPU. It continues by itself after a preemption or a time limit:
 #
-#   sbatch --nodes 8 training/slurm.sh training/recipes/imagenet_mae.yaml --output_dir runs/mae --dataset /data/imagenet
+#   sbatch --nodes 8 training/slurm.sh imagenet_mae --output_dir runs/mae --dataset /data/imagenet
 #
 # All arguments are those of `hf-mim pretrain`; --output_dir is needed, on a file system that all nodes share.
 # SLURM sends SIGTERM two minutes before it ends the job. The run then saves a checkpoint and exits with status 75, and
@@ -37,8 +37,6 @@ if [[ -f $folder/recipe.yaml ]]; then
     arguments+=(--resume)
 fi
 
-# SLURM runs a copy of this script, so the code is in the folder where sbatch was called.
-script=${SLURM_SUBMIT_DIR:-$PWD}/training/pretrain.py
 export PYTHON=${PYTHON:-python} OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 export MASTER_PORT=${MASTER_PORT:-$((20000 + SLURM_JOB_ID % 20000))}
 MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
@@ -52,7 +50,7 @@ trap : TERM # on preemption this shell gets the signal too, and must live longer
 srun --kill-on-bad-exit=0 --wait=120 ${SRUN_OPTIONS-} bash -c '
     export RANK=$SLURM_PROCID WORLD_SIZE=$SLURM_NTASKS LOCAL_RANK=$SLURM_LOCALID
     export LOCAL_WORLD_SIZE=${SLURM_NTASKS_PER_NODE:-$SLURM_NTASKS}
-    exec "$PYTHON" "$@"' rank "$script" "${arguments[@]}"
+    exec "$PYTHON" -m hf_mim.cli pretrain "$@"' rank "${arguments[@]}"
 status=$?
 
 if ((status == 75)); then

@@ -13,6 +13,7 @@ import threading
 import click
 
 from hf_mim.cli import (
+    benchmark,
     cache,
     card,
     compare,
@@ -21,6 +22,7 @@ from hf_mim.cli import (
     embed,
     evaluate,
     export,
+    plan,
     predict,
     prepare,
     pretrain,
@@ -36,7 +38,7 @@ from hf_mim.methods import load_module
 from hf_mim.pretraining.settings import suggestion
 from hf_mim.pretraining.signals import INTERRUPTED, Ended, ended_at_once
 
-MODULES = recipes, prepare, cache, pretrain, runs, compare, report
+MODULES = recipes, plan, benchmark, prepare, cache, pretrain, runs, compare, report
 MODULES += evaluate, predict, show, demo, embed, search, convert, export, card
 COMMANDS = [module.command for module in MODULES]
 TEXT = """

@@ -1,4 +1,4 @@
-"""One pretraining run, from a `Recipe` to a run folder, as `hf-mim pretrain` and `training/pretrain.py` do it.
+"""One pretraining run, from a `Recipe` to a run folder, as `hf-mim pretrain` does it.
 
     run = Pretraining(recipe)  # checks everything, loads the data, builds the model; writes nothing
     run()                      # trains, saves, draws, measures

@@ -17,7 +17,7 @@ FOR_TEXT = "it is for language models"
 # Name → why it must keep its default.
 REFUSED = {
     "auto_find_batch_size": "it starts again with another batch size but with the weights and the rate of before; "
-    "training/plan.py tells what fits into the memory",
+    "hf-mim plan tells what fits into the memory",
     "average_tokens_across_devices": FOR_TEXT,
     "bf16_full_eval": "eval_loss is measured in the precision of the training",
     "dataloader_in_order": "a resume needs the images in the same order as before",

@@ -4,7 +4,7 @@ import base64
 import io
 import os
 from collections.abc import Sequence
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 
@@ -75,7 +75,7 @@ def report(runs: Sequence[Run]) -> str:
         title=plain(names[0]) if len(runs) == 1 else f"{len(runs)} runs side by side",
         runs=[describe(run, plain(name)) for run, name in zip(runs, names, strict=True)],
         comparison=comparison and _compared(comparison),
-        written=datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
+        written=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         version=version("hf-mim"),
     )
 

@@ -10,12 +10,12 @@ from small_runs import ENVIRONMENT, REPOSITORY, TINY_RUN, same_weights
 
 @pytest.mark.slow
 def test_cli_accelerate_and_torchrun_do_the_same(tmp_path):
-    script = [str(REPOSITORY / "training" / "pretrain.py")]
+    command = ["-m", "hf_mim.cli", "pretrain"]
     bin_folder = Path(sys.executable).parent
     launchers = {
-        "cli": [sys.executable, "-m", "hf_mim.cli", "pretrain"],
-        "accelerate": [str(bin_folder / "accelerate"), "launch", "--cpu", "--num_processes", "1", *script],
-        "torchrun": [str(bin_folder / "torchrun"), "--standalone", "--nproc_per_node", "1", *script],
+        "cli": [sys.executable, *command],
+        "accelerate": [str(bin_folder / "accelerate"), "launch", "--cpu", "--num_processes", "1", *command],
+        "torchrun": [str(bin_folder / "torchrun"), "--standalone", "--nproc_per_node", "1", *command],
     }
     for name, launcher in launchers.items():
         subprocess.run(
@@ -28,7 +28,7 @@ def test_cli_accelerate_and_torchrun_do_the_same(tmp_path):
 @pytest.mark.slow
 def test_two_ranks_write_one_run_folder(tmp_path):
     torchrun = Path(sys.executable).parent / "torchrun"
-    command = [str(torchrun), "--standalone", "--nproc_per_node", "2", "training/pretrain.py", *TINY_RUN]
+    command = [str(torchrun), "--standalone", "--nproc_per_node", "2", "-m", "hf_mim.cli", "pretrain", *TINY_RUN]
     done = subprocess.run(
         [*command, "--output_dir", str(tmp_path / "run")],
         cwd=REPOSITORY,

@@ -23,9 +23,9 @@ def fails_with(capsys, line: str) -> str:
 
 
 COMMANDS = (
-    "recipes, prepare, cache, pretrain, runs, compare, report, evaluate, predict, show, demo, embed, search, convert, "
+    "recipes, plan, benchmark, prepare, cache, pretrain, runs, compare, report, evaluate, predict, show, demo, embed, "
 )
-COMMANDS += "export, card"
+COMMANDS += "search, convert, export, card"
 PROTOCOLS = "knn, leave_one_out, linear, attentive, lowshot, finetune, segment, propagate, local, health"
 
 
@@ -37,6 +37,8 @@ PROTOCOLS = "knn, leave_one_out, linear, attentive, lowshot, finetune, segment, 
         ("--verbose", f"unknown command --verbose; there is {COMMANDS}"),
         ("evaluate knnn ckpt", f"protocol must be one of {PROTOCOLS}, not knnn; did you mean knn?"),
         ("evaluate --dataset digits", "evaluate needs a protocol first: hf-mim evaluate PROTOCOL CHECKPOINT"),
+        ("benchmark steps", "benchmark must be one of step, data, evaluate, not steps; did you mean step?"),
+        ("benchmark data", "benchmark data needs one SOURCE, not none"),
         # What people type who come from other programs.
         ("pretrain --lr 1e-3", "unknown argument lr; did you mean base_lr or learning_rate?"),
         ("pretrain -lr 1e-3", "unknown argument lr; did you mean base_lr or learning_rate?"),

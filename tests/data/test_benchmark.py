@@ -1,31 +1,24 @@
 """The benchmark of loading runs, measures what it says, and shows the crops to be right."""
 
-import importlib
 import json
-import sys
 from pathlib import Path
 
 import pytest
 
-
-@pytest.fixture
-def benchmark(monkeypatch):
-    monkeypatch.syspath_prepend(Path(__file__).parents[2] / "training")
-    return importlib.import_module("benchmark")
+from hf_mim.cli import main
 
 
-def run(benchmark, monkeypatch, *arguments) -> dict:
-    monkeypatch.setattr(sys, "argv", ["benchmark.py", *map(str, arguments)])
-    benchmark.main()
+def run(*arguments) -> dict:
+    assert main(["benchmark", "data", *map(str, arguments)]) == 0
     return json.loads(Path(arguments[-1]).read_text())
 
 
-def test_data_counts_full_and_drafted_crops_of_a_folder(benchmark, monkeypatch, tmp_path, picture, capsys):
+def test_data_counts_full_and_drafted_crops_of_a_folder(tmp_path, picture, capsys):
     for number in range(4):
         picture(200, 160, seed=number).save(tmp_path / f"{number}.jpg", quality=95)
         picture(200, 160, seed=number).save(tmp_path / f"{number}.png")
-    options = ("--size", 16, "--repeats", 2, "--deep", "--json", tmp_path / "results" / "data.json")
-    result = run(benchmark, monkeypatch, "data", "--source", tmp_path, *options)
+    options = ("--size", 16, "--repeats", 2, "--deep", "--json", tmp_path / "data.json")
+    result = run(tmp_path, *options)
     full, drafted = result["difference_decoded_in_full"], result["difference_draft"]
     assert (full["crops"], drafted["crops"], result["images"]) == (4, 4, 8)
     assert full["worst"] < 1 and drafted["worst"] < 4
@@ -38,8 +31,8 @@ def test_data_counts_full_and_drafted_crops_of_a_folder(benchmark, monkeypatch, 
 
 
 @pytest.mark.slow
-def test_loading_is_faster_than_a_plain_pipeline(benchmark, monkeypatch, shared_data, tmp_path):
-    options = ("--source", shared_data / "jpeg_fullsize", "--json", tmp_path / "data.json")
-    result = run(benchmark, monkeypatch, "data", *options)
+def test_loading_is_faster_than_a_plain_pipeline(shared_data, tmp_path):
+    options = (shared_data / "jpeg_fullsize", "--json", tmp_path / "data.json")
+    result = run(*options)
     assert result["speedup"] > 1.3
     assert result["difference_decoded_in_full"]["worst"] < 1 and result["difference_draft"]["worst"] < 4

@@ -1,6 +1,5 @@
-"""`training/plan.py`: what it computes is what real models have, hold and send."""
+"""`hf-mim plan`: what it computes is what real models have, hold and send."""
 
-import importlib
 import json
 from pathlib import Path
 
@@ -10,27 +9,18 @@ from tiny import METHODS, has_target, make_model
 from transformers import AutoModelForPreTraining
 
 from hf_mim import methods
+from hf_mim.cli import main
 from hf_mim.models.configuration_vit import SIZES
+from hf_mim.planning import plan
+from hf_mim.planning import step as plan_step
 
-TRAINING = Path(__file__).parents[1] / "training"
 SMALL = dict(image_size=32, patch_size=4, num_hidden_layers=3, hidden_size=48, num_attention_heads=3)
 DEEPER = SMALL | dict(intermediate_size=100)
 MAE_AND_SLOW_OTHERS = ["mae", *(pytest.param(name, marks=pytest.mark.slow) for name in METHODS if name != "mae")]
 
 
-@pytest.fixture
-def plan(monkeypatch):
-    monkeypatch.syspath_prepend(TRAINING)
-    return importlib.import_module("plan")
-
-
-@pytest.fixture
-def plan_step(plan):
-    return importlib.import_module("plan_step")
-
-
-def run(plan, path, *arguments):
-    assert plan.main([*arguments, "--json", str(path)]) == 0
+def run(path, *arguments):
+    assert main(["plan", *arguments, "--json", str(path)]) == 0
     return json.loads(path.read_text())
 
 
@@ -51,7 +41,7 @@ def really_held(model, arguments, bf16) -> int:
 
 
 @pytest.mark.parametrize("method", MAE_AND_SLOW_OTHERS)
-def test_parameters_are_those_of_the_real_model(plan_step, method):
+def test_parameters_are_those_of_the_real_model(method):
     model = make_model(method)
     counted = plan_step.examine(model.config, batch_size=4, devices=1)
     trained = [p.numel() for p in model.parameters() if p.requires_grad]
@@ -68,7 +58,7 @@ def test_parameters_are_those_of_the_real_model(plan_step, method):
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("sizes", [{}, DEEPER], ids=["narrow", "deeper"])
 @pytest.mark.parametrize("method", MAE_AND_SLOW_OTHERS)
-def test_activations_are_those_that_autograd_holds(plan_step, monkeypatch, method, sizes, checkpointing):
+def test_activations_are_those_that_autograd_holds(monkeypatch, method, sizes, checkpointing):
     config = methods.get(method).config_class(**make_model(method).config.to_diff_dict() | sizes)
     if method == "stop_jepa":  # its masks differ in length from draw to draw
         shapes = (1, 20), (1, 4, 7)
@@ -81,7 +71,7 @@ def test_activations_are_those_that_autograd_holds(plan_step, monkeypatch, metho
     for size in (3, 5):
         arguments = [torch.randn(size, 3, *config.training_size)]
         if method == "stop_jepa":
-            arguments += [torch.zeros(size * masks, *rest, dtype=torch.int64) for masks, *rest in shapes]
+            arguments += [torch.zeros(size, *shape, dtype=torch.int64) for shape in shapes]
         held[size] = really_held(model, arguments, bf16=True)
     assert (held[5] - held[3]) / 2 == pytest.approx(planned.per_image, rel=0.01)
     if checkpointing:  # planned with all copies of weights, which autocast holds to the end of the forward pass
@@ -91,7 +81,7 @@ def test_activations_are_those_that_autograd_holds(plan_step, monkeypatch, metho
 
 
 @pytest.mark.parametrize("bf16", [True, pytest.param(False, marks=pytest.mark.slow)])
-def test_a_layer_keeps_the_bytes_of_the_formula(plan_step, bf16):
+def test_a_layer_keeps_the_bytes_of_the_formula(bf16):
     """By hand, per token: in bfloat16 the float32 stream twice and its norms' statistics, then the inputs of four
     products, q, k and v, and GELU's input: 20 width + 4 MLP + 4 heads + 16 bytes."""
     config = methods.get("mae").config_class(**DEEPER)
@@ -102,12 +92,12 @@ def test_a_layer_keeps_the_bytes_of_the_formula(plan_step, bf16):
 
 
 @pytest.mark.parametrize("devices", [1, 3, 8, 512])
-def test_a_shard_is_the_first_chunk_of_each_tensor(plan_step, devices):
+def test_a_shard_is_the_first_chunk_of_each_tensor(devices):
     parameters = list(make_model("latent_mim").parameters())
     assert plan_step.shard_numel(parameters, devices) == sum(p.chunk(devices)[0].numel() for p in parameters)
 
 
-def test_traffic_and_time_are_those_of_a_computation_by_hand(plan, plan_step):
+def test_traffic_and_time_are_those_of_a_computation_by_hand():
     parameters = plan_step.Parameters(
         trained=1000, target=600, buffers=0, trained_layers=800, target_layers=500, largest_layer=100
     )
@@ -129,10 +119,9 @@ def test_traffic_and_time_are_those_of_a_computation_by_hand(plan, plan_step):
     assert time["ddp"]["images_per_second"] == pytest.approx(10 * 2 * 4 / 0.26)
 
 
-def test_a_recipe_is_planned_as_it_runs(plan, tmp_path):
-    recipe = TRAINING / "recipes" / "imagenet_mae.yaml"
+def test_a_recipe_is_planned_as_it_runs(tmp_path):
     small = ["--hidden_size", "64", "--num_attention_heads", "4", "--num_hidden_layers", "2"]
-    found = run(plan, tmp_path / "plan.json", str(recipe), "--devices", "8", *small)
+    found = run(tmp_path / "plan.json", "imagenet_mae", "--devices", "8", *small)
     assert found["batch"] == {"per_device": 128, "accumulation": 4, "images": 4096, "learning_rate": 1.5e-4 * 16}
     assert found["run"]["steps"] == 800 * 313  # 1,281,167 images are 1,251 batches on 8 devices, 313 steps of four
     for way in ("ddp", "fsdp2"):
@@ -141,15 +130,15 @@ def test_a_recipe_is_planned_as_it_runs(plan, tmp_path):
     assert found["step"]["encoder_tokens"] == 50
 
 
-def test_a_batch_is_kept_on_any_number_of_devices(plan):
+def test_a_batch_is_kept_on_any_number_of_devices():
     for devices, per_device, accumulation in ((1, 128, 32), (8, 128, 4), (64, 64, 1), (512, 8, 1)):
-        recipe, cluster = plan.parse(["base", "--devices", str(devices), "--images_per_step", "4096"])
-        assert plan.batches(recipe, cluster) == (per_device, accumulation)
+        cluster = plan.Cluster(devices=devices, images_per_step=4096)
+        assert plan.batches(plan.read_model("base", {}), cluster) == (per_device, accumulation)
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_a_size_is_planned_with_its_own_parts(plan, method):
-    recipe, _ = plan.parse(["huge", "--method", method])
+def test_a_size_is_planned_with_its_own_parts(method):
+    recipe = plan.read_model("huge", {"method": method})
     assert recipe.config().to_dict() == methods.get(method).config_class(size="huge").to_dict()
     assert recipe.config().hidden_size == SIZES["huge"][0]
     assert recipe.training["per_device_train_batch_size"] == (256 if method == "stop_jepa" else 128)
@@ -158,7 +147,9 @@ def test_a_size_is_planned_with_its_own_parts(plan, method):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        ([], "plan needs one MODEL, a recipe or one of tiny, small"),
+        (["tiny", "small"], "plan needs one MODEL, not tiny and small"),
+        (["larg"], "the sizes are tiny, small, base, large"),
+        (["tiny", "--json", "no/plan.json"], "there is no folder no"),
         (["no.yaml"], "there is no recipe no.yaml"),
         (["tiny", "--devices", "0"], "devices must be above 0"),
         (["tiny", "--devices", "many"], "devices must be a whole number"),
@@ -166,10 +157,15 @@ def test_a_size_is_planned_with_its_own_parts(plan, method):
         (["tiny", "--tflop", "1"], "plan has no option tflop; did you mean tflops?"),
         (["tiny", "--images_per_step", "100", "--devices", "64"], "images_per_step 100 is no multiple"),
         (["tiny", "--image_size", "225"], "image_size must be divisible"),
-        ([str(TRAINING / "recipes" / "digits_mae.yaml")], "images must be given"),
+        (["digits_mae"], "images must be given"),
     ],
 )
-def test_a_mistake_is_one_line_and_status_2(plan, capsys, arguments, message):
-    assert plan.main(arguments) == 2
+def test_a_mistake_is_one_line_and_status_2(capsys, arguments, message):
+    assert main(["plan", *arguments]) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ") and message in error and error.count("\n") == 1
+
+
+def test_the_default_rate_of_loading_is_the_measured_one():
+    measured = json.loads((Path(__file__).parents[2] / "docs" / "benchmarks" / "data_cpu.json").read_text())
+    assert plan.Cluster().loader_images_per_second == measured["images_per_second"]["ours"]

@@ -13,7 +13,6 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoModelForPreTraining
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-import hf_mim  # noqa: F401 (registers the models)
 from hf_mim.testing import counted_flops
 
 MASK_DRAWS = 300

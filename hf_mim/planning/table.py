@@ -1,4 +1,4 @@
-"""The numbers of `plan.py` as text."""
+"""The numbers of a plan as text."""
 
 GIB, MIB = 2**30, 2**20
 

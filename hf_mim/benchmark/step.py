@@ -1,87 +1,106 @@
-"""`benchmark.py step`: images/s, FLOPs and share of the matrix ceiling of full training steps.
-
-A step is forward with random masks, backward, AdamW and target update, on one batch that is on the device already.
-transformers' ViTMAEForPreTraining is measured beside MAE, with the same sizes, masks and loss. A new model of
-transformers has position tables of zeros; they are filled with MAE's, so that both do the same work.
-
-`--masks_per_image 1 4` measures each method with those of these numbers that it takes (SymMIM takes 1 and 2, I-JEPA and
-StoP-JEPA any, the others 1). Then the masks that are predicted in a second (masks/s) are what compares.
-"""
+"""`hf-mim benchmark step`: images/s, FLOPs and share of the matrix ceiling of full training steps."""
 
 import collections
 import contextlib
 import statistics
 import time
+from dataclasses import dataclass, field
+from typing import Literal
 
 from hf_mim import methods
+from hf_mim.checks import least
 
 THEIRS = "transformers_mae"
 
 
-def add_step(subcommands):
-    parser = subcommands.add_parser("step", help="images/s, FLOPs and share of the matrix ceiling of a training step")
-    parser.add_argument("--methods", nargs="+", default=[*(method.name for method in methods.rows()), THEIRS])
-    parser.add_argument("--size", default="base", help="tiny, small, base, large, huge or giant")
-    parser.add_argument("--image_size", type=int, default=224)
-    parser.add_argument("--patch_size", type=int, default=16)
-    parser.add_argument("--batch_size", type=int, default=8)
-    parser.add_argument("--device", default="cpu", help="cpu or cuda")
-    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"], help="precision of the autocast")
-    parser.add_argument(
-        "--masks_per_image", type=int, nargs="+", default=[1], help="numbers of masks; for the methods that take them"
-    )
-    parser.add_argument("--compile", action="store_true", help="torch.compile the model")
-    parser.add_argument("--steps", type=int, default=10, help="timed steps; the methods take turns")
-    parser.add_argument("--warmup", type=int, default=2, help="steps before the timed ones")
-    parser.add_argument("--mask_draws", type=int, default=20, help="random masks over which FLOPs are averaged")
-    parser.set_defaults(run=benchmark_step)
+def all_methods() -> list[str]:
+    return [*(method.name for method in methods.rows()), THEIRS]
 
 
-def benchmark_step(args) -> dict:
-    import torch
+@dataclass
+class Benchmark:
+    """Images/s, FLOPs and share of the matrix ceiling of a training step.
 
-    for name in ("steps", "mask_draws"):
-        if getattr(args, name) < 1:
-            raise SystemExit(f"{name} must be at least 1, not {getattr(args, name)}")
-    device, dtype = torch.device(args.device), getattr(torch, args.dtype)
-    ceiling, products = matrix_ceiling(device, dtype)
-    runs, masks = {}, {}
-    for method, number in contestants(args):
-        torch.manual_seed(0)
-        flops = count_flops(method, args, number)
-        model, images = contestant(method, args, number)
-        name = method if number == 1 else f"{method}, {number} masks"
-        runs[name] = flops, training_step(model.to(device).train(), images.to(device), dtype, args.compile)
-        masks[name] = number
-    seconds = {method: [] for method in runs}
-    for round_ in range(args.warmup + args.steps):
-        for method, (_, step) in runs.items():
-            elapsed = timed(step, device)
-            if round_ >= args.warmup:
-                seconds[method].append(elapsed)
-    medians = {method: statistics.median(times) for method, times in seconds.items()}
-    mode = "compiled" if args.compile else "eager"
-    print(f"ViT-{args.size}/{args.patch_size}, {args.image_size} px, batch {args.batch_size}, {args.dtype}, {mode}")
-    print(f"matrix ceiling {ceiling / 1e12:.3f} TFLOP/s; median of {args.steps} steps\n")
-    print(
-        f"{'method':<20}{'s/step':>9}{'images/s':>10}{'masks/s':>10}{'GFLOP/image':>14}{'of ceiling':>12}{'speed':>8}"
-    )
-    result = {"matrix_ceiling_tflops": ceiling / 1e12, "matrix_seconds": products, "methods": {}}
-    last = [*runs][-1]
-    for method, (flops, _) in runs.items():
-        rate = args.batch_size / medians[method]
-        share, speed = flops * rate / ceiling, medians[last] / medians[method]
-        rates = f"{medians[method]:>9.3f}{rate:>10.2f}{rate * masks[method]:>10.2f}"
-        print(f"{method:<20}{rates}{flops / 1e9:>14.2f}{share:>11.1%}{speed:>7.2f}x")
-        result["methods"][method] = {
-            "images_per_second": rate,
-            "masks_per_second": rate * masks[method],
-            "gflop_per_image": flops / 1e9,
-            "share_of_ceiling": share,
-            "speed_over_" + last: speed,
-            "seconds": seconds[method],
-        }
-    return result
+    A step is forward with random masks, backward, AdamW and target update, on one batch that is on the device already.
+    transformers' ViTMAEForPreTraining is measured beside MAE, with the same sizes, masks and loss. A new model of
+    transformers has position tables of zeros; they are filled with MAE's, so that both do the same work. hf-mim plan
+    takes the ceiling as --tflops and the share as --mfu.
+
+    Args:
+        methods: the methods to measure, which take turns
+        size: tiny, small, base, large, huge or giant
+        image_size: side of the images
+        patch_size: side of a patch
+        batch_size: images of a step
+        device: cpu or cuda
+        dtype: precision of the autocast
+        masks_per_image: numbers of masks, as 1,4; each method is measured with those that it takes (SymMIM takes 1 and
+            2, I-JEPA and StoP-JEPA any, the others 1), and masks/s compares them
+        compile: torch.compile the model
+        steps: timed steps
+        warmup: steps before the timed ones
+        mask_draws: random masks over which FLOPs are averaged
+    """
+
+    methods: list[str] = field(default_factory=all_methods)
+    size: str = "base"
+    image_size: int = 224
+    patch_size: int = 16
+    batch_size: int = 8
+    device: str = "cpu"
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    masks_per_image: list[int] = field(default_factory=lambda: [1])
+    compile: bool = False
+    steps: int = 10
+    warmup: int = 2
+    mask_draws: int = 20
+
+    def __post_init__(self):
+        least(1, batch_size=self.batch_size, steps=self.steps, mask_draws=self.mask_draws)
+        least(1, masks_per_image=min(self.masks_per_image))
+        least(0, warmup=self.warmup)
+
+    def __call__(self) -> dict:
+        import torch
+
+        device, dtype = torch.device(self.device), getattr(torch, self.dtype)
+        ceiling, products = matrix_ceiling(device, dtype)
+        runs, masks = {}, {}
+        for method, number in contestants(self):
+            torch.manual_seed(0)
+            flops = count_flops(method, self, number)
+            model, images = contestant(method, self, number)
+            name = method if number == 1 else f"{method}, {number} masks"
+            runs[name] = flops, training_step(model.to(device).train(), images.to(device), dtype, self.compile)
+            masks[name] = number
+        seconds = {method: [] for method in runs}
+        for round_ in range(self.warmup + self.steps):
+            for method, (_, step) in runs.items():
+                elapsed = timed(step, device)
+                if round_ >= self.warmup:
+                    seconds[method].append(elapsed)
+        medians = {method: statistics.median(times) for method, times in seconds.items()}
+        mode = "compiled" if self.compile else "eager"
+        print(f"ViT-{self.size}/{self.patch_size}, {self.image_size} px, batch {self.batch_size}, {self.dtype}, {mode}")
+        print(f"matrix ceiling {ceiling / 1e12:.3f} TFLOP/s; median of {self.steps} steps\n")
+        rates = f"{'s/step':>9}{'images/s':>10}{'masks/s':>10}"
+        print(f"{'method':<20}{rates}{'GFLOP/image':>14}{'of ceiling':>12}{'speed':>8}")
+        result = {"matrix_ceiling_tflops": ceiling / 1e12, "matrix_seconds": products, "methods": {}}
+        last = [*runs][-1]
+        for method, (flops, _) in runs.items():
+            rate = self.batch_size / medians[method]
+            share, speed = flops * rate / ceiling, medians[last] / medians[method]
+            rates = f"{medians[method]:>9.3f}{rate:>10.2f}{rate * masks[method]:>10.2f}"
+            print(f"{method:<20}{rates}{flops / 1e9:>14.2f}{share:>11.1%}{speed:>7.2f}x")
+            result["methods"][method] = {
+                "images_per_second": rate,
+                "masks_per_second": rate * masks[method],
+                "gflop_per_image": flops / 1e9,
+                "share_of_ceiling": share,
+                "speed_over_" + last: speed,
+                "seconds": seconds[method],
+            }
+        return result
 
 
 def contestants(args) -> list[tuple[str, int]]:

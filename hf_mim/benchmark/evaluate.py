@@ -1,40 +1,57 @@
-"""`benchmark.py evaluate`: k-NN compared with scikit-learn's brute force, linear heads in one pass with one by one.
-
-The features are random: a cluster around a centre for each class. Speed does not depend on what they mean.
-"""
+"""`hf-mim benchmark evaluate`: k-NN and linear heads, timed beside plain ways to do the same."""
 
 import multiprocessing
-import resource
 import sys
 import time
+from dataclasses import dataclass
+
+from hf_mim.checks import least
 
 
-def add_evaluate(subcommands):
-    parser = subcommands.add_parser("evaluate", help="k-NN and linear heads: seconds and memory, against plain ways")
-    parser.add_argument("--train", type=int, default=50_000, help="training images")
-    parser.add_argument("--test", type=int, default=10_000, help="test images")
-    parser.add_argument("--width", type=int, default=384, help="dimensions of a feature")
-    parser.add_argument("--classes", type=int, default=10)
-    parser.add_argument("--k", type=int, default=20)
-    parser.add_argument("--heads", type=int, default=24, help="linear heads that are trained together and one by one")
-    parser.add_argument("--epochs", type=int, default=2, help="epochs of the linear heads")
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--repeats", type=int, default=3, help="rounds of k-NN; the fastest counts")
-    parser.set_defaults(run=benchmark_evaluate)
+@dataclass
+class Benchmark:
+    """Seconds and memory of k-NN and of linear heads, against plain ways.
 
+    k-NN is compared with scikit-learn's brute force, linear heads in one pass with one by one. The features are random:
+    a cluster around a centre for each class. Speed does not depend on what they mean.
 
-def benchmark_evaluate(args) -> dict:
-    import torch
-    from threadpoolctl import threadpool_limits
+    Args:
+        train: training images
+        test: test images
+        width: dimensions of a feature
+        classes: number of classes
+        k: neighbours that vote
+        heads: linear heads that are trained together and one by one
+        epochs: epochs of the linear heads
+        threads: threads of each way
+        repeats: rounds of k-NN; the fastest counts
+    """
 
-    memory = knn_memory(args)  # first, while this process is small
-    before = torch.get_num_threads()
-    torch.set_num_threads(args.threads)
-    try:
-        with threadpool_limits(args.threads):
-            return {"knn": benchmark_knn(args) | memory, "linear": benchmark_heads(args)}
-    finally:
-        torch.set_num_threads(before)
+    train: int = 50_000
+    test: int = 10_000
+    width: int = 384
+    classes: int = 10
+    k: int = 20
+    heads: int = 24
+    epochs: int = 2
+    threads: int = 2
+    repeats: int = 3
+
+    def __post_init__(self):
+        least(1, **vars(self))
+
+    def __call__(self) -> dict:
+        import torch
+        from threadpoolctl import threadpool_limits
+
+        memory = knn_memory(self)  # first, while this process is small
+        before = torch.get_num_threads()
+        torch.set_num_threads(self.threads)
+        try:
+            with threadpool_limits(self.threads):
+                return {"knn": benchmark_knn(self) | memory, "linear": benchmark_heads(self)}
+        finally:
+            torch.set_num_threads(before)
 
 
 def clusters(count: int, width: int, classes: int, seed: int):
@@ -67,6 +84,8 @@ def knn_memory(args) -> dict:
 
 
 def measure_knn_memory(args, pipe):
+    import resource  # not on Windows
+
     import torch
 
     from hf_mim.evaluation.knn import knn_predict
