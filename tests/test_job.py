@@ -15,7 +15,7 @@ def job(monkeypatch):
     sys.modules.pop("job")
 
 
-def test_the_protocols_get_the_images_of_the_run_and_the_repository_its_privacy(job, monkeypatch):
+def test_the_probe_gets_the_images_of_the_run_and_the_repository_its_privacy(job, monkeypatch):
     calls = []
 
     def noted(name, result=None):
@@ -28,7 +28,7 @@ def test_the_protocols_get_the_images_of_the_run_and_the_repository_its_privacy(
     monkeypatch.setattr(job, "write_card", noted("card"))
     words = "--dataset me/a --repo me/b --group patient --test_dataset me/c --hub_private_repo true --size tiny"
     job.main(words.split())
-    assert [name for name, *_ in calls] == ["repo", "pretrain", "evaluate", "evaluate", "card", "upload"]
+    assert [name for name, *_ in calls] == ["repo", "pretrain", "evaluate", "card", "upload"]
     assert calls[0][1:] == (("me/b",), {"private": True, "exist_ok": True})
     assert "repo" not in calls[1][2] and calls[1][2]["size"] == "tiny"
     assert calls[2][2] == {"dataset": "me/a", "group": "patient", "test": "me/c"}

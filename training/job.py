@@ -7,8 +7,8 @@
     uv run training/job.py --dataset me/my_photos --repo me/photos_mae --size small --num_train_epochs 100
     hf jobs uv run --flavor a10g-small --secrets HF_TOKEN training/job.py --dataset me/my_photos --repo me/photos_mae
 
-Every argument of `hf-mim pretrain` works, as a pair `--argument value`. If the images have labels, the protocols that
-need labels measure the features before the model goes up. `--hub_private_repo true` makes the repository a private one.
+Every argument of `hf-mim pretrain` works, as a pair `--argument value`. If the images have labels, the run measures
+k-NN, and a linear probe follows before the model goes up. `--hub_private_repo true` makes the repository a private one.
 HF_TOKEN, or `hf auth login`, gives the token with write access. As long as hf-mim is not on PyPI, uv needs the folder
 with its wheel: `python -m build`, then `uv run --find-links dist training/job.py ...`.
 """
@@ -21,8 +21,7 @@ import hf_mim
 from hf_mim.hub.card import write_card
 from hf_mim.hub.push import NOT_UPLOADED
 
-PROTOCOLS = ("knn", "linear")
-# Settings of the run that the protocols share → their names there.
+# Settings of the run that the linear probe shares → their names there.
 OF_IMAGES = {name: name for name in ("image_column", "missing_modality", "labels", "group")}
 OF_IMAGES |= {"train_split": "train_split", "test_split": "test_split", "test_dataset": "test"}
 
@@ -40,13 +39,12 @@ def main(words: list[str]):
     address = hub.create_repo(repo, private=private, exist_ok=True)
     run = hf_mim.pretrain(**settings)
     about = {theirs: settings[name] for name, theirs in OF_IMAGES.items() if name in settings}
-    for protocol in PROTOCOLS:
-        try:
-            result = hf_mim.evaluate(protocol, run.folder, dataset=settings["dataset"], **about)
-        except ValueError as error:  # such as: the images have no labels
-            print(f"{protocol} was not measured: {error}")
-        else:
-            print(result.headline())
+    try:
+        result = hf_mim.evaluate("linear", run.folder, dataset=settings["dataset"], **about)
+    except ValueError as error:  # such as: the images have no labels
+        print(f"linear was not measured: {error}")
+    else:
+        print(result.headline())
     write_card(run.folder, repo, settings.get("license"))
     message = f"Pretrained on {settings['dataset']} and measured"
     hub.upload_folder(repo_id=repo, folder_path=run.folder, commit_message=message, ignore_patterns=NOT_UPLOADED)
