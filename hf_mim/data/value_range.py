@@ -56,7 +56,7 @@ def find_value_range(
     if nodata is not None:
         check_possible(nodata, found)
         if nodata != nodata and "float32" not in found:
-            nodata, lines = None, ["nodata: none, because whole numbers are never NaN; GDAL_NODATA tags are ignored"]
+            nodata, lines = None, ["nodata: none, because whole numbers are never NaN; the tags of files are ignored"]
     if fixed is None and kind == "uint8" and nodata is None:
         return None, "\n".join(lines) or None, None
     images = images.in_range(None if nodata is None else images.value_range, own_depth=True)
@@ -103,7 +103,9 @@ class _Counts:
     def missing_in_words(self, nodata: float, images) -> str:
         share = 100 * self.missing / self.pixels
         words = f"{share:.{1 if share >= 0.1 or not share else 4}f} % of the pixels, in {self.touched:,} of "
-        words += f"{self.images:,} images ({as_text(nodata)}{', by GDAL_NODATA tags' if images.checks_tags else ''})"
+        words += (
+            f"{self.images:,} images ({as_text(nodata)}{', by the tags of the files' if images.checks_tags else ''})"
+        )
         if empty := images.num_empty():
             words += f"; {empty:,} images hold no data at all and are left out"
         return words
