@@ -12,7 +12,7 @@ from datasets import ClassLabel, Dataset, Features, IterableDataset, Value, conc
 from datasets import Image as ImageFeature
 
 from .account import Account
-from .columns import FOLDER
+from .columns import FILE, FOLDER
 from .damage import READING_ERRORS, check_saved, damaged, file_being_read, first_cause
 from .folders import (
     IMAGE_EXTENSIONS,
@@ -113,7 +113,7 @@ def _load_folder(
     kinds = Counter(file_type(path) for path, _ in entries)
     types = ", ".join(f"{count:,} {kind}" for kind, count in kinds.most_common())
     entries, files = (entries, [stacks[path] for path, _ in entries]) if stacks else _frames(folder, entries)
-    taken = f"{len(entries):,} images ({types}{' of several frames' if len(entries) > kinds.total() else ''})"
+    taken = f"{len(entries):,} images ({types}{', some of several frames' if len(entries) > kinds.total() else ''})"
     account = Account(taken, others, left_out + layout.left_out, layout.notes)
     columns = {}
     by_part = (image_files([str(folder / held[name]) for held in files], name) for name in files[0])
@@ -123,6 +123,9 @@ def _load_folder(
         about = _metadata(folder, tables, paths, named, account)
         if about is not None:
             columns, dataset = set(about.column_names), concatenate_datasets([dataset, about], axis=1)
+    if len(entries) > kinds.total() and FILE not in columns:
+        dataset = dataset.add_column(FILE, [readable(path) for path, _ in entries], feature=Value("string"))
+        account.notes.append(f"the frames of a file are alike; to keep them on one side of a split: --group {FILE}")
     if FOLDER not in columns and any(names := [group_folder(readable(path)) for path, _ in entries]):
         dataset = dataset.add_column(FOLDER, names, feature=Value("string"))
     if labels not in (None, FOLDER) or FOLDER in columns and labels == FOLDER:

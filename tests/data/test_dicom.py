@@ -202,7 +202,9 @@ def test_the_frames_of_a_file_are_images_of_their_own(folder):
     images = load_images(folder, tell=lines.append)
     names = [image["path"].removeprefix(f"{folder}/") for image in images["image"]]
     assert names == ["1.2.840.77", "one.DCM", "scan.dcm/0001", "scan.dcm/0002", "scan.dcm/0003"]
-    assert "5 images (3 .dcm of several frames)" in lines[0] and "2 files without an extension" in lines[0]
+    assert "5 images (3 .dcm, some of several frames)" in lines[0] and "2 files without an extension" in lines[0]
+    assert load_images(folder, group="file")["group"][:] == ["1.2.840.77", "one.DCM"] + ["scan.dcm"] * 3
+    assert "to keep them on one side of a split: --group file" in lines[0]
     for number in (1, 2, 3):
         expected = number * (DEEP // number).astype(int) - 1024
         np.testing.assert_array_equal(opened(images[number + 1]["image"]), expected)
