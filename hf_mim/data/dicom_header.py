@@ -108,7 +108,7 @@ def _syntax(file):
 
 
 def read_header(file) -> Header:
-    """Of a file on disk it is kept, because many frames have one: a long one takes .1 s to read."""
+    """Of a file on disk it is kept, because many frames have one: that of 300 frames takes .05 s to read."""
     name = getattr(file, "name", None)
     if not isinstance(name, str):
         return _parsed(file)

@@ -117,7 +117,7 @@ def test_what_is_left_out_is_told_once(tmp_path, caplog):
     for _ in range(2):
         assert len(load_images(tmp_path)) == 1
     (record,) = caplog.records
-    told = "split train: 1 images (1 .png) is taken; left out: 1 .csv, 3 .cr2, 1 in masks/"
+    told = "split train: 1 images (1 .png) is taken; left out: 3 .cr2, 1 .csv, 1 in masks/"
     assert told in record.getMessage() and str(tmp_path) in record.getMessage()
 
 
