@@ -12,6 +12,6 @@ COPY setup.cfg pyproject.toml constraints.txt README.md LICENSE ./
 RUN pip install torch==2.13.0
 COPY hf_mim hf_mim
 COPY training training
-RUN pip install --constraint constraints.txt .[tiff,logs]
+RUN pip install --constraint constraints.txt .[tiff,dicom,heif,logs]
 USER user
 CMD ["hf-mim", "--help"]

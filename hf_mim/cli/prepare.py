@@ -27,7 +27,7 @@ From JPEGs come JPEGs of quality 95, from other 8-bit images PNGs, from 16 bits,
 def settings() -> list[Setting]:
     channels = "of the images, where a file can be read in two ways: arrays, the pages of a TIFF"
     pixels = "of one image; larger ones are refused; default: 178,956,970"
-    nodata = "the value of pixels without data, nan, or none; default: what the GDAL_NODATA tag of each file says"
+    nodata = "the value of pixels without data, nan, or none; default: what the tag of each file says"
     return [
         Setting("tile", int, text="side of the tiles in pixels"),
         Setting("short_side", int, text="length of the shorter side in pixels"),

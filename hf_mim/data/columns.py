@@ -14,6 +14,7 @@ from .stacks import Incomplete, keys_of, parts_of
 # A column of one of these names is preferred among several of its kind, or recognised if its type tells too little.
 IMAGE_NAMES = tuple("image img pixel_values picture photo jpg jpeg png webp tif tiff npy npz bytes".split())
 NO_LABELS = "none"  # as `labels`: the images have none, whatever columns and folders there are
+FILE = "file"  # as `group`: the file that holds the frame of an image
 FOLDER = "folder"  # as `labels`: the class folders; as `group`: the folder that holds an image
 LABEL_NAMES = ("label", "labels", "fine_label", "class", "cls")  # columns that say by their name that they hold classes
 _PERHAPS_LABELS = ("target", "category", "species", "y")  # columns that may hold classes; the user has to say so

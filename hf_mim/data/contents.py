@@ -1,5 +1,6 @@
 """What images hold, whatever they are called: a digest of the bytes of each."""
 
+import functools
 import hashlib
 import os
 from concurrent.futures import ThreadPoolExecutor
@@ -7,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 from datasets import Dataset
 
+from .dicom import split_frame
 from .stacks import is_stack, present
 
 DIGEST = 16  # bytes
@@ -15,7 +17,10 @@ _THREADS = 8  # they wait for the disk; hashing runs without Python's lock
 
 
 def digests(images: Dataset) -> np.ndarray:
-    """The digest of each image `[n]`, of the type S16. Equal bytes have equal digests, in files and in tables."""
+    """The digest of each image `[n]`, of the type S16. Equal bytes have equal digests, in files and in tables.
+
+    The digest of a frame (`scan.dcm/0003`) is of its file's bytes and its number.
+    """
     with ThreadPoolExecutor(_THREADS) as pool:
         found = [digest for values in _parts(images) for digest in pool.map(_digest, values)]
     return np.array(found, dtype=f"S{DIGEST}")
@@ -34,7 +39,7 @@ def stamps(images: Dataset) -> tuple[str, float] | None:
                 return None
             path = os.path.abspath(held.get("path") or "")
             try:
-                about = os.stat(path)
+                about = os.stat(split_frame(path)[0])
             except OSError:  # the extraction will find that the file is not there
                 return None
             newest = max(newest, about.st_ctime)
@@ -64,13 +69,24 @@ def _digest(value) -> bytes:
     elif isinstance(value, dict):
         data = value.get("bytes")
         if data is None:
-            path = value.get("path") or ""
+            path, frame = split_frame(value.get("path") or "")
             try:
-                with open(path, "rb") as file:
-                    data = file.read()
+                if frame is not None:
+                    about = os.stat(path)
+                    data = _file_digest(path, about.st_mtime_ns, about.st_size) + frame.to_bytes(8, "big")
+                else:
+                    with open(path, "rb") as file:
+                        data = file.read()
             except OSError:  # as above
                 data = b"missing " + os.fsencode(path)
     elif not isinstance(value, bytes):
         array = np.asarray(value)
         data = f"{array.dtype}{array.shape}".encode() + array.tobytes()
     return hashlib.blake2b(data, digest_size=DIGEST).digest()
+
+
+@functools.lru_cache(maxsize=1024)
+def _file_digest(path: str, changed: int, size: int) -> bytes:
+    """Of a file of several frames, which is read once for all."""
+    with open(path, "rb") as file:
+        return hashlib.blake2b(file.read(), digest_size=DIGEST).digest()

@@ -16,6 +16,9 @@ from hf_mim.models.orientation import exif_orientation, upright
 from hf_mim.models.pixels import ImageFormatError
 
 from .deep import read_deep
+from .dicom import dicom_size, is_dicom, read_dicom, split_frame
+from .heif import heif_size, is_heif, read_heif
+from .jpegxl import is_jpegxl, read_jpegxl
 from .stacks import first_part, is_stack, open_stack
 from .tiff import is_plain_tiff, is_tiff, read_tiff
 
@@ -24,6 +27,7 @@ _FORMATS = "PNG JPEG MPO WEBP BMP GIF TIFF PPM JPEG2000 AVIF ICO TGA PCX DDS QOI
 # Images of more pixels are refused. The default is PIL's own limit, about 13,377 × 13,377. It is a variable of the
 # environment, so that workers and evaluations of the same run have it too.
 MAX_PIXELS_VARIABLE, MAX_PIXELS = "HF_MIM_MAX_IMAGE_PIXELS", 178_956_970
+_HEAD = 132  # bytes that tell a DICOM or HEIC file
 # What decoders raise on damaged bytes. PIL's plugins do not catch ValueError, IndexError and the like.
 _DECODE_ERRORS = (OSError, EOFError, SyntaxError, ValueError, TypeError, LookupError, ArithmeticError)
 _DECODE_ERRORS += (struct.error, zlib.error, zipfile.BadZipFile, RuntimeError, MemoryError)
@@ -76,9 +80,13 @@ def as_stored(value) -> dict:
 
 
 def as_file(value: str | bytes):
-    """A path or the bytes of a file, to read from. A path in a table may name a device, which would never end."""
+    """A path or the bytes of a file, to read from; of the path of a frame, the file that holds it.
+
+    A path in a table may name a device, which would never end.
+    """
     if isinstance(value, bytes):
         return io.BytesIO(value)
+    value, _ = split_frame(value)
     if os.path.exists(value) and not os.path.isfile(value):
         raise OSError(f"{value} is no file")
     return open(value, "rb")
@@ -96,7 +104,7 @@ def open_image(
     pixel_type: the type that a stack has to have (`stacks.open_stack`).
 
     Raises:
-        ImageFormatError: too many pixels, or a depth or compression that needs the extra hf-mim[tiff].
+        ImageFormatError: too many pixels, or a format, depth or compression that needs an extra of hf-mim.
     """
     if is_stack(value):
         return open_stack(value, num_channels, open_image, pixel_type)
@@ -104,7 +112,10 @@ def open_image(
     if value is None:
         raise OSError("the row holds no image")
     if isinstance(value, str):
+        frame = split_frame(value)[1]
         with as_file(value) as file:
+            if frame is not None:
+                return read_dicom(file, frame, check_pixels, as_ids)
             value = file.read()
     if isinstance(value, bytes):
         return _open_bytes(value, num_channels, as_ids)
@@ -118,10 +129,18 @@ def open_image(
 
 
 def header_size(value) -> tuple[int, int] | None:
-    """(width, height) of an encoded image, upright, from its header; None if PIL does not know the format."""
+    """(width, height) of an encoded image, upright, from its header; None if it does not tell it.
+
+    Raises what decoders raise on damaged files.
+    """
     value = stored(first_part(value))
     if not isinstance(value, str | bytes):
         return None
+    with as_file(value) as file:
+        head = file.read(_HEAD)
+        file.seek(0)
+        if is_dicom(head) or is_heif(head):
+            return dicom_size(file) if is_dicom(head) else heif_size(file)
     with contextlib.suppress(UnidentifiedImageError, Image.DecompressionBombError):
         with Image.open(value if isinstance(value, str) else io.BytesIO(value), formats=_pil_formats()) as image:
             return image.size[::-1] if exif_orientation(image)[2] else image.size
@@ -146,6 +165,12 @@ def _open_bytes(data: bytes, num_channels: int | None, as_ids: bool) -> Image.Im
         return _read_npy(data)
     if data.startswith(b"PK\x03\x04"):
         return _read_npz(data, num_channels)
+    if is_dicom(data):
+        return read_dicom(io.BytesIO(data), 0, check_pixels, as_ids)
+    if is_heif(data):
+        return read_heif(data, num_channels, check_pixels)
+    if is_jpegxl(data):
+        return read_jpegxl(data, num_channels, check_pixels)
     if is_tiff(data) and not is_plain_tiff(data, as_ids):
         return read_tiff(data, num_channels, check_pixels, as_ids)
     if _max_pixels() > MAX_PIXELS:

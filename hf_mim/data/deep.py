@@ -30,17 +30,18 @@ def read_deep(image: Image.Image, data: bytes, num_channels: int | None) -> np.n
 def _png(image, data: bytes, num_channels: int | None) -> np.ndarray | None:
     if data[24] != 16 or data[25] not in (2, 4, 6):  # bits of a channel; colour, or with alpha
         return None
-    return _without_alpha(_imagecodecs("a PNG of 16-bit colour").png_decode(data), num_channels)
+    return without_alpha(imagecodecs_for("a PNG of 16-bit colour").png_decode(data), num_channels)
 
 
 def _avif(image, data: bytes, num_channels: int | None) -> np.ndarray | None:
     start = data.find(b"av1C")  # AV1CodecConfigurationRecord; the second bit of its third byte is high_bitdepth
     if start < 0 or not data[start + 6] & 0x40:
         return None
-    return _without_alpha(_imagecodecs("an AVIF of 10 or 12 bits").avif_decode(data, index=0), num_channels)
+    return without_alpha(imagecodecs_for("an AVIF of 10 or 12 bits").avif_decode(data, index=0), num_channels)
 
 
-def _imagecodecs(what: str):
+def imagecodecs_for(what: str):
+    """The module. Raises ImageFormatError, which names `what`, if it is not installed."""
     try:
         import imagecodecs
     except ImportError:
@@ -48,7 +49,8 @@ def _imagecodecs(what: str):
     return imagecodecs
 
 
-def _without_alpha(image: np.ndarray, num_channels: int | None) -> np.ndarray:
+def without_alpha(image: np.ndarray, num_channels: int | None) -> np.ndarray:
+    """[h, w] or [h, w, C] without the last of 2 or 4 channels, unless all are `num_channels`."""
     has_alpha = image.ndim == 3 and image.shape[-1] in (2, 4)
     return image[..., :-1] if has_alpha and image.shape[-1] != num_channels else image
 

@@ -10,13 +10,15 @@ from pathlib import Path, PurePath
 from hf_mim.files import listed
 
 from .classes import why_no_classes
+from .dicom import is_dicom
 from .mask_folders import without_masks
 from .names import SPLIT_OF_WORD, WORDS, split_of_folder
 
 IMAGE_EXTENSIONS = frozenset(
-    ".jpg .jpeg .jpe .jfif .png .webp .bmp .dib .gif .tif .tiff .ppm .pgm .pbm .pnm .tga .jp2 .ico .avif .npy "
-    ".npz".split()
+    ".jpg .jpeg .jpe .jfif .png .webp .bmp .dib .gif .tif .tiff .ppm .pgm .pbm .pnm .tga .jp2 .ico .avif .heic .heif "
+    ".jxl .dcm .dicom .ima .npy .npz".split()
 )
+DICOM_EXTENSIONS = (".dcm", ".dicom", ".ima")
 TABLE_EXTENSIONS = {".parquet": "parquet", ".arrow": "arrow", ".tar": "webdataset"}  # extension -> builder in datasets
 TRAINER_STATE = "trainer_state.json"  # in every folder that transformers' Trainer has written
 # Files that lie beside images and are none. No one misses them, so they are no reason for a warning.
@@ -24,6 +26,7 @@ SIDE_FILES = frozenset(
     ".txt .json .jsonl .csv .tsv .xml .yaml .yml .md .html .pdf .log .ini .db .py .ipynb .sh .toml .license".split()
 )
 NO_EXTENSION = "files without an extension"
+_DICOM_INDEX = "DICOMDIR"  # lists files, and holds no image
 
 _SPLIT_FILE = re.compile(rf"(?P<word>{WORDS})([-_]\d+([-_]of[-_]\d+)?)?")  # as datasets names them
 _UNLABELLED = re.compile(r"(un|non?)[\W_]?label+ed.*|unsup(ervised)?|extra")
@@ -60,7 +63,8 @@ def scan(folder: Path, extensions) -> tuple[list[str], Counter]:
     Paths are relative to the folder. They are sorted within each folder, and a folder's own files come before those of
     its folders. Extensions may be in upper or lower case. Hidden files and folders are not counted. Folders that a
     training has written are left out, because their pictures are no data. Links are followed, but no folder is read
-    twice. Pipes and devices are never opened.
+    twice. Pipes and devices are never opened. Where `.dcm` is wanted, a file without an extension, or with digits for
+    one (`1.2.840.1`), is opened to see whether it is a DICOM file, because archives name them so.
     """
     found, left_out, visited, pending = [], Counter(), set(), [""]
     while pending:
@@ -83,7 +87,7 @@ def scan(folder: Path, extensions) -> tuple[list[str], Counter]:
             path, extension = os.path.join(below, entry.name), os.path.splitext(entry.name)[1].lower()
             if entry.is_dir():
                 folders.append(path)
-            elif extension not in extensions:
+            elif extension not in extensions and not (".dcm" in extensions and _is_bare_dicom(entry)):
                 left_out[extension or NO_EXTENSION] += 1
             elif entry.is_file():
                 found.append(path)
@@ -91,6 +95,26 @@ def scan(folder: Path, extensions) -> tuple[list[str], Counter]:
                 left_out["no regular files (pipes, devices, broken links)"] += 1
         pending += reversed(folders)
     return found, left_out
+
+
+def file_type(path: str) -> str:
+    """The extension in lower case; `.dcm` for a DICOM file that `scan` has found by its bytes."""
+    extension = os.path.splitext(path)[1].lower()
+    return ".dcm" if _is_bare(path) else extension
+
+
+def _is_bare(path: str) -> bool:
+    return not (extension := os.path.splitext(path)[1].removeprefix(".")) or extension.isdecimal()
+
+
+def _is_bare_dicom(entry: os.DirEntry) -> bool:
+    if not _is_bare(entry.name) or entry.name.upper() == _DICOM_INDEX or not entry.is_file():
+        return False
+    try:
+        with open(entry.path, "rb") as file:
+            return is_dicom(file.read(132))
+    except OSError:
+        return False
 
 
 def _is_shown(name: str) -> bool:

@@ -12,17 +12,19 @@ from datasets import ClassLabel, Dataset, Features, IterableDataset, Value, conc
 from datasets import Image as ImageFeature
 
 from .account import Account
-from .columns import FOLDER
+from .columns import FILE, FOLDER
 from .damage import READING_ERRORS, check_saved, damaged, file_being_read, first_cause
 from .folders import (
     IMAGE_EXTENSIONS,
     TABLE_EXTENSIONS,
     Layout,
+    file_type,
     image_splits,
     readable,
     scan,
     table_splits,
 )
+from .frames import frames_of
 from .metadata import is_metadata, metadata_files, read_metadata
 from .names import canonical_split, group_folder
 from .stacks import Incomplete, files_of_parts, parts_of
@@ -81,11 +83,11 @@ def load_local(
         return _load_tables(path.parent, [path.name], split, streaming, Counter(), labels)
     files, left_out = scan(path, IMAGE_EXTENSIONS | TABLE_EXTENSIONS.keys())
     tables = [name for name in files if _extension(name) in TABLE_EXTENSIONS]
-    images = [name for name in files if _extension(name) in IMAGE_EXTENSIONS]
+    images = [name for name in files if file_type(name) in IMAGE_EXTENSIONS]
     if images:
         tables = [name for name in tables if not is_metadata(name)]
     if tables and len(tables) >= len(images):  # the few files of the other kind are not data
-        return _load_tables(path, tables, split, streaming, left_out + Counter(map(_extension, images)), labels)
+        return _load_tables(path, tables, split, streaming, left_out + Counter(map(file_type, images)), labels)
     if images:
         return _load_folder(path, images, split, left_out + Counter(map(_extension, tables)), labels, image_column)
     found = (
@@ -113,17 +115,22 @@ def _load_folder(
         raise ValueError(f"source {str(folder)!r} holds no images beside its masks")
     entries = pick_split(layout.splits, split, folder)
     others = {name: f"{len(other):,}" for name, other in layout.splits.items() if other is not entries}
-    kinds = Counter(_extension(path) for path, _ in entries)
+    kinds = Counter(file_type(path) for path, _ in entries)
     types = ", ".join(f"{count:,} {kind}" for kind, count in kinds.most_common())
-    taken = f"{len(entries):,} images ({types})"
-    columns, files = {}, [stacks.get(path, {"image": path}) for path, _ in entries]
+    entries, files = (entries, [stacks[path] for path, _ in entries]) if stacks else _frames(folder, entries)
+    taken = f"{len(entries):,} images ({types}{', some of several frames' if len(entries) > kinds.total() else ''})"
     account = Account(taken, others, left_out + layout.left_out, layout.notes + _without(files))
+    columns = {}
     by_part = (image_files([held[name] and str(folder / held[name]) for held in files], name) for name in files[0])
     dataset = concatenate_datasets([*by_part], axis=1)
     if tables := metadata_files(folder, paths):
-        about = _metadata(folder, tables, paths, [next(filter(None, held.values())) for held in files], account)
+        named = [next(filter(None, stacks[path].values())) if stacks else path for path, _ in entries]
+        about = _metadata(folder, tables, paths, named, account)
         if about is not None:
             columns, dataset = set(about.column_names), concatenate_datasets([dataset, about], axis=1)
+    if len(entries) > kinds.total() and FILE not in columns:
+        dataset = dataset.add_column(FILE, [readable(path) for path, _ in entries], feature=Value("string"))
+        account.notes.append(f"the frames of a file are alike; to keep them on one side of a split: --group {FILE}")
     if FOLDER not in columns and any(names := [group_folder(readable(path)) for path, _ in entries]):
         dataset = dataset.add_column(FOLDER, names, feature=Value("string"))
     if labels not in (None, FOLDER) or FOLDER in columns and labels == FOLDER:
@@ -143,6 +150,17 @@ def _without(files: list[dict[str, str | None]]) -> list[str]:
     """Notes about the parts that images lack."""
     counts = Counter(name for held in files for name, file in held.items() if file is None)
     return [f"{count:,} images lack {name}, which is masked there" for name, count in counts.items()]
+
+
+def _frames(folder: Path, entries: list[tuple[str, str | None]]) -> tuple[list, list[dict[str, str]]]:
+    """(these entries, that of a file of several frames once for each; the path of each image)."""
+    images, files = [], []
+    for entry in entries:
+        whole = str(folder / entry[0])
+        for place in frames_of(whole):
+            images.append(entry)
+            files.append({"image": entry[0] + place.removeprefix(whole)})
+    return images, files
 
 
 def _class_column(layout: Layout, entries: list[tuple[str, str | None]]) -> tuple[list[int], ClassLabel] | None:

@@ -1,4 +1,4 @@
-"""The value of pixels without data: what TIFF files say by GDAL's tag, and whether it fits the run."""
+"""The value of pixels without data: what TIFF and DICOM files say by a tag, and whether it fits the run."""
 
 import contextlib
 import math
@@ -14,6 +14,9 @@ from hf_mim.models.pixels import ImageFormatError, ValueRange, crop_image, to_ch
 from .augment import sampled
 from .crop import WholeImage
 from .decode import BrokenImage, as_file, decoding, image_name, stored
+from .dicom import is_dicom, padding_value, split_frame
+from .dicom_header import count_frames
+from .folders import DICOM_EXTENSIONS, file_type
 from .stacks import is_stack, present
 from .tiff import is_tiff, unused_pages
 
@@ -22,7 +25,8 @@ GDAL_NODATA = 42113  # the number of the tag
 _BITS, _PHOTOMETRIC, _SAMPLE_FORMAT = 258, 262, 339
 _PALETTE = 3  # of the tag PhotometricInterpretation
 _KINDS = {1: "uint", 2: "int", 3: "float"}  # of the tag SampleFormat
-_PROBES, _SAMPLE = 16, 1024  # images that are opened to see whether there are TIFFs; TIFFs whose tags are read
+_PROBES, _SAMPLE = 16, 1024  # images that are opened to see whether any may have a tag; those whose tags are read
+_HEAD = 132  # bytes that tell a DICOM file
 
 
 def check_nodata(nodata: float | str | None):
@@ -31,23 +35,28 @@ def check_nodata(nodata: float | str | None):
         raise ValueError(f"nodata must be a number or nan, which stands for inf too, not {nodata}")
 
 
-def gdal_nodata(value) -> float | None:
-    """GDAL's nodata value of an image, from its tag, as `open_image` gives it; None if it is no TIFF, has no tag or a
-    palette, or cannot hold the value.
+def tagged_nodata(value) -> float | None:
+    """The nodata value of an image as `open_image` gives it, from GDAL's tag of a TIFF or PixelPaddingValue of a DICOM
+    file. None if it has no such tag, has colours by a palette, or cannot hold the value.
 
-    value: one value of an image column. Only the first directory of the file is read.
+    value: one value of an image column. Only the header of the file is read.
 
     Raises ImageFormatError if the parts of an image have different tags.
     """
     if is_stack(value):
-        return _of_parts({key.partition(":")[0]: gdal_nodata(part) for key, part in present(value).items()})
+        return _of_parts({key.partition(":")[0]: tagged_nodata(part) for key, part in present(value).items()})
     value = stored(value)
     if not isinstance(value, str | bytes):
         return None
     with as_file(value) as file:
-        if not is_tiff(head := file.read(16)):
-            return None
-        tags = _read_tags(file, head)
+        head = file.read(_HEAD)
+        if is_dicom(head):
+            return padding_value(file, 0 if isinstance(value, bytes) else split_frame(value)[1] or 0)
+        return _gdal_nodata(_read_tags(file, head)) if is_tiff(head) else None
+
+
+def _gdal_nodata(tags: dict) -> float | None:
+    """By the tags of a TIFF."""
     if GDAL_NODATA not in tags:
         return None
     try:
@@ -75,8 +84,8 @@ def _of_parts(tags: dict[str, float | None]) -> float | None:
         listed = ", ".join(f"{name} {text}" for name, text in texts.items())
         some = next(text for text in texts.values() if text != "none")
         raise ImageFormatError(
-            f"the parts of an image have different values in their GDAL_NODATA tags ({listed}); give the one that "
-            f"holds for all parts (--nodata {some}), or ignore the tags (--nodata none)"
+            f"the parts of an image have different values in their tags of nodata ({listed}); give the one that holds "
+            f"for all parts (--nodata {some}), or ignore the tags (--nodata none)"
         )
     return next(iter(tags.values()), None)
 
@@ -115,56 +124,69 @@ def tag_nodata(images) -> float | None:
     Raises:
         ImageFormatError: the files, or the parts of an image, have several values.
     """
-    found = {}
+    found, tags = {}, set()
     for row in _rows(images):
         name = image_name(row["image"], "an image")
         try:
             with decoding(name):
-                nodata = gdal_nodata(row["image"])
+                nodata = tagged_nodata(row["image"])
         except BrokenImage:
             continue  # it is counted when it is read
         if nodata is not None:
             found.setdefault(as_text(nodata), (nodata, name))
+            tags.add(f"{_tag_of(row['image'])}s")
     if len(found) > 1:
         listed = " and ".join(f"{text} ({name})" for text, (_, name) in found.items())
         raise ImageFormatError(
-            f"the files have several values in their GDAL_NODATA tags, {listed}; convert them to one, or give the one "
-            f"that holds for all: --nodata {next(iter(found))}"
+            f"the files have several values in their {' and '.join(sorted(tags))}, {listed}; convert them to one, or "
+            f"give the one that holds for all: --nodata {next(iter(found))}"
         )
     return next((nodata for nodata, _ in found.values()), None)
 
 
 def _rows(images):
-    """The rows in which tags are looked for: a few, and many more if there is a TIFF among them."""
-    tiffs = False
+    """The rows in which tags are looked for: a few, and many more if there is a file among them that may have one."""
+    tagged = False
     for number, row in enumerate(sampled(images, _SAMPLE if isinstance(images, Dataset) else _PROBES, seed=0)):
-        if number >= _PROBES and not tiffs:
+        if number >= _PROBES and not tagged:
             return
-        tiffs = tiffs or holds_tiff(row["image"])
+        tagged = tagged or holds_tiff(row["image"]) or _holds_dicom(row["image"])
         yield row
 
 
 def pages_line(images, num_channels: int) -> str | None:
-    """A line that says how many pages of TIFF files are not used, in a small sample; None if all are.
+    """Lines that say how many pages of TIFF files, and frames of DICOM files, are not used, in a small sample; None if
+    all are.
 
     images, num_channels: as of `tag_nodata`; those of the model.
     """
-    counts, looked = [], 0
+    pages, frames = [], []
     for row in sampled(images, _PROBES, seed=0):
         value = stored(row["image"])
-        if not holds_tiff(value):
-            continue
-        with contextlib.suppress(BrokenImage), decoding("a TIFF"):
-            with as_file(value) as file:
-                pages, looked = unused_pages(file, num_channels), looked + 1
-            counts += [pages] if pages > 1 else []
-    if not counts:
-        return None
-    several = str(min(counts)) if min(counts) == max(counts) else f"{min(counts)} to {max(counts)}"
-    return (
-        f"pages: the first of {several} pages is the image, in {len(counts)} of {looked} TIFF files of the sample; "
-        "grey pages become the bands of one image if --num_channels is their number"
-    )
+        with contextlib.suppress(BrokenImage), decoding("an image"):
+            if holds_tiff(value):
+                with as_file(value) as file:
+                    pages.append(unused_pages(file, num_channels))
+            elif _holds_dicom(value) and (isinstance(value, bytes) or split_frame(value)[1] is None):
+                with as_file(value) as file:
+                    frames.append(count_frames(file))
+    lines = [
+        f"pages: the first of {_most(pages)} TIFF files of the sample; grey pages become the bands of one image if "
+        "--num_channels is their number"
+        if max(pages, default=1) > 1
+        else None,
+        f"frames: the first of {_most(frames)} DICOM files of the sample; each frame of a file in a folder is an image"
+        if max(frames, default=1) > 1
+        else None,
+    ]
+    return "\n".join(filter(None, lines)) or None
+
+
+def _most(counts: list[int]) -> str:
+    """Of which files with more than one page the first page is taken."""
+    several = [count for count in counts if count > 1]
+    ends = str(min(several)) if min(several) == max(several) else f"{min(several)} to {max(several)}"
+    return f"{ends} is the image, in {len(several)} of {len(counts)}"
 
 
 def holds_tiff(value) -> bool:
@@ -177,17 +199,31 @@ def holds_tiff(value) -> bool:
     return isinstance(value, bytes) and is_tiff(value)
 
 
+def _tag_of(value) -> str:
+    return "PixelPaddingValue" if _holds_dicom(value) else "GDAL_NODATA tag"
+
+
+def _holds_dicom(value) -> bool:
+    """As `holds_tiff`, for DICOM files."""
+    if is_stack(value):
+        return any(map(_holds_dicom, value.values()))
+    value = stored(value)
+    if isinstance(value, str):
+        return file_type(split_frame(value)[0]) in DICOM_EXTENSIONS
+    return isinstance(value, bytes) and is_dicom(value)
+
+
 def check_tag(value, nodata: float | None):
     """Raise ImageFormatError if an image's tag has another nodata value than the run, which has begun without the
     option."""
-    tag = gdal_nodata(value)
+    tag = tagged_nodata(value)
     if tag is None:
         return
     text, began = as_text(tag), "none" if nodata is None else as_text(nodata)
     if text != began:
         raise ImageFormatError(
-            f"its GDAL_NODATA tag is {text}, and the run has begun with {began}; give --nodata {text} if it holds for "
-            "all images, or --nodata none to ignore the tags"
+            f"its {_tag_of(value)} is {text}, and the run has begun with {began}; give --nodata {text} if it holds "
+            "for all images, or --nodata none to ignore the tags"
         )
 
 

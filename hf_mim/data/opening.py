@@ -14,7 +14,7 @@ def open_image(path: str | os.PathLike, num_channels: int = 3) -> Image.Image | 
     """Open an image file as training does: upright, in its own depth, ready for the image processor.
 
     Args:
-        path: an image, a TIFF of any kind, .npy or .npz.
+        path: an image, a TIFF of any kind, .npy or .npz, a DICOM file (its first frame) or a frame ("scan.dcm/0003").
         num_channels: those of the model. A TIFF of so many pages is one image with a band for each page.
 
     Returns:
@@ -26,10 +26,11 @@ def open_image(path: str | os.PathLike, num_channels: int = 3) -> Image.Image | 
         ImageFormatError: a ValueError: the file is intact, but of a kind that is not read; the message says what helps.
         BrokenImage: the file is damaged, or no image.
     """
-    with open(path, "rb") as file:
-        data = file.read()
-    with decode.decoding(os.fspath(path)):
-        image = decode.open_image(data, num_channels)
+    path = os.fspath(path)
+    with decode.as_file(path):
+        pass  # a file that is not there is no broken image
+    with decode.decoding(path):
+        image = decode.open_image(path, num_channels)
         # A JPEG that is upright stays undecoded, as in training: the processor may decode a large one at half its size.
         if isinstance(image, Image.Image) and any(exif_orientation(image)):
             return ImageOps.exif_transpose(image)

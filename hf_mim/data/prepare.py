@@ -33,8 +33,9 @@ from hf_mim.models.pixels import ImageFormatError
 from hf_mim.progress import progress_bar
 
 from .decode import BrokenImage, as_file, decoding, image_name, open_image, stored
-from .folders import IMAGE_EXTENSIONS, TABLE_EXTENSIONS, scan, table_splits, without_masks
-from .nodata import IGNORE_TAGS, check_nodata, gdal_nodata, holds_tiff
+from .folders import IMAGE_EXTENSIONS, TABLE_EXTENSIONS, file_type, scan, table_splits, without_masks
+from .frames import frames_of
+from .nodata import IGNORE_TAGS, check_nodata, holds_tiff, tagged_nodata
 from .prepare_files import copied, has_tifffile, narrowed, nodata_of, smaller, write
 from .sources import SplitNotFound, load_images
 from .workers import leave_signals_to_the_main_process
@@ -86,8 +87,8 @@ class Prepare:
             they overlap their neighbours and no pixel is lost or made up. A side shorter than a tile stays as it is.
         short_side: length of the shorter side; smaller images stay as they are.
         num_channels: of the images, where a file can be read in two ways: pages of a TIFF, arrays, alpha.
-        nodata: the value of pixels without data; "none": no value, whatever tags say; None: by the GDAL_NODATA tag of
-            each file.
+        nodata: the value of pixels without data; "none": no value, whatever tags say; None: by the tag of each
+            file.
         num_workers: processes.
     """
 
@@ -154,7 +155,7 @@ class Prepare:
             return self._add_files(path.parent, [path.name])
         if path.exists() and not saved:
             files = scan(path, IMAGE_EXTENSIONS | TABLE_EXTENSIONS.keys())[0] if path.is_dir() else [path.name]
-            images = [name for name in files if os.path.splitext(name)[1].lower() in IMAGE_EXTENSIONS]
+            images = [name for name in files if file_type(name) in IMAGE_EXTENSIONS]
             if 2 * len(images) > len(files):  # the rule of `load_images`
                 kept, self.prepared.left_out = without_masks(images)
                 self.prepared.left_out.update({"tables": len(files) - len(images)} if len(files) > len(images) else {})
@@ -178,7 +179,9 @@ class Prepare:
         same = Counter((path.parent, path.stem) for path in pure)
         for path, name in zip(pure, names, strict=True):
             stem = path.stem if same[path.parent, path.stem] == 1 else path.name.replace(".", "_")
-            self.tasks.append(Task(str(root / name), name, str(path.parent), stem))
+            for place in frames_of(whole := str(root / name)):
+                frame = place.removeprefix(whole)  # "/0003", or nothing
+                self.tasks.append(Task(place, name + frame, str(path.parent), stem + frame.replace("/", "_")))
 
     def _add_rows(self, images: Dataset, split: str):
         """Rows of a table get a folder for each split, if there are several, and for each class."""
@@ -216,7 +219,7 @@ class _Work:
             stem = f"{number:06d}_{_safe(given)}" if given else f"{number:06d}"
         try:
             with decoding(task.name):
-                tag = gdal_nodata(value)
+                tag = tagged_nodata(value)
                 nodata = None if self.nodata == IGNORE_TAGS else tag if self.nodata is None else self.nodata
                 image, form = _opened(value, self.num_channels, nodata)
                 image, nodata, is_told = nodata_of(image, nodata, is_given=self.nodata is not None)

@@ -57,7 +57,8 @@ def load_images(
             the class (`columns.find_labels`), or folders that look like classes (`classes.py`).
         tell: is called with one line: what was taken, the splits, the classes, and what was left out. By default,
             there is a warning if something was left out.
-        group: a column whose values must stay together, such as the patient; "folder": the folder of an image.
+        group: a column whose values must stay together, such as the patient; "folder": the folder of an image; "file":
+            the file of a frame.
 
     Returns:
         A dataset with the columns `image` ({"bytes", "path"}, or arrays); where there are labels, `label` (int class

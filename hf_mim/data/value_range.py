@@ -65,7 +65,7 @@ def find_value_range(
     if nodata is not None:
         check_possible(nodata, {common_type(kind): name for kind, name in found.items()})
         if nodata != nodata and not lacking and not any("float32" in kind for kind in found):
-            nodata, lines = None, ["nodata: none, because whole numbers are never NaN; GDAL_NODATA tags are ignored"]
+            nodata, lines = None, ["nodata: none, because whole numbers are never NaN; the tags of files are ignored"]
     if fixed is None and kind == "uint8" and nodata is None:
         return None, "\n".join(lines) or None, None
     images = images.in_range(None if nodata is None else images.value_range, own_depth=True)
@@ -134,7 +134,7 @@ class _Counts:
     def missing_in_words(self, nodata: float, images, lacking: bool) -> str:
         share = 100 * self.missing / self.pixels
         words = f"{share:.{1 if share >= 0.1 or not share else 4}f} % of the pixels, in {self.touched:,} of "
-        what = f"{as_text(nodata)}{', by GDAL_NODATA tags' if images.checks_tags else ''}"
+        what = f"{as_text(nodata)}{', by the tags of the files' if images.checks_tags else ''}"
         what = ("missing parts" if nodata != nodata else f"missing parts; {what}") if lacking else what
         words += f"{self.images:,} images ({what})"
         if empty := images.num_empty():

@@ -125,7 +125,7 @@ def measured_crops(
         if value_range.nodata is not None and not method.takes_nodata:
             raise ValueError(
                 f"nodata {as_text(value_range.nodata)} needs a method whose forward takes valid_pixels, and "
-                f"{method.name} has none (docs/new_method.md); --nodata none ignores GDAL_NODATA tags"
+                f"{method.name} has none (docs/new_method.md); --nodata none ignores the tags of files"
             )
     return crops, value_range, found, missing
 

@@ -86,7 +86,7 @@ class RunArguments:
         value_range: low,high or such a pair for each channel: the values of the images that become 0 and 1, -30,5 for
             decibels; default: 0..255 for 8 bits, else measured on 1,024 images
         nodata: the value of pixels without data, in the depth of the images, or nan: loss and measures leave them out;
-            none: no such value, whatever tags say; default: what the GDAL_NODATA tags of TIFF files say
+            none: no such value, whatever tags say; default: what the tags of TIFF and DICOM files say
         max_image_pixels: of one image; larger ones are refused; default: 178,956,970
         cache_images: decode 8-bit images once, and crop them on the device, where decoding is slower than training; or
             the folder that hf-mim cache has made of them

@@ -15,6 +15,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedConfig, TrainerCallback
 
 from hf_mim import methods
+from hf_mim.data.dicom import split_frame
 from hf_mim.data.labelled import LabelledImages
 from hf_mim.evaluation.result import Result
 from hf_mim.models.configuration_vit import SIZES, pair
@@ -75,7 +76,8 @@ def count_folders(images) -> int:
     if not isinstance(first, dict) or first.get("bytes") is not None or not first.get("path"):
         return 0
     column = images.select_columns("image").with_format("arrow")[:]["image"]
-    return len(set(map(os.path.dirname, filter(None, pyarrow.compute.struct_field(column, "path").to_pylist()))))
+    paths = filter(None, pyarrow.compute.struct_field(column, "path").to_pylist())
+    return len({os.path.dirname(split_frame(path)[0]) for path in paths})
 
 
 def model_in_words(model) -> str:

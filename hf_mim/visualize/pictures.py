@@ -7,7 +7,8 @@ from pathlib import Path
 from hf_mim.checks import least
 from hf_mim.data import load_images
 from hf_mim.data.decode import BrokenImage
-from hf_mim.data.folders import IMAGE_EXTENSIONS
+from hf_mim.data.dicom import split_frame
+from hf_mim.data.folders import IMAGE_EXTENSIONS, file_type
 from hf_mim.data.sources import first_split, fixed_sample
 from hf_mim.files import check_writable
 from hf_mim.run_folder import picture_path, read_recipe
@@ -128,7 +129,8 @@ def chosen_images(
 
 def _are_files(images: Sequence[str]) -> bool:
     """Whether all are image files. Raises ValueError for several words that are not."""
-    files = [Path(image).is_file() and Path(image).suffix.lower() in IMAGE_EXTENSIONS for image in images]
+    paths = [split_frame(image)[0] for image in images]
+    files = [Path(path).is_file() and file_type(path) in IMAGE_EXTENSIONS for path in paths]
     if len(images) > 1 and not all(files):
         wrong = images[files.index(False)]
         raise ValueError(f"images must be image files, or one source such as a folder; {wrong} is no image file")

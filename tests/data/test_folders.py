@@ -112,12 +112,12 @@ def test_pipes_and_broken_links_are_not_opened_and_counted(tmp_path):
 def test_what_is_left_out_is_told_once(tmp_path, caplog):
     draw(tmp_path, "images/1.png", "masks/1.png")
     for number in range(3):
-        (tmp_path / "images" / f"{number}.HEIC").write_bytes(b"")
+        (tmp_path / "images" / f"{number}.CR2").write_bytes(b"")
     (tmp_path / "labels.csv").write_text("")
     for _ in range(2):
         assert len(load_images(tmp_path)) == 1
     (record,) = caplog.records
-    told = "split train: 1 images (1 .png) is taken; left out: 1 .csv, 3 .heic, 1 in masks/"
+    told = "split train: 1 images (1 .png) is taken; left out: 3 .cr2, 1 .csv, 1 in masks/"
     assert told in record.getMessage() and str(tmp_path) in record.getMessage()
 
 

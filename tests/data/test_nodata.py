@@ -14,7 +14,7 @@ from test_value_range import draw, images, npy
 
 from hf_mim.data import DeviceAugment, ImageDataset, RandomCrop, ValueRange, WholeImage, channel_statistics, decode
 from hf_mim.data.decode import BrokenImage, decoding, open_image
-from hf_mim.data.nodata import count_missing, gdal_nodata, tag_nodata
+from hf_mim.data.nodata import count_missing, tag_nodata, tagged_nodata
 from hf_mim.data.value_range import find_value_range
 from hf_mim.models.nodata import resize_valid
 from hf_mim.models.pixels import ImageFormatError, crop_image
@@ -207,7 +207,7 @@ def test_the_tag_is_read_from_any_tiff(tmp_path, kind, tag, expected, options, b
     path = tmp_path / "a.tif"
     path.write_bytes(data)
     for value in (data, str(path), {"bytes": data, "path": None}, {"bytes": None, "path": str(path)}):
-        found = gdal_nodata(value)
+        found = tagged_nodata(value)
         assert found == expected or found != found and expected != expected, (found, expected)
 
 

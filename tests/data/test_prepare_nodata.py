@@ -10,7 +10,7 @@ from PIL import Image
 from hf_mim.cli import main
 from hf_mim.data import WholeImage, load_images, prepare_files
 from hf_mim.data.crop import load_crop
-from hf_mim.data.nodata import gdal_nodata, tag_nodata
+from hf_mim.data.nodata import tag_nodata, tagged_nodata
 from hf_mim.data.prepare import Prepare
 from hf_mim.models.pixels import ImageFormatError, ValueRange, crop_image
 
@@ -36,7 +36,7 @@ def prepared(tmp_path, folder, **options):
     """(what was counted, name → array of each file, name → its tag)."""
     found = Prepare(folder, str(tmp_path / "out"), **options)(progress=False)
     paths = sorted((tmp_path / "out").rglob("*.tif"))
-    return found, {p.name: tifffile.imread(p) for p in paths}, {p.name: gdal_nodata(str(p)) for p in paths}
+    return found, {p.name: tifffile.imread(p) for p in paths}, {p.name: tagged_nodata(str(p)) for p in paths}
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from PIL import Image
 from hf_mim.data.crop import WholeImage, crop_rng, load_crop
 from hf_mim.data.decode import open_image
 from hf_mim.data.masks import read_mask_ids
-from hf_mim.data.nodata import gdal_nodata, unused_pages
+from hf_mim.data.nodata import tagged_nodata, unused_pages
 from hf_mim.models.pixels import ImageFormatError
 
 RANDOM = np.random.default_rng(3)
@@ -102,8 +102,8 @@ def test_a_nodata_tag_of_a_file_with_white_as_0_follows_its_values():
     for kind, expected in (("uint8", 255), ("uint16", 65535)):
         tag = [(42113, "s", 0, "0", True)]
         data = written(GREY.astype(kind), "one page", photometric="miniswhite", extratags=tag)
-        assert gdal_nodata(data) == expected
-        assert gdal_nodata(written(GREY.astype(kind), "one page", photometric="minisblack", extratags=tag)) == 0
+        assert tagged_nodata(data) == expected
+        assert tagged_nodata(written(GREY.astype(kind), "one page", photometric="minisblack", extratags=tag)) == 0
 
 
 @pytest.mark.parametrize("kind", ["float32", "int16"])
@@ -145,14 +145,14 @@ def test_packed_grey_of_less_than_8_bits_is_scaled_as_by_pillow(bits, white_is_z
 @pytest.mark.parametrize("white_is_zero", [False, True])
 def test_a_nodata_tag_of_packed_grey_means_the_pixels_that_hold_its_value(bits, white_is_zero):
     data, values = packed(bits, white_is_zero, 1, nodata=b"1")
-    np.testing.assert_array_equal(pixels(data, 1)[..., 0] == gdal_nodata(data), values == 1)
-    assert gdal_nodata(packed(bits, white_is_zero, 1, nodata=b"16")[0]) is None  # no pixel can hold it
+    np.testing.assert_array_equal(pixels(data, 1)[..., 0] == tagged_nodata(data), values == 1)
+    assert tagged_nodata(packed(bits, white_is_zero, 1, nodata=b"16")[0]) is None  # no pixel can hold it
 
 
 def test_a_nodata_tag_of_a_palette_is_ignored_because_an_index_is_no_colour():
     colours = RANDOM.integers(0, 65536, (3, 256)).astype(np.uint16)
     tag = [(42113, "s", 0, "3", True)]
-    assert gdal_nodata(written(GREY, "one page", photometric="palette", colormap=colours, extratags=tag)) is None
+    assert tagged_nodata(written(GREY, "one page", photometric="palette", colormap=colours, extratags=tag)) is None
 
 
 def test_masks_keep_what_images_scale_or_colour():
