@@ -171,22 +171,23 @@ def pages_line(images, num_channels: int) -> str | None:
                 with as_file(value) as file:
                     frames.append(count_frames(file))
     lines = [
-        f"pages: the first of {_most(pages)} TIFF files of the sample; grey pages become the bands of one image if "
-        "--num_channels is their number"
+        f"pages: the first of {_most(pages, 'pages')} TIFF files of the sample; grey pages become the bands of one "
+        "image if --num_channels is their number"
         if max(pages, default=1) > 1
         else None,
-        f"frames: the first of {_most(frames)} DICOM files of the sample; each frame of a file in a folder is an image"
+        f"frames: the first of {_most(frames, 'frames')} DICOM files of the sample; each frame of a file in a folder "
+        "is an image"
         if max(frames, default=1) > 1
         else None,
     ]
     return "\n".join(filter(None, lines)) or None
 
 
-def _most(counts: list[int]) -> str:
-    """Of which files with more than one page the first page is taken."""
+def _most(counts: list[int], unit: str) -> str:
+    """In which files with more than one page or frame the first is taken."""
     several = [count for count in counts if count > 1]
     ends = str(min(several)) if min(several) == max(several) else f"{min(several)} to {max(several)}"
-    return f"{ends} is the image, in {len(several)} of {len(counts)}"
+    return f"{ends} {unit} is the image, in {len(several)} of {len(counts)}"
 
 
 def holds_tiff(value) -> bool:

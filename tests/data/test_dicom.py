@@ -216,8 +216,8 @@ def test_a_table_of_files_of_several_frames_says_that_the_first_is_the_image(fol
     rows = [{"bytes": (folder / name).read_bytes(), "path": None} for name in ("1.2.840.77", "one.DCM", "scan.dcm")]
     images = Dataset.from_dict({"image": rows}, features=Features(image=ImageFeature(decode=False)))
     assert pages_line(images, 1) == (
-        "frames: the first of 3 is the image, in 1 of 3 DICOM files of the sample; each frame of a file in a folder is "
-        "an image"
+        "frames: the first of 3 frames is the image, in 1 of 3 DICOM files of the sample; each frame of a file in a "
+        "folder is an image"
     )
 
 
