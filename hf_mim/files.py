@@ -80,6 +80,13 @@ def check_parent(path: Path, argument: str):
         raise ValueError(f"{argument} must be in a folder that exists, and there is no folder {path.parent}")
 
 
+def check_file(path: Path, argument: str):
+    """Raise ValueError for the path of a file, old or new, that is a folder, or whose folder does not exist."""
+    if path.is_dir():
+        raise ValueError(f"{argument} must be a file, and {path} is a folder")
+    check_parent(path, argument)
+
+
 def check_new_file(path: str | Path, argument: str, ends: tuple[str, ...]) -> Path:
     """The path of a new file with one of these ends, in a folder that exists. Raises ValueError otherwise."""
     path = Path(path)

@@ -53,6 +53,25 @@ def test_counted_flops_are_those_of_the_formula():
     assert step.count_flops("mae", step.Benchmark(**sizes, batch_size=2, mask_draws=1)) == formula / 2
 
 
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        (["--methods", "mae", "--masks_per_image", "1,4"], "masks_per_image must be numbers that one of the methods"),
+        (["--device", "gpu"], "device must be one of cpu, cuda, not 'gpu'"),
+        (["--json", "."], "json must be a file, and . is a folder"),
+        pytest.param(
+            ["--device", "cuda"],
+            "device must be cpu where there is no CUDA, not cuda",
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU"),
+        ),
+    ],
+)
+def test_a_mistake_is_one_line_before_anything_is_measured(capsys, monkeypatch, words, line):
+    monkeypatch.setattr(step, "matrix_ceiling", lambda *_: pytest.fail("measured"))
+    assert main(["benchmark", "step", *words]) == 2
+    assert capsys.readouterr().err.startswith(f"error: {line}")
+
+
 @pytest.mark.parametrize("option", ["steps", "mask_draws"])
 def test_nothing_to_average_is_one_line(capsys, option):
     assert main(["benchmark", "step", f"--{option}", "0"]) == 2

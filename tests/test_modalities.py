@@ -193,9 +193,14 @@ def test_a_run_on_images_that_lack_a_modality_is_trained_and_measured(lacking, t
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"image_column": None}, "missing_modality zero needs the parts of an image as image_column, .* not None"),
+        ({"image_column": None}, "missing_modality zero needs the parts of an image as image_column, .* not nothing"),
         ({"cache_images": True}, "cache_images must be false with missing_modality zero"),
-        ({"image_column": "chroma:2,luma:1"}, r"for each of the modalities \{luma: 1, chroma: 2\}, .* chroma:2,luma:1"),
+        (
+            {"image_column": "chroma:2,luma:1"},
+            "the parts in the order of modalities, luma,chroma, not chroma:2",
+        ),
+        ({"image_column": "chroma,luma", "missing_modality": "error"}, "in the order of modalities, luma,chroma, not "),
+        ({"image_column": "luma:2,chroma:1"}, r"for each of the modalities \{luma: 1, chroma: 2\}, .* luma:2,chroma:1"),
         ({"method": "mae"}, r"missing_modality zero needs several modalities \(interactive_mim\), and mae has one"),
     ],
 )

@@ -18,6 +18,7 @@ from PIL import Image
 from hf_mim.data import load_images
 from hf_mim.data.decode import open_image
 from hf_mim.data.sources import SplitNotFound, fixed_sample
+from hf_mim.files import one_line
 
 
 def luma_chroma(image: Image.Image) -> dict[str, np.ndarray]:
@@ -45,7 +46,10 @@ def write(images, folder: Path, divide: Callable[[Image.Image], dict[str, np.nda
 
 
 def main(source: str, dest: str, kind: str = "luma_chroma", count: str | None = None):
-    divide = {"luma_chroma": luma_chroma, "rgb_gradient": rgb_gradient}[kind]
+    ways = {"luma_chroma": luma_chroma, "rgb_gradient": rgb_gradient}
+    if kind not in ways:
+        raise ValueError(f"the modalities must be one of {', '.join(ways)}, not {kind}")
+    divide = ways[kind]
     images = load_images(source, "train")
     write(images if count is None else fixed_sample(images, int(count)), Path(dest) / "train", divide)
     try:
@@ -55,4 +59,9 @@ def main(source: str, dest: str, kind: str = "luma_chroma", count: str | None = 
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    if len(sys.argv) not in (3, 4, 5):
+        sys.exit(__doc__)
+    try:
+        main(*sys.argv[1:])
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {one_line(error)}")

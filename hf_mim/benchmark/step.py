@@ -47,7 +47,7 @@ class Benchmark:
     image_size: int = 224
     patch_size: int = 16
     batch_size: int = 8
-    device: str = "cpu"
+    device: Literal["cpu", "cuda"] = "cpu"
     dtype: Literal["float32", "bfloat16"] = "float32"
     masks_per_image: list[int] = field(default_factory=lambda: [1])
     compile: bool = False
@@ -59,6 +59,14 @@ class Benchmark:
         least(1, batch_size=self.batch_size, steps=self.steps, mask_draws=self.mask_draws)
         least(1, masks_per_image=min(self.masks_per_image))
         least(0, warmup=self.warmup)
+        for number in self.masks_per_image:
+            if not any(takes_masks(method, self, number) for method in self.methods):
+                told = f"numbers that one of the methods takes ({', '.join(self.methods)})"
+                raise ValueError(f"masks_per_image must be {told}, not {number}")
+        import torch
+
+        if self.device == "cuda" and not torch.cuda.is_available():
+            raise ValueError("device must be cpu where there is no CUDA, not cuda")
 
     def __call__(self) -> dict:
         import torch

@@ -46,12 +46,12 @@ def run(benchmark: type, *words: str, **given: str):
         from hf_mim.benchmark.machine import machine
         from hf_mim.data.sources import source_name
         from hf_mim.evaluation.result import git_state, installed_versions
-        from hf_mim.files import check_parent, replacing
+        from hf_mim.files import check_file, replacing
         from hf_mim.pretraining.settings import to_type
 
         path, hints = given.pop("json", None), get_type_hints(benchmark)
         if path is not None:
-            check_parent(Path(path), "json")
+            check_file(Path(path), "json")
         measure = benchmark(*words, **{name: to_type(name, value, hints[name]) for name, value in given.items()})
         result = measure()
         if path is not None:

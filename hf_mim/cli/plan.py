@@ -34,7 +34,7 @@ def run(model: str, **given: str):
 
         from transformers.utils import logging
 
-        from hf_mim.files import check_parent, replacing
+        from hf_mim.files import check_file, replacing
         from hf_mim.planning.plan import Cluster, plan, read_model
         from hf_mim.planning.table import table
         from hf_mim.pretraining.settings import to_type
@@ -42,7 +42,7 @@ def run(model: str, **given: str):
         logging.set_verbosity_error()
         path, hints = given.pop("json", None), get_type_hints(Cluster)
         if path is not None:
-            check_parent(Path(path), "json")
+            check_file(Path(path), "json")
         cluster = Cluster(**{name: to_type(name, given.pop(name), hints[name]) for name in hints if name in given})
         result = plan(read_model(model, given), cluster)
         if path is not None:

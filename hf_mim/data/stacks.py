@@ -59,7 +59,8 @@ def image_parts(image_column: str | None, missing_modality: str) -> str | Incomp
         return image_column
     if not parts_of(image_column):
         raise ValueError(
-            f"missing_modality {ZERO} needs the parts of an image as image_column, such as rgb,ir, not {image_column}"
+            f"missing_modality {ZERO} needs the parts of an image as image_column, such as rgb,ir, not "
+            f"{image_column or 'nothing'}"
         )
     return Incomplete(image_column)
 

@@ -103,7 +103,11 @@ def _types(images) -> dict[str, str]:
         if (read := read + 1) == _PROBES:
             break
     if incomplete and not found:
-        raise ImageFormatError(f"each of {len(incomplete):,} images that were looked at lacks a part; give whole ones")
+        raise ImageFormatError(
+            "missing_modality zero needs some images that have all parts, and each of the "
+            f"{len(incomplete):,} images that were looked at lacks one; of a stream, shuffle the files or raise "
+            "shuffle_buffer"
+        )
     for types, name in incomplete:
         if not any(fits(types, kind) for kind in found):
             found[joined_types(types)] = name

@@ -49,11 +49,17 @@ def check_modalities(images, run: RunArguments, config: PreTrainedConfig):
 def counted_parts(run: RunArguments, config: PreTrainedConfig) -> str | None:
     """`image_column`; with missing_modality zero, it says how many channels each part has.
 
-    Raises ValueError unless the parts of the images, of which some may be missing, are the modalities of the model.
+    Raises ValueError for parts that are the modalities of the model in another order, and, if some may be missing, for
+    parts that are not those modalities.
     """
+    names, parts = list(getattr(config, "modality_channels", {})), parts_of(run.image_column)
+    if sorted(parts) == sorted(names) and list(parts) != names:
+        raise ValueError(
+            f"image_column must name the parts in the order of modalities, {','.join(names)}, not {run.image_column}"
+        )
     if run.missing_modality != ZERO:
         return run.image_column
-    counts, parts = list(getattr(config, "modality_channels", {}).values()), parts_of(run.image_column)
+    counts = list(getattr(config, "modality_channels", {}).values())
     if len(counts) < 2:
         raise ValueError(
             f"missing_modality {ZERO} needs several modalities (interactive_mim), and {run.method} has one"
