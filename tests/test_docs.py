@@ -40,7 +40,15 @@ def test_the_numbers_in_the_docs_of_evaluation_are_those_of_the_results_files():
     assert told == {name: [f"{100 * value:.1f}" for value in values] for name, values in expected.items()}
 
 
-@pytest.mark.parametrize(("page", "comparison"), [("docs/compare.md", "digits"), ("README.md", "textures")])
+@pytest.mark.parametrize(
+    ("page", "comparison"),
+    [
+        ("docs/compare.md", "digits"),
+        ("README.md", "textures"),
+        ("README.md", "cifar10_mae"),
+        ("docs/log.md", "cifar10_mae"),
+    ],
+)
 def test_the_table_of_a_comparison_is_that_of_its_record(page, comparison):
     rows = json.loads((REPOSITORY / "docs" / "comparisons" / f"{comparison}.json").read_text())["rows"]
     names = [field.name for field in dataclasses.fields(Row)]
@@ -57,18 +65,29 @@ def test_the_numbers_in_the_recipe_of_the_textures_are_those_of_the_record():
 
 
 def test_the_numbers_of_the_kept_weights_are_those_of_their_results():
-    """In the README, the log and the recipe."""
+    """In the log and the recipe."""
     results = CARDS / "cifar10_small_mae" / "results"
     linear, knn = Result.load(results / "linear.json"), Result.load(results / "knn_of_kept_weights.json")
     shares = {
         name: [f"{100 * x:.1f}" for x in (r.value, r.scores["untrained"], r.scores["raw pixels"])]
         for name, r in (("linear", linear), ("20-NN", knn))
     }
-    readme = (REPOSITORY / "README.md").read_text()
     log = (REPOSITORY / "docs" / "log.md").read_text()
     for name, values in shares.items():
-        assert f"| {name} (%) | {' | '.join(values)} |" in readme
         told = " | ".join(f"{value} %" for value in values)
         assert any(line.startswith(f"| {name}, ") and line.endswith(f"| {told} |") for line in log.splitlines())
     head = (REPOSITORY / "training/recipes/cifar10_small_mae.yaml").read_text().split("\n\n")[0]
     assert all(f"{value} %" in head for values in shares.values() for value in values[:1])
+
+
+def test_what_fine_tuning_with_few_labels_gains_is_in_the_readme_and_the_log():
+    record = REPOSITORY / "docs" / "comparisons" / "cifar10_finetune_1_percent.json"
+    results = json.loads(record.read_text())["results"]
+    arms = [[r["value"] for r in results if r["settings"]["untrained"] is bare] for bare in (False, True)]
+    assert [len(arm) for arm in arms] == [3, 3]
+    pretrained, scratch = (as_text(arm, percent=True) for arm in arms)
+    told = f"fine-tuning reaches {pretrained} %, and the same training from random weights {scratch} %"
+    assert told in (REPOSITORY / "README.md").read_text()
+    log = (REPOSITORY / "docs" / "log.md").read_text()
+    for name, arm, mean in zip(("pretrained", "from scratch"), arms, (pretrained, scratch), strict=True):
+        assert f"| {name} | {' | '.join(f'{100 * value:.1f} %' for value in arm)} | {mean} % |" in log
