@@ -173,7 +173,10 @@ def main():
     arguments, args, rest = parser.parse_args_into_dataclasses()
     checkpoint = rest.checkpoint
     args.remove_unused_columns, args.label_names = False, ["labels"]
-    known = read_processor(checkpoint, 3)
+    try:
+        known = read_processor(checkpoint, 3)
+    except (OSError, ValueError) as error:
+        parser.error(f"checkpoint {checkpoint} cannot be read: {' '.join(str(error).split())}")
     size = arguments.image_size or load_backbone(checkpoint).config.image_height_width[0]
     if arguments.dataset is None:
         train, test = drawn(arguments.scenes, size, "train"), drawn(max(1, arguments.scenes // 10), size, "test")

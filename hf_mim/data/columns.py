@@ -203,6 +203,8 @@ def check_columns(features, notes: Sequence[str] = (), **arguments: str | None):
     """Raise ValueError, which lists the columns, if an argument names one that is not there; `notes` may say why."""
     for argument, column in arguments.items():
         if column is not None and column not in features:
+            if (argument, column) == ("group", FILE):
+                notes = [*notes, "a folder has file where some files hold several frames; without them leave group out"]
             known = "; ".join([f"columns: {', '.join(features)}", *notes])
             raise ValueError(f"{argument}={column!r} is not a column; {known}")
 

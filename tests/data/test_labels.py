@@ -161,6 +161,10 @@ def test_groups_are_the_folders_that_hold_the_images(tmp_path):
     ("options", "message"),
     [
         (dict(group="age"), "group='age' is not a column; columns: image, label"),
+        (
+            dict(group="file"),
+            "group='file' is not a column; .*; a folder has file where some files",
+        ),
         (dict(group="label", labels="label"), "group must be another column than labels, not 'label' for both"),
         (dict(group="image"), "group='image' must hold ids or names"),
         (dict(group="label", labels="none", streaming=True), "group='label' needs the images as a whole, not a stream"),
