@@ -138,7 +138,7 @@ def test_fsdp2_resumes_and_follows_float32_in_bfloat16(ranks):
 def test_fsdp2_holds_the_activations_that_are_planned(ranks, monkeypatch):
     found, config = json.loads((ranks / "stop_jepa_0.json").read_text()), make_model("stop_jepa").config
     ids = fixed_ids(make_model("stop_jepa"))
-    shapes = tuple(ids[name](0).shape for name in ("context_ids", "target_ids"))
+    shapes = tuple((1, *ids[name](0).shape) for name in ("context_ids", "target_ids"))  # one mask of each image
     monkeypatch.setattr(plan_step, "mask_shapes", lambda *_: (shapes, shapes))
     held = plan_step.examine(config, batch_size=3, devices=2).fsdp
     assert found["held"] == pytest.approx(3 * held.per_image + held.fixed, rel=0.02)

@@ -71,7 +71,7 @@ def test_activations_are_those_that_autograd_holds(monkeypatch, method, sizes, c
     for size in (3, 5):
         arguments = [torch.randn(size, 3, *config.training_size)]
         if method == "stop_jepa":
-            arguments += [torch.zeros(size, *shape, dtype=torch.int64) for shape in shapes]
+            arguments += [torch.zeros(size * masks, *rest, dtype=torch.int64) for masks, *rest in shapes]
         held[size] = really_held(model, arguments, bf16=True)
     assert (held[5] - held[3]) / 2 == pytest.approx(planned.per_image, rel=0.01)
     if checkpointing:  # planned with all copies of weights, which autocast holds to the end of the forward pass
