@@ -87,6 +87,6 @@ def _digest(value) -> bytes:
 
 @functools.lru_cache(maxsize=1024)
 def _file_digest(path: str, changed: int, size: int) -> bytes:
-    """Of a file of several frames, which is read once for all."""
+    """The digest of a file of several frames, which is read once for all of them."""
     with open(path, "rb") as file:
         return hashlib.blake2b(file.read(), digest_size=DIGEST).digest()

@@ -104,7 +104,7 @@ def present(stack: dict) -> dict:
 
 
 def first_part(value):
-    """Of a stack the first part that the image has, None if there is none; any other value as it is."""
+    """The first part that the image has, if the value is a stack; None for no part. Other values stay as they are."""
     return next(iter(present(value).values()), None) if is_stack(value) else value
 
 

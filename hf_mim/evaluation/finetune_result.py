@@ -2,6 +2,7 @@
 
 import math
 import weakref
+from contextlib import ExitStack
 
 import torch
 from transformers import Trainer
@@ -45,8 +46,9 @@ class LossOnBar(ProgressCallback):
     """A progress bar with the loss on it. Without this, Trainer prints a line for every epoch."""
 
     def on_train_begin(self, args, state, control, **kwargs):
-        self.shown = progress_bar(state.is_world_process_zero, "fine-tuning", state.max_steps)
-        self.training_bar, self.current_step = self.shown.__enter__(), state.global_step
+        self.shown, self.current_step = ExitStack(), state.global_step
+        bar = progress_bar(state.is_world_process_zero, "fine-tuning", state.max_steps)
+        self.training_bar = self.shown.enter_context(bar)
 
     def on_prediction_step(self, args, state, control, **kwargs):
         if watched():
@@ -57,7 +59,7 @@ class LossOnBar(ProgressCallback):
             self.training_bar.set_postfix_str(f"loss {float(logs['loss']):.4g}", refresh=False)
 
     def on_train_end(self, args, state, control, **kwargs):
-        self.shown.__exit__(None, None, None)
+        self.shown.close()
 
 
 def finetuning_result(

@@ -90,8 +90,8 @@ class InteractiveMIMModel(InteractiveMIMPreTrainedModel, ViTEncoder):
         Args:
             pixel_values: `[B, C, H, W]`; the channels of modalities that are left out are not read, and may be missing.
             modalities: names of those to read; default: `config.modalities_seen`.
-            valid_pixels: bool, of the shape of `pixel_values`, False for pixels without data, which are 0 there. Of an
-                image or a patch without any data in a modality, this modality is left out. Default: all have data.
+            valid_pixels: bool, of the shape of `pixel_values`, False for pixels without data, which are 0 there. A
+                modality is left out of an image or a patch where it has no data at all. Default: all have data.
         """
         names = self.config.modalities_seen if modalities is None else list(modalities)
         if names is None and valid_pixels is None:

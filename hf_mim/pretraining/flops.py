@@ -18,8 +18,8 @@ class StepFlops:
         self.model, self.known = model, {}
 
     def __call__(self, size: torch.Size, masks: Mapping[str, torch.Tensor]) -> int:
-        """Of a step on images of `size` `[B, C, H, W]`; 0 for a method without a formula. `masks` is the output of the
-        pass, which has them."""
+        """The FLOPs of a step on images of `size` `[B, C, H, W]`; 0 for a method without a formula. The output of the
+        pass is given as `masks`, because it has them."""
         if not hasattr(self.model, "step_flops"):
             return 0
         shapes = size, *((name, value.shape) for name, value in masks.items() if isinstance(value, torch.Tensor))

@@ -99,11 +99,7 @@ class Pretraining:
         resumes = bool(run.resume and checkpoints(self.folder))
         self.begins_at = None if resumes else self._continued()
         check_best(run, args, self.readout)
-        steps = number_of_steps(args, train_images)
-        if self.begins_at:
-            check_longer(self.begins_at, steps)
-        if steps > 0:
-            check_schedule(args, steps)  # Trainer would find out only after it has begun
+        steps = self._checked_steps(args, train_images)
         if isinstance(train_images, ImageStream):  # for other images the trainer checks it
             check_shared_memory(args, config.num_channels * math.prod(config.training_size))
         if "logging_steps" not in recipe.training:
@@ -126,6 +122,15 @@ class Pretraining:
         # Last, because it reads whole checkpoints.
         self.checkpoint = self.trainer.checkpoint_to_resume(str(self.begins_at) if self.begins_at else resumes)
         self.plan = self._plan(steps, value_range) if args.process_index == 0 else []
+
+    def _checked_steps(self, args: MIMTrainingArguments, train_images) -> int:
+        """The number of steps. Raises ValueError if the schedule does not fit it."""
+        steps = number_of_steps(args, train_images)
+        if self.begins_at:
+            check_longer(self.begins_at, steps)
+        if steps > 0:
+            check_schedule(args, steps)  # Trainer would find out only after it has begun
+        return steps
 
     def _plan(self, steps: int, value_range: ValueRange | None) -> list[str]:
         """The lines that say what the run is about to do, and why it may not work."""

@@ -215,8 +215,8 @@ class MIMTrainer(CheckpointTrainer, RatesTrainer, HubTrainer, QuietWorkers, Trai
         super().log(logs, start_time)
 
     def floating_point_ops(self, inputs) -> float:
-        """Of the batch that was just trained on: Trainer sums them up over all ranks in `total_flos` of its state. Its
-        own formula counts each pixel as a token."""
+        """The FLOPs of the batch that was just trained on. Trainer adds them up over all ranks, in `total_flos` of its
+        state. Its own formula counts each pixel as a token."""
         return self.flops_of_batch
 
     def get_train_dataloader(self):

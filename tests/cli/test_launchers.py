@@ -1,5 +1,6 @@
 """The same run by each launcher: the command, accelerate and torchrun, with one process and with two."""
 
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -47,3 +48,11 @@ def test_two_ranks_write_one_run_folder(tmp_path):
         text=True,
     )
     assert failed.returncode != 0 and failed.stderr.count("error: output_dir") == 1
+
+
+@pytest.mark.parametrize("name", ["pretrain", "plan", "benchmark"])
+def test_a_script_of_training_starts_the_command_of_its_name(monkeypatch, capsys, name):
+    monkeypatch.setattr(sys, "argv", [f"{name}.py", "--help"])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(REPOSITORY / "training" / f"{name}.py"), run_name="__main__")
+    assert ended.value.code == 0 and capsys.readouterr().out.startswith(f"Usage: hf-mim {name} ")
