@@ -22,7 +22,7 @@ from .dicom_header import PREAMBLE, SEGMENTED, Header, read_header, reading
 _MONOCHROME = ("MONOCHROME1", "MONOCHROME2")
 _COLOURS = ("RGB", "YBR_FULL", "YBR_FULL_422", "YBR_ICT", "YBR_RCT")
 _RLE, _LOSSY_12_BITS = "1.2.840.10008.1.2.5", "1.2.840.10008.1.2.4.51"
-# Of several decoders that pydicom knows, the one that is taken.
+# The decoder that is taken where pydicom knows several.
 _DECODERS = {
     "1.2.840.10008.1.2.4.50": "pillow",  # JPEG
     _LOSSY_12_BITS: "pillow",  # it may have 8 bits
