@@ -19,7 +19,7 @@ from hf_mim.files import one_line
 from hf_mim.pretraining.recipe import RUN_FIELDS, Recipe
 from hf_mim.pretraining.settings import read_yaml, suggestion, to_type
 
-REFERENCES = ("untrained", "pixels", "supervised")
+REFERENCES = ("untrained", "start", "pixels", "supervised")
 # These name files and folders of the comparison itself, other rows and other columns.
 RESERVED = ("", "supervised", "training", "probe", "logs", "raw_pixels", "supervised_from_scratch")
 RESERVED += ("images_seen", "minutes", "device", "note")
@@ -47,7 +47,7 @@ class Comparison:
         settings: the settings of hf-mim pretrain that all runs share
         varies: settings in which the runs may differ, although they change the encoder, the augmentation or the images
         evaluate: column of the table → options of hf-mim evaluate, and its protocol if the column has another name
-        references: what stands beside the runs: untrained, pixels, supervised
+        references: what stands beside the runs: untrained, start (the weights of init_from), pixels, supervised
         supervised: options of hf-mim evaluate finetune for the supervised reference
         points: how often a run measures its features while it trains
 
@@ -144,6 +144,13 @@ class Comparison:
         kinds = {name: methods.get(recipe.run.method).encoder_class for name, recipe in self.recipes.items()}
         first = next(name for name, kind in kinds.items() if kind is kinds[run])
         return f"untrained encoder of {run}" if first == run and "untrained" in self.references else None
+
+    def start_row(self, run: str) -> str | None:
+        """The name of the row with the weights that a run starts from, before its first step; None if it starts from
+        nothing, or where an earlier run does."""
+        sources = {name: recipe.run.init_from for name, recipe in self.recipes.items() if recipe.run.init_from}
+        first = next((name for name in sources if sources[name] == sources.get(run)), None)
+        return f"start of {run}" if first == run and "start" in self.references else None
 
     def protocol(self, column: str) -> str:
         """What measures a column of the table."""
