@@ -9,7 +9,7 @@ import threading
 import pytest
 import torch
 from tiny import make_model
-from tiny_comparison import TRAINING, read
+from tiny_comparison import TRAINING, read, write
 from transformers import AutoModel
 
 from hf_mim.cli import main
@@ -90,6 +90,14 @@ def test_a_run_takes_its_learning_rate_in_place_of_the_shared_one(scripts, tmp_p
     comparison = read(scripts, tmp_path, settings={"learning_rate": 1e-3}, runs={"low": {"base_lr": 1e-5}})
     low = next(job.steps[0] for job in scripts.jobs.jobs_of(comparison, tmp_path) if job.name == "low, seed 0")
     assert low.options["base_lr"] == 1e-5 and "learning_rate" not in low.options
+
+
+def test_only_the_named_runs_of_the_file_are_made(scripts, tmp_path):
+    path = write(tmp_path, runs=JEPA | {"Latent MIM": {"method": "latent_mim"}})
+    found = scripts.plan.Comparison.read(path, {}, ["Latent MIM", "MAE"])
+    assert list(found.runs) == ["MAE", "Latent MIM"]  # in the order of the file
+    with pytest.raises(ValueError, match="only must be one of MAE, JEPA, Latent MIM, not 'Latent'"):
+        scripts.plan.Comparison.read(path, {}, ["Latent"])
 
 
 def test_only_one_untrained_encoder_of_each_kind_is_measured(scripts, tmp_path):

@@ -3,7 +3,7 @@
 import contextlib
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -67,8 +67,8 @@ class Comparison:
     points: int = 10
 
     @classmethod
-    def read(cls, path: str | Path, given: dict[str, Any]) -> "Comparison":
-        """A file's comparison. What is `given` stands in place of what the file says."""
+    def read(cls, path: str | Path, given: dict[str, Any], only: Sequence[str] | None = None) -> "Comparison":
+        """A file's comparison. What is `given` stands in place of what the file says; `only` are the runs it has."""
         values, types = read_yaml(path, "comparison") | given, get_type_hints(cls)
         for name in values:
             if name not in types:
@@ -76,6 +76,11 @@ class Comparison:
         for name in ("runs", "images", "dataset"):
             if name not in values:
                 raise ValueError(f"{name} must be given in the comparison {path}")
+        if only is not None:
+            known = mappings("runs", values["runs"])
+            for name in only:
+                one_of(known, only=name)
+            values["runs"] = {name: own for name, own in known.items() if name in only}
         return cls(**{name: to_type(name, value, types[name]) for name, value in values.items()})
 
     def __post_init__(self):
