@@ -94,9 +94,9 @@ def test_a_run_takes_its_learning_rate_in_place_of_the_shared_one(scripts, tmp_p
 
 def test_only_the_named_runs_of_the_file_are_made(scripts, tmp_path):
     path = write(tmp_path, runs=JEPA | {"Latent MIM": {"method": "latent_mim"}})
-    found = scripts.plan.Comparison.read(path, {}, ["Latent MIM", "MAE"])
+    found = scripts.plan.Comparison.read(path, {}, ["Latent_MIM", "MAE"])
     assert list(found.runs) == ["MAE", "Latent MIM"]  # in the order of the file
-    with pytest.raises(ValueError, match="only must be one of MAE, JEPA, Latent MIM, not 'Latent'"):
+    with pytest.raises(ValueError, match="only must be one of MAE, JEPA, Latent_MIM, not 'Latent'"):
         scripts.plan.Comparison.read(path, {}, ["Latent"])
 
 

@@ -45,7 +45,8 @@ class Place:
     Args:
         output: the folder of all that it makes; default: runs/compare_NAME
         jobs: runs at the same time, each with one thread; default: one for each core, or one on an accelerator
-        only: names of runs in the file, to make no others; what is done of others stays
+        only: runs of the file, to make no others, as their folders are named: Latent_MIM,I-JEPA; what is done of others
+            stays
     """
 
     output: str | None = None

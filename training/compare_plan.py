@@ -68,7 +68,8 @@ class Comparison:
 
     @classmethod
     def read(cls, path: str | Path, given: dict[str, Any], only: Sequence[str] | None = None) -> "Comparison":
-        """A file's comparison. What is `given` stands in place of what the file says; `only` are the runs it has."""
+        """A file's comparison. What is `given` stands in place of what the file says; `only` are the runs it has,
+        by the names of their folders."""
         values, types = read_yaml(path, "comparison") | given, get_type_hints(cls)
         for name in values:
             if name not in types:
@@ -77,10 +78,10 @@ class Comparison:
             if name not in values:
                 raise ValueError(f"{name} must be given in the comparison {path}")
         if only is not None:
-            known = mappings("runs", values["runs"])
+            known = {file_name(name): name for name in mappings("runs", values["runs"])}
             for name in only:
                 one_of(known, only=name)
-            values["runs"] = {name: own for name, own in known.items() if name in only}
+            values["runs"] = {name: values["runs"][name] for file, name in known.items() if file in only}
         return cls(**{name: to_type(name, value, types[name]) for name, value in values.items()})
 
     def __post_init__(self):
