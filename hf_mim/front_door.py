@@ -93,7 +93,8 @@ def train(pretraining: "Pretraining") -> "Run":
 
 
 def evaluate(protocol: str, checkpoint: str | os.PathLike, **options) -> "Result":
-    """Measure the features of a checkpoint, and save the result, as `hf-mim evaluate` does.
+    """Measure the features of a checkpoint, and save the result, as `hf-mim evaluate` does. The card of the checkpoint
+    is written anew if nobody has edited it.
 
     Args:
         protocol: knn, linear, attentive, lowshot, finetune, health, ...: `hf_mim.evaluation.PROTOCOLS`.
@@ -111,6 +112,7 @@ def evaluate(protocol: str, checkpoint: str | os.PathLike, **options) -> "Result
     from hf_mim.evaluation import load_protocol
     from hf_mim.evaluation.measure import Evaluation, option_types
     from hf_mim.evaluation.result import NotKept, check_result_path
+    from hf_mim.hub.card import refresh_card, unedited
     from hf_mim.run_folder import evaluation_path
 
     checkpoint = os.fspath(checkpoint)
@@ -124,8 +126,11 @@ def evaluate(protocol: str, checkpoint: str | os.PathLike, **options) -> "Result
         except NotKept as error:
             result, failure = error.result, error
         try:
+            refresh = chosen is None and Path(checkpoint).is_dir() and unedited(checkpoint)
             result.path = result.save(chosen or evaluation_path(checkpoint, evaluation.names, evaluation.key))
             result.beside = save_beside(result, result.path)
+            if refresh:
+                refresh_card(checkpoint)
             if failure is None and values.get("output_dir"):  # of fine-tuning: the classifier is kept there
                 fill_classifier_folder(values["output_dir"], result)
         except OSError as error:
