@@ -51,11 +51,12 @@ def write(search: Search, found: Sequence[Sequence[Found]], rows: list[dict], qu
         lines = csv.DictWriter(file, list(rows[0]))
         lines.writeheader()
         lines.writerows(rows)
-    images = search.collection.images()
+    shown = [group[:MOST_TILES] for group in found[:MOST_LINES]]
+    images = search.collection.images([image.row for group in shown for image in group])
     tiles = []
-    for number, group in enumerate(found[:MOST_LINES]):
+    for number, group in enumerate(shown):
         line = [Tile(search.picture(queries[number]), ["query", Path(queries[number]).name], True)] if queries else []
-        for image in group[:MOST_TILES]:
+        for image in group:
             caption = [image.name, *([image.label] if image.label else []), f"cosine {image.cosine:.3f}"]
             line.append(Tile(search.picture(images[image.row]["image"]), caption))
         tiles.append(line)
@@ -70,7 +71,7 @@ class Thumbnails(Sequence):
     """The pictures of some images of a collection, opened when they are asked for."""
 
     def __init__(self, search: Search, rows: Sequence[int]):
-        self.search, self.rows, self.images = search, rows, search.collection.images()
+        self.search, self.rows, self.images = search, rows, search.collection.images(rows)
 
     def __len__(self) -> int:
         return len(self.rows)
