@@ -100,6 +100,13 @@ def test_only_the_named_runs_of_the_file_are_made(scripts, tmp_path):
         scripts.plan.Comparison.read(path, {}, ["Latent"])
 
 
+def test_a_linear_probe_comes_before_k_nn_which_then_finds_its_features(scripts, tmp_path):
+    comparison = read(scripts, tmp_path, evaluate={"linear": {}})
+    assert list(comparison.evaluate) == ["20-NN", "linear"]  # the columns keep the order of the file
+    run = next(job for job in scripts.jobs.jobs_of(comparison, tmp_path) if job.name == "MAE, seed 0")
+    assert [step.measures for step in run.steps][:3] == ["training", "linear", "20-NN"]
+
+
 def test_only_one_untrained_encoder_of_each_kind_is_measured(scripts, tmp_path):
     runs = JEPA | {"StoP": {"method": "stop_jepa"}, "Latent": {"method": "latent_mim"}}
     comparison = read(scripts, tmp_path, runs=runs)

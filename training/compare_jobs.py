@@ -175,7 +175,8 @@ def evaluations(comparison: Comparison, row: str, seed: int | None, checkpoint: 
         images = {"train_images": min(run.probe_images, run.knn_train_images)}
         images |= {"test_images": min(run.probe_images // 4, run.knn_test_images)}
         measured[PROBE] = "knn", images
-    for measures, (protocol, options) in measured.items():
+    # A linear probe tries several features and keeps them, so k-NN after it finds its own.
+    for measures, (protocol, options) in sorted(measured.items(), key=lambda item: item[1][0] != "linear"):
         offered = option_types(load_protocol(protocol))
         if "pixels" in more and "pixels" not in offered:
             continue
