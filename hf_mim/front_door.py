@@ -126,7 +126,7 @@ def evaluate(protocol: str, checkpoint: str | os.PathLike, **options) -> "Result
         except NotKept as error:
             result, failure = error.result, error
         try:
-            refresh = chosen is None and Path(checkpoint).is_dir() and unedited(checkpoint)
+            refresh = chosen is None and unedited(checkpoint)
             result.path = result.save(chosen or evaluation_path(checkpoint, evaluation.names, evaluation.key))
             result.beside = save_beside(result, result.path)
             if refresh:

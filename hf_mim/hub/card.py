@@ -6,6 +6,7 @@ comes from anywhere else, and the card says which numbers are missing.
 The text is in `card_template.md`. The text about a method is named by the method's row in `hf_mim.methods`.
 """
 
+import logging
 import shlex
 from pathlib import Path
 from urllib.parse import quote
@@ -38,6 +39,8 @@ from hf_mim.methods import Method, of_config
 from hf_mim.run_folder import CARD, RESULTS, RunFacts, picture_path, pictures, read_config
 from hf_mim.scrub import last_name, scrubbed_all
 from hf_mim.visualize.captions import CAPTIONS
+
+logger = logging.getLogger(__name__)
 
 TEMPLATE = Path(__file__).with_name("card_template.md")
 
@@ -131,15 +134,21 @@ def write_card(folder: str | Path, repo_id: str | None = None, license: str | No
 
 def unedited(folder: str | Path) -> bool:
     """Whether a checkpoint has the card that `write_card` would write now, so that a new one loses nobody's words."""
-    path = Path(folder) / CARD
-    if not path.is_file():
+    try:
+        return (
+            ModelCard.load(Path(folder) / CARD).content.strip()
+            == model_card(folder, _pushed_as(folder)).content.strip()
+        )
+    except (ValueError, OSError):  # there is no card, the model is none of ours, or a file is damaged
         return False
-    return ModelCard.load(path).content.strip() == model_card(folder, _pushed_as(folder)).content.strip()
 
 
-def refresh_card(folder: str | Path) -> Path:
-    """Write the card anew, under the name on the Hub that the recipe has."""
-    return write_card(folder, _pushed_as(folder))
+def refresh_card(folder: str | Path):
+    """Write the card anew, under the name on the Hub that the recipe has. If that fails, there is a warning."""
+    try:
+        write_card(folder, _pushed_as(folder))
+    except (ValueError, OSError) as error:
+        logger.warning("the card of %s was not written again: %s", folder, one_line(error))
 
 
 def _pushed_as(folder: str | Path) -> str | None:

@@ -131,3 +131,16 @@ def test_an_evaluation_writes_the_card_again_unless_somebody_has_edited_it(tmp_p
     card.write_text(edited)
     hf_mim.evaluate("knn", folder, **options, k=5)
     assert card.read_text() == edited
+
+
+def test_a_folder_that_is_no_model_of_ours_and_a_damaged_one_have_no_card_of_ours(folder, tmp_path):
+    from hf_mim.hub.card import refresh_card, unedited, write_card
+
+    ViTConfig().save_pretrained(tmp_path / "vit")
+    (tmp_path / "vit" / "README.md").write_text("# Theirs\n")
+    assert not unedited(tmp_path / "vit") and not unedited("owner/name") and not unedited(folder)
+    write_card(folder)
+    assert unedited(folder)
+    damage(folder, "recipe.yaml", "[")
+    assert not unedited(folder)
+    refresh_card(folder)  # warns
