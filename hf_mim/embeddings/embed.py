@@ -16,12 +16,12 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute
-from datasets import ClassLabel, Features, List, Value
+from datasets import ClassLabel, Dataset, Features, List, Value
 
 from hf_mim.data.contents import digests, short_hash, stamps
 from hf_mim.data.decode import image_name
@@ -58,7 +58,7 @@ class EmbedArguments(ImageArguments):
     features: list[str] = dataclasses.field(default_factory=lambda: ["last/mean/norm"])
     output: str = "embeddings.parquet"
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         if self.dataset is None:
             raise ValueError(f"dataset must be given: {argument_texts(ImageArguments)['dataset']}")
@@ -91,7 +91,7 @@ def divided(own: type, options: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     return own(**{name: value for name, value in options.items() if name in names}), rest
 
 
-def embed(checkpoint: str | Path, **options) -> Embedded:
+def embed(checkpoint: str | Path, **options: Any) -> Embedded:
     """Write the features of every image of a source to a file, with names and labels.
 
     Args:
@@ -122,7 +122,7 @@ def embed(checkpoint: str | Path, **options) -> Embedded:
         _begin(partial, about | {"device": extract.encoder.device.type, "contents": _contents(split.images)}, output)
         stores = [Parts(partial / str(spec).replace("/", "-"), len(split)) for spec in specs]
         if missing := sorted({number for store in stores for number in store.missing()}):
-            extract.fill(split, specs, stores, missing)
+            extract.fill(split, specs, cast(Any, stores), missing)  # `Parts` has what it calls
         rows = np.ones(len(split), dtype=bool)
         rows[broken := stores[0].broken()] = False
         if broken:
@@ -138,7 +138,7 @@ def embed(checkpoint: str | Path, **options) -> Embedded:
 def describe(checkpoint: str | Path, extract: FeatureExtractor, source: EmbedArguments) -> dict[str, Any]:
     """What the features are of: the encoder, what it sees of an image, and the source. It travels with the features, so
     of a local source it has only what the user has typed."""
-    encoder = extract.encoder
+    encoder: Any = extract.encoder
     known = encoder.describe()
     return {
         "checkpoint": source_name(checkpoint),
@@ -156,7 +156,7 @@ def describe(checkpoint: str | Path, extract: FeatureExtractor, source: EmbedArg
     }
 
 
-def _begin(partial: Path, settings: dict[str, Any], output: Path):
+def _begin(partial: Path, settings: dict[str, Any], output: Path) -> None:
     """Note what the parts in this folder are of. Raises ValueError if they are of something else."""
     path = partial / "settings.json"
     settings = json.loads(json.dumps(settings))
@@ -172,13 +172,13 @@ def _begin(partial: Path, settings: dict[str, Any], output: Path):
         aside.write_text(json.dumps(settings))
 
 
-def _contents(images) -> str:
+def _contents(images: Dataset) -> str:
     """What tells whether the images are still the same: of files, where they are and when they were changed."""
     found = stamps(images)
     return found[0] if found is not None else short_hash(digests(images))
 
 
-def _check_room(output: Path, extract: FeatureExtractor, specs: Sequence[FeatureSpec], count: int):
+def _check_room(output: Path, extract: FeatureExtractor, specs: Sequence[FeatureSpec], count: int) -> None:
     """Raise ValueError if the disk has no room for the parts and the file that is made of them."""
     needed = 2 * 4 * count * sum(int(np.prod(extract.row_shape(spec))) for spec in specs)
     if needed > (free := free_space(output.absolute().parent)):
@@ -209,7 +209,7 @@ def _tables(
         chosen = kept[number * cache.CHUNK : (number + 1) * cache.CHUNK]
         rows = np.flatnonzero(chosen) + number * cache.CHUNK
         part = slice(start, start := start + len(rows))
-        columns = [names_of(images.select_columns("image")[part]["image"], rows, root), rows]
+        columns = [names_of(images.select_columns("image")[part]["image"], cast(Any, rows), root), rows]
         if "label" in features:
             labels = images.select_columns("label")[part]["label"].to_pylist()
             columns.append([None if label is None or label < 0 else label for label in labels])

@@ -8,6 +8,7 @@ import shutil
 import time
 from concurrent import futures
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from huggingface_hub import set_client_factory, upload_folder
 from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
@@ -18,6 +19,11 @@ from transformers.utils import logging
 from hf_mim.files import PARTIAL, replacing
 from hf_mim.hub.card import write_card
 from hf_mim.run_folder import CHECKPOINT
+
+if TYPE_CHECKING:
+    from transformers import Trainer as Base  # stands after the mixin among the bases
+else:
+    Base = object
 
 logger = logging.get_logger(__name__)
 
@@ -38,7 +44,7 @@ NOT_UPLOADED = [*UNFINISHED, f"{CHECKPOINT}*", "training_args.bin", "runs/*", "*
 MODEL_FILES = ("config.json", "preprocessor_config.json", "*.safetensors", "*.safetensors.index.json")
 
 
-class HubTrainer:
+class HubTrainer(Base):
     """A mixin that stands before `transformers.Trainer` among the bases. `uploads` are those in the background."""
 
     uploads: tuple[futures.Future, ...] = ()
@@ -66,7 +72,7 @@ class HubTrainer:
                 raise
             logger.warning(f"The Hub does not answer ({_first_line(error)}); each upload will try again")
 
-    def create_model_card(self, license: str | None = None, **kwargs):
+    def create_model_card(self, license: str | None = None, **kwargs):  # type: ignore[override]  # all others are `kwargs`
         """Write our card, from what the folder holds. Trainer's card is made for fine-tuned text models.
 
         `kwargs` are what Trainer would put into its own card; they are not used.
