@@ -31,7 +31,8 @@ types: $(INSTALLED)
 
 # The pages of docs/ and the reference from the docstrings, into site/. A dead link is an error.
 docs: .venv-docs/installed
-	.venv-docs/bin/mkdocs build --strict
+	.venv-docs/bin/python .ci/docs.py
+	.venv-docs/bin/zensical build --clean --strict
 
 format: $(INSTALLED)
 	$(BIN)/ruff check --fix .
