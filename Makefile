@@ -5,7 +5,7 @@ INSTALLED := .venv/installed
 # The models here are too small to gain from threads, which wait for each other as soon as the machine has other work.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: pretrain test test-slow test-oldest lint format
+.PHONY: pretrain test test-slow test-oldest lint types docs format
 pretrain: $(INSTALLED)
 	$(BIN)/hf-mim pretrain training/recipes/textures_mae.yaml
 
@@ -22,6 +22,17 @@ test-oldest: .venv-oldest/installed
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
+	$(BIN)/zizmor --offline --quiet .github/workflows
+	$(BIN)/hadolint Dockerfile
+
+types: $(INSTALLED)
+	$(BIN)/mypy
+
+# The pages of docs/ and the reference from the docstrings, into site/. A dead link is an error.
+docs: .venv-docs/installed
+	.venv-docs/bin/python .ci/docs.py
+	.venv-docs/bin/zensical build --clean --strict
 
 format: $(INSTALLED)
 	$(BIN)/ruff check --fix .
@@ -38,4 +49,12 @@ $(INSTALLED): setup.cfg pyproject.toml constraints.txt
 	test -x .venv-oldest/bin/python || $(PYTHON) -m venv .venv-oldest
 	.venv-oldest/bin/python -m pip install torch==2.13.0
 	.venv-oldest/bin/python -m pip install -c constraints-oldest.txt -e .[dev]
+	touch $@
+
+# The extra `docs` alone, without torch and hf_mim: the docstrings are read, not imported.
+.venv-docs/installed: setup.cfg constraints.txt
+	test -x .venv-docs/bin/python || $(PYTHON) -m venv .venv-docs
+	$(PYTHON) -c "import configparser as c; s = c.ConfigParser(); s.read('setup.cfg'); print(s['options.extras_require']['docs'])" \
+	    > .venv-docs/extra_docs.txt
+	.venv-docs/bin/python -m pip install -c constraints.txt -r .venv-docs/extra_docs.txt
 	touch $@

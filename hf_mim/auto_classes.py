@@ -14,6 +14,7 @@ import importlib
 import importlib.abc
 import sys
 import threading
+from typing import Any
 
 from hf_mim import methods
 
@@ -36,7 +37,7 @@ MAPPINGS = {"AutoConfig": "CONFIG_MAPPING", "AutoImageProcessor": "IMAGE_PROCESS
 class _OnFirstUse(dict):
     """Registers all methods with an Auto class before each look into it. Methods may be added at any time."""
 
-    def __init__(self, content: dict, auto_class: type, role: str):
+    def __init__(self, content: dict, auto_class: Any, role: str):
         super().__init__(content)
         self.auto_class, self.role, self.registered = auto_class, role, []
         self.lock, self.busy = threading.RLock(), False

@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, cast
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -46,7 +47,7 @@ class PredictArguments(ImageArguments):
     group: str | None = None
     output: str = "predictions.csv"
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         if self.dataset is None:
             raise ValueError(f"dataset must be given: {argument_texts(ImageArguments)['dataset']}")
@@ -86,7 +87,7 @@ class Predicted:
         return "\n".join(lines)
 
 
-def predict(classifier: str | Path, **options) -> Predicted:
+def predict(classifier: str | Path, **options: Any) -> Predicted:
     """Write, for every image of a source, the predicted class and the probability of each class.
 
     Args:
@@ -107,7 +108,7 @@ def predict(classifier: str | Path, **options) -> Predicted:
     name = f"{source_name(source.dataset)}, split {source.split}"
     split = Images(images.add_column("row", list(range(len(images)))), name)
     (logits,) = extract(split, [FeatureSpec()])
-    classes = extract.encoder.classes
+    classes = cast(TrainedClassifier, extract.encoder).classes
     table = answers(split, source, logits, classes)
     _write(output, table)
     done = Predicted(output, split.name, len(split), split.num_broken)
@@ -164,7 +165,7 @@ def answers(split: Images, source: PredictArguments, logits: Tensor, classes: Se
     return pa.table(table)
 
 
-def _write(output: Path, table: pa.Table):
+def _write(output: Path, table: pa.Table) -> None:
     with replacing(output) as aside:
         if output.suffix == ".parquet":
             pq.write_table(table, aside)

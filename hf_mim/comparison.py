@@ -81,7 +81,9 @@ def mean_curve(curves: Sequence[dict[int, float]]) -> list[tuple[int, float, flo
     return [(images, mean, deviation or 0.0) for images, (mean, deviation) in found]
 
 
-def plot_curves(rows: Sequence[Row], levels: dict[str, float], path: str | Path, measure: str = "20-NN accuracy"):
+def plot_curves(
+    rows: Sequence[Row], levels: dict[str, float], path: str | Path, measure: str = "20-NN accuracy"
+) -> None:
     """Draw accuracy over images seen: for each row with curves the mean over its seeds, and ± one standard deviation.
 
     Args:

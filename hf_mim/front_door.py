@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from hf_mim.runs import Run
 
 
-def pretrain(dataset: str | os.PathLike | None = None, *, recipe: str | os.PathLike | None = None, **settings) -> "Run":
+def pretrain(dataset: str | os.PathLike | None = None, *, recipe: str | os.PathLike | None = None, **settings: Any) -> "Run":
     """Pretrain a model on images, and fill its run folder.
 
     Args:
@@ -92,7 +92,7 @@ def train(pretraining: "Pretraining") -> "Run":
     return Run.read(folder) if is_main else Run(folder, {}, [])
 
 
-def evaluate(protocol: str, checkpoint: str | os.PathLike, **options) -> "Result":
+def evaluate(protocol: str, checkpoint: str | os.PathLike, **options: Any) -> "Result":
     """Measure the features of a checkpoint, and save the result, as `hf-mim evaluate` does. The card of the checkpoint
     is written anew if nobody has edited it.
 
@@ -140,7 +140,7 @@ def evaluate(protocol: str, checkpoint: str | os.PathLike, **options) -> "Result
         return result
 
 
-def embed(checkpoint: str | os.PathLike, **options) -> "Embedded":
+def embed(checkpoint: str | os.PathLike, **options: Any) -> "Embedded":
     """Write the features of every image of a source to a file, as `hf-mim embed` does, whose help lists the options.
 
     Args:
@@ -156,7 +156,7 @@ def embed(checkpoint: str | os.PathLike, **options) -> "Embedded":
         return embeddings.embed(os.fspath(checkpoint), **_typed("embed", options, embeddings.option_types()))
 
 
-def predict(classifier: str | os.PathLike, **options) -> "Predicted":
+def predict(classifier: str | os.PathLike, **options: Any) -> "Predicted":
     """Write the predicted class of every image of a source to a file, as `hf-mim predict` does, whose help lists the
     options.
 

@@ -89,7 +89,7 @@ class Method:
     aliases: tuple[str, ...] = ()
     image_processor: str | type = "hf_mim.models.image_processing_mim:MIMImageProcessor"
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name in (self.name, *self.aliases):
             if not re.fullmatch("[a-z][a-z0-9_]*", name):
                 raise ValueError(f"name of a method must be small letters, digits and underscores, not {name!r}")
@@ -129,7 +129,7 @@ def _text(given: str | Path) -> str:
 
 
 def _ours(
-    name: str, prefix: str, citation: tuple[str, ...], embedded: tuple[str, ...] = ("digits",), **about
+    name: str, prefix: str, citation: tuple[str, ...], embedded: tuple[str, ...] = ("digits",), **about: Any
 ) -> Method:
     """A method of this package. Its classes, recipe and texts are in files that are named after it."""
     modeling = f"hf_mim.models.modeling_{name}:{prefix}"
@@ -223,7 +223,7 @@ _table: dict[str, Method] = {}
 _entry_points_are_loaded = False
 
 
-def register(method: Method, replace: bool = False):
+def register(method: Method, replace: bool = False) -> None:
     """Put a method into the table. transformers' Auto classes know it from their next use on.
 
     Raises ValueError for a name that another method has. `replace` allows it for a method of the same name.
@@ -261,7 +261,7 @@ def get(name: str) -> Method:
     return method
 
 
-def of_config(config) -> Method:
+def of_config(config: Any) -> Method:
     """The method of a model's config, or the variant whose settings it has. Raises ValueError if there is none."""
     found = [
         method
@@ -275,7 +275,7 @@ def of_config(config) -> Method:
     return max(found, key=lambda method: len(method.settings))
 
 
-def load_module(name: str):
+def load_module(name: str) -> None:
     """Import a module that registers methods.
 
     Args:
@@ -297,6 +297,7 @@ def load_module(name: str):
         if path.stem in sys.modules:
             raise ImportError(f"there is a module {path.stem} already; give the file another name")
         spec = importlib.util.spec_from_file_location(path.stem, path)
+        assert spec is not None and spec.loader is not None  # a .py file has a loader
         sys.modules[path.stem] = module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
     except (ImportError, OSError, SyntaxError, NameError, AttributeError, TypeError, ValueError) as error:
@@ -308,7 +309,7 @@ def _find(name: str) -> Method | None:
     return next((method for method in _table.values() if name in (method.name, *method.aliases)), None)
 
 
-def _load_entry_points():
+def _load_entry_points() -> None:
     """Load the methods of installed packages, once. If one fails, a warning names it, and the others are loaded."""
     global _entry_points_are_loaded
     if _entry_points_are_loaded:

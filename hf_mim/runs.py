@@ -9,12 +9,12 @@ print(compare(runs).text())
 import json
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hf_mim.comparison import COLORS, MARKERS
 from hf_mim.evaluation.result import Result, format_number, format_table
@@ -27,6 +27,9 @@ from hf_mim.run_folder import CONFIG, RECIPE, RunFacts, checkpoints, read_log, r
 from hf_mim.scrub import last_name
 from hf_mim.visualize.curves import plot_training
 from hf_mim.visualize.style import GRID, INK, MUTED, Picture
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 # What the picture shows: name in the log → label.
 CURVES = {"loss": "loss", "probe_knn": "probe: k-NN accuracy", "probe_rank_me": "probe: RankMe"}
@@ -119,7 +122,7 @@ class Run:
         return values | ({"health: RankMe": facts.health.value} if facts.health else {})
 
     @cached_property
-    def model(self):
+    def model(self) -> "PreTrainedModel":
         """The encoder of the run folder, in eval mode, as `AutoModel` loads it. Loaded when it is first asked for."""
         from transformers import AutoModel
 
@@ -169,7 +172,7 @@ class RunComparison:
     training: dict[str, list]
     results: dict[str, list]
 
-    def _rows(self, text) -> list[dict[str, str]]:
+    def _rows(self, text: Callable[[Any], str]) -> list[dict[str, str]]:
         sections = self.settings | self.training | self.results
         return [
             {"": text(name), **{text(run): text(_cell(x)) for run, x in zip(self.names, values, strict=True)}}
@@ -196,7 +199,10 @@ class RunComparison:
         axes = figure.subplots(len(shown_curves), sharex=True, squeeze=False)[:, 0]
         for ax, name in zip(axes, shown_curves, strict=True):
             for number, run in enumerate(self.runs):
-                style = {"color": COLORS[number % len(COLORS)], "marker": MARKERS[number % len(MARKERS)]}
+                style: dict[str, Any] = {
+                    "color": COLORS[number % len(COLORS)],
+                    "marker": MARKERS[number % len(MARKERS)],
+                }
                 curve = run.curve(name)
                 style |= {"markersize": 3 if len(curve) < 50 else 0, "linewidth": 1.5}
                 ax.plot(list(curve), list(curve.values()), label=self.names[number], **style)
@@ -233,7 +239,7 @@ def compare(runs: Sequence[Run]) -> RunComparison:
     settings = {name: values for name, values in settings.items() if any(x != values[0] for x in values)}
     for name in settings.keys() & {"dataset", "test_dataset"}:
         settings[name] = [None if value is None else last_name(value) for value in settings[name]]
-    training = {
+    training: dict[str, list] = {
         "state": [run.state for run in runs],
         "step": [run.step for run in runs],
         "images seen": [round(run.step * run.images_per_step) for run in runs],
@@ -268,7 +274,7 @@ def _short_names(folders: Sequence[Path]) -> list[str]:
     raise ValueError("RUN must be different folders, and one is given twice")
 
 
-def _cell(value) -> str:
+def _cell(value: Any) -> str:
     if isinstance(value, list):
         return ", ".join(map(_cell, value))
     return format_number(value)

@@ -10,16 +10,19 @@ All other parts of hf_mim rely on these promises. `docs/new_method.md` shows a m
 import inspect
 import tempfile
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModel, AutoModelForPreTraining
 
 from hf_mim import methods
-from hf_mim.models.vit import MIMPreTrainedModel
+from hf_mim.models.vit import MIMPreTrainedModel, PretrainingOutput
+
+Make = Callable[..., Any]  # a seed → a new pretraining model
 
 
-def check_method(name: str, **config) -> None:
+def check_method(name: str, **config: Any) -> None:
     """Check that a method of the table keeps the promises of every method.
 
     Args:
@@ -32,7 +35,7 @@ def check_method(name: str, **config) -> None:
     """
     method = methods.get(name)
 
-    def make(seed: int = 0):
+    def make(seed: int = 0) -> Any:
         torch.manual_seed(seed)
         return method.pretraining_class(method.config_class(**method.settings, **config))
 
@@ -40,29 +43,29 @@ def check_method(name: str, **config) -> None:
         check(method, make)
 
 
-def claim(holds: bool, text: str):
+def claim(holds: bool, text: str) -> None:
     """Raise AssertionError unless a promise holds. Not `assert`, which `python -O` leaves out."""
     if not holds:
         raise AssertionError(text)
 
 
-def images_for(model, batch: int = 2) -> torch.Tensor:
+def images_for(model: Any, batch: int = 2) -> torch.Tensor:
     """Normalised images `[batch, C, H, W]` of the size that the pretraining model takes."""
     generator = torch.Generator().manual_seed(1)
     return torch.randn(batch, model.config.num_channels, *model.config.training_size, generator=generator)
 
 
-def encoder_images(model) -> torch.Tensor:
+def encoder_images(model: Any) -> torch.Tensor:
     """Images of the size that the encoder sees at evaluation."""
     return torch.randn(2, model.config.num_channels, *model.config.image_height_width)
 
 
-def seeded_pass(model, images: torch.Tensor, seed: int = 2):
+def seeded_pass(model: Any, images: torch.Tensor, seed: int = 2) -> PretrainingOutput:
     torch.manual_seed(seed)
     return model(images)
 
 
-def counted_flops(model, images: torch.Tensor, *ids, **masks) -> tuple[int, int]:
+def counted_flops(model: Any, images: torch.Tensor, *ids: torch.Tensor, **masks: Any) -> tuple[int, int]:
     """FLOPs of the matrix products in the forward and in the backward pass. A multiply-add counts as two.
 
     From then on the model's attention is the eager one, because the counter does not know the CPU's fused attention.
@@ -77,7 +80,7 @@ def counted_flops(model, images: torch.Tensor, *ids, **masks) -> tuple[int, int]
     return forward, counter.get_total_flops() - forward
 
 
-def check_classes(method: methods.Method, make: Callable):
+def check_classes(method: methods.Method, make: Make) -> None:
     classes = method.config_class, method.encoder_class, method.pretraining_class
     claim(all(cls.config_class is classes[0] for cls in classes[1:]), "every model class must name the config class")
     claim(
@@ -88,7 +91,7 @@ def check_classes(method: methods.Method, make: Callable):
     claim(bool(method.card_text.strip()), "the card must say what the method does")
 
 
-def check_encoder_is_never_masked(method, make):
+def check_encoder_is_never_masked(method: methods.Method, make: Make) -> None:
     encoder = make().base_model.train()
     images = encoder_images(encoder)
     first, second = encoder(images), encoder(images)
@@ -101,7 +104,7 @@ def check_encoder_is_never_masked(method, make):
     claim(encoder(wide).last_hidden_state.shape[1] > tokens, "the encoder must take images of another size")
 
 
-def check_output(method, make):
+def check_output(method: methods.Method, make: Make) -> None:
     model = make()
     images = images_for(model)
     output = seeded_pass(model, images)
@@ -118,7 +121,7 @@ def check_output(method, make):
     claim(hidden, "no patch may be both context and target")
 
 
-def check_ids_reproduce_a_pass(method, make):
+def check_ids_reproduce_a_pass(method: methods.Method, make: Make) -> None:
     model = make()
     images = images_for(model)
     output = seeded_pass(model, images)
@@ -131,7 +134,7 @@ def check_ids_reproduce_a_pass(method, make):
     claim(torch.equal(again.loss, output.loss), "forward with the ids of draw_masks must give the pass that drew them")
 
 
-def check_gradients(method, make):
+def check_gradients(method: methods.Method, make: Make) -> None:
     model = make().train()
     seeded_pass(model, images_for(model)).loss.backward()
     targets = [target for target, _ in model.target_pairs()] if hasattr(model, "target_pairs") else []
@@ -143,7 +146,7 @@ def check_gradients(method, make):
             claim(parameter.grad is not None, f"every trainable parameter must get a gradient, and {name} gets none")
 
 
-def check_flops(method, make):
+def check_flops(method: methods.Method, make: Make) -> None:
     """Only for a method with a formula; without it, no FLOPs are logged."""
     model = make().train()
     if not hasattr(model, "step_flops"):
@@ -155,7 +158,7 @@ def check_flops(method, make):
     claim(same, f"step_flops must be the FLOPs of a step, and it is {formula:,} where {counted:,} were counted")
 
 
-def check_training_calls(method, make):
+def check_training_calls(method: methods.Method, make: Make) -> None:
     model = make().train()
     for progress in (0.0, 0.5, 1.0):
         model.set_progress(progress)
@@ -164,7 +167,7 @@ def check_training_calls(method, make):
     claim(bool(torch.isfinite(seeded_pass(model, images_for(model)).loss)), "the loss must be finite after an update")
 
 
-def check_save_and_load(method, make):
+def check_save_and_load(method: methods.Method, make: Make) -> None:
     model = make().eval()
     images = images_for(model)
     with tempfile.TemporaryDirectory() as folder:
@@ -185,7 +188,7 @@ def check_save_and_load(method, make):
     claim(same, "AutoModel must load the encoder that base_model_prefix names")
 
 
-def check_low_precision(method, make):
+def check_low_precision(method: methods.Method, make: Make) -> None:
     model = make().train()
     with torch.autocast("cpu", torch.bfloat16):
         output = seeded_pass(model, images_for(model))
@@ -193,7 +196,7 @@ def check_low_precision(method, make):
     claim(bool(torch.isfinite(output.loss)), "the loss must be finite under bfloat16 autocast")
 
 
-def check_pixels_without_data(method, make):
+def check_pixels_without_data(method: methods.Method, make: Make) -> None:
     """Only for a method that takes `valid_pixels`; without it, `--nodata` is refused."""
     if not method.takes_nodata:
         return

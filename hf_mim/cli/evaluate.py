@@ -1,6 +1,7 @@
 """`hf-mim evaluate PROTOCOL CHECKPOINT --dataset SOURCE [--test SOURCE] [--option value ...]`."""
 
 import functools
+from typing import Any
 
 import click
 
@@ -31,7 +32,7 @@ class Protocols(Menu):
         return Command(name, functools.partial(run, name), ("CHECKPOINT",), settings, text, short_help=summary)
 
 
-def protocol_settings(protocol: type) -> list[Setting]:
+def protocol_settings(protocol: type[Any]) -> list[Setting]:
     """All options of a protocol."""
     from hf_mim.evaluation.measure import argument_kinds, option_types
 

@@ -74,7 +74,7 @@ class CachedImages(ImageDataset):
     def __getitem__(self, index: int) -> dict:
         return {name: values[0] for name, values in self.__getitems__([index]).items()}
 
-    def __getitems__(self, indices: list[int]) -> dict:
+    def __getitems__(self, indices: list[int]) -> dict:  # type: ignore[override]  # its `collate` takes a batch
         """A batch: the whole images or their rows, and where to crop them."""
         epoch, rows, boxes, keys = int(self._epoch), torch.as_tensor(indices), [], []
         if self._broken[rows].any():

@@ -73,7 +73,7 @@ class _Images:
         self.value_range, self.own_depth, self.keep_empty = value_range, own_depth, keep_empty
         self.identified = self.checks_tags = self.counts_missing = False
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
-        self._begin(images)
+        self._begin(images)  # type: ignore[attr-defined]  # each of the two has its own
 
     def set_epoch(self, epoch: int):
         """From now on, give the crops of this epoch. Running workers follow."""

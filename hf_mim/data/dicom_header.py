@@ -5,6 +5,7 @@ import functools
 import os
 import warnings
 from dataclasses import dataclass
+from typing import Any
 
 from hf_mim.models.pixels import ImageFormatError
 
@@ -45,7 +46,7 @@ class Header:
     syntax: str
     rescale: tuple[tuple[float, float], ...]
     padding: tuple[int, int] | None
-    tables: object
+    tables: Any
 
     def rescale_of(self, frame: int) -> tuple[float, float]:
         return self.rescale[frame if len(self.rescale) > 1 else 0]

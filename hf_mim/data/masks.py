@@ -223,7 +223,7 @@ def _image_and_mask_folders(folder: Path, mask_column: str | None) -> dict[str, 
         raise ValueError(f"mask_column={mask_column!r} is no folder of masks in {folder}; there are {', '.join(kinds)}")
     chosen = [mask_column] if mask_column else list(kinds)
     splits: dict[str, tuple[dict, dict]] = {}
-    pairs = {False: [(None, images)], True: [(kind, kinds[kind]) for kind in chosen]}
+    pairs: dict[bool, list[tuple]] = {False: [(None, images)], True: [(kind, kinds[kind]) for kind in chosen]}
     found = {key for _, key, _ in _keys(images)} & {key for kind in chosen for _, key, _ in _keys(kinds[kind])}
     for is_mask, kind, entries in ((is_mask, *pair) for is_mask, parts in pairs.items() for pair in parts):
         for split, key, path in _keys(entries, stripped=not found):

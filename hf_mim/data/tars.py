@@ -215,7 +215,7 @@ def _members(tar: str | Path, most: int | None, read: bool) -> Iterator[tuple[st
         for count, member in enumerate(archive):
             if most is not None and count >= most:
                 return
-            archive.members = []  # it would keep them all
+            archive.members = []  # type: ignore[attr-defined]  # not in typeshed; it would keep them all
             name = str(PurePosixPath(member.name))
             hidden = any(part.startswith(".") or part == "__MACOSX" for part in PurePosixPath(name).parts)
             if not member.isfile() or hidden:

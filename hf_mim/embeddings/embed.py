@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pyarrow as pa
@@ -61,7 +61,7 @@ class EmbedArguments(ImageArguments):
     features: list[str] = dataclasses.field(default_factory=lambda: ["last/mean/norm"])
     output: str = "embeddings.parquet"
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         if self.dataset is None:
             raise ValueError(f"dataset must be given: {argument_texts(ImageArguments)['dataset']}")
@@ -107,7 +107,7 @@ def divided(own: type, options: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     return own(**{name: value for name, value in options.items() if name in names}), rest
 
 
-def embed(checkpoint: str | Path, **options) -> Embedded:
+def embed(checkpoint: str | Path, **options: Any) -> Embedded:
     """Write the features of every image of a source to a file, with names and labels.
 
     Args:
@@ -192,7 +192,7 @@ def _read_through(images, extract: FeatureExtractor, specs, partial: Path, sourc
 def describe(checkpoint: str | Path, extract: FeatureExtractor, source: EmbedArguments) -> dict[str, Any]:
     """What the features are of: the encoder, what it sees of an image, and the source. It travels with the features, so
     of a local source it has only what the user has typed."""
-    encoder = extract.encoder
+    encoder: Any = extract.encoder
     known = encoder.describe()
     return {
         "checkpoint": source_name(checkpoint),
@@ -211,7 +211,7 @@ def describe(checkpoint: str | Path, extract: FeatureExtractor, source: EmbedArg
     }
 
 
-def _begin(partial: Path, settings: dict[str, Any], output: Path):
+def _begin(partial: Path, settings: dict[str, Any], output: Path) -> None:
     """Note what the parts in this folder are of. Raises ValueError if they are of something else."""
     path = partial / "settings.json"
     settings = json.loads(json.dumps(settings))
@@ -227,13 +227,13 @@ def _begin(partial: Path, settings: dict[str, Any], output: Path):
         aside.write_text(json.dumps(settings))
 
 
-def _contents(images) -> str:
+def _contents(images: Dataset) -> str:
     """What tells whether the images are still the same: of files, where they are and when they were changed."""
     found = stamps(images)
     return found[0] if found is not None else short_hash(digests(images))
 
 
-def _check_room(output: Path, extract: FeatureExtractor, specs: Sequence[FeatureSpec], count: int):
+def _check_room(output: Path, extract: FeatureExtractor, specs: Sequence[FeatureSpec], count: int) -> None:
     """Raise ValueError if the disk has no room for the features of so many images."""
     needed = 4 * count * sum(int(np.prod(extract.row_shape(spec))) for spec in specs)
     if needed > (free := free_space(output.absolute().parent)):

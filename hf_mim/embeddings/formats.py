@@ -146,8 +146,8 @@ class Embeddings:
         if self.path.suffix == ARRAY:
             with self.path.with_suffix(".csv").open(newline="") as file:
                 lines = list(csv.DictReader(file))
-            rows = {name: [line[name] for line in lines] for name in lines[0]}
-            return rows | {"row": [int(row) for row in rows["row"]]}
+            texts = {name: [line[name] for line in lines] for name in lines[0]}
+            return texts | {"row": [int(row) for row in texts["row"]]}
         rows: dict[str, list] = {}
         for table in self._tables(None):
             for name in table.column_names:

@@ -76,7 +76,7 @@ class Thumbnails(Sequence):
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __getitem__(self, index) -> np.ndarray:
+    def __getitem__(self, index) -> np.ndarray:  # type: ignore[override]  # nothing asks for a slice
         picture = self.search.picture(self.images[self.rows[index]]["image"])
         return (picture if picture.ndim == 3 else np.stack([picture] * 3, axis=2)) / 255
 

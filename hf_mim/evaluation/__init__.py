@@ -7,6 +7,7 @@ print(KNN().run(extract, *load_labelled("textures")))
 """
 
 import importlib
+from typing import Any
 
 from hf_mim.checks import one_of
 
@@ -34,13 +35,13 @@ _NAMES = {place.partition(":")[2]: place for place in PROTOCOLS.values()} | {
 __all__ = ["PROTOCOLS", "load_protocol", *_NAMES]
 
 
-def load_protocol(name: str) -> type:
+def load_protocol(name: str) -> type[Any]:
     """The class of a protocol. Raises ValueError for an unknown name."""
     one_of(PROTOCOLS, protocol=name)
     return __getattr__(PROTOCOLS[name].partition(":")[2])
 
 
-def __getattr__(name: str):
+def __getattr__(name: str) -> Any:
     if name not in _NAMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     module, _, attribute = _NAMES[name].partition(":")

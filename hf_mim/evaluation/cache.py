@@ -14,6 +14,7 @@ import time
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -97,7 +98,7 @@ class FeatureStore:
     def __init__(self, shape: tuple[int, ...], path: Path | None = None):
         self.shape, self.path, self.chunks = tuple(shape), path, {}
         if path is None:
-            self.array = np.empty(self.shape, np.float32)
+            self.array: Any = np.empty(self.shape, np.float32)
             return
         path.parent.mkdir(parents=True, exist_ok=True)
         self.record = path.with_suffix(".json")

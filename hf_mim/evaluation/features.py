@@ -6,6 +6,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -55,7 +56,7 @@ class FeatureExtractor:
     batch_size: int = 64
     num_workers: int = 0
     cache: Path | None = None
-    crop: object | None = None
+    crop: Any = None
     progress: bool | str = True
     kept: object | None = None
 

@@ -3,6 +3,7 @@
 import math
 import weakref
 from contextlib import ExitStack
+from typing import Any, cast
 
 import torch
 from transformers import Trainer
@@ -83,7 +84,7 @@ def finetuning_result(
         | {
             "learning_rate": trainer.args.learning_rate,
             "steps": trainer.state.max_steps,
-            "warmup_epochs": trainer.args.warmup_epochs,
+            "warmup_epochs": cast(Any, trainer.args).warmup_epochs,
             "classifier": type(trainer.model).__name__,
         },
         data={},

@@ -62,7 +62,7 @@ class Kept:
         self.encoder, self.crop, self.num_workers = extract.encoder, extract.crop, extract.num_workers
         self.features = {str(x): y for x, y in zip(specs, extract(images, specs), strict=True)}
 
-    def __call__(self, part: LabelledImages, specs: Sequence) -> list[Tensor]:
+    def __call__(self, part: Any, specs: Sequence) -> list[Tensor]:
         return [self.features[str(spec)][part.rows] for spec in specs]
 
 
@@ -117,6 +117,6 @@ class CrossValidation:
 
 
 def _part(images: LabelledImages, chosen: Tensor) -> LabelledImages:
-    part = images.select(rows := chosen.nonzero()[:, 0])
+    part: Any = images.select(rows := chosen.nonzero()[:, 0])
     part.rows = rows
     return part

@@ -159,7 +159,7 @@ class KNN:
     ks: list[int] = field(default_factory=lambda: [1, 5, 10, 20, 50, 100])
     temperatures: list[float] = field(default_factory=lambda: [0.04, 0.07, 0.2])
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         parse_features(self.features, self.name)
         least(1, k=self.k, ks=min(self.ks, default=None))
         positive(temperature=self.temperature)
@@ -208,7 +208,7 @@ class LeaveOneOut:
 
     features: str = "last/mean/raw"
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         parse_features(self.features, self.name)
 
     def run(self, extract: FeatureExtractor, train: LabelledImages, test: LabelledImages) -> Result:

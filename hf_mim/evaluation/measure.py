@@ -197,11 +197,7 @@ class Evaluation:
 
 
 def measure(
-    protocol,
-    extract: FeatureExtractor,
-    splits: tuple,
-    checkpoint: str | Path,
-    contents: list[np.ndarray] | None = None,
+    protocol, extract: FeatureExtractor, splits: tuple, checkpoint: str | Path, contents: list[np.ndarray] | None = None
 ) -> Result:
     """Run a protocol on the features of a checkpoint's encoder.
 
@@ -307,7 +303,7 @@ def _short(value) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def arguments_of(protocol: type, values: dict[str, Any]) -> tuple:
+def arguments_of(protocol: type[Any], values: dict[str, Any]) -> tuple:
     """The options of a measurement, checked, as instances of its `argument_kinds`. Raises ValueError in one line."""
     encoder, source, own = (
         kind(**{name: value for name, value in values.items() if name in field_types(kind)})
@@ -318,12 +314,12 @@ def arguments_of(protocol: type, values: dict[str, Any]) -> tuple:
     return encoder, source, own
 
 
-def argument_kinds(protocol: type) -> tuple[type, type, type]:
+def argument_kinds(protocol: type[Any]) -> tuple[type, type, type]:
     """The dataclasses with the options of a measurement: those of the encoder, of the images, of the protocol."""
     return EncoderArguments, NEEDS[protocol.needs], protocol
 
 
-def option_types(protocol: type) -> dict[str, Any]:
+def option_types(protocol: type[Any]) -> dict[str, Any]:
     """Name → type of every option, without the options of the encoder that the protocol lists as `unused`."""
     types = {name: hint for kind in argument_kinds(protocol) for name, hint in field_types(kind).items()}
     return {name: hint for name, hint in types.items() if name not in getattr(protocol, "unused", ())}

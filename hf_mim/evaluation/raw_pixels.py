@@ -1,6 +1,7 @@
 """Raw pixels in the place of an encoder, for comparison."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -44,7 +45,8 @@ class RawPixels:
         about = encoder.mean, encoder.std, encoder.image_size, encoder.device, encoder.value_range, encoder.crop
         if encoder.modalities is None:
             return cls(*about)
-        own, everything = encoder.model.config.channels_of_modalities, range(encoder.num_channels)
+        config: Any = encoder.model.config
+        own, everything = config.channels_of_modalities, range(encoder.num_channels)
         seen = [channel for name in own if name in encoder.modalities for channel in everything[own[name]]]
         return cls(*about, channels=seen)
 

@@ -5,11 +5,12 @@ import json
 import math
 import os
 import subprocess
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import UnionType
-from typing import get_args, get_origin
+from typing import Any, cast, get_args, get_origin
 
 from hf_mim.files import check_writable, replacing
 from hf_mim.scrub import scrubbed_all
@@ -82,10 +83,10 @@ class Result:
     seconds: float | None = None
     # No fields, because the file does not have them: the predicted classes `[n]` or `[draws, n]` of the test images,
     # the fold in which each was tested, and what `measure` makes of them (`predictions.Predictions`).
-    predicted = fold_numbers = predictions = None
-    path, beside = None, ()  # where `hf_mim.evaluate` has saved it, and the files beside it
+    predicted = fold_numbers = predictions = cast(Any, None)
+    path, beside = cast(Path | None, None), cast(Sequence[Path], ())  # where `hf_mim.evaluate` has saved it, and beside
 
-    def add_predictions(self, predictions):
+    def add_predictions(self, predictions: Any) -> None:
         """Take over what `predictions.Predictions` say: the interval of the accuracy, chance, the classes."""
         self.predictions = predictions
         self.scores |= predictions.scores()
@@ -151,7 +152,7 @@ class NotKept(OSError):
         self.result = result
 
 
-def check_result_path(path: Path, argument: str):
+def check_result_path(path: Path, argument: str) -> None:
     """Raise ValueError, before any work, unless a result may be written there: to a new file, or over a result."""
     check_writable(path, argument, "file")
     if not os.path.lexists(path):
@@ -164,7 +165,7 @@ def check_result_path(path: Path, argument: str):
         raise ValueError(f"{argument} must be a new file or a result to replace, and {path} is neither") from None
 
 
-def _is_a(value, kind) -> bool:
+def _is_a(value: Any, kind: Any) -> bool:
     """Whether a value from JSON has the type of a field. JSON has None for a number that was not finite."""
     if isinstance(kind, UnionType):
         return any(_is_a(value, one) for one in get_args(kind))
@@ -175,7 +176,7 @@ def _is_a(value, kind) -> bool:
     return isinstance(value, get_origin(kind) or kind)
 
 
-def _finite(value):
+def _finite(value: Any) -> Any:
     """The same value, with None for the numbers that JSON does not have: NaN and infinities."""
     if isinstance(value, dict):
         return {name: _finite(x) for name, x in value.items()}
@@ -184,7 +185,7 @@ def _finite(value):
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def format_number(value) -> str:
+def format_number(value: Any) -> str:
     """A float with four significant digits, None as an empty text, other values as they are."""
     if isinstance(value, bool) or not isinstance(value, float):
         return "" if value is None else str(value)

@@ -8,6 +8,7 @@ import shutil
 import time
 from concurrent import futures
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from huggingface_hub import constants, set_client_factory, upload_folder
 from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
@@ -20,6 +21,11 @@ from hf_mim.hub.card import write_card
 from hf_mim.hub.remote_code import add_code
 from hf_mim.methods import of_config
 from hf_mim.run_folder import CHECKPOINT, CONFIG
+
+if TYPE_CHECKING:
+    from transformers import Trainer as Base  # stands after the mixin among the bases
+else:
+    Base = object
 
 logger = logging.get_logger(__name__)
 
@@ -40,7 +46,7 @@ NOT_UPLOADED = [*UNFINISHED, f"{CHECKPOINT}*", "training_args.bin", "runs/*", "*
 MODEL_FILES = ("config.json", "preprocessor_config.json", "*.safetensors", "*.safetensors.index.json")
 
 
-class HubTrainer:
+class HubTrainer(Base):
     """A mixin that stands before `transformers.Trainer` among the bases. `uploads` are those in the background."""
 
     uploads: tuple[futures.Future, ...] = ()
@@ -68,7 +74,7 @@ class HubTrainer:
                 raise
             logger.warning(f"The Hub does not answer ({_first_line(error)}); each upload will try again")
 
-    def create_model_card(self, license: str | None = None, **kwargs):
+    def create_model_card(self, license: str | None = None, **kwargs):  # type: ignore[override]  # all others are `kwargs`
         """Write our card, from what the folder holds. Trainer's card is made for fine-tuned text models.
 
         `kwargs` are what Trainer would put into its own card; they are not used.

@@ -2,7 +2,8 @@
 
 import math
 import re
-from typing import Literal
+from collections.abc import Sequence
+from typing import Any, Literal
 
 from huggingface_hub.dataclasses import strict
 
@@ -43,7 +44,7 @@ class InteractiveMIMConfig(MIMConfig):
     decoder_num_hidden_layers: int = 4
     decoder_num_attention_heads: int | None = None
 
-    def __post_init__(self, **kwargs):
+    def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)
         fill_decoder_sizes(self)
         if self.modalities is None:
@@ -52,7 +53,7 @@ class InteractiveMIMConfig(MIMConfig):
             self.modalities = [list(item) for item in self.modalities.items()]
         self.check_fields()
 
-    def check_fields(self):
+    def check_fields(self) -> None:
         super().check_fields()
         check_decoder(self)
         self.check_modalities()
@@ -60,9 +61,9 @@ class InteractiveMIMConfig(MIMConfig):
         if self.interaction_num_layers < 0:
             raise ValueError(f"interaction_num_layers must be 0 or more, not {self.interaction_num_layers}")
 
-    def check_modalities(self):
+    def check_modalities(self) -> None:
         """Raise ValueError for modalities that are not those of `num_channels` channels."""
-        pairs = [item for item in self.modalities if isinstance(item, list | tuple) and len(item) == 2]
+        pairs: list[Any] = [item for item in self.modalities if isinstance(item, list | tuple) and len(item) == 2]
         right = [
             isinstance(name, str) and re.fullmatch("[a-z][a-z0-9_]*", name) and isinstance(count, int) and count > 0
             for name, count in pairs
@@ -81,7 +82,7 @@ class InteractiveMIMConfig(MIMConfig):
         if self.modalities_seen is not None:
             self.check_seen(self.modalities_seen)
 
-    def check_seen(self, names):
+    def check_seen(self, names: Sequence[str]) -> None:
         """Raise ValueError unless these are modalities, one at least."""
         known = self.modality_channels
         if not names or any(name not in known for name in names):

@@ -1,6 +1,6 @@
 """Configuration of Latent MIM (Wei, Gupta, Morgado, ECCV 2024, arXiv 2407.15837)."""
 
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from huggingface_hub.dataclasses import strict
 
@@ -58,14 +58,14 @@ class LatentMIMConfig(MIMConfig):
     momentum_schedule: Literal["linear", "cosine"] = "cosine"
     target_config: dict | None = None
 
-    def __post_init__(self, **kwargs):
+    def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)
         fill_decoder_sizes(self)
         if self.projector_hidden_size is None:
             self.projector_hidden_size = 16 * self.hidden_size // 3
         self.check_fields()
 
-    def check_fields(self):
+    def check_fields(self) -> None:
         super().check_fields()
         check_decoder(self)
         check_at_least_1(self, "projector_hidden_size", "projector_num_layers")

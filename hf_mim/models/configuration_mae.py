@@ -1,6 +1,6 @@
 """Configuration of MAE (He et al., CVPR 2022, arXiv 2111.06377)."""
 
-from typing import Literal
+from typing import Any, Literal
 
 from huggingface_hub.dataclasses import strict
 
@@ -46,12 +46,12 @@ class MAEConfig(MIMConfig):
     decoder_num_hidden_layers: int = 8
     decoder_num_attention_heads: int | None = None
 
-    def __post_init__(self, **kwargs):
+    def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)
         fill_decoder_sizes(self)
         self.check_fields()
 
-    def check_fields(self):
+    def check_fields(self) -> None:
         super().check_fields()
         check_decoder(self)
         check_at_least_1(self, "mask_unit")
@@ -82,4 +82,4 @@ class MAEConfig(MIMConfig):
             raise ValueError(
                 f"mask_unit must divide the sides of the grid of {grid[0]}×{grid[1]} patches, not {self.mask_unit}"
             )
-        return tuple(side // self.mask_unit for side in grid)
+        return grid[0] // self.mask_unit, grid[1] // self.mask_unit

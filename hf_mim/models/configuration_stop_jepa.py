@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import fields
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from huggingface_hub.dataclasses import strict
 
@@ -66,7 +66,7 @@ class StopJepaConfig(MIMConfig):
     momentum_schedule: Literal["linear", "cosine"] = "linear"
     target_config: dict | None = None
 
-    def __post_init__(self, **kwargs):
+    def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)
         if self.predictor_num_hidden_layers is None:
             self.predictor_num_hidden_layers = 6 if self.num_hidden_layers <= 12 else 12
@@ -77,7 +77,7 @@ class StopJepaConfig(MIMConfig):
             self.predictor_hidden_size = max(step, min(384, self.hidden_size // 2) // step * step)
         self.check_fields()
 
-    def check_fields(self):
+    def check_fields(self) -> None:
         super().check_fields()
         check_width(self, "predictor_hidden_size", "predictor_num_attention_heads")
         check_at_least_1(self, "predictor_num_hidden_layers", "masks_per_image")

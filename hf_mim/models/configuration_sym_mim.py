@@ -1,6 +1,6 @@
 """Configuration of SymMIM (Nguyen and Park, ICPR 2024, arXiv 2408.12772)."""
 
-from typing import Literal
+from typing import Any, Literal
 
 from huggingface_hub.dataclasses import strict
 
@@ -59,14 +59,14 @@ class SymMIMConfig(MIMConfig):
     momentum_end: float | int = 1.0
     momentum_schedule: Literal["linear", "cosine"] = "cosine"
 
-    def __post_init__(self, **kwargs):
+    def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)
         fill_decoder_sizes(self)
         if self.projector_hidden_size is None:
             self.projector_hidden_size = 16 * self.hidden_size // 3
         self.check_fields()
 
-    def check_fields(self):
+    def check_fields(self) -> None:
         super().check_fields()
         check_decoder(self)
         check_norm_pix_loss(self)
@@ -88,14 +88,14 @@ class SymMIMConfig(MIMConfig):
             )
         check_target(self)
 
-    def check_batch(self, images: int):
+    def check_batch(self, images: int) -> None:
         if self.contrast_weight and images < 2:
             raise ValueError(
                 f"per_device_train_batch_size must be 2 or more on a single process, not {images}: the contrast finds "
                 "an image among others; contrast_weight 0 trains without it"
             )
 
-    def check_grid(self, grid: tuple[int, int]):
+    def check_grid(self, grid: tuple[int, int]) -> None:
         """Raise ValueError for a grid of patches that cannot be divided into two halves by both checkerboards."""
         if max(grid) == 1:
             raise ValueError(

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal, cast
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
@@ -22,16 +22,16 @@ SIZES = {
 
 def pair(size: int | list[int] | tuple[int, int]) -> tuple[int, int]:
     """An int or `(height, width)` as `(height, width)`."""
-    return (size, size) if isinstance(size, int) else tuple(size)
+    return (size, size) if isinstance(size, int) else cast(tuple[int, int], tuple(size))
 
 
-def check_at_least_1(config, *names: str):
+def check_at_least_1(config: Any, *names: str) -> None:
     for name in names:
         if getattr(config, name) < 1:
             raise ValueError(f"{name} must be at least 1, not {getattr(config, name)}")
 
 
-def check_width(config, width_name: str, heads_name: str):
+def check_width(config: "MIMConfig", width_name: str, heads_name: str) -> None:
     """Raise ValueError unless a transformer of this width can have these heads and sine-cosine positions."""
     width, heads = getattr(config, width_name), getattr(config, heads_name)
     if min(heads, width) < 1 or width % heads or width % 4:
@@ -41,7 +41,7 @@ def check_width(config, width_name: str, heads_name: str):
         )
 
 
-def fill_decoder_sizes(config):
+def fill_decoder_sizes(config: "MIMConfig") -> None:
     """Fill in what is unset: the paper's width of 512 with 16 heads from ViT-Base on, in proportion below."""
     if config.decoder_hidden_size is None:
         config.decoder_hidden_size = min(512, max(32, config.hidden_size * 2 // 3 // 32 * 32))
@@ -49,13 +49,13 @@ def fill_decoder_sizes(config):
         config.decoder_num_attention_heads = max(1, config.decoder_hidden_size // 32)
 
 
-def check_decoder(config):
+def check_decoder(config: "MIMConfig") -> None:
     """Raise ValueError for decoder sizes that do not fit."""
     check_width(config, "decoder_hidden_size", "decoder_num_attention_heads")
     check_at_least_1(config, "decoder_num_hidden_layers")
 
 
-def check_norm_pix_loss(config):
+def check_norm_pix_loss(config: "MIMConfig") -> None:
     """Raise ValueError if pixels are to be standardised within patches that have no variance."""
     if config.norm_pix_loss and config.num_channels * math.prod(config.patch_height_width) < 2:
         raise ValueError("norm_pix_loss must be False for patches of a single value, which have no variance")
@@ -124,7 +124,7 @@ class MIMConfig(BackboneConfigMixin, PreTrainedConfig):
     _out_features: list[str] | None = None
     _out_indices: list[int] | None = None
 
-    def __post_init__(self, **kwargs):
+    def __post_init__(self, **kwargs: Any) -> None:
         width, depth, heads, mlp = SIZES.get(self.size, SIZES["base"])  # a wrong size fails at its type check later
         if self.intermediate_size is None:
             self.intermediate_size = mlp if self.hidden_size in (None, width) else 4 * self.hidden_size
@@ -137,7 +137,7 @@ class MIMConfig(BackboneConfigMixin, PreTrainedConfig):
         )
         super().__post_init__(**kwargs)
 
-    def check_fields(self):
+    def check_fields(self) -> None:
         """Raise ValueError for values that do not fit. Each method extends it and calls it when all fields are filled.
 
         The `validate_` hooks of `@strict` are not used, because they wrap the error into one of two lines.
@@ -165,7 +165,7 @@ class MIMConfig(BackboneConfigMixin, PreTrainedConfig):
         if self.pooling == "cls" and not self.use_cls_token:
             raise ValueError("pooling='cls' needs use_cls_token=True; without a CLS token use pooling='mean'")
 
-    def check_batch(self, images: int):
+    def check_batch(self, images: int) -> None:
         """Raise ValueError if the method learns nothing from so many images, which are all that go through at once."""
 
     @property
@@ -179,7 +179,8 @@ class MIMConfig(BackboneConfigMixin, PreTrainedConfig):
     @property
     def grid_size(self) -> tuple[int, int]:
         """Rows and columns of patches at `image_size`."""
-        return tuple(i // p for i, p in zip(self.image_height_width, self.patch_height_width, strict=True))
+        (height, width), (patch_height, patch_width) = self.image_height_width, self.patch_height_width
+        return height // patch_height, width // patch_width
 
     @property
     def training_size(self) -> tuple[int, int]:

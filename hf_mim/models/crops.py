@@ -3,6 +3,7 @@
 `exact` says that a JPEG must be decoded at full size.
 """
 
+import random
 from dataclasses import dataclass
 
 Box = tuple[int, int, int, int]  # left, top, right, bottom in pixels, as in PIL
@@ -15,11 +16,11 @@ class CenterCrop:
     fraction: float = 1.0
     exact = True  # a JPEG is decoded at full size
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not 0 < self.fraction <= 1:
             raise ValueError(f"fraction must lie in (0, 1], not {self.fraction}")
 
-    def box(self, width: int, height: int, size: tuple[int, int], rng=None) -> Box:
+    def box(self, width: int, height: int, size: tuple[int, int], rng: random.Random | None = None) -> Box:
         return centred(width, height, size[1] / size[0], self.fraction)
 
 
@@ -30,7 +31,7 @@ class WholeImage:
     exact = True
     fraction = 1.0
 
-    def box(self, width: int, height: int, size: tuple[int, int], rng=None) -> Box:
+    def box(self, width: int, height: int, size: tuple[int, int], rng: random.Random | None = None) -> Box:
         return 0, 0, width, height
 
 
@@ -49,9 +50,12 @@ class CenterWindow:
     def for_size(cls, pixels: tuple[int, int], size: tuple[int, int], known: tuple[int, int]) -> "CenterWindow":
         """The window for an input of `size` that has the scale of one of `pixels` for an input of size `known`."""
         sides = zip(pixels, size, known, strict=True)
-        return cls(tuple(max(1, round(length * new / old)) for length, new, old in sides))
+        height, width = (max(1, round(length * new / old)) for length, new, old in sides)
+        return cls((height, width))
 
-    def box(self, width: int, height: int, size: tuple[int, int] | None = None, rng=None) -> Box:
+    def box(
+        self, width: int, height: int, size: tuple[int, int] | None = None, rng: random.Random | None = None
+    ) -> Box:
         w, h = fitting(self.pixels, width, height)
         left, top = round((width - w) / 2), round((height - h) / 2)
         return left, top, left + w, top + h

@@ -31,7 +31,9 @@ class PixelDecoder(nn.Module):
         heads = config.decoder_num_attention_heads
         return vit_layers(config, config.decoder_hidden_size, config.decoder_num_hidden_layers, heads)
 
-    def forward(self, latents, grid, context_ids, target_ids):
+    def forward(
+        self, latents: torch.Tensor, grid: tuple[int, int], context_ids: torch.Tensor, target_ids: torch.Tensor
+    ) -> torch.Tensor:
         """Latents `[B, prefix + Nv, D]` of the patches `context_ids [B, Nv]` → predictions `[B, Nm, P]` for
         `target_ids [B, Nm]`.
 
@@ -42,7 +44,7 @@ class PixelDecoder(nn.Module):
         context = self.embed(latents) + torch.cat([prefix.expand(len(latents), -1, -1), places[context_ids]], dim=1)
         return self.head(self.norm(self.decode(context, self.mask_token + places[target_ids])))
 
-    def decode(self, context, queries):
+    def decode(self, context: torch.Tensor, queries: torch.Tensor) -> torch.Tensor:
         """The queries `[B, Nm, Dd]` after the layers, in which they see the context `[B, prefix + Nv, Dd]`."""
         return run_layers(self.layers, torch.cat([context, queries], dim=1), num_queries=queries.shape[1])
 
@@ -55,7 +57,7 @@ class CrossAttention(MultiHeadAttention):
         self.q = nn.Linear(width, width)
         self.kv = nn.Linear(width, 2 * width)
 
-    def forward(self, queries, memory):
+    def forward(self, queries: torch.Tensor, memory: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         return self.attend(self.q(queries), *self.kv(memory).chunk(2, dim=-1))
 
 
@@ -72,7 +74,7 @@ class CrossAttentionLayer(GradientCheckpointingLayer):
         self.norm3 = nn.LayerNorm(width, eps=config.layer_norm_eps)
         self.mlp = MLP(config, width, 4 * width)
 
-    def forward(self, queries, memory, num_queries=None):
+    def forward(self, queries: torch.Tensor, memory: torch.Tensor, num_queries: int | None = None) -> torch.Tensor:
         """Queries `[B, Q, D]`, memory `[B, K, D]` → `[B, Q, D]`, or only the last `num_queries` queries."""
         attended, _ = self.self_attention(self.norm1(queries), num_queries)
         if num_queries is not None:
@@ -93,7 +95,7 @@ class InteractionLayer(GradientCheckpointingLayer):
         self.norm2 = nn.LayerNorm(width, eps=config.layer_norm_eps)
         self.mlp = MLP(config, width, 4 * width)
 
-    def forward(self, queries, memory):
+    def forward(self, queries: torch.Tensor, memory: torch.Tensor) -> torch.Tensor:
         """Queries `[B, Q, D]`, memory `[B, K, D]` → `[B, Q, D]`."""
         queries = queries + self.cross_attention(self.norm1_queries(queries), self.norm1_memory(memory))[0]
         return queries + self.mlp(self.norm2(queries))
@@ -107,7 +109,7 @@ class CrossPixelDecoder(PixelDecoder):
         sizes = config.decoder_hidden_size, config.decoder_num_attention_heads
         return nn.ModuleList(InteractionLayer(config, *sizes) for _ in range(config.decoder_num_hidden_layers))
 
-    def decode(self, context, queries):
+    def decode(self, context: torch.Tensor, queries: torch.Tensor) -> torch.Tensor:
         for layer in self.layers:
             queries = layer(queries, context)
         return queries

@@ -1,6 +1,7 @@
 """The image processor that is saved with each checkpoint: for inference, exactly what evaluation does to an image."""
 
 from collections.abc import Sequence
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -46,8 +47,8 @@ class MIMImageProcessor(BaseImageProcessor):
         value_range: Sequence[float] | None = None,
         pixel_type: str | None = None,
         nodata: float | str | None = None,
-        **kwargs,
-    ):
+        **kwargs: Any,
+    ) -> None:
         super().__init__(**kwargs)
         self.size, self.crop_fraction = dict(size), crop_fraction
         self.crop_pixels = None if crop_pixels is None else list(crop_pixels)
@@ -58,7 +59,7 @@ class MIMImageProcessor(BaseImageProcessor):
             raise ValueError(f"value_range must be given with nodata {nodata}; it is 0,255 for 8-bit images")
 
     def preprocess(
-        self, images, return_tensors: str | None = None, input_data_format: str | None = None
+        self, images: int, return_tensors: str | None = None, input_data_format: str | None = None
     ) -> BatchFeature:
         """One image or a list of them → `pixel_values`.
 
@@ -76,7 +77,7 @@ class MIMImageProcessor(BaseImageProcessor):
     def crop(self) -> CenterCrop | CenterWindow | WholeImage:
         """Which part of an image is taken."""
         if self.crop_pixels is not None:
-            return CenterWindow(tuple(self.crop_pixels))
+            return CenterWindow(cast(tuple[int, int], tuple(self.crop_pixels)))
         return WholeImage() if self.crop_fraction is None else CenterCrop(self.crop_fraction)
 
     def _pixels(self, image: Image.Image | np.ndarray, channels_last: bool) -> torch.Tensor:

@@ -5,6 +5,8 @@ module would silently skip what the module adds. So this package reads the weigh
 that saves work. Every other module is called.
 """
 
+from typing import cast
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -34,7 +36,7 @@ def input_dtype(module: nn.Module) -> torch.dtype:
 def bias_of(module: nn.Module, like: torch.Tensor) -> torch.Tensor:
     """b `[out]` of a linear layer whose inputs look like `like [..., in]`."""
     if is_plain(module):
-        return module.bias
+        return cast(torch.Tensor, module.bias)
     zeros = like.new_zeros(16, like.shape[-1], dtype=input_dtype(module))  # fp8 kernels take no fewer than 16 rows
     return module(zeros)[0]
 
@@ -42,5 +44,5 @@ def bias_of(module: nn.Module, like: torch.Tensor) -> torch.Tensor:
 def product_without_bias(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
     """A·x `[..., out]` of a linear layer for `x [..., in]`."""
     if is_plain(module):
-        return F.linear(x, module.weight)
+        return F.linear(x, cast(torch.Tensor, module.weight))
     return module(x) - bias_of(module, x)

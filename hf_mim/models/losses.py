@@ -1,5 +1,7 @@
 """Losses that more than one method can use."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 
@@ -22,7 +24,7 @@ def mean_and_variance(targets: torch.Tensor, valid: torch.Tensor | None = None) 
     return mean, masked_sum((targets - mean).square(), valid, -1, keepdim=True) / (count - 1).clamp(min=1)
 
 
-def masked_sum(values: torch.Tensor, valid: torch.Tensor, *dims, **kwargs) -> torch.Tensor:
+def masked_sum(values: torch.Tensor, valid: torch.Tensor, *dims: int, **kwargs: Any) -> torch.Tensor:
     """The sum of the valid values. Others add nothing, and get no gradient, whatever they are."""
     return torch.where(valid, values, 0).sum(*dims, **kwargs)
 
@@ -32,14 +34,16 @@ def mean_over(values: torch.Tensor, valid: torch.Tensor | None) -> torch.Tensor:
     return values.mean() if valid is None else masked_sum(values, valid) / valid.sum().clamp(min=1)
 
 
-def mean_squared_error(predictions, targets, valid: torch.Tensor | None = None) -> torch.Tensor:
+def mean_squared_error(
+    predictions: torch.Tensor, targets: torch.Tensor, valid: torch.Tensor | None = None
+) -> torch.Tensor:
     """The mean over the `valid` values, bool of the shape that predictions and targets have."""
     if valid is None:
         return F.mse_loss(predictions, targets)
     return mean_over((predictions - targets).square(), valid)
 
 
-def smooth_l1(predictions, targets, valid: torch.Tensor | None = None) -> torch.Tensor:
+def smooth_l1(predictions: torch.Tensor, targets: torch.Tensor, valid: torch.Tensor | None = None) -> torch.Tensor:
     """Smooth L1 of predictions and targets `[..., D]`, over the `valid` ones, bool `[...]`."""
     if valid is None:
         return F.smooth_l1_loss(predictions, targets)

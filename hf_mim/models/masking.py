@@ -25,6 +25,7 @@ images stay equally likely. 256 images at 14x14 take 1.5 ms on one core.
 
 import math
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -135,8 +136,8 @@ class BlockMasks:
     target_scale: Range = (0.15, 0.2)
     target_aspect_ratio: Range = (0.75, 1.5)
     context_scale: Range = (0.85, 1.0)
-    mask_trim: str = "random"
-    block_range: str = "inclusive"
+    mask_trim: Literal["random", "raster"] = "random"
+    block_range: Literal["inclusive", "exclusive"] = "inclusive"
     num_candidates: int = 4
 
     def check(self, grid: tuple[int, int]) -> None:

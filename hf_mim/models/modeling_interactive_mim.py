@@ -1,11 +1,14 @@
 """Interactive MIM: interactive masked image modeling for several modalities (Vu et al., arXiv 2409.08885)."""
 
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import initialization as init
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from .blocks import run_layers, vit_layers
 from .configuration_interactive_mim import InteractiveMIMConfig
@@ -34,7 +37,7 @@ class InteractiveMIMOutput(PretrainingOutput):
     there (absent: all). target_ids `[B, M, Nm]`: the masked places of each modality, or `[B, Nm]` for one modality.
     Predictions and targets `[B, Nm, P]`: for each modality, one after the other, the pixels of its masked patches."""
 
-    visible: torch.Tensor | None = None
+    visible: Tensor | None = None
 
 
 class ModalityEmbeddings(ViTEmbeddings):
@@ -51,7 +54,9 @@ class ModalityEmbeddings(ViTEmbeddings):
         partly = len(self.channels) > 1 and config.modality_masking == "independent"
         self.absent = nn.Parameter(torch.empty(len(self.channels), config.hidden_size)) if partly else None
 
-    def forward(self, patches, grid, patch_ids=None, visible=None):
+    def forward(
+        self, patches: Tensor, grid: tuple[int, int], patch_ids: Tensor | None = None, visible: Tensor | None = None
+    ) -> Tensor:
         """`visible`, bool `[B, K, M]`: the modalities that are visible at each place; None: all."""
         if visible is None:
             return super().forward(patches, grid, patch_ids)
@@ -72,10 +77,10 @@ class InteractiveMIMPreTrainedModel(MIMPreTrainedModel):
     _keys_to_ignore_on_load_unexpected = [r"^decoder\."]
 
     @torch.no_grad()
-    def _init_weights(self, module):
+    def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
         if getattr(module, "absent", None) is not None:
-            init.zeros_(module.absent)
+            init.zeros_(cast(nn.Parameter, module.absent))
 
 
 class InteractiveMIMModel(InteractiveMIMPreTrainedModel, ViTEncoder):
@@ -84,7 +89,14 @@ class InteractiveMIMModel(InteractiveMIMPreTrainedModel, ViTEncoder):
     embeddings_class = ModalityEmbeddings
     own_arguments = ("visible",)
 
-    def forward(self, pixel_values, patch_ids=None, modalities=None, valid_pixels=None, **kwargs):
+    def forward(
+        self,
+        pixel_values: Tensor,
+        patch_ids: Tensor | None = None,
+        modalities: Sequence[str] | None = None,
+        valid_pixels: Tensor | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPooling:
         """As `ViTEncoder.forward`, of all modalities or of some.
 
         Args:
@@ -108,18 +120,18 @@ class InteractiveMIMModel(InteractiveMIMPreTrainedModel, ViTEncoder):
         visible = visible & torch.tensor([name in names for name in own], device=visible.device)
         return super().forward(pixel_values, patch_ids, visible=visible, **kwargs)
 
-    def _widened(self, values, channels):
+    def _widened(self, values: Tensor, channels: list[int]) -> Tensor:
         """These channels `[B, c, H, W]` among all, of which the others are 0."""
         whole = values.new_zeros(values.shape[0], self.config.num_channels, *values.shape[2:])
         whole[:, channels] = values
         return whole
 
-    def with_data(self, valid):
+    def with_data(self, valid: Tensor) -> Tensor:
         """Which values of patches have data, bool `[B, N, P]` → whether a modality has any there, `[B, N, M]`."""
         values = valid.unflatten(-1, (-1, self.config.num_channels)).any(dim=-2)
         return torch.stack([values[..., part].any(-1) for part in self.config.channels_of_modalities.values()], dim=-1)
 
-    def plain_state_dict(self) -> dict[str, torch.Tensor]:
+    def plain_state_dict(self) -> dict[str, Tensor]:
         state, config = self.state_dict(), self.config
         absent = state.pop("embeddings.absent", None)
         if config.modalities_seen is None:
@@ -150,7 +162,7 @@ class InteractionDecoder(nn.Module):
         pixels = math.prod(config.patch_height_width)
         self.heads = nn.ModuleList(nn.Linear(width, pixels * count) for count in config.modality_channels.values())
 
-    def forward(self, latents, grid, context_ids, target_ids):
+    def forward(self, latents: Tensor, grid: tuple[int, int], context_ids: Tensor, target_ids: Tensor) -> list[Tensor]:
         """Latents `[B, prefix + U, D]` of the places `context_ids [B, U]` → for each modality the predictions
         `[B, Nm, P]` of its `target_ids [B, M, Nm]`."""
         prefix, places = self.position_embeddings(grid, self.mask_token.dtype)
@@ -174,6 +186,8 @@ class InteractiveMIMForPreTraining(PixelTargets, InteractiveMIMPreTrainedModel):
     the squared error on their masked patches. With one modality and no interaction it is MAE.
     """
 
+    encoder: InteractiveMIMModel
+
     def __init__(self, config: InteractiveMIMConfig):
         super().__init__(config)
         self.encoder = InteractiveMIMModel(config)
@@ -181,8 +195,16 @@ class InteractiveMIMForPreTraining(PixelTargets, InteractiveMIMPreTrainedModel):
         self.post_init()
 
     def draw_masks(
-        self, batch_size, grid, device=None, *, context_ids=None, target_ids=None, visible=None, noise=None
-    ) -> dict:
+        self,
+        batch_size: int,
+        grid: tuple[int, int],
+        device: torch.device | str | None = None,
+        *,
+        context_ids: Tensor | None = None,
+        target_ids: Tensor | None = None,
+        visible: Tensor | None = None,
+        noise: Tensor | None = None,
+    ) -> dict[str, Any]:
         """Draw the ids of one pass over a grid of `(rows, columns)` patches. What is given stays as it is.
 
         Returns the arguments of `forward`: `context_ids [B, U]`, `target_ids [B, M, Nm]` (`[B, Nm]` for one modality),
@@ -205,7 +227,7 @@ class InteractiveMIMForPreTraining(PixelTargets, InteractiveMIMPreTrainedModel):
             target_ids = target_ids[:, None].expand(-1, number, -1)
         return {"context_ids": context_ids, "target_ids": target_ids}
 
-    def step_flops(self, images, grid, masks):
+    def step_flops(self, images: int, grid: tuple[int, int], masks: Mapping[str, Tensor]) -> float:
         config, context, masked = self.config, masks["context_ids"].shape[1], masks["target_ids"].shape[-1]
         width, memory = config.decoder_hidden_size, config.num_prefix_tokens + context
         number = len(config.modalities)
@@ -219,7 +241,13 @@ class InteractiveMIMForPreTraining(PixelTargets, InteractiveMIMPreTrainedModel):
 
     @pretraining_forward
     def forward(
-        self, pixel_values, context_ids=None, target_ids=None, visible=None, noise=None, valid_pixels=None
+        self,
+        pixel_values: Tensor,
+        context_ids: Tensor | None = None,
+        target_ids: Tensor | None = None,
+        visible: Tensor | None = None,
+        noise: Tensor | None = None,
+        valid_pixels: Tensor | None = None,
     ) -> InteractiveMIMOutput:
         """Reconstruct the masked patches of each modality.
 
@@ -262,7 +290,9 @@ class InteractiveMIMForPreTraining(PixelTargets, InteractiveMIMPreTrainedModel):
         return InteractiveMIMOutput(loss=loss, predictions=predictions, targets=targets, metrics=metrics, **masks)
 
     @staticmethod
-    def _mean_of_modalities(losses, valid):
+    def _mean_of_modalities(
+        losses: dict[str, Tensor], valid: Sequence[Tensor] | None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         """(the mean of these losses, the metrics of several). `valid`: which targets of each have data; None: all. A
         modality without any in this batch has no share in the mean, and its metric is NaN, which no log counts."""
         every = torch.stack([*losses.values()])
@@ -275,17 +305,17 @@ class InteractiveMIMForPreTraining(PixelTargets, InteractiveMIMPreTrainedModel):
             return loss, {}
         return loss, {f"reconstruction_{name}": one for name, one in zip(losses, every.detach(), strict=True)}
 
-    def _of_each_modality(self, target_ids):
+    def _of_each_modality(self, target_ids: Tensor) -> Tensor:
         """`[B, M, Nm]`, for ids `[B, Nm]` or `[B, 1, Nm]` too."""
         target_ids = target_ids[:, None] if target_ids.ndim == 2 else target_ids
         return target_ids.expand(-1, len(self.config.modalities), -1)
 
-    def _parts(self, predictions):
+    def _parts(self, predictions: Tensor) -> tuple[Tensor, ...]:
         """Predictions `[B, Nm, P]` of all modalities → those of each."""
         pixels = math.prod(self.config.patch_height_width)
         return predictions.split([pixels * count for count in self.config.modality_channels.values()], dim=-1)
 
-    def _modality(self, patches, name):
+    def _modality(self, patches: Tensor | None, name: str) -> Tensor | None:
         """Patches `[B, N, P]` → those of one modality. None stays None."""
         if patches is None:
             return None
@@ -293,7 +323,9 @@ class InteractiveMIMForPreTraining(PixelTargets, InteractiveMIMPreTrainedModel):
         return pixels[..., self.config.channels_of_modalities[name]].flatten(-2)
 
     @torch.no_grad()
-    def reconstruct(self, pixel_values, valid_pixels=None, **masks) -> tuple[torch.Tensor, torch.Tensor]:
+    def reconstruct(
+        self, pixel_values: Tensor, valid_pixels: Tensor | None = None, **masks: Any
+    ) -> tuple[Tensor, Tensor]:
         """As `PixelTargets.reconstruct`, of all modalities. The mask is that of the first one."""
         output = self(pixel_values, valid_pixels=valid_pixels, **masks)
         patches, grid = self.encoder.cut(pixel_values)

@@ -1,7 +1,9 @@
 """Latent MIM: towards latent masked image modeling (Wei, Gupta, Morgado, ECCV 2024, arXiv 2407.15837)."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -72,7 +74,7 @@ class LatentMIMPreTrainedModel(MIMPreTrainedModel):
     _keys_to_ignore_on_load_unexpected = [r"^decoder\.", r"^projector\.", r"^target_"]
 
     @torch.no_grad()
-    def _init_weights(self, module):
+    def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
         if isinstance(module, SimilarityTarget):
             init.constant_(module.value, self.config.similarity_start)
@@ -92,7 +94,7 @@ class Projector(nn.Module):
         self.linears = nn.ModuleList(nn.Linear(i, o, bias=False) for i, o in zip(widths[:-1], widths[1:], strict=True))
         self.norms = nn.ModuleList(nn.LayerNorm(width, eps=1e-5) for width in widths[1:])
 
-    def forward(self, tokens):
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
         for linear, norm in zip(self.linears[:-1], self.norms[:-1], strict=True):
             tokens = F.gelu(norm(linear(tokens)))
         return self.norms[-1](self.linears[-1](tokens))
@@ -101,7 +103,9 @@ class Projector(nn.Module):
 class SimilarityTarget(nn.Module):
     """The cosine that the similarity term pulls to. It is kept on the device, so that changing it waits for nothing."""
 
-    def __init__(self):
+    value: torch.Tensor
+
+    def __init__(self) -> None:
         super().__init__()
         self.register_buffer("value", torch.empty(()), persistent=False)
 
@@ -122,12 +126,16 @@ class LatentMIMDecoder(nn.Module):
         self.norm = nn.LayerNorm(width, eps=config.layer_norm_eps)
         self.head = nn.Linear(width, target_encoder_config(config).hidden_size)
 
-    def visual_cues(self, visible, query_positions, visible_positions):
+    def visual_cues(
+        self, visible: torch.Tensor, query_positions: torch.Tensor, visible_positions: torch.Tensor
+    ) -> torch.Tensor:
         """The mean of the visible tokens `[B, Nv, Dd]`, weighted by closeness to each query: `[B, Nm, Dd]`."""
         closeness = query_positions @ visible_positions.transpose(1, 2) * query_positions.shape[-1] ** -0.5
         return closeness.softmax(dim=-1) @ visible
 
-    def forward(self, latents, grid, context_ids, target_ids):
+    def forward(
+        self, latents: torch.Tensor, grid: tuple[int, int], context_ids: torch.Tensor, target_ids: torch.Tensor
+    ) -> torch.Tensor:
         """Projected latents `[B, prefix + Nv, D]` → predictions `[B, Nm, D]`."""
         prefix, places = self.position_embeddings(grid, self.mask_token.dtype)
         num_prefix, prefix = len(prefix), prefix.expand(len(latents), -1, -1)
@@ -165,18 +173,26 @@ class LatentMIMForPreTraining(TargetNetworkMixin, LatentMIMPreTrainedModel):
         self.similarity_target = SimilarityTarget()
         self.post_init()
 
-    def target_pairs(self):
+    def target_pairs(self) -> list[tuple[nn.Module, nn.Module]]:
         if self.target_projector is None:  # frozen
             return []
         return [(self.target_encoder, self.encoder), (self.target_projector, self.projector)]
 
-    def set_progress(self, progress: float):
+    def set_progress(self, progress: float) -> None:
         """Move the similarity target along its cosine; call before each step."""
         self.similarity_target.value.fill_(cosine(self.config.similarity_start, self.config.similarity_end, progress))
 
     def draw_masks(
-        self, batch_size, grid, device=None, *, patch_offsets=None, context_ids=None, target_ids=None, noise=None
-    ) -> dict:
+        self,
+        batch_size: int,
+        grid: tuple[int, int],
+        device: torch.device | str | None = None,
+        *,
+        patch_offsets: torch.Tensor | None = None,
+        context_ids: torch.Tensor | None = None,
+        target_ids: torch.Tensor | None = None,
+        noise: torch.Tensor | None = None,
+    ) -> dict[str, Any]:
         """Draw offsets and ids of one pass over a `(gh, gw)` grid of patches. What is given stays as it is.
 
         Returns the arguments of `forward`: `patch_offsets [B, gh, gw, 2]`, `context_ids [B, Nv]` and
@@ -190,7 +206,9 @@ class LatentMIMForPreTraining(TargetNetworkMixin, LatentMIMPreTrainedModel):
             context_ids, target_ids = split_at_random(noise, self.config.num_visible(grid))
         return {"patch_offsets": patch_offsets, "context_ids": context_ids, "target_ids": target_ids}
 
-    def draw(self, pixel_values, patch_offsets=None, **given):
+    def draw(
+        self, pixel_values: torch.Tensor, patch_offsets: torch.Tensor | None = None, **given: Any
+    ) -> tuple[torch.Tensor, tuple[int, int], dict[str, Any]]:
         """Draw what `forward` was not given, and cut the images: returns patches `[B, N, P]`, their grid, the masks."""
         gap, patch_size = self.config.patch_gap, self.config.patch_height_width
         (height, width), (cell_height, cell_width) = pixel_values.shape[2:], (side + gap for side in patch_size)
@@ -204,7 +222,9 @@ class LatentMIMForPreTraining(TargetNetworkMixin, LatentMIMPreTrainedModel):
         masks = self.draw_masks(len(pixel_values), grid, pixel_values.device, patch_offsets=patch_offsets, **given)
         return patchify_with_gap(pixel_values, patch_size, masks["patch_offsets"], gap), grid, masks
 
-    def loss(self, predictions, targets, visible, valid=None):
+    def loss(
+        self, predictions: torch.Tensor, targets: torch.Tensor, visible: torch.Tensor, valid: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """The loss and its parts; predictions, targets `[B, Nm, D]` and visible latents `[B, Nv, D]` are float32. Only
         `valid [B, Nm]` targets count."""
         if self.config.loss_type == "patch_discrimination":
@@ -225,7 +245,7 @@ class LatentMIMForPreTraining(TargetNetworkMixin, LatentMIMPreTrainedModel):
             loss = loss + self.config.similarity_weight * gaps.square().sum()
         return loss, metrics
 
-    def step_flops(self, images, grid, masks):
+    def step_flops(self, images: int, grid: tuple[int, int], masks: Mapping[str, torch.Tensor]) -> float:
         config, target = self.config, target_encoder_config(self.config)
         context, masked = masks["context_ids"].shape[1], masks["target_ids"].shape[1]
         tokens, width = config.num_prefix_tokens + context, config.decoder_hidden_size
@@ -246,7 +266,13 @@ class LatentMIMForPreTraining(TargetNetworkMixin, LatentMIMPreTrainedModel):
 
     @pretraining_forward
     def forward(
-        self, pixel_values, context_ids=None, target_ids=None, patch_offsets=None, noise=None, valid_pixels=None
+        self,
+        pixel_values: torch.Tensor,
+        context_ids: torch.Tensor | None = None,
+        target_ids: torch.Tensor | None = None,
+        patch_offsets: torch.Tensor | None = None,
+        noise: torch.Tensor | None = None,
+        valid_pixels: torch.Tensor | None = None,
     ) -> LatentMIMOutput:
         """Predict the target network's latents of masked patches.
 

@@ -1,7 +1,9 @@
 """MAE: masked autoencoders are scalable vision learners (He et al., CVPR 2022, arXiv 2111.06377)."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -41,12 +43,20 @@ class MAEForPreTraining(PixelTargets, MAEPreTrainedModel):
         self.decoder = (CrossPixelDecoder if config.decoder_attention == "cross" else PixelDecoder)(config)
         self.post_init()
 
-    def training_masks(self):
+    def training_masks(self) -> dict[str, Any]:
         return {"target_share": self.config.decoder_targets}
 
     def draw_masks(
-        self, batch_size, grid, device=None, *, context_ids=None, target_ids=None, noise=None, target_share=1.0
-    ) -> dict:
+        self,
+        batch_size: int,
+        grid: tuple[int, int],
+        device: torch.device | str | None = None,
+        *,
+        context_ids: torch.Tensor | None = None,
+        target_ids: torch.Tensor | None = None,
+        noise: torch.Tensor | None = None,
+        target_share: float = 1.0,
+    ) -> dict[str, Any]:
         """Draw the ids of one pass over a grid of `(rows, columns)` patches. Ids that are given stay as they are.
 
         Returns the arguments of `forward`: `context_ids [B, Nv]` and `target_ids [B, Nm]`, int64 on `device`. With
@@ -66,13 +76,20 @@ class MAEForPreTraining(PixelTargets, MAEPreTrainedModel):
                 target_ids = target_ids.gather(1, order[:, : max(1, round(order.shape[1] * target_share))])
         return {"context_ids": context_ids, "target_ids": target_ids}
 
-    def step_flops(self, images, grid, masks):
+    def step_flops(self, images: int, grid: tuple[int, int], masks: Mapping[str, torch.Tensor]) -> float:
         context, masked = masks["context_ids"].shape[1], masks["target_ids"].shape[1]
         decoder = pixel_decoder_flops(self.config, context, masked)
         return images * (trained_encoder_flops(self.config, context) + 3 * decoder)
 
     @pretraining_forward
-    def forward(self, pixel_values, context_ids=None, target_ids=None, noise=None, valid_pixels=None) -> MAEOutput:
+    def forward(
+        self,
+        pixel_values: torch.Tensor,
+        context_ids: torch.Tensor | None = None,
+        target_ids: torch.Tensor | None = None,
+        noise: torch.Tensor | None = None,
+        valid_pixels: torch.Tensor | None = None,
+    ) -> MAEOutput:
         """Reconstruct masked patches.
 
         Args:
@@ -84,7 +101,7 @@ class MAEForPreTraining(PixelTargets, MAEPreTrainedModel):
                 of the loss. Default: all have data.
         """
         patches, grid = self.encoder.cut(pixel_values)
-        given = {"context_ids": context_ids, "target_ids": target_ids, "noise": noise}
+        given: dict[str, Any] = {"context_ids": context_ids, "target_ids": target_ids, "noise": noise}
         given |= self.training_masks() if self.training else {}
         masks = self.draw_masks(len(patches), grid, patches.device, **given)
         context_ids, target_ids = masks["context_ids"], masks["target_ids"]

@@ -4,7 +4,9 @@ Without noise it is I-JEPA: self-supervised learning from images with a joint-em
 (Assran et al., CVPR 2023, arXiv 2301.08243).
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -45,7 +47,7 @@ class StopJepaPreTrainedModel(MIMPreTrainedModel):
         super().__init__(config)
         if config.target_config is not None:
             self.base_model_prefix = "encoder"
-            self._keys_to_ignore_on_load_unexpected = {r"^target_encoder\.", r"^predictor\."}
+            self._keys_to_ignore_on_load_unexpected = {r"^target_encoder\.", r"^predictor\."}  # type: ignore[assignment]  # as transformers makes it
 
 
 class StopJepaModel(StopJepaPreTrainedModel, ViTEncoder):
@@ -71,12 +73,12 @@ class StopJepaPredictor(nn.Module):
         self.norm = nn.LayerNorm(width, eps=config.layer_norm_eps)
         self.head = nn.Linear(width, target_encoder_config(config).hidden_size)
 
-    def project_noise(self, noise):
+    def project_noise(self, noise: torch.Tensor | None) -> torch.Tensor:
         """A·n: noise in the encoder's width through the projection of the context (tied), without its bias."""
         projection = self.embed if self.noise_embed is None else self.noise_embed
         return product_without_bias(projection, noise.to(input_dtype(projection)))
 
-    def masked_tokens(self, positions, noise):
+    def masked_tokens(self, positions: torch.Tensor, noise: torch.Tensor | None) -> torch.Tensor:
         """m_j = A·n_j + ψ_j + m̃ for positions ψ `[B, M, Nt, Dp]`; noise `[B, M, Nt, D]` or None."""
         tokens = positions
         if noise is not None:
@@ -86,12 +88,22 @@ class StopJepaPredictor(nn.Module):
         # StoP's released code has no m̃. It projects noise by a Linear with bias, and the bias takes the place of m̃.
         return tokens if noise is None else tokens + bias_of(self.embed, noise)
 
-    def context_tokens(self, features, positions, noise):
+    def context_tokens(
+        self, features: torch.Tensor, positions: torch.Tensor, noise: torch.Tensor | None
+    ) -> torch.Tensor:
         """c_i = A·(s_i + n_i) + ψ_i: `[B, Nc, D]` → `[B, 1 or M, Nc, Dp]`; noise `[B, M, Nc, D]` or None."""
         tokens = (self.embed(features) + positions)[:, None]
         return tokens if noise is None else tokens + self.project_noise(noise)
 
-    def forward(self, features, grid, context_ids, target_ids, position_noise=None, context_noise=None):
+    def forward(
+        self,
+        features: torch.Tensor,
+        grid: tuple[int, int],
+        context_ids: torch.Tensor,
+        target_ids: torch.Tensor,
+        position_noise: torch.Tensor | None = None,
+        context_noise: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """Context features `[B, Nc, D]` → predictions `[B, M, Nt, D]`."""
         _, places = self.position_embeddings(grid, input_dtype(self.embed))
         blocks, length = target_ids.shape[1:]
@@ -115,32 +127,34 @@ class StopJepaForPreTraining(TargetNetworkMixin, StopJepaPreTrainedModel):
         self.predictor = StopJepaPredictor(config)
         self.post_init()
 
-    def target_pairs(self):
+    def target_pairs(self) -> list[tuple[nn.Module, nn.Module]]:
         return [(self.target_encoder, self.encoder)] if self.config.target_config is None else []
 
-    def draw_noise(self, tokens: str, *shape, device, dtype):
+    def draw_noise(
+        self, tokens: str, *shape: int, device: torch.device | str | None, dtype: torch.dtype | None
+    ) -> torch.Tensor | None:
         """σ·n `[*shape, D]` if these `tokens` ("context" or "target") have noise by the config; else None."""
         if not self.config.position_noise_std or self.config.noise_on not in (tokens, "both"):
             return None
         noise = torch.randn(*shape, self.config.hidden_size, device=device, dtype=dtype)
         return noise * self.config.position_noise_std
 
-    def training_masks(self):
+    def training_masks(self) -> dict[str, Any]:
         return {"masks_per_image": self.config.masks_per_image}
 
     def draw_masks(
         self,
-        batch_size,
-        grid,
-        device=None,
+        batch_size: int,
+        grid: tuple[int, int],
+        device: torch.device | str | None = None,
         *,
-        context_ids=None,
-        target_ids=None,
-        position_noise=None,
-        context_noise=None,
-        dtype=None,
-        masks_per_image=1,
-    ) -> dict:
+        context_ids: torch.Tensor | None = None,
+        target_ids: torch.Tensor | None = None,
+        position_noise: torch.Tensor | None = None,
+        context_noise: torch.Tensor | None = None,
+        dtype: torch.dtype | None = None,
+        masks_per_image: int = 1,
+    ) -> dict[str, Any]:
         """Draw ids and noise of one pass over a grid of `(rows, columns)` patches. What is given stays as it is.
 
         Returns the arguments of `forward`: `context_ids [B, Nc]` and `target_ids [B, M, Nt]`, int64 on `device`. If the
@@ -152,7 +166,7 @@ class StopJepaForPreTraining(TargetNetworkMixin, StopJepaPreTrainedModel):
         if are_ids_absent(context_ids, target_ids):
             masking = self.config.masking
             context_ids, target_ids = sample_multi_block(batch_size * masks_per_image, grid, masking, device)
-        like = {"device": device, "dtype": dtype}
+        like: dict[str, Any] = {"device": device, "dtype": dtype}
         if position_noise is None:
             position_noise = self.draw_noise("target", *target_ids.shape, **like)
         if context_noise is None:
@@ -161,7 +175,7 @@ class StopJepaForPreTraining(TargetNetworkMixin, StopJepaPreTrainedModel):
         noise = {"position_noise": position_noise, "context_noise": context_noise}
         return masks | {name: value for name, value in noise.items() if value is not None}
 
-    def step_flops(self, images, grid, masks):
+    def step_flops(self, images: int, grid: tuple[int, int], masks: Mapping[str, torch.Tensor]) -> float:
         config, target = self.config, target_encoder_config(self.config)
         (rows, context), (blocks, length) = masks["context_ids"].shape, masks["target_ids"].shape[1:]
         width, depth = config.predictor_hidden_size, config.predictor_num_hidden_layers
@@ -176,12 +190,12 @@ class StopJepaForPreTraining(TargetNetworkMixin, StopJepaPreTrainedModel):
     @pretraining_forward
     def forward(
         self,
-        pixel_values,
-        context_ids=None,
-        target_ids=None,
-        position_noise=None,
-        context_noise=None,
-        valid_pixels=None,
+        pixel_values: torch.Tensor,
+        context_ids: torch.Tensor | None = None,
+        target_ids: torch.Tensor | None = None,
+        position_noise: torch.Tensor | None = None,
+        context_noise: torch.Tensor | None = None,
+        valid_pixels: torch.Tensor | None = None,
     ) -> StopJepaOutput:
         """Predict the target encoder's tokens in the target blocks.
 
@@ -196,7 +210,7 @@ class StopJepaForPreTraining(TargetNetworkMixin, StopJepaPreTrainedModel):
                 without any data are no targets. Default: all have data.
         """
         patches, grid = self.encoder.cut(pixel_values)
-        given = {"context_ids": context_ids, "target_ids": target_ids}
+        given: dict[str, Any] = {"context_ids": context_ids, "target_ids": target_ids}
         given |= {"position_noise": position_noise, "context_noise": context_noise}
         given |= self.training_masks() if self.training else {}
         masks = self.draw_masks(len(patches), grid, patches.device, dtype=pixel_values.dtype, **given)

@@ -1,6 +1,8 @@
 """SymMIM: symmetric masking for masked image modeling (Nguyen and Park, ICPR 2024, arXiv 2408.12772)."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any, Self
 
 import torch
 from torch import nn
@@ -48,7 +50,7 @@ class BatchStandardize(nn.Module):
         super().__init__()
         self.eps = eps
 
-    def forward(self, features):
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
         everywhere = mean_over_ranks if self.training else lambda mean: mean
         centred = features.float() - everywhere(features.float().mean(dim=0))
         return (centred * (everywhere(centred.square().mean(dim=0)) + self.eps).rsqrt()).to(features.dtype)
@@ -88,34 +90,34 @@ class SymMIMForPreTraining(PixelTargets, TargetNetworkMixin, SymMIMPreTrainedMod
             self.target_encoder, self.target_projector = SymMIMModel(config), ContrastMLP(*widths)
         self.post_init()
 
-    def target_pairs(self):
+    def target_pairs(self) -> list[tuple[nn.Module, nn.Module]]:
         if not self.config.contrast_weight:
             return []
         return [(self.target_encoder, self.encoder), (self.target_projector, self.projector)]
 
-    def target_networks(self):
+    def target_networks(self) -> list[nn.Module]:
         return [target for target, _ in self.target_pairs()]
 
-    def train(self, mode: bool = True):
+    def train(self, mode: bool = True) -> Self:
         super().train(mode)
         for target in self.target_networks()[1:]:
             target.train(mode)  # it has no drop path, and in train mode it standardises over the images of all ranks
         return self
 
-    def training_masks(self):
+    def training_masks(self) -> dict[str, Any]:
         return {"masks_per_image": self.config.masks_per_image}
 
     def draw_masks(
         self,
-        batch_size,
-        grid,
-        device=None,
+        batch_size: int,
+        grid: tuple[int, int],
+        device: torch.device | str | None = None,
         *,
-        context_ids=None,
-        target_ids=None,
-        target_context_ids=None,
-        masks_per_image=1,
-    ) -> dict:
+        context_ids: torch.Tensor | None = None,
+        target_ids: torch.Tensor | None = None,
+        target_context_ids: torch.Tensor | None = None,
+        masks_per_image: int = 1,
+    ) -> dict[str, Any]:
         """Draw the ids of one pass over a grid of `(rows, columns)` patches. Ids that are given stay as they are.
 
         Returns the arguments of `forward`: `context_ids [B·R, n]`, `target_ids [B·R, n]` and, if there is a contrast,
@@ -133,7 +135,9 @@ class SymMIMForPreTraining(PixelTargets, TargetNetworkMixin, SymMIMPreTrainedMod
             ids["target_context_ids"] = target_context_ids
         return ids
 
-    def _halves(self, batch_size, grid, cell, device, masks_per_image=1):
+    def _halves(
+        self, batch_size: int, grid: tuple[int, int], cell: int, device: torch.device | str, masks_per_image: int = 1
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """The ids of the visible half and of the other, of a checkerboard with such cells. The next mask of an image
         has them the other way round."""
         noise = torch.rand(batch_size * masks_per_image, grid[0] * grid[1], device=device)
@@ -145,7 +149,14 @@ class SymMIMForPreTraining(PixelTargets, TargetNetworkMixin, SymMIMPreTrainedMod
         inverted = (inverted[:, None] ^ (torch.arange(masks_per_image, device=device) % 2 == 1)).flatten()
         return split_checkerboard(grid, cell, inverted, noise)
 
-    def contrast(self, tokens, patches, grid, target_context_ids, valid=None):
+    def contrast(
+        self,
+        tokens: torch.Tensor,
+        patches: torch.Tensor,
+        grid: tuple[int, int],
+        target_context_ids: torch.Tensor,
+        valid: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """The InfoNCE of the online tokens `[B·R, prefix + n, D]`, and the target tokens `[B, m, D]`, float32.
 
         In evaluation mode the keys are those of this rank alone, so that one rank can do it by itself.
@@ -163,7 +174,7 @@ class SymMIMForPreTraining(PixelTargets, TargetNetworkMixin, SymMIMPreTrainedMod
         with torch.autocast(patches.device.type, enabled=False):  # logits of bfloat16 would be off by 1 %
             return info_nce(queries, keys, self.config.temperature, first, valid, masks), targets.float()
 
-    def step_flops(self, images, grid, masks):
+    def step_flops(self, images: int, grid: tuple[int, int], masks: Mapping[str, torch.Tensor]) -> float:
         config, (rows, context) = self.config, masks["context_ids"].shape
         decoder = pixel_decoder_flops(config, context, masks["target_ids"].shape[1])
         total = rows * (trained_encoder_flops(config, context) + 3 * decoder)
@@ -178,7 +189,12 @@ class SymMIMForPreTraining(PixelTargets, TargetNetworkMixin, SymMIMPreTrainedMod
 
     @pretraining_forward
     def forward(
-        self, pixel_values, context_ids=None, target_ids=None, target_context_ids=None, valid_pixels=None
+        self,
+        pixel_values: torch.Tensor,
+        context_ids: torch.Tensor | None = None,
+        target_ids: torch.Tensor | None = None,
+        target_context_ids: torch.Tensor | None = None,
+        valid_pixels: torch.Tensor | None = None,
     ) -> SymMIMOutput:
         """Reconstruct one half of the patches from the other, and find the image among others.
 
@@ -191,7 +207,11 @@ class SymMIMForPreTraining(PixelTargets, TargetNetworkMixin, SymMIMPreTrainedMod
                 of the reconstruction. Images without any data do not count in the contrast. Default: all have data.
         """
         patches, grid = self.encoder.cut(pixel_values)
-        given = {"context_ids": context_ids, "target_ids": target_ids, "target_context_ids": target_context_ids}
+        given: dict[str, Any] = {
+            "context_ids": context_ids,
+            "target_ids": target_ids,
+            "target_context_ids": target_context_ids,
+        }
         given |= self.training_masks() if self.training else {}
         masks = self.draw_masks(len(patches), grid, patches.device, **given)
         context_ids, target_ids = masks["context_ids"], masks["target_ids"]

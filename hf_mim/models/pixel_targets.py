@@ -1,13 +1,24 @@
 """Pixels of the masked patches as targets: what MAE and every other method that reconstructs shares."""
 
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
 import torch
 
 from .losses import mean_and_variance, standardize
 from .masking import gather
 from .vit import unpatchify
 
+if TYPE_CHECKING:
+    from .vit import MIMPreTrainedModel as Base  # stands after the mixin among the bases
+    from .vit import ViTEncoder
+else:
+    Base = object
 
-def pixel_targets(patches, ids, valid, norm_pix_loss: bool):
+
+def pixel_targets(
+    patches: torch.Tensor, ids: torch.Tensor, valid: torch.Tensor | None, norm_pix_loss: bool
+) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Patches `[B, N, P]` → the targets `[B, Nm, P]` (float32) at `ids [B, Nm]`, and which of their values have data.
 
     valid: bool `[B, N, P]`, the values of the patches with data; None: all, also in what is returned.
@@ -16,7 +27,9 @@ def pixel_targets(patches, ids, valid, norm_pix_loss: bool):
     return standardize(targets, valid) if norm_pix_loss else targets, valid
 
 
-def fill_patches(patches, ids, predictions, valid, norm_pix_loss: bool):
+def fill_patches(
+    patches: torch.Tensor, ids: torch.Tensor, predictions: torch.Tensor, valid: torch.Tensor | None, norm_pix_loss: bool
+) -> torch.Tensor:
     """Patches `[B, N, P]` with those at `ids` replaced by predictions of `pixel_targets`, float32.
 
     With `norm_pix_loss` each gets the mean and variance of the true patch, of its `valid` values.
@@ -28,24 +41,30 @@ def fill_patches(patches, ids, predictions, valid, norm_pix_loss: bool):
     return patches.scatter(1, ids[..., None].expand_as(predictions), predictions)
 
 
-def masked_pixels(ids, patch_size: tuple[int, int], grid: tuple[int, int]):
+def masked_pixels(ids: torch.Tensor, patch_size: tuple[int, int], grid: tuple[int, int]) -> torch.Tensor:
     """Where the patches at `ids [B, Nm]` lie in the image: bool `[B, 1, H, W]`."""
     mask = torch.zeros(len(ids), grid[0] * grid[1], dtype=torch.bool, device=ids.device).scatter(1, ids, True)
     return unpatchify(mask[..., None].expand(-1, -1, patch_size[0] * patch_size[1]), patch_size, grid)
 
 
-class PixelTargets:
+class PixelTargets(Base):
     """For pretraining models that predict pixels; it stands before the `PreTrainedModel` among the bases.
 
     The model has an `encoder` and `config.norm_pix_loss`, and its predictions are pixels in the order of `target_ids`.
     """
 
-    def valid_values(self, valid_pixels):
+    if TYPE_CHECKING:
+        encoder: ViTEncoder
+        draw_masks: Callable[..., dict[str, torch.Tensor]]
+
+    def valid_values(self, valid_pixels: torch.Tensor | None) -> torch.Tensor | None:
         """Which values of the patches have data, bool `[B, N, P]`; None: all."""
         return None if valid_pixels is None else self.encoder.cut(valid_pixels)[0]
 
     @torch.no_grad()
-    def reconstruct(self, pixel_values, valid_pixels=None, **masks) -> tuple[torch.Tensor, torch.Tensor]:
+    def reconstruct(
+        self, pixel_values: torch.Tensor, valid_pixels: torch.Tensor | None = None, **masks: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Mask normalised images `[B, C, H, W]` and fill the masked patches with the model's predictions.
 
         `masks` are the ids or the noise of `forward`, drawn if absent. Returns the reconstruction `[B, C, H, W]`

@@ -17,7 +17,10 @@ The resize is bicubic with antialiasing, as PIL's. There are two ways:
   between pixels, so PIL resizes it: `resize(box=..., reducing_gap=2)`.
 """
 
+import random
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -54,13 +57,15 @@ class ValueRange:
     pixel_type: str | None = None
     nodata: float | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         pairs = list(zip(self.low, self.high, strict=True))
         if not pairs or not all(low < high < float("inf") for low, high in pairs):
             raise ValueError(f"value_range must be pairs of numbers, the smaller first, not {self.as_list()}")
 
     @classmethod
-    def from_list(cls, values, num_channels: int, pixel_type=None, nodata=None) -> "ValueRange":
+    def from_list(
+        cls, values: Sequence[float], num_channels: int, pixel_type: str | None = None, nodata: float | None = None
+    ) -> "ValueRange":
         """From [low, high], or from [low, high, low, high, ...] with a pair for each band."""
         if len(values) not in (2, 2 * num_channels):
             raise ValueError(
@@ -79,7 +84,7 @@ class ValueRange:
         low, high = (torch.tensor(values, dtype=torch.float64).view(-1, 1, 1) for values in (self.low, self.high))
         return low.float(), (255 / (high - low)).float()
 
-    def check(self, found: str):
+    def check(self, found: str) -> None:
         """Raise ImageFormatError for an image in another type of array than those on which the range was measured."""
         if self.pixel_type is not None and common_type(self.pixel_type) != found:
             raise ImageFormatError(
@@ -96,7 +101,7 @@ def type_name(pixels: Tensor) -> str:
     return str(pixels.dtype).removeprefix("torch.")
 
 
-def scale_and_shift(mean, std) -> tuple[Tensor, Tensor]:
+def scale_and_shift(mean: Sequence[float], std: Sequence[float]) -> tuple[Tensor, Tensor]:
     """float32 [C, 1, 1] each: x * scale + shift = (x / 255 - mean) / std, for pixels x in 0..255."""
     mean, std = (torch.tensor(values, dtype=torch.float64).view(-1, 1, 1) for values in (mean, std))
     return (1 / (255 * std)).float(), (-mean / std).float()
@@ -134,7 +139,10 @@ def scale_pixels(pixels: Tensor, value_range: ValueRange | None) -> Tensor:
 
 
 def to_channels(
-    image: Image.Image | np.ndarray, num_channels: int, channels_last=False, value_range: ValueRange | None = None
+    image: Image.Image | np.ndarray,
+    num_channels: int,
+    channels_last: bool = False,
+    value_range: ValueRange | None = None,
 ) -> Image.Image | np.ndarray:
     """The image with `num_channels` channels: PIL of mode L, LA, RGB or RGBA, or an array [h, w, C] in its own depth.
 
@@ -157,7 +165,9 @@ def to_channels(
     return image if image.mode == mode else image.convert(mode)
 
 
-def _array_to_channels(array: np.ndarray, num_channels: int, channels_last: bool, value_range) -> np.ndarray:
+def _array_to_channels(
+    array: np.ndarray, num_channels: int, channels_last: bool, value_range: ValueRange | None
+) -> np.ndarray:
     """[h, w], [h, w, C] or [C, h, w] of any numeric type -> [h, w, num_channels]."""
     wide = pixel_type(array.dtype) == "int32"
     if array.ndim == 2:
@@ -213,13 +223,13 @@ def _channels_last(array: np.ndarray, num_channels: int) -> np.ndarray:
 
 def crop_image(
     image: Image.Image | np.ndarray,
-    crop,
+    crop: Any,
     size: tuple[int, int],
     num_channels: int,
-    rng=None,
-    channels_last=False,
+    rng: random.Random | None = None,
+    channels_last: bool = False,
     value_range: ValueRange | None = None,
-    keep_empty=True,
+    keep_empty: bool = True,
 ) -> torch.Tensor:
     """The image upright and cropped, in its own depth: [num_channels, h, w]. A JPEG may come undecoded.
 
@@ -232,7 +242,7 @@ def crop_image(
     if has_nodata and isinstance(image, Image.Image):
         image, channels_last = _unmixed(image, num_channels), True
     if isinstance(image, np.ndarray):
-        pixels = to_channels(image, num_channels, channels_last, value_range)
+        pixels = _array_to_channels(image, num_channels, channels_last, value_range)
         if has_nodata and not keep_empty and np.isnan(pixels).all():
             raise EmptyImage
         left, top, right, bottom = crop.box(pixels.shape[1], pixels.shape[0], size, rng)
@@ -277,9 +287,9 @@ def _crop_stored(image: Image.Image, box: Box, size: tuple[int, int], num_channe
         image.draft("L" if num_channels == 1 else None, (image.width // reduction, image.height // reduction))
     if reduction == 1:
         return _resize(np.array(to_channels(image.crop(box), num_channels), copy=True), size)
-    image = to_channels(image, num_channels)
-    scaled_box = tuple(min(side / reduction, limit) for side, limit in zip(box, image.size * 2, strict=True))
-    image = image.resize(size[::-1], Image.Resampling.BICUBIC, box=scaled_box, reducing_gap=2)
+    image = cast(Image.Image, to_channels(image, num_channels))
+    left, top, right, bottom = (min(side / reduction, most) for side, most in zip(box, image.size * 2, strict=True))
+    image = image.resize(size[::-1], Image.Resampling.BICUBIC, box=(left, top, right, bottom), reducing_gap=2)
     return _to_tensor(np.array(image))
 
 

@@ -64,7 +64,7 @@ class PositionEmbeddings(nn.Module):
         else:
             self.register_buffer("table", table)
 
-    def init_weights(self):
+    def init_weights(self) -> None:
         if self.learned:
             init.trunc_normal_(self.table, std=0.02)
         else:

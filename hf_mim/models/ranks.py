@@ -1,5 +1,7 @@
 """Tensors of all ranks of a distributed training. In a single process each function gives back what it was given."""
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 
@@ -27,16 +29,16 @@ def mean_over_ranks(tensor: torch.Tensor) -> torch.Tensor:
 
 class _Mean(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, tensor):
+    def forward(ctx: Any, tensor: torch.Tensor) -> torch.Tensor:
         return _mean(tensor)
 
     @staticmethod
-    def backward(ctx, gradient):
+    def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
         # Each rank's loss depends on the mean, and the trainer averages the gradients of the ranks, not their sum.
         return _mean(gradient)
 
 
-def _mean(tensor):
+def _mean(tensor: torch.Tensor) -> torch.Tensor:
     total = tensor.detach().clone(memory_format=torch.contiguous_format)
     dist.all_reduce(total)
     return total / rank_and_count()[1]

@@ -2,11 +2,15 @@
 
 import contextlib
 import functools
+from collections.abc import Callable, Iterator
+from typing import Any
 
+import torch
+from torch import nn
 from transformers.utils.generic import can_return_tuple
 
 
-def pretraining_forward(forward):
+def pretraining_forward(forward: Callable[..., Any]) -> Callable[..., Any]:
     """Decorate the `forward` of a pretraining model, so that it takes what transformers' models take besides.
 
     - `return_dict=False`: a tuple without what is None.
@@ -19,7 +23,13 @@ def pretraining_forward(forward):
     """
 
     @functools.wraps(forward)
-    def recorded(self, *args, output_hidden_states=None, output_attentions=None, **kwargs):
+    def recorded(
+        self: Any,
+        *args: Any,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+        **kwargs: Any,
+    ) -> Any:
         asked = {"hidden_states": output_hidden_states, "attentions": output_attentions}
         defaults = {name: getattr(self.config, f"output_{name}", False) for name in asked}
         wanted = [name for name in asked if (defaults[name] if asked[name] is None else asked[name])]
@@ -35,11 +45,12 @@ def pretraining_forward(forward):
 
 
 @contextlib.contextmanager
-def recording(encoder):
+def recording(encoder: nn.Module) -> Iterator[dict[str, list[torch.Tensor]]]:
     """Inside, a pass of the encoder fills "hidden_states" and "attentions" of the dictionary that this yields."""
-    seen = {"hidden_states": [], "attentions": []}
-    hooks = [encoder.layers[-1].register_forward_hook(lambda layer, args, output: seen["hidden_states"].append(output))]
-    for layer in encoder.layers:
+    seen: dict[str, list[torch.Tensor]] = {"hidden_states": [], "attentions": []}
+    layers: Any = encoder.layers
+    hooks = [layers[-1].register_forward_hook(lambda layer, args, output: seen["hidden_states"].append(output))]
+    for layer in layers:
         hooks += [
             layer.register_forward_pre_hook(lambda layer, args: seen["hidden_states"].append(args[0])),
             layer.attention.register_forward_hook(lambda layer, args, output: seen["attentions"].append(output[1])),

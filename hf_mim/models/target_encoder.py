@@ -4,11 +4,21 @@ Also the two interpolations that schedules of the models use; `hf_mim.trainer_ut
 """
 
 import math
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Self
 
 import torch
+from torch import nn
+from transformers import PreTrainedModel
 from transformers import initialization as init
 
 from .configuration_vit import MIMConfig
+
+if TYPE_CHECKING:
+    from .vit import MIMPreTrainedModel as Base  # stands after the mixin among the bases
+    from .vit import ViTEncoder
+else:
+    Base = object
 
 
 def linear(start: float, end: float, progress: float) -> float:
@@ -34,7 +44,7 @@ def target_encoder_config(config: MIMConfig) -> MIMConfig:
     return MIMConfig(**same, **config.target_config)
 
 
-def check_target(config):
+def check_target(config: MIMConfig) -> None:
     """Raise ValueError for a momentum outside [0, 1], or a frozen target that is no encoder."""
     if getattr(config, "target_config", None) is not None:
         config.target_config.setdefault("num_register_tokens", 0)  # checkpoints from before there were any
@@ -46,7 +56,7 @@ def check_target(config):
             raise ValueError(f"{name} must be in [0, 1], got {getattr(config, name)}")
 
 
-class TargetNetworkMixin:
+class TargetNetworkMixin(Base):
     """For pretraining models with EMA targets; it stands before the `PreTrainedModel` among the bases.
 
     The model names its `(target, online)` modules in `target_pairs()`. If there are none, its `target_encoder` is
@@ -55,18 +65,22 @@ class TargetNetworkMixin:
     loaded in half precision, because in bfloat16 with momentum .999 it would never move.
     """
 
-    def post_init(self):
+    if TYPE_CHECKING:
+        target_encoder: ViTEncoder
+        target_pairs: Callable[[], list[tuple[nn.Module, nn.Module]]]
+
+    def post_init(self) -> None:
         super().post_init()
         targets = self.target_networks()
         names = {name for name, module in self.named_modules() if any(module is target for target in targets)}
-        self._keep_in_fp32_modules_strict |= names
+        self._keep_in_fp32_modules_strict |= names  # type: ignore[operator]  # transformers has made it a set
 
-    def target_networks(self):
+    def target_networks(self) -> list[nn.Module]:
         """The modules that give the targets."""
         return [target for target, _ in self.target_pairs()] or [self.target_encoder]
 
     @torch.no_grad()
-    def initialize_weights(self):
+    def initialize_weights(self) -> None:
         # transformers calls this for a new model and at the end of every load. `init.copy_` does nothing to a parameter
         # that was loaded, so three cases come out right: a new model (target := online), a whole checkpoint (neither
         # changes), and a checkpoint of StoP-JEPA's encoder alone, which is the target (online := target).
@@ -79,7 +93,7 @@ class TargetNetworkMixin:
         for target in self.target_networks():
             target.requires_grad_(False).eval()  # here again, because a load sets requires_grad on all that it loads
 
-    def train(self, mode: bool = True):
+    def train(self, mode: bool = True) -> Self:
         super().train(mode)
         for target in self.target_networks():
             target.eval()
@@ -91,7 +105,7 @@ class TargetNetworkMixin:
         return interpolate(self.config.momentum_start, self.config.momentum_end, progress)
 
     @torch.no_grad()
-    def update_target(self, progress: float, skip: torch.Tensor | None = None):
+    def update_target(self, progress: float, skip: torch.Tensor | None = None) -> None:
         """target ← momentum · target + (1 - momentum) · online; call once after each optimizer step.
 
         `skip` is 0-dim, on the device. Where it is 1 the target stays as it is; the host need not read it.
@@ -112,7 +126,7 @@ def _local(parameter: torch.Tensor) -> torch.Tensor:
     return parameter.to_local() if hasattr(parameter, "to_local") else parameter
 
 
-def online_encoder(model):
+def online_encoder(model: PreTrainedModel) -> nn.Module:
     """The encoder of a pretraining model that gets gradients."""
     pairs = model.target_pairs() if isinstance(model, TargetNetworkMixin) else []
     return next((online for _, online in pairs if type(online) is type(model.base_model)), model.base_model)

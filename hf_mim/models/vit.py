@@ -7,6 +7,7 @@ patch costs nothing. After the last block stands a LayerNorm.
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import nn
@@ -65,7 +66,7 @@ class PretrainingOutput(ModelOutput):
     attentions: tuple[torch.Tensor, ...] | None = None
 
 
-def are_ids_absent(context_ids, target_ids) -> bool:
+def are_ids_absent(context_ids: torch.Tensor, target_ids: torch.Tensor) -> bool:
     """Whether masks have to be drawn. Raises ValueError if only one kind of ids is given."""
     if (context_ids is None) != (target_ids is None):
         given, missing = ("target_ids", "context_ids") if context_ids is None else ("context_ids", "target_ids")
@@ -85,22 +86,27 @@ class ViTEmbeddings(nn.Module):
         self.register_tokens = nn.Parameter(torch.empty(1, registers, width)) if registers else None
         self.position_embeddings = PositionEmbeddings(config, config.hidden_size)
 
-    def forward(self, patches, grid, patch_ids=None):
+    def forward(
+        self, patches: torch.Tensor, grid: tuple[int, int], patch_ids: torch.Tensor | None = None
+    ) -> torch.Tensor:
         dtype = input_dtype(self.projection)
         prefix, places = self.position_embeddings(grid, dtype)
         tokens = self.projection(patches.to(dtype)) + (places if patch_ids is None else places[patch_ids])
-        learned = [token for token in (self.cls_token, self.register_tokens) if token is not None]
+        learned: list[torch.Tensor] = [x for x in (self.cls_token, self.register_tokens) if x is not None]
         if not learned:
             return tokens
-        learned = torch.cat(learned, dim=1) + prefix
-        return torch.cat([learned.expand(tokens.shape[0], -1, -1), tokens], dim=1)
+        first = torch.cat(learned, dim=1) + prefix
+        return torch.cat([first.expand(tokens.shape[0], -1, -1), tokens], dim=1)
 
 
 class MIMPreTrainedModel(PreTrainedModel):
     """Flags and initialisation for every model here. A method adds `config_class` and `base_model_prefix`."""
 
+    if TYPE_CHECKING:  # transformers would take an annotation for the `config_class`
+        config: MIMConfig
+
     main_input_name = "pixel_values"
-    input_modalities = ("image",)
+    input_modalities = ("image",)  # type: ignore[assignment]  # transformers names only lists, and reads both
     supports_gradient_checkpointing = True
     _keep_in_fp32_modules_strict = ["position_embeddings"]  # a checkpoint must not lose digits of its tables
     _supports_sdpa = True
@@ -110,7 +116,7 @@ class MIMPreTrainedModel(PreTrainedModel):
     _can_compile_fullgraph = True
     _can_record_outputs = {"hidden_states": ViTLayer, "attentions": SelfAttention}
 
-    def post_init(self):
+    def post_init(self) -> None:
         super().post_init()
         layers = (module for module in self.modules() if isinstance(module, GradientCheckpointingLayer))
         self._no_split_modules = {type(layer).__name__ for layer in layers}  # FSDP takes each of them as a unit
@@ -120,7 +126,7 @@ class MIMPreTrainedModel(PreTrainedModel):
             self._keys_to_ignore_on_load_unexpected = set()
 
     @torch.no_grad()
-    def _init_weights(self, module):
+    def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, nn.Linear):
             if self.config.initialization == "xavier":
                 init.xavier_uniform_(module.weight)
@@ -136,7 +142,7 @@ class MIMPreTrainedModel(PreTrainedModel):
             if isinstance(getattr(module, name, None), nn.Parameter):
                 init.normal_(getattr(module, name), std=0.02)
         if isinstance(getattr(module, "mask_token", None), nn.Parameter):
-            init.normal_(module.mask_token, std=self.config.mask_token_std)
+            init.normal_(cast(nn.Parameter, module.mask_token), std=self.config.mask_token_std)
 
     def _normal_std(self, linear: nn.Linear) -> float:
         """I-JEPA's .02, divided by sqrt(2·depth) where a residual branch ends.
@@ -149,7 +155,7 @@ class MIMPreTrainedModel(PreTrainedModel):
             return 0.02 * (768 / linear.in_features) ** 0.5
         return 0.02 / (2 * getattr(linear, "residual_depth", 0.5)) ** 0.5
 
-    def _upload_modified_files(self, working_dir, *args, **kwargs):
+    def _upload_modified_files(self, working_dir: Any, *args: Any, **kwargs: Any) -> Any:
         """Also upload the files beside the weights, from the folder that the model was loaded from. transformers alone
         would write an empty card and leave out the image processor."""
         source = Path(self.name_or_path or working_dir)
@@ -163,7 +169,7 @@ class MIMPreTrainedModel(PreTrainedModel):
                 shutil.copy(path, copy)
         return super()._upload_modified_files(working_dir, *args, **kwargs)
 
-    def check_channels(self, pixel_values):
+    def check_channels(self, pixel_values: torch.Tensor) -> None:
         channels = self.config.num_channels
         if pixel_values.shape[1] != channels:
             raise ValueError(f"pixel_values must have num_channels={channels} channels, got {pixel_values.shape[1]}")
@@ -173,10 +179,10 @@ class MIMPreTrainedModel(PreTrainedModel):
         return {}
 
     # The trainer makes the next two calls for every model. A method without a schedule or a target does nothing there.
-    def set_progress(self, progress: float):
+    def set_progress(self, progress: float) -> None:
         """Tell the model how far training is, in [0, 1]; call before each step."""
 
-    def update_target(self, progress: float, skip: torch.Tensor | None = None):
+    def update_target(self, progress: float, skip: torch.Tensor | None = None) -> None:
         """Move the target network; call after each optimizer step. Where `skip` (0-dim) is 1, nothing moves."""
 
 
@@ -187,13 +193,13 @@ class ViTEncoder(MIMPreTrainedModel):
     hands on to them.
     """
 
-    embeddings_class = ViTEmbeddings
-    own_arguments = ()
+    embeddings_class: type[ViTEmbeddings] = ViTEmbeddings
+    own_arguments: tuple[str, ...] = ()
 
     def __init__(self, config: MIMConfig):
         super().__init__(config)
         self.embeddings = self.embeddings_class(config)
-        self.embeddings.projection.is_patch_embedding = True
+        self.embeddings.projection.is_patch_embedding = True  # type: ignore[assignment]  # torch knows tensors and modules only
         self.layers = vit_layers(
             config,
             config.hidden_size,
@@ -213,33 +219,39 @@ class ViTEncoder(MIMPreTrainedModel):
         """The weights of a plain ViT that gives the same features, for packages that know nothing else."""
         return self.state_dict()
 
-    def encode(self, patches, grid, patch_ids=None, **kwargs):
+    def encode(
+        self, patches: torch.Tensor, grid: tuple[int, int], patch_ids: torch.Tensor | None = None, **kwargs: Any
+    ) -> torch.Tensor:
         """Patches `[B, K, P]` at `patch_ids [B, K]` of a `(rows, columns)` grid (default: all, in raster order) →
         normalised tokens `[B, prefix + K, D]`."""
         return self.norm(self.residual_stream(patches, grid, patch_ids, **kwargs))
 
-    def residual_stream(self, patches, grid, patch_ids=None, **kwargs):
+    def residual_stream(
+        self, patches: torch.Tensor, grid: tuple[int, int], patch_ids: torch.Tensor | None = None, **kwargs: Any
+    ) -> torch.Tensor:
         """The tokens of `encode` before the final norm."""
-        own = {name: kwargs.pop(name) for name in self.own_arguments if name in kwargs}
+        own: dict[str, Any] = {name: kwargs.pop(name) for name in self.own_arguments if name in kwargs}
         hidden_states = self.embeddings(patches, grid, patch_ids, **own)
         for layer in self.layers:
             hidden_states = layer(hidden_states, None, **kwargs)
         return hidden_states
 
-    def cut(self, pixel_values) -> tuple[torch.Tensor, tuple[int, int]]:
+    def cut(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, tuple[int, int]]:
         """Images `[B, C, H, W]` → patches `[B, N, P]` and their grid."""
         self.check_channels(pixel_values)
         patch_size = self.config.patch_height_width
-        grid = tuple(side // patch for side, patch in zip(pixel_values.shape[2:], patch_size, strict=True))
+        grid = (pixel_values.shape[2] // patch_size[0], pixel_values.shape[3] // patch_size[1])
         return patchify(pixel_values, patch_size), grid
 
-    def pool(self, tokens):
+    def pool(self, tokens: torch.Tensor) -> torch.Tensor:
         """Tokens `[B, prefix + K, D]` → `[B, D]`, by `config.pooling`."""
         return tokens[:, 0] if self.config.pooling == "cls" else tokens[:, self.config.num_prefix_tokens :].mean(dim=1)
 
     @merge_with_config_defaults
     @capture_outputs(tie_last_hidden_states=False)
-    def forward(self, pixel_values, patch_ids=None, **kwargs) -> BaseModelOutputWithPooling:
+    def forward(
+        self, pixel_values: torch.Tensor, patch_ids: torch.Tensor | None = None, **kwargs: Any
+    ) -> BaseModelOutputWithPooling:
         """Encode images: every patch in raster order, or only `patch_ids`. It never masks, not even in train mode.
 
         Args:

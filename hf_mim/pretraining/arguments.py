@@ -1,7 +1,7 @@
 """MIMTrainingArguments: transformers' TrainingArguments with the papers' schedules and what a long run needs."""
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from accelerate.utils import get_cpu_distributed_information
 from transformers.utils import logging
@@ -96,9 +96,9 @@ class MIMTrainingArguments(ProcessArguments):
     ddp_find_unused_parameters: bool | None = False
     # The buffers are tables that never change, and a similarity target that is the same on each rank.
     ddp_broadcast_buffers: bool | None = False
-    fsdp: bool | str | None = None
+    fsdp: bool | str | None = None  # type: ignore[assignment]  # true and false are for FSDP2
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         self._check_numbers()
         self._check_schedule()
         check_arguments(self)
@@ -119,12 +119,13 @@ class MIMTrainingArguments(ProcessArguments):
         if self.data_seed is None:
             self.data_seed = self.seed  # the order of the data must not depend on the ranks' own RNG
         self.settle_loaders()
+        config: Any = self.accelerator_config  # Trainer has made an object of it
         if default_accelerator:
-            self.accelerator_config.non_blocking = self.dataloader_pin_memory
-        check_accelerator(self.accelerator_config)
-        self.accelerator_config.dispatch_batches = False  # each rank reads its own part of a stream
+            config.non_blocking = self.dataloader_pin_memory
+        check_accelerator(config)
+        config.dispatch_batches = False  # each rank reads its own part of a stream
 
-    def _check_numbers(self):
+    def _check_numbers(self) -> None:
         """Turn numbers that are text into numbers (PyYAML reads `1e-4` as text), and check the range of each."""
         above_zero = ("base_lr", "learning_rate")
         not_negative = ("start_lr_ratio", "final_lr_ratio", "weight_decay", "weight_decay_end", "warmup_steps")
@@ -145,7 +146,7 @@ class MIMTrainingArguments(ProcessArguments):
         share("[0, 1)", adam_beta1=self.adam_beta1, adam_beta2=self.adam_beta2)
         share("(0, 1]", encoder_layer_decay=self.encoder_layer_decay)
 
-    def _check_schedule(self):
+    def _check_schedule(self) -> None:
         self.lr_scheduler_type = getattr(self.lr_scheduler_type, "value", self.lr_scheduler_type)  # a copy has an enum
         one_of((COSINE, STABLE, CONSTANT), lr_scheduler_type=self.lr_scheduler_type)
         if self.lr_scheduler_type != STABLE and self.decay_steps is not None:

@@ -1,6 +1,7 @@
 """k-NN accuracy and health of the features while a run trains."""
 
 import logging
+from typing import Any
 
 import torch
 from datasets import Dataset
@@ -47,7 +48,7 @@ class OnlineProbe(TrainerCallback):
         keep_best: str | None = None,
     ):
         self.trainer, self.every, self.train, self.keep_best = trainer, every, train, keep_best
-        self.test = test if isinstance(test, LabelledImages) else Images(test)
+        self.test: Any = test if isinstance(test, LabelledImages) else Images(test)
 
     def on_train_begin(self, args, state, control, **kwargs):
         if state.global_step == 0:

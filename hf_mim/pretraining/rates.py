@@ -1,5 +1,7 @@
 """The optimizer's parameter groups, and how their learning rates go."""
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import nn
 
@@ -8,9 +10,17 @@ from hf_mim.models.target_encoder import online_encoder
 from hf_mim.pretraining.arguments import MIMTrainingArguments
 from hf_mim.trainer_utils import decayed_parameters
 
+if TYPE_CHECKING:
+    from transformers import Trainer as Base  # stands after the mixin among the bases
+else:
+    Base = object
 
-class RatesTrainer:
+
+class RatesTrainer(Base):
     """A mixin that must stand before `transformers.Trainer` among a trainer's bases."""
+
+    if TYPE_CHECKING:
+        args: MIMTrainingArguments
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         """The parameters with weight decay: see `decayed_parameters`."""

@@ -229,7 +229,7 @@ class Recipe:
     training: dict[str, Any]
 
     @classmethod
-    def read(cls, path: str | Path | None, given: dict[str, Any]) -> "Recipe":
+    def read(cls, path: str | os.PathLike | None, given: dict[str, Any]) -> "Recipe":
         """A recipe, by its file or by its name in hf_mim, overridden by the settings `given`. With `resume` and no
         recipe, the one in `output_dir`."""
         path = path and recipe_path(path)

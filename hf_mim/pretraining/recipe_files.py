@@ -1,5 +1,6 @@
 """The recipes that come with hf_mim: they are called by their names, wherever it is installed."""
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,7 +22,7 @@ def recipe_names() -> list[str]:
     return sorted(path.stem for path in RECIPES.glob("*.yaml"))
 
 
-def recipe_path(given: str | Path) -> Path:
+def recipe_path(given: str | os.PathLike) -> Path:
     """A recipe file: that of a path, or that of the package with this name. A folder hides no recipe: runs are often
     called as their recipes.
 

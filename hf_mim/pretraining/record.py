@@ -3,10 +3,10 @@
 import math
 import platform
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from datasets import Dataset
-from transformers import Trainer
 
 from hf_mim.data import ImageDataset
 from hf_mim.data.sources import source_name
@@ -16,10 +16,13 @@ from hf_mim.pretraining.arguments import MIMTrainingArguments
 from hf_mim.pretraining.recipe import RunArguments
 from hf_mim.run_folder import TRAINING_RESULT, result_path
 
+if TYPE_CHECKING:
+    from hf_mim.pretraining.trainer import MIMTrainer
+
 PRECISIONS = {"no": "float32", "bf16": "bfloat16", "fp16": "float16", "fp8": "float8"}
 
 
-def training_record(trainer: Trainer, run: RunArguments, images, nodata: str | None = None) -> Result:
+def training_record(trainer: "MIMTrainer", run: RunArguments, images, nodata: str | None = None) -> Result:
     """`results/training.json`: what the training took and how its loss changed, over all parts of a resumed run.
 
     nodata: how many pixels have no data, in words.

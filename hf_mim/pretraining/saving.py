@@ -5,6 +5,7 @@ import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from accelerate.utils import broadcast_object_list, gather_object
 from transformers.trainer_utils import has_length
@@ -15,14 +16,24 @@ from hf_mim.files import disk_errors, quiet, replacing
 from hf_mim.pretraining import checkpoints
 from hf_mim.run_folder import CHECKPOINT, MANIFEST, STAGING, TRAINER_STATE, step_of
 
+if TYPE_CHECKING:
+    from transformers import Trainer as Base  # stands after the mixin among the bases
+
+    from hf_mim.pretraining.arguments import MIMTrainingArguments
+else:
+    Base = object
+
 logger = logging.get_logger(__name__)
 
 
-class CheckpointTrainer:
+class CheckpointTrainer(Base):
     """A mixin that must stand before `transformers.Trainer` among a trainer's bases.
 
     If a checkpoint cannot be written (a full disk), there is a warning. The run goes on and keeps older checkpoints.
     """
+
+    if TYPE_CHECKING:
+        args: MIMTrainingArguments
 
     endless_stream: EndlessStream | None = None  # set if the training data are a stream
     _staging = False

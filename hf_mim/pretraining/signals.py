@@ -13,7 +13,9 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from types import FrameType
+from typing import Any
 
 logger = logging.getLogger(__name__)
 
@@ -49,24 +51,26 @@ def ended_at_once() -> Iterator[None]:
     is half then: files get their names when they are whole.
     """
     process, over, usual = os.getpid(), threading.Event(), sys.unraisablehook
-    raised, dropped = [], []  # (signal, when)
+    main = threading.main_thread().ident or 0  # it runs, so it has a number
+    raised: list[tuple[signal.Signals, float]] = []  # (signal, when)
+    dropped: list[tuple[signal.Signals, float]] = []
 
-    def end(number, frame):
+    def end(number: int, frame: FrameType | None) -> None:
         if os.getpid() == process and not raised:  # not in a process that was forked just now, and not twice
             raised.append((signal.Signals(number), time.monotonic()))
             raise Ended(signal.Signals(number))
 
-    def unraisable(about):
+    def unraisable(about: Any) -> None:
         if isinstance(about.exc_value, Ended):
             dropped.extend(raised)
             raised.clear()
         elif not raised:  # what fails because the process ends is not told
             usual(about)
 
-    def watch():
+    def watch() -> None:
         while not over.wait(0.5):
             if dropped:
-                signal.pthread_kill(threading.main_thread().ident, dropped.pop()[0])
+                signal.pthread_kill(main, dropped.pop()[0])
             elif raised and time.monotonic() - raised[0][1] > LONGEST_END:
                 print(f"\n{raised[0][0].name} has ended the process, a thread of which still waited", file=sys.stderr)
                 os._exit(INTERRUPTED)
@@ -90,14 +94,14 @@ def ended_at_once() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _handled(handler, *numbers: signal.Signals) -> Iterator[bool]:
+def _handled(handler: Callable[[int, FrameType | None], None], *numbers: signal.Signals) -> Iterator[bool]:
     """Inside, these signals call `handler`, but not those that are ignored (by nohup). False outside the main thread,
     which alone may set handlers."""
     if threading.current_thread() is not threading.main_thread():
         yield False
         return
-    numbers = [number for number in numbers if signal.getsignal(number) is not signal.SIG_IGN]
-    before = {number: signal.signal(number, handler) for number in numbers}
+    heard = [number for number in numbers if signal.getsignal(number) is not signal.SIG_IGN]
+    before = {number: signal.signal(number, handler) for number in heard}
     try:
         yield True
     finally:
@@ -115,6 +119,9 @@ class Listener:
 
     def __init__(self, timeout: float):
         self.timeout = timeout
+        self._begin()
+
+    def _begin(self) -> None:
         self.asked: signal.Signals | None = None
         self._asked_at = self._since = 0.0
         self._came = self._woken = False
@@ -122,9 +129,9 @@ class Listener:
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:
         """Inside, SIGTERM, SIGHUP and SIGINT are only noted; a second SIGINT raises KeyboardInterrupt."""
-        self.__init__(self.timeout)
+        self._begin()
 
-        def note(number, frame):
+        def note(number: int, frame: FrameType | None) -> None:
             if self._woken:
                 self._woken = False
                 if self._since:
@@ -165,7 +172,7 @@ class Listener:
             self._since = 0.0
         self._came = True
 
-    def _watch(self, over: threading.Event):
+    def _watch(self, over: threading.Event) -> None:
         warned = 0.0  # since when it waited at the last warning
         while not over.wait(0.5):
             since, now = self._since, time.monotonic()

@@ -8,17 +8,20 @@ checkpoints that are whole or absent (`saving.py`).
 
 import os
 import sys
+from collections.abc import Callable
+from typing import Any, cast
 
 import torch
 import transformers.trainer
-from accelerate import skip_first_batches
+from accelerate import Accelerator, skip_first_batches
 from accelerate.data_loader import prepare_data_loader
 from accelerate.utils import gather_object
 from torch import nn
 from torch.utils.data import DataLoader
 from transformers import Trainer
 from transformers.trainer_callback import PrinterCallback
-from transformers.trainer_utils import has_length
+from transformers.trainer_pt_utils import AcceleratorConfig
+from transformers.trainer_utils import EvalLoopOutput, TrainOutput, has_length
 
 from hf_mim.data import DeviceAugment, ImageDataset, ImageStream
 from hf_mim.data.cached import CachedImages
@@ -27,6 +30,7 @@ from hf_mim.data.stream import RING, EndlessStream
 from hf_mim.data.workers import leaving_signals
 from hf_mim.hub.push import HubTrainer
 from hf_mim.models.target_encoder import TargetNetworkMixin
+from hf_mim.models.vit import MIMPreTrainedModel
 from hf_mim.pretraining.arguments import MIMTrainingArguments
 from hf_mim.pretraining.callbacks import (
     MetricsFile,
@@ -52,17 +56,18 @@ class ScalarMeans:
     The sums stay on the device. Only `pop` waits for it.
     """
 
-    def __init__(self):
-        self.sums, self.counts = {}, {}
+    def __init__(self) -> None:
+        self.sums: dict[str, Any] = {}
+        self.counts: dict[str, Any] = {}
 
-    def add(self, scalars: dict[str, torch.Tensor]):
+    def add(self, scalars: dict[str, torch.Tensor]) -> None:
         for name, value in scalars.items():
             value = value.detach().float()
             finite = torch.isfinite(value)
             self.sums[name] = self.sums.get(name, 0) + torch.where(finite, value, 0)
             self.counts[name] = self.counts.get(name, 0) + finite
 
-    def pop(self, accelerator) -> dict[str, float]:
+    def pop(self, accelerator: Accelerator) -> dict[str, float]:
         """Means since the last call, over all ranks. Every rank has to call it."""
         if not self.sums:
             return {}
@@ -70,7 +75,7 @@ class ScalarMeans:
         totals = torch.stack([self.sums[name] for name in names])
         counts = torch.stack([self.counts[name] for name in names]).to(totals.dtype)
         totals, counts = accelerator.reduce(torch.stack([totals, counts]), reduction="sum")
-        self.__init__()
+        self.sums, self.counts = {}, {}
         return dict(zip(names, (totals / counts).tolist(), strict=True))
 
 
@@ -95,7 +100,14 @@ class MIMTrainer(CheckpointTrainer, RatesTrainer, HubTrainer, QuietWorkers, Trai
         ImportError: the optimizer needs a package that is missing.
     """
 
-    def __init__(self, model, args: MIMTrainingArguments, train_dataset=None, augment=None, **kwargs):
+    def __init__(
+        self,
+        model: MIMPreTrainedModel,
+        args: MIMTrainingArguments,
+        train_dataset: Any = None,
+        augment: Callable[[torch.Tensor], torch.Tensor] | None = None,
+        **kwargs: Any,
+    ) -> None:
         if not isinstance(args, MIMTrainingArguments):
             raise ValueError(f"args must be MIMTrainingArguments, got {type(args).__name__}")
         check_data(args, train_dataset)
@@ -127,7 +139,7 @@ class MIMTrainer(CheckpointTrainer, RatesTrainer, HubTrainer, QuietWorkers, Trai
         shown.remove(next(one for one in reversed(shown) if type(one) is theirs))  # the last: a user may give one too
         self.add_callback(MIMProgress())
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> TrainOutput | None:  # type: ignore[override]  # a run that ends in a wait has none
         """As Trainer's. True resumes from the newest whole checkpoint, a path from the checkpoint there.
 
         After a SIGTERM, SIGHUP or SIGINT it saves a checkpoint and returns; `guard.signal` is then that signal.
@@ -152,16 +164,23 @@ class MIMTrainer(CheckpointTrainer, RatesTrainer, HubTrainer, QuietWorkers, Trai
                 if isinstance(error, NoImagesError):
                     raise
                 self.guard.signal = error.signal
+                return None
 
     @property
     def is_ending(self) -> bool:
         return self.guard.listener.asked is not None
 
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> Any:
         inputs = {name: value for name, value in inputs.items() if name != "labels"}
         names, keys = inputs.pop("name", None), inputs.pop("augment_key", None)
         if "boxes" in inputs:
-            inputs["pixel_values"] = self.train_dataset.crops(inputs)
+            inputs["pixel_values"] = cast(CachedImages, self.train_dataset).crops(inputs)
         if isinstance(self.augment, nn.Module):
             self.augment.train(model.training)
         if self.augment is not None:
@@ -176,29 +195,29 @@ class MIMTrainer(CheckpointTrainer, RatesTrainer, HubTrainer, QuietWorkers, Trai
             self.throughput.flops += self.flops_of_batch
         return (loss, outputs) if return_outputs else loss
 
-    def _augmented(self, pixel_values, keys) -> dict[str, torch.Tensor]:
+    def _augmented(self, pixel_values: torch.Tensor, keys: Any) -> dict[str, torch.Tensor]:
         """`pixel_values` as the model takes them, and `valid_pixels` if there may be pixels without data."""
         if not isinstance(self.augment, DeviceAugment):
             return {"pixel_values": self.augment(pixel_values)}
         images, valid = self.augment.with_valid(pixel_values, keys)
         return {"pixel_values": images} | ({} if valid is None else {"valid_pixels": valid})
 
-    def training_step(self, *args, **kwargs):
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         loss = super().training_step(*args, **kwargs)
         return torch.where(torch.isfinite(loss), loss, 0)  # one bad step must not make the run's mean NaN
 
-    def get_batch_samples(self, *args, **kwargs):
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list, torch.Tensor | int | None]:
         try:
             with self.throughput.waits(), self.guard.listener.waiting():
                 return super().get_batch_samples(*args, **kwargs)
         except (ConnectionError, EOFError) as error:  # some dead workers; for others torch raises a RuntimeError
             raise RuntimeError(f"DataLoader worker or its source has gone: {error}") from error
 
-    def _get_grad_norm(self, *args, **kwargs):
+    def _get_grad_norm(self, *args: Any, **kwargs: Any) -> Any:
         self.guard.grad_norm = super()._get_grad_norm(*args, **kwargs)
         return self.guard.grad_norm
 
-    def log(self, logs, start_time=None):
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds to the loss: means of the model's metrics over steps and ranks, speed, skipped steps, broken images and
         images without data."""
         if "loss" in logs:
@@ -214,12 +233,12 @@ class MIMTrainer(CheckpointTrainer, RatesTrainer, HubTrainer, QuietWorkers, Trai
             logs.pop("total_flos", None)  # the method has no formula
         super().log(logs, start_time)
 
-    def floating_point_ops(self, inputs) -> float:
+    def floating_point_ops(self, inputs: dict[str, Any]) -> float:  # type: ignore[override]  # whole numbers beyond 2**53 are not needed
         """The FLOPs of the batch that was just trained on. Trainer adds them up over all ranks, in `total_flos` of its
         state. Its own formula counts each pixel as a token."""
         return self.flops_of_batch
 
-    def get_train_dataloader(self):
+    def get_train_dataloader(self) -> DataLoader:
         """As Trainer's. An ImageStream is read without end, from the place that the checkpoint holds."""
         if isinstance(self.train_dataset, ImageStream):
             loader = self._endless_loader()
@@ -227,9 +246,9 @@ class MIMTrainer(CheckpointTrainer, RatesTrainer, HubTrainer, QuietWorkers, Trai
             loader = super().get_train_dataloader()
         return leaving_signals(loader)
 
-    def _endless_loader(self):
+    def _endless_loader(self) -> DataLoader:
         """Each rank has its own part of the stream already, so Trainer must not divide it among the ranks again."""
-        args, stream = self.args, self.train_dataset
+        args, stream = self.args, cast(ImageStream, self.train_dataset)
         workers = min(args.dataloader_num_workers, stream.num_shards)  # a worker without a shard would give nothing
         prefetched = args.dataloader_prefetch_factor or 2
         if workers and prefetched > RING // 2:
@@ -251,11 +270,11 @@ class MIMTrainer(CheckpointTrainer, RatesTrainer, HubTrainer, QuietWorkers, Trai
             process_index=0,
             put_on_device=True,
             dispatch_batches=False,
-            non_blocking=args.accelerator_config.non_blocking,
+            non_blocking=cast(AcceleratorConfig, args.accelerator_config).non_blocking,
         )
         return skip_first_batches(loader, self.endless_stream.skipped_batches)
 
-    def _init_training_state(self, max_steps, *args, **kwargs):
+    def _init_training_state(self, max_steps: int, *args: Any, **kwargs: Any) -> tuple[int, int]:
         """(epochs, batches of this epoch) that are done. A stream is at its place already, and skips none."""
         done = super()._init_training_state(max_steps, *args, **kwargs)
         self.state.compute_steps(self.args, max_steps)  # as they are given now, not as the checkpoint has them
@@ -263,7 +282,7 @@ class MIMTrainer(CheckpointTrainer, RatesTrainer, HubTrainer, QuietWorkers, Trai
             return sys.maxsize, 0  # Trainer would make one step too many
         return (0, 0) if isinstance(self.train_dataset, ImageStream) else done
 
-    def get_eval_dataloader(self, eval_dataset=None):
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
         """As Trainer's, with the smaller last batch: every image counts in an evaluation."""
         dropped, self.args.dataloader_drop_last = self.args.dataloader_drop_last, False
         try:
@@ -271,12 +290,12 @@ class MIMTrainer(CheckpointTrainer, RatesTrainer, HubTrainer, QuietWorkers, Trai
         finally:
             self.args.dataloader_drop_last = dropped
 
-    def evaluation_loop(self, *args, **kwargs):
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
         with seeded(self.args.seed + self.args.process_index, self.args.device):
             return super().evaluation_loop(*args, **kwargs)
 
 
-def check_data(args: MIMTrainingArguments, train_dataset):
+def check_data(args: MIMTrainingArguments, train_dataset: Any) -> None:
     """Raise ValueError, before anything is built, if the data are not enough for one optimizer step."""
     if train_dataset is None:
         return
@@ -293,7 +312,7 @@ def check_data(args: MIMTrainingArguments, train_dataset):
             f"per_device_train_batch_size × processes must be at most the {len(train_dataset)} images of "
             f"train_dataset, got {args.per_device_train_batch_size} × {args.world_size}"
         )
-    elif "pixel_values" not in (sample := train_dataset[0]):
+    elif "pixel_values" not in (sample := cast(Any, train_dataset)[0]):
         raise ValueError(
             f"train_dataset must give 'pixel_values', got {sorted(sample)}; hf_mim.data.ImageDataset makes them"
         )
@@ -301,7 +320,7 @@ def check_data(args: MIMTrainingArguments, train_dataset):
         check_shared_memory(args, sample["pixel_values"].nbytes)
 
 
-def check_shared_memory(args: MIMTrainingArguments, bytes_per_image: int):
+def check_shared_memory(args: MIMTrainingArguments, bytes_per_image: int) -> None:
     """Raise ValueError if the batches that wait between workers and trainer do not fit into shared memory.
 
     A worker that finds no room there loses its batch, and the training waits for it without end.

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import jinja2
 from markupsafe import Markup
@@ -46,7 +47,7 @@ def write_report(folders: Sequence[str | Path], output: str | Path | None = None
     return path
 
 
-def check_output(path: Path):
+def check_output(path: Path) -> None:
     """Raise ValueError unless a report may be written there: to a new file, or over a report."""
     check_writable(path, "output", "file")
     if os.path.lexists(path) and not is_report(path):
@@ -96,12 +97,12 @@ def _compared(comparison: RunComparison) -> dict:
     return {"tables": tables, "picture": Shown("", comparison.figure(), alt)}
 
 
-def _tight(value):
+def _tight(value: Any) -> Any:
     """No line is broken before a percent sign."""
     return value.replace(" %", "\N{NO-BREAK SPACE}%") if isinstance(value, str) else value
 
 
-def in_table(value) -> str:
+def in_table(value: Any) -> str:
     """A value in a cell, as `words`: large numbers with commas, others with four digits."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return "–" if value is None else words(value)

@@ -83,7 +83,7 @@ def plot_map(
     low, high = places.min(axis=0), places.max(axis=0)
     places = (places - low) / np.maximum(high - low, 1e-9)
     figure = Picture(figsize=(9, 9.4), layout="constrained", facecolor="white")
-    figure.get_layout_engine().set(w_pad=0.1, h_pad=0.1)
+    figure.get_layout_engine().set(w_pad=0.1, h_pad=0.1)  # type: ignore[call-arg]  # those of "constrained"
     axes = figure.add_subplot()
     classes = [] if labels is None else sorted(set(labels) - {-1})
     colored = 2 <= len(classes) <= len(COLORS)

@@ -6,9 +6,11 @@ import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
@@ -38,7 +40,7 @@ class Picture(Figure):
         self.savefig(file, dpi=DPI, format="png")
         return file.getvalue()
 
-    def save(self, path: str | Path):
+    def save(self, path: str | Path) -> None:
         """Write the figure in the format that the name says, completely or not at all."""
         with replacing(path) as aside:
             self.savefig(aside, dpi=DPI, format=Path(path).suffix.removeprefix(".") or "png")
@@ -90,25 +92,26 @@ def draw_rows(title: str, rows: Sequence[Row], note: str = "", scales: Sequence[
     full = top + sum(heights) + bottom
     figure = Picture(figsize=(total, full), facecolor="white")
     figure.drawn = drawn
-    write = {"va": "top", "ha": "left", "transform": figure.dpi_scale_trans}
+    write: Any = {"va": "top", "ha": "left", "transform": figure.dpi_scale_trans}
     figure.text(0.1, full - 0.1, title, fontsize=TEXT + 2, color=INK, weight="bold", **write)
     figure.text(0.1, full - 0.2 - 0.24 * (title.count("\n") + 1), note, fontsize=SMALL, color=MUTED, **write)
     y = full - top
     for row, tall in zip(rows, heights, strict=True):
         y -= tall
         middle = y + tall - gap - cell[1] / 2
-        about = dict(fontsize=TEXT, color=INK, va="center", transform=figure.dpi_scale_trans)
+        about: Any = dict(fontsize=TEXT, color=INK, va="center", transform=figure.dpi_scale_trans)
         figure.text(0.1, middle, textwrap.fill(row.label, 14, break_long_words=False), **about)
         for column, picture in enumerate(row.pictures):
             place = left + column * (side + gap), y + tall - gap - cell[1], *cell
-            axes = figure.add_axes([x / (total, full)[i % 2] for i, x in enumerate(place)])
+            left_edge, low, wide, high = place
+            axes = figure.add_axes((left_edge / total, low / full, wide / total, high / full))
             boxes = row.boxes[column] if row.boxes else ()
             show_picture(axes, picture, boxes)
             if row.below:
                 axes.set_xlabel(row.below[column], fontsize=SMALL, color=MUTED, labelpad=2)
     span = (total - left - 0.1) / max(len(scales), 1)
     for number, scale in enumerate(scales):
-        axes = figure.add_axes([(left + number * span) / total, 0.42 / full, min(span - 0.3, 3.2) / total, 0.1 / full])
+        axes = figure.add_axes(((left + number * span) / total, 0.42 / full, min(span - 0.3, 3.2) / total, 0.1 / full))
         axes.imshow(np.linspace(0, 1, 256)[None], aspect="auto", cmap=scale.cmap, extent=(scale.low, scale.high, 0, 1))
         axes.set_yticks([])
         axes.tick_params(labelsize=SMALL, colors=MUTED, length=2)
@@ -116,7 +119,7 @@ def draw_rows(title: str, rows: Sequence[Row], note: str = "", scales: Sequence[
     return figure
 
 
-def show_picture(axes, picture: np.ndarray, boxes=()):
+def show_picture(axes: Axes, picture: np.ndarray, boxes: Sequence[Sequence[float]] = ()) -> None:
     """An image without ticks, with stripes where it is transparent."""
     axes.patch.set(facecolor=HIDDEN, edgecolor=STRIPES, hatch="/////", linewidth=0)
     axes.imshow(np.clip(picture, 0, 1), aspect="equal")
@@ -124,7 +127,7 @@ def show_picture(axes, picture: np.ndarray, boxes=()):
     axes.spines[:].set_visible(False)
     for x, y, width, height in boxes:  # white on black, to be seen on any image
         for color, thick in (("black", 3.0), ("white", 1.4)):
-            about = dict(fill=False, edgecolor=color, linewidth=thick, clip_on=False)
+            about: Any = dict(fill=False, edgecolor=color, linewidth=thick, clip_on=False)
             axes.add_patch(Rectangle((x - 0.5, y - 0.5), width, height, **about))
 
 
