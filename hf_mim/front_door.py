@@ -36,7 +36,9 @@ if TYPE_CHECKING:
     from hf_mim.runs import Run
 
 
-def pretrain(dataset: str | os.PathLike | None = None, *, recipe: str | os.PathLike | None = None, **settings: Any) -> "Run":
+def pretrain(
+    dataset: str | os.PathLike | None = None, *, recipe: str | os.PathLike | None = None, **settings: Any
+) -> "Run":
     """Pretrain a model on images, and fill its run folder.
 
     Args:

@@ -158,11 +158,13 @@ def _stores(specs: Sequence[FeatureSpec], partial: Path, count: int) -> list[Par
     return [Parts(partial / str(spec).replace("/", "-"), count) for spec in specs]
 
 
-def _fill(images: Dataset, extract: FeatureExtractor, specs, partial: Path, source: EmbedArguments) -> _Extracted:
+def _fill(
+    images: Dataset, extract: FeatureExtractor, specs: list[FeatureSpec], partial: Path, source: EmbedArguments
+) -> _Extracted:
     """Extract the parts that are missing."""
     stores, split = _stores(specs, partial, len(images)), Images(images, source_name(source.dataset))
     if missing := sorted({number for store in stores for number in store.missing()}):
-        extract.fill(split, specs, stores, missing)
+        extract.fill(split, specs, cast(Any, stores), missing)  # `Parts` has what it calls
     if broken := stores[0].broken():
         extract.leave_out(split, broken)
     root, table = local_folder(source.dataset), images.with_format("arrow")
@@ -175,7 +177,9 @@ def _fill(images: Dataset, extract: FeatureExtractor, specs, partial: Path, sour
     return _Extracted(len(images), stores, broken, about)
 
 
-def _read_through(images, extract: FeatureExtractor, specs, partial: Path, source: EmbedArguments) -> _Extracted:
+def _read_through(
+    images: Any, extract: FeatureExtractor, specs: list[FeatureSpec], partial: Path, source: EmbedArguments
+) -> _Extracted:
     """Read the stream, from its first image, and extract the parts that are missing."""
     parts = StreamedParts(partial / "rows")
     count = extract_stream(extract, images, specs, _stores(specs, partial, 0), parts)
@@ -263,7 +267,7 @@ def _tables(extracted: _Extracted, features: Features) -> Iterator[pa.Table]:
         places = np.flatnonzero(chosen)
         names, labels = extracted.about(number)
         columns = [[names[place] for place in places], places + number * cache.CHUNK]
-        if "label" in features:
+        if labels is not None:
             labels = [labels[place] for place in places]
             columns.append([None if label is None or label < 0 else label for label in labels])
         arrays = [pa.array(column, field.type) for column, field in zip(columns, features.arrow_schema, strict=False)]
