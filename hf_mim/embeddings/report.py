@@ -54,7 +54,11 @@ def write(search: Search, found: Sequence[Sequence[Found]], rows: list[dict], qu
     images = search.collection.images()
     tiles = []
     for number, group in enumerate(found[:MOST_LINES]):
-        line = [Tile(search.picture(queries[number]), ["query", Path(queries[number]).name], True)] if queries else []
+        line = (
+            [Tile(search.picture(search.query(queries[number])), ["query", Path(queries[number]).name], True)]
+            if queries
+            else []
+        )
         for image in group[:MOST_TILES]:
             caption = [image.name, *([image.label] if image.label else []), f"cosine {image.cosine:.3f}"]
             line.append(Tile(search.picture(images[image.row]["image"]), caption))
