@@ -1,0 +1,19 @@
+"""Chromium, as the tests of pages drive it. `make test-browser` runs them."""
+
+import shutil
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+# No sandbox, because root has none. No host has an address but this machine: a request to another one is an error in
+# the console, and the browser's own requests go nowhere.
+FLAGS = (
+    "--headless",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1",
+)
+HOW = "run make test-browser; Debian's browser is the package chromium"
