@@ -157,7 +157,7 @@ def test_the_nearest_images_are_shown_with_their_names_as_text(tmp_path, monkeyp
     demo.search = Search(tmp_path / "model", tmp_path / "photos", k=4)
     with served(demo) as address, opened(address) as page:
         upload(page, photo(tmp_path, seed=2))
-        page.get_by_role("tab", name="Nearest images").click()
+        page.get_by_role("tab", name="Nearest").click()
         first = page.locator("figcaption").filter(has_text="cosine").first
         first.wait_for()
         assert first.inner_text().split("\n") == [f"{NASTY}a/2 <b>.png", f"{NASTY}a", "cosine 1.00"]
