@@ -3,8 +3,7 @@
 import shutil
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-# No sandbox, because root has none. No host has an address but this machine: a request to another one is an error in
-# the console, and the browser's own requests go nowhere.
+# No sandbox, because root has none. No host but this machine has an address: the browser's own requests go nowhere.
 FLAGS = (
     "--headless",
     "--no-sandbox",
