@@ -145,6 +145,8 @@ def test_show_and_the_demo_read_images_of_parts(script, source, tmp_path):
     (run / RECIPE).write_text(json.dumps(settings))
     demo = Demo.load(run)
     assert len(demo.thumbnails()) == 8 and {*demo.examples[0]} == {"luma:", "chroma:"}
+    picked, told = demo.pick(str(next(two.rglob("chroma/**/*.npy"))))
+    assert picked is None and "This model takes one file with the channels of luma and chroma." in told
     words = ["show", str(run), str(two), "--image_column", "luma,chroma", "--what", "pca", "--count", "2"]
     assert main([*words, "--output", str(tmp_path / "pictures")]) == 0
     assert (tmp_path / "pictures" / "pca.png").exists()
@@ -262,6 +264,6 @@ def test_a_query_is_found_by_the_file_of_one_of_its_parts(script, source, tmp_pa
         "luma::zero": True,
         "chroma::zero": False,
     }
-    shutil.copy(file, tmp_path / "1.npy")
+    shutil.copy(str(file).replace("luma", "chroma"), tmp_path / "1.npy")
     with pytest.raises(ValueError, match="with --image_column luma,chroma, a file in a folder with the name of its"):
         search.nearest([tmp_path / "1.npy"])
