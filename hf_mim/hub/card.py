@@ -240,7 +240,7 @@ def _range_text(value_range) -> str:
 
 
 def _nodata_text(recipe: dict) -> str:
-    """Where an image has no data, in words; "" for everywhere."""
+    """Where an image has no data, in words; "" if it has data everywhere."""
     nodata, places = recipe.get("nodata"), []
     lacking = recipe.get("missing_modality") == ZERO
     if nodata not in (None, IGNORE_TAGS):
