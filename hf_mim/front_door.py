@@ -9,6 +9,8 @@
 
 Each option of a command is a keyword here, and takes a value of Python or the text that one would type. A mistake of
 the user raises ValueError with the line that the command prints, before any work.
+
+Each function imports what it needs: the imports of a pretraining take seconds that the others need not wait.
 """
 
 import contextlib
@@ -19,28 +21,22 @@ import threading
 import traceback
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from accelerate import PartialState
 from huggingface_hub.errors import StrictDataclassError
 
-from hf_mim import classification
-from hf_mim.companions import fill_classifier_folder, save_beside
-from hf_mim.data.decode import MAX_PIXELS_VARIABLE
-from hf_mim.embeddings import embed as embeddings
-from hf_mim.evaluation import load_protocol
-from hf_mim.evaluation.measure import Evaluation, option_types
-from hf_mim.evaluation.result import NotKept, Result, check_result_path
 from hf_mim.files import one_line
-from hf_mim.pretraining.recipe import Recipe
-from hf_mim.pretraining.run import Pretraining
 from hf_mim.pretraining.settings import suggestion, to_type
-from hf_mim.pretraining.signals import Ended
-from hf_mim.run_folder import evaluation_path
-from hf_mim.runs import Run
+
+if TYPE_CHECKING:
+    from hf_mim.classification import Predicted
+    from hf_mim.embeddings.embed import Embedded
+    from hf_mim.evaluation.result import Result
+    from hf_mim.pretraining.run import Pretraining
+    from hf_mim.runs import Run
 
 
-def pretrain(dataset: str | os.PathLike | None = None, *, recipe: str | os.PathLike | None = None, **settings) -> Run:
+def pretrain(dataset: str | os.PathLike | None = None, *, recipe: str | os.PathLike | None = None, **settings) -> "Run":
     """Pretrain a model on images, and fill its run folder.
 
     Args:
@@ -63,13 +59,21 @@ def pretrain(dataset: str | os.PathLike | None = None, *, recipe: str | os.PathL
         return train(prepare(recipe, settings))
 
 
-def prepare(recipe: str | os.PathLike | None, settings: dict[str, Any]) -> Pretraining:
+def prepare(recipe: str | os.PathLike | None, settings: dict[str, Any]) -> "Pretraining":
     """A run that is checked and ready to train. Nothing was written yet."""
+    from hf_mim.pretraining.recipe import Recipe
+    from hf_mim.pretraining.run import Pretraining
+
     return Pretraining(Recipe.read(recipe, settings))
 
 
-def train(pretraining: Pretraining) -> Run:
+def train(pretraining: "Pretraining") -> "Run":
     """Make a run, and leave nothing of it in this process: no workers, no process group, no memory on the device."""
+    from accelerate import PartialState
+
+    from hf_mim.pretraining.signals import Ended
+    from hf_mim.runs import Run
+
     folder, is_main = pretraining.folder, pretraining.trainer.is_world_process_zero()
     try:
         ended_by = pretraining()
@@ -88,8 +92,9 @@ def train(pretraining: Pretraining) -> Run:
     return Run.read(folder) if is_main else Run(folder, {}, [])
 
 
-def evaluate(protocol: str, checkpoint: str | os.PathLike, **options) -> Result:
-    """Measure the features of a checkpoint, and save the result, as `hf-mim evaluate` does.
+def evaluate(protocol: str, checkpoint: str | os.PathLike, **options) -> "Result":
+    """Measure the features of a checkpoint, and save the result, as `hf-mim evaluate` does. The card of the checkpoint
+    is written anew if nobody has edited it.
 
     Args:
         protocol: knn, linear, attentive, lowshot, finetune, health, ...: `hf_mim.evaluation.PROTOCOLS`.
@@ -103,6 +108,13 @@ def evaluate(protocol: str, checkpoint: str | os.PathLike, **options) -> Result:
         ValueError: before any work: the options, the checkpoint or the images do not fit.
         NotKept: a file could not be written; the result is in the error.
     """
+    from hf_mim.companions import fill_classifier_folder, save_beside
+    from hf_mim.evaluation import load_protocol
+    from hf_mim.evaluation.measure import Evaluation, option_types
+    from hf_mim.evaluation.result import NotKept, check_result_path
+    from hf_mim.hub.card import refresh_card, unedited
+    from hf_mim.run_folder import evaluation_path
+
     checkpoint = os.fspath(checkpoint)
     with _one_exception():
         values = _typed(f"evaluate {protocol}", options, option_types(load_protocol(protocol)))
@@ -114,8 +126,11 @@ def evaluate(protocol: str, checkpoint: str | os.PathLike, **options) -> Result:
         except NotKept as error:
             result, failure = error.result, error
         try:
+            refresh = chosen is None and Path(checkpoint).is_dir() and unedited(checkpoint)
             result.path = result.save(chosen or evaluation_path(checkpoint, evaluation.names, evaluation.key))
             result.beside = save_beside(result, result.path)
+            if refresh:
+                refresh_card(checkpoint)
             if failure is None and values.get("output_dir"):  # of fine-tuning: the classifier is kept there
                 fill_classifier_folder(values["output_dir"], result)
         except OSError as error:
@@ -125,7 +140,7 @@ def evaluate(protocol: str, checkpoint: str | os.PathLike, **options) -> Result:
         return result
 
 
-def embed(checkpoint: str | os.PathLike, **options) -> embeddings.Embedded:
+def embed(checkpoint: str | os.PathLike, **options) -> "Embedded":
     """Write the features of every image of a source to a file, as `hf-mim embed` does, whose help lists the options.
 
     Args:
@@ -135,11 +150,13 @@ def embed(checkpoint: str | os.PathLike, **options) -> embeddings.Embedded:
     Raises:
         ValueError: before any work: the options, the checkpoint, the images or the output do not fit.
     """
+    from hf_mim.embeddings import embed as embeddings
+
     with _one_exception():
         return embeddings.embed(os.fspath(checkpoint), **_typed("embed", options, embeddings.option_types()))
 
 
-def predict(classifier: str | os.PathLike, **options) -> classification.Predicted:
+def predict(classifier: str | os.PathLike, **options) -> "Predicted":
     """Write the predicted class of every image of a source to a file, as `hf-mim predict` does, whose help lists the
     options.
 
@@ -150,6 +167,9 @@ def predict(classifier: str | os.PathLike, **options) -> classification.Predicte
     Raises:
         ValueError: before any work: the options, the classifier, the images or the output do not fit.
     """
+    from hf_mim import classification
+    from hf_mim.embeddings import embed as embeddings
+
     with _one_exception():
         types = embeddings.option_types(classification.PredictArguments)
         return classification.predict(os.fspath(classifier), **_typed("predict", options, types))
@@ -177,6 +197,8 @@ def _one_exception() -> Iterator[None]:
 @contextlib.contextmanager
 def _environment_kept() -> Iterator[None]:
     """Afterwards, the variable that a run sets for its data workers is as before."""
+    from hf_mim.data.decode import MAX_PIXELS_VARIABLE
+
     before = os.environ.get(MAX_PIXELS_VARIABLE)
     try:
         yield

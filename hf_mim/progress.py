@@ -46,7 +46,8 @@ def progress_bar(
         bar = tqdm(steps, **about)
     else:
         times = dict(delay=SECONDS_PER_LINE, mininterval=SECONDS_PER_LINE, maxinterval=SECONDS_PER_LINE)
-        line = "{desc}: {n_fmt} of {total_fmt}{unit}, {remaining} left{postfix}"
+        ahead = "{unit}" if total is None else " of {total_fmt}{unit}, {remaining} left"
+        line = "{desc}: {n_fmt}" + ahead + "{postfix}"
         bar = plain_tqdm(steps, **about, **times, file=_Lines(), bar_format=line)
     try:
         yield bar

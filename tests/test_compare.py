@@ -7,8 +7,12 @@ import sys
 import threading
 
 import pytest
-from tiny_comparison import TRAINING, read
+import torch
+from tiny import make_model
+from tiny_comparison import TRAINING, read, write
+from transformers import AutoModel
 
+from hf_mim.cli import main
 from hf_mim.run_folder import RECIPE
 
 # ---- what may be compared
@@ -45,7 +49,7 @@ JEPA = {"JEPA": {"method": "ijepa"}}
         ({"evaluate": {"knn": {"k": 0}}}, "column knn: k must be at least 1, not 0"),
         ({"evaluate": {"knn": {"pixels": True}}}, "column knn: pixels cannot be given here: the comparison sets it"),
         ({"supervised": {"epochs": 3}}, "supervised: epochs cannot be given here: images sets it"),
-        ({"references": ["chance"]}, "references must be one of untrained, pixels, supervised, not 'chance'"),
+        ({"references": ["chance"]}, "references must be one of untrained, start, pixels, supervised, not 'chance'"),
         ({"varies": ["base_lr"]}, "varies must be one of .*, not 'base_lr'"),
         (
             {"runs": {"deep": {"num_hidden_layers": 2}}},
@@ -88,6 +92,14 @@ def test_a_run_takes_its_learning_rate_in_place_of_the_shared_one(scripts, tmp_p
     assert low.options["base_lr"] == 1e-5 and "learning_rate" not in low.options
 
 
+def test_only_the_named_runs_of_the_file_are_made(scripts, tmp_path):
+    path = write(tmp_path, runs=JEPA | {"Latent MIM": {"method": "latent_mim"}})
+    found = scripts.plan.Comparison.read(path, {}, ["Latent_MIM", "MAE"])
+    assert list(found.runs) == ["MAE", "Latent MIM"]  # in the order of the file
+    with pytest.raises(ValueError, match="only must be one of MAE, JEPA, Latent_MIM, not 'Latent'"):
+        scripts.plan.Comparison.read(path, {}, ["Latent"])
+
+
 def test_only_one_untrained_encoder_of_each_kind_is_measured(scripts, tmp_path):
     runs = JEPA | {"StoP": {"method": "stop_jepa"}, "Latent": {"method": "latent_mim"}}
     comparison = read(scripts, tmp_path, runs=runs)
@@ -95,10 +107,29 @@ def test_only_one_untrained_encoder_of_each_kind_is_measured(scripts, tmp_path):
     assert rows == ["untrained encoder of MAE", "untrained encoder of JEPA", None, "untrained encoder of Latent"]
 
 
+def test_the_weights_that_runs_start_from_are_measured_once_and_as_they_are(scripts, tmp_path):
+    """The reference is a run of one step which changes no weight."""
+    one, other = (tmp_path / name for name in ("one", "other"))
+    same = dict(image_size=32, patch_size=8, num_channels=1, hidden_size=16, num_hidden_layers=1)
+    for seed, folder in enumerate((one, other)):
+        make_model("mae", "encoder", seed, **same).save_pretrained(folder)
+    runs = {"MAE": {}, "a": {"init_from": str(one)}, "b": {"init_from": str(one)}, "c": {"init_from": str(other)}}
+    comparison = read(scripts, tmp_path, runs=runs, varies=["init_from"])
+    assert [comparison.start_row(run) for run in comparison.runs] == [None, "start of a", None, "start of c"]
+    job = next(job for job in scripts.jobs.jobs_of(comparison, tmp_path) if job.name == "start of a")
+    assert [step.measures for step in job.steps] == ["training", "20-NN"] and {step.seed for step in job.steps} == {
+        None
+    }
+    assert main(job.steps[0].arguments) == 0
+    before, after = (AutoModel.from_pretrained(folder) for folder in (one, job.folder))
+    for (name, value), now in zip(before.state_dict().items(), after.state_dict().values(), strict=True):
+        assert torch.equal(value[value != 0], now[value != 0]), name
+
+
 @pytest.mark.parametrize("path", sorted((TRAINING / "comparisons").glob("*.yaml")), ids=lambda path: path.stem)
 def test_the_comparisons_of_the_repository_are_fair(path, scripts):
     comparison = scripts.plan.Comparison.read(path, {})
-    assert not comparison.varies
+    assert set(comparison.varies) <= {"init_from"}  # which is what is compared there
     assert len(comparison.runs) > 1 or comparison.references  # one run is compared with references
 
 

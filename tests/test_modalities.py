@@ -267,3 +267,30 @@ def test_a_query_is_found_by_the_file_of_one_of_its_parts(script, source, tmp_pa
     shutil.copy(str(file).replace("luma", "chroma"), tmp_path / "1.npy")
     with pytest.raises(ValueError, match="with --image_column luma,chroma, a file in a folder with the name of its"):
         search.nearest([tmp_path / "1.npy"])
+
+
+def test_a_modality_is_predicted_from_the_other_alone_and_compared_with_the_mean_of_the_training_images(
+    source, tmp_path, script, capsys
+):
+    """With heads that say zero, the ratio is the mean square of the targets over their variance around the mean."""
+    two, run, cross_modal = tmp_path / "two", tmp_path / "run", importlib.import_module("cross_modal")
+    script.main(str(source), str(two))
+    data = {"dataset": str(two), "image_column": "luma,chroma", "output_dir": "run"}
+    model = InteractiveMIMForPreTraining(Recipe.resolve(SETTINGS | data | {"norm_pix_loss": False}).config())
+    for head in model.decoder.heads:
+        torch.nn.init.zeros_(head.weight)
+    model.save_pretrained(run)
+    image_processor((16, 16), [0.5] * 3, [0.5] * 3).save_pretrained(run)
+    cross_modal.main(str(run), str(two), "luma,chroma")
+    rows = json.loads(capsys.readouterr().out)
+    assert [(row["predicted"], row["from"], row["places_seen"]) for row in rows] == [
+        *[("luma", ["chroma"], count) for count in (16, 4)],
+        *[("chroma", ["luma"], count) for count in (16, 4)],
+    ]
+    train, test = (
+        torch.stack([torch.from_numpy(np.load(path)) for path in sorted((two / split / "luma").rglob("*.npy"))])
+        for split in ("train", "test")
+    )
+    train, test = (x.float()[..., 0] / 127.5 - 1 for x in (train, test))
+    assert rows[0]["error"] == pytest.approx(test.square().mean().item(), rel=1e-5)
+    assert rows[0]["mean_predictor"] == pytest.approx((test - train.mean(0)).square().mean().item(), rel=1e-5)

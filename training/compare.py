@@ -45,10 +45,13 @@ class Place:
     Args:
         output: the folder of all that it makes; default: runs/compare_NAME
         jobs: runs at the same time, each with one thread; default: one for each core, or one on an accelerator
+        only: runs of the file, to make no others, as their folders are named: Latent_MIM,I-JEPA; what is done of others
+            stays
     """
 
     output: str | None = None
     jobs: int | None = None
+    only: list[str] | None = None
 
     def __post_init__(self):
         least(1, jobs=self.jobs)
@@ -93,7 +96,8 @@ def prepare(words: list[str], given: dict[str, Any], modules: Sequence[str], arg
         load_module(module)
     given = {name: to_type(name, value, TYPES[name]) for name, value in given.items()}
     place = Place(**{name: value for name, value in given.items() if name not in REPLACED})
-    comparison = Comparison.read(words[0], {name: value for name, value in given.items() if name in REPLACED})
+    replaced = {name: value for name, value in given.items() if name in REPLACED}
+    comparison = Comparison.read(words[0], replaced, place.only)
     output = Path(place.output or Path("runs") / f"compare_{Path(words[0]).stem}")
     check_writable(output, "output")
     jobs = jobs_of(comparison, output)

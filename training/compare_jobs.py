@@ -19,6 +19,7 @@ TRAINING, PROBE = "training", "probe"  # what a step measures, if that is no col
 ONLY_IN_PRETRAINING = ("crop_ratio", "crop_pixels", "vertical_flip_probability", "rotate90", "color_jitter")
 ONLY_IN_PRETRAINING += ("grayscale_probability", "blur_probability")
 # The supervised reference trains all layers alike, with no other augmentation than the runs.
+NO_RATE = 1e-12  # changes no number but zeros: a rate has to be above 0
 FROM_SCRATCH = {"layer_decay": 1.0, "mixup": 0.0, "cutmix": 0.0, "label_smoothing": 0.0, "random_erase": 0.0}
 FROM_SCRATCH |= {"randaugment_magnitude": 0.0, "batch_size": 128}
 
@@ -96,6 +97,9 @@ def jobs_of(comparison: Comparison, output: Path) -> list[Job]:
         for (run, seed), folder in folders.items()
     }
     found, first = list(runs.values()), next(iter(comparison.runs))
+    for run in filter(comparison.start_row, comparison.runs):
+        steps = start_steps(comparison, run, output / f"{file_name(run)}_start")
+        found.append(Job(f"start of {run}", list(steps)))
     if "pixels" in comparison.references:
         checkpoint = first, comparison.seeds[0]
         steps = evaluations(comparison, PIXELS, None, folders[checkpoint], pixels=True)
@@ -116,6 +120,17 @@ def run_steps(comparison: Comparison, run: str, seed: int, folder: Path) -> Iter
     yield from evaluations(comparison, run, seed, folder)
     if row := comparison.untrained_row(run):
         yield from evaluations(comparison, row, seed, folder, untrained=True, untrained_seed=seed)
+
+
+def start_steps(comparison: Comparison, run: str, folder: Path) -> Iterator[Step]:
+    """A run of one step that moves no weight, because only pretraining fits a checkpoint to other images, and its
+    evaluation."""
+    row, options = comparison.start_row(run), layered(comparison.settings, comparison.runs[run])
+    options |= {"dataset": comparison.dataset, "seed": comparison.seeds[0]}
+    options |= {"max_steps": 1, "learning_rate": NO_RATE, "probe_every": 0}
+    places = {"output_dir": folder}
+    yield Step(row, TRAINING, None, ["pretrain"], options, places, result_path(folder, TRAINING_RESULT))
+    yield from evaluations(comparison, row, None, folder)
 
 
 def supervised_steps(comparison: Comparison, seed: int, architecture: Path, folder: Path) -> Iterator[Step]:

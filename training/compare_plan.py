@@ -3,7 +3,7 @@
 import contextlib
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -19,7 +19,7 @@ from hf_mim.files import one_line
 from hf_mim.pretraining.recipe import RUN_FIELDS, Recipe
 from hf_mim.pretraining.settings import read_yaml, suggestion, to_type
 
-REFERENCES = ("untrained", "pixels", "supervised")
+REFERENCES = ("untrained", "start", "pixels", "supervised")
 # These name files and folders of the comparison itself, other rows and other columns.
 RESERVED = ("", "supervised", "training", "probe", "logs", "raw_pixels", "supervised_from_scratch")
 RESERVED += ("images_seen", "minutes", "device", "note")
@@ -47,7 +47,7 @@ class Comparison:
         settings: the settings of hf-mim pretrain that all runs share
         varies: settings in which the runs may differ, although they change the encoder, the augmentation or the images
         evaluate: column of the table → options of hf-mim evaluate, and its protocol if the column has another name
-        references: what stands beside the runs: untrained, pixels, supervised
+        references: what stands beside the runs: untrained, start (the weights of init_from), pixels, supervised
         supervised: options of hf-mim evaluate finetune for the supervised reference
         points: how often a run measures its features while it trains
 
@@ -67,8 +67,9 @@ class Comparison:
     points: int = 10
 
     @classmethod
-    def read(cls, path: str | Path, given: dict[str, Any]) -> "Comparison":
-        """A file's comparison. What is `given` stands in place of what the file says."""
+    def read(cls, path: str | Path, given: dict[str, Any], only: Sequence[str] | None = None) -> "Comparison":
+        """A file's comparison. What is `given` stands in place of what the file says; `only` are the runs it has,
+        by the names of their folders."""
         values, types = read_yaml(path, "comparison") | given, get_type_hints(cls)
         for name in values:
             if name not in types:
@@ -76,6 +77,11 @@ class Comparison:
         for name in ("runs", "images", "dataset"):
             if name not in values:
                 raise ValueError(f"{name} must be given in the comparison {path}")
+        if only is not None:
+            known = {file_name(name): name for name in mappings("runs", values["runs"])}
+            for name in only:
+                one_of(known, only=name)
+            values["runs"] = {name: values["runs"][name] for file, name in known.items() if file in only}
         return cls(**{name: to_type(name, value, types[name]) for name, value in values.items()})
 
     def __post_init__(self):
@@ -144,6 +150,13 @@ class Comparison:
         kinds = {name: methods.get(recipe.run.method).encoder_class for name, recipe in self.recipes.items()}
         first = next(name for name, kind in kinds.items() if kind is kinds[run])
         return f"untrained encoder of {run}" if first == run and "untrained" in self.references else None
+
+    def start_row(self, run: str) -> str | None:
+        """The name of the row with the weights that a run starts from, before its first step; None if it starts from
+        nothing, or where an earlier run does."""
+        sources = {name: recipe.run.init_from for name, recipe in self.recipes.items() if recipe.run.init_from}
+        first = next((name for name in sources if sources[name] == sources.get(run)), None)
+        return f"start of {run}" if first == run and "start" in self.references else None
 
     def protocol(self, column: str) -> str:
         """What measures a column of the table."""

@@ -54,12 +54,15 @@ class Report:
         """The lines of the table: runs, then references."""
         columns, first = self.comparison.evaluate, self.comparison.first.run
         untrained = filter(None, map(self.comparison.untrained_row, self.comparison.runs))
-        names = [*self.comparison.runs, *untrained, PIXELS, SUPERVISED]
+        starts = list(filter(None, map(self.comparison.start_row, self.comparison.runs)))
+        names = [*self.comparison.runs, *starts, *untrained, PIXELS, SUPERVISED]
         rows = {name: Row(name, {column: [] for column in columns}) for name in names}
         classifiers = []
         self._add_states(rows)
         for step in self.steps:
             row = rows[step.row]
+            if step.row in starts and step.measures == TRAINING:
+                continue
             if step.words == ["pretrain"]:
                 per_step = images_per_step(self.comparison.recipes[step.row])
                 curve = logged(step.places["output_dir"], "probe_knn")

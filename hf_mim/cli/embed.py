@@ -11,7 +11,8 @@ any vision encoder that transformers' AutoModel loads. The same command goes on 
 \b
 hf-mim embed runs/mine --dataset my_photos --output photos.parquet
 hf-mim embed runs/mine --dataset my_photos --features last/cls/norm,last4/mean/norm --output photos.parquet
-hf-mim embed runs/mine --dataset my_photos --features last/tokens/norm --output patches.npy"""
+hf-mim embed runs/mine --dataset my_photos --features last/tokens/norm --output patches.npy
+hf-mim embed runs/mine --dataset owner/name --streaming true --output photos.parquet"""
 
 
 def settings() -> list[Setting]:

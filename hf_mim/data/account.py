@@ -21,6 +21,7 @@ class Account:
         left_out: what was not taken → the number of files.
         notes: more that a user may want to know, each in a few words.
         class_folders: whether the column `label` has the classes by the folders.
+        absent: parts that no image has, where images may lack parts.
         revision: of a dataset on the Hub, if it is known.
         labels, group: where they come from, in words: "column label", "class folders". None: there are none.
     """
@@ -30,6 +31,7 @@ class Account:
     left_out: Counter = field(default_factory=Counter)
     notes: list[str] = field(default_factory=list)
     class_folders: bool = False
+    absent: list[str] = field(default_factory=list)
     revision: str | None = None
     labels: str | None = None
     group: str | None = None

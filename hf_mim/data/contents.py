@@ -22,7 +22,7 @@ def digests(images: Dataset) -> np.ndarray:
     The digest of a frame (`scan.dcm/0003`) is of its file's bytes and its number.
     """
     with ThreadPoolExecutor(_THREADS) as pool:
-        found = [digest for values in _parts(images) for digest in pool.map(_digest, values)]
+        found = [one for values in _parts(images) for one in pool.map(digest, values)]
     return np.array(found, dtype=f"S{DIGEST}")
 
 
@@ -62,10 +62,11 @@ def _parts(images: Dataset):
         yield images[start : start + _ROWS]["image"]
 
 
-def _digest(value) -> bytes:
+def digest(value) -> bytes:
+    """The digest of one value of an image column."""
     data = value
     if is_stack(value):
-        data = b"".join(map(_digest, value.values()))
+        data = b"".join(map(digest, value.values()))
     elif isinstance(value, dict):
         data = value.get("bytes")
         if data is None:

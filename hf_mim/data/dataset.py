@@ -36,7 +36,7 @@ _MAX_EMPTY = 1024  # images without data in a row
 _BROKEN, _EMPTY = 1, 2
 _MAX_WORKERS = 256
 _NAMES_BYTES = 4096  # for each worker of a stream
-_MIN_STREAMED = 1000  # after fewer images than this, one broken image would look like a large share
+MIN_STREAMED = 1000  # after fewer images than this, one broken image would look like a large share
 
 
 class BrokenImagesError(ValueError):
@@ -286,7 +286,7 @@ class ImageStream(_Images, torch.utils.data.IterableDataset):
 
     def num_images(self) -> int:
         """How many images have been seen, at least 1000: with fewer, the share of broken ones means nothing."""
-        return max(int(self._seen.sum()), _MIN_STREAMED)
+        return max(int(self._seen.sum()), MIN_STREAMED)
 
     def num_broken(self) -> int:
         """How many images have been found broken so far, by all workers."""

@@ -121,6 +121,7 @@ def _load_folder(
     entries, files = (entries, [stacks[path] for path, _ in entries]) if stacks else _frames(folder, entries)
     taken = f"{len(entries):,} images ({types}{', some of several frames' if len(entries) > kinds.total() else ''})"
     account = Account(taken, others, left_out + layout.left_out, layout.notes + _without(files))
+    account.absent = [name for name in files[0] if all(held[name] is None for held in files)]
     columns = {}
     by_part = (image_files([held[name] and str(folder / held[name]) for held in files], name) for name in files[0])
     dataset = concatenate_datasets([*by_part], axis=1)

@@ -213,7 +213,8 @@ def files_of_parts(
     The files of an image have one name, but for the extension. An image is called as its files are, without the folder
     of the part. A part that an image may lack is None. Without any such folder, the first is {}.
 
-    Raises ValueError for an image of which a part is missing or there twice, and for a part that no image has.
+    Raises ValueError for an image of which a part is missing or there twice, and for a part that no image has, unless
+    images may lack parts.
     """
     names, images, keys, left_out = list(parts_of(image_column)), {}, {}, Counter()
     for path in paths:
@@ -230,7 +231,7 @@ def files_of_parts(
         files[name] = path
     lacking = {name: [files for files in images.values() if name not in files] for name in names}
     for name, without in lacking.items():
-        if images and len(without) == len(images):
+        if images and len(without) == len(images) and not isinstance(image_column, Incomplete):
             raise ValueError(f"there is no image in a folder {name}, which image_column names")
         if without and not isinstance(image_column, Incomplete):
             first = listed([next(iter(files.values())) for files in without[:_NAMED]])

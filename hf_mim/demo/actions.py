@@ -99,7 +99,7 @@ class Demo:
         if where is not None:
             search = Search(checkpoint, where)
             search.source.k = min(NUM_NEAREST, len(search.collection))
-            search.collection.images()  # raises, if they are not where they were embedded
+            search.collection.images([0])  # raises, if they are not where they were embedded
             next(search.collection.parts())  # extracts the features now, not when a visitor waits for them
         return cls(viewer, shown, search)
 
@@ -217,7 +217,8 @@ class Demo:
     @told
     def nearest(self, picked: Picked) -> str:
         """The images of the collection that are nearest to this one."""
-        (found,), images = self.search.nearest([picked.image]), self.search.collection.images()
+        (found,) = self.search.nearest([picked.image])
+        images = self.search.collection.images([image.row for image in found])
         panels = []
         for image in found:
             (shown,) = self.viewer.read([images[image.row]["image"]]).shown()

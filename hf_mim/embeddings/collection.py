@@ -1,6 +1,6 @@
 """A collection to search: its features in parts, what its images are called, and the images themselves."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -9,6 +9,8 @@ from datasets import Dataset
 from torch import Tensor
 
 from hf_mim.data import load_images
+from hf_mim.data.columns import typed
+from hf_mim.data.damage import rows_of
 from hf_mim.data.images import Images
 from hf_mim.data.sources import local_folder
 from hf_mim.data.stacks import ERROR, image_parts
@@ -55,9 +57,17 @@ class EmbeddedCollection:
         """`name`, `row` and maybe `label` of every image."""
         return self.embeddings.rows
 
-    def images(self) -> Dataset:
-        """The images of the source, by `row`. Raises ValueError if they are not where they were."""
-        return load_images(*self.source, image_column=self.image_column)
+    def images(self, rows: Sequence[int]) -> Dataset | dict[int, dict]:
+        """These images of the source, by `row`. A stream is read up to the last of them, and they are kept in memory.
+
+        Raises ValueError if they are not where they were."""
+        streaming = self.embeddings.about.get("streaming", False)
+        images = load_images(*self.source, streaming, image_column=self.image_column)
+        if not streaming:
+            return images
+        wanted, feature = set(rows), images.features["image"]
+        stream = enumerate(rows_of(images.take(max(wanted) + 1)))
+        return {row: {"image": typed(sample["image"], feature)} for row, sample in stream if row in wanted}
 
 
 class ImageCollection:
@@ -88,7 +98,7 @@ class ImageCollection:
             rows["label"] = [None if x is None or x < 0 else texts[x] if texts else str(x) for x in labels]
         return rows
 
-    def images(self) -> Dataset:
+    def images(self, rows: Sequence[int]) -> Dataset:
         """The images of the source, by `row`."""
         return self.split.images
 

@@ -13,7 +13,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute
-from datasets import ClassLabel, Features, List, Value
+from datasets import ClassLabel, Dataset, Features, List, Value
 
 from hf_mim.data.contents import digests, short_hash, stamps
 from hf_mim.data.decode import image_name
@@ -30,6 +30,7 @@ from hf_mim.data.sources import load_described, local_folder, source_name
 from hf_mim.docstrings import argument_texts
 from hf_mim.embeddings import formats
 from hf_mim.embeddings.parts import Parts
+from hf_mim.embeddings.streamed import StreamedParts, check_first, extract_stream
 from hf_mim.evaluation import cache
 from hf_mim.evaluation.data_arguments import ImageArguments
 from hf_mim.evaluation.encoder import FeatureSpec
@@ -50,11 +51,13 @@ class EmbedArguments(ImageArguments):
 
     Args:
         labels: the column of the classes; folder: class folders; none: no labels; default: what declares itself
+        streaming: read the images while embedding, in order; nothing is indexed or copied first
         features: one or more of layer/pooling/norm; the pooling may be mean, cls or tokens
         output: a new .parquet file, .npy file, or folder of datasets
     """
 
     labels: str | None = None
+    streaming: bool = False
     features: list[str] = dataclasses.field(default_factory=lambda: ["last/mean/norm"])
     output: str = "embeddings.parquet"
 
@@ -65,6 +68,19 @@ class EmbedArguments(ImageArguments):
         if not self.features:
             raise ValueError("features must name at least one kind, such as last/mean/norm")
         self.features = list(dict.fromkeys(str(FeatureSpec.parse(text)) for text in self.features))
+
+
+@dataclass
+class _Extracted:
+    """Features of `count` images in parts, the rows of those that are broken, and what the images are called.
+
+    about: number of a part → (names, labels or None) of its images, with the broken ones.
+    """
+
+    count: int
+    stores: list[Parts]
+    broken: list[int]
+    about: Callable[[int], tuple[list[str], list | None]]
 
 
 @dataclass
@@ -111,28 +127,66 @@ def embed(checkpoint: str | Path, **options) -> Embedded:
     specs = [FeatureSpec.parse(text) for text in source.features]
     for spec in specs:
         extract.encoder.check(spec)
-    columns = source.parts(), source.labels
-    images, account = load_described(source.dataset, source.split, False, *columns)
+    if source.streaming and extract.num_workers > 1:
+        raise ValueError(
+            f"num_workers must be 0 or 1 with streaming, so that images keep their order, not {extract.num_workers}"
+        )
+    images, account = load_described(source.dataset, source.split, source.streaming, source.parts(), source.labels)
     about = describe(checkpoint, extract, source) | {"labels": account.labels}
-    split = Images(images, f"{source_name(source.dataset)}, split {source.split}")
     partial = formats.partial_of(output)
-    _check_room(output, extract, specs, len(split))
+    begun = about | {"device": extract.encoder.device.type}
+    if source.streaming:
+        check_first(images, extract)
+    else:
+        images = Images(images, f"{source_name(source.dataset)}, split {source.split}").images
+        _check_room(output, extract, specs, 2 * len(images))
+        begun |= {"contents": _contents(images)}
     partial.mkdir(exist_ok=True)
     with locked(partial, "output"):
-        _begin(partial, about | {"device": extract.encoder.device.type, "contents": _contents(split.images)}, output)
-        stores = [Parts(partial / str(spec).replace("/", "-"), len(split)) for spec in specs]
-        if missing := sorted({number for store in stores for number in store.missing()}):
-            extract.fill(split, specs, stores, missing)
-        rows = np.ones(len(split), dtype=bool)
-        rows[broken := stores[0].broken()] = False
-        if broken:
-            extract.leave_out(split, broken)
-        about |= {"images": len(split), "broken_images_left_out": len(broken)}
-        features = _columns(split, source.features, about["shapes"])
+        _begin(partial, begun, output)
+        extracted = (_read_through if source.streaming else _fill)(images, extract, specs, partial, source)
+        count = extracted.count - len(extracted.broken)
+        about |= {"images": count, "broken_images_left_out": len(extracted.broken)}
+        features = _columns(images.features, source.features, about["shapes"])
         about |= {"classes": getattr(features.get("label"), "names", None)}
-        formats.write(output, _tables(split, stores, rows, features, source), features, about, partial)
+        formats.write(output, _tables(extracted, features), features, about, partial)
     shutil.rmtree(partial)
-    return Embedded(output, source.features, len(split), len(broken), time.perf_counter() - start)
+    return Embedded(output, source.features, count, len(extracted.broken), time.perf_counter() - start)
+
+
+def _stores(specs: Sequence[FeatureSpec], partial: Path, count: int) -> list[Parts]:
+    return [Parts(partial / str(spec).replace("/", "-"), count) for spec in specs]
+
+
+def _fill(images: Dataset, extract: FeatureExtractor, specs, partial: Path, source: EmbedArguments) -> _Extracted:
+    """Extract the parts that are missing."""
+    stores, split = _stores(specs, partial, len(images)), Images(images, source_name(source.dataset))
+    if missing := sorted({number for store in stores for number in store.missing()}):
+        extract.fill(split, specs, stores, missing)
+    if broken := stores[0].broken():
+        extract.leave_out(split, broken)
+    root, table = local_folder(source.dataset), images.with_format("arrow")
+
+    def about(number: int) -> tuple[list[str], list | None]:
+        rows = range(number * cache.CHUNK, min((number + 1) * cache.CHUNK, len(images)))
+        part = table[rows.start : rows.stop]
+        return names_of(part["image"], rows, root), part["label"].to_pylist() if "label" in images.features else None
+
+    return _Extracted(len(images), stores, broken, about)
+
+
+def _read_through(images, extract: FeatureExtractor, specs, partial: Path, source: EmbedArguments) -> _Extracted:
+    """Read the stream, from its first image, and extract the parts that are missing."""
+    parts = StreamedParts(partial / "rows")
+    count = extract_stream(extract, images, specs, _stores(specs, partial, 0), parts)
+    _check_room(partial, extract, specs, count)
+    stores, root = _stores(specs, partial, count), local_folder(source.dataset)
+
+    def about(number: int) -> tuple[list[str], list | None]:
+        part = parts.read(number)
+        return [below(root, name) for name in part["names"]], part["labels"]
+
+    return _Extracted(count, stores, stores[0].broken(), about)
 
 
 def describe(checkpoint: str | Path, extract: FeatureExtractor, source: EmbedArguments) -> dict[str, Any]:
@@ -152,6 +206,7 @@ def describe(checkpoint: str | Path, extract: FeatureExtractor, source: EmbedArg
         "split": source.split,
         "image_column": source.image_column,
         "missing_modality": source.missing_modality,
+        **({"streaming": True} if source.streaming else {}),
         "versions": installed_versions(),
     }
 
@@ -179,17 +234,17 @@ def _contents(images) -> str:
 
 
 def _check_room(output: Path, extract: FeatureExtractor, specs: Sequence[FeatureSpec], count: int):
-    """Raise ValueError if the disk has no room for the parts and the file that is made of them."""
-    needed = 2 * 4 * count * sum(int(np.prod(extract.row_shape(spec))) for spec in specs)
+    """Raise ValueError if the disk has no room for the features of so many images."""
+    needed = 4 * count * sum(int(np.prod(extract.row_shape(spec))) for spec in specs)
     if needed > (free := free_space(output.absolute().parent)):
         needed, free = (f"{size / 2**30:.1f} GiB" for size in (needed, free))
         raise ValueError(f"output {output} needs {needed} while it is written, and {free} are free there")
 
 
-def _columns(split: Images, kinds: Sequence[str], shapes: dict[str, list[int]]) -> Features:
+def _columns(known: Features, kinds: Sequence[str], shapes: dict[str, list[int]]) -> Features:
+    """The columns of the file. known: those of the source."""
     columns = {"name": Value("string"), "row": Value("int64")}
-    if "label" in split.images.column_names:
-        label = split.images.features["label"]
+    if (label := known.get("label")) is not None:
         columns["label"] = label if isinstance(label, ClassLabel) else Value("int64")
     for kind in kinds:
         feature = Value("float32")
@@ -199,22 +254,20 @@ def _columns(split: Images, kinds: Sequence[str], shapes: dict[str, list[int]]) 
     return Features(columns)
 
 
-def _tables(
-    split: Images, stores: Sequence[Parts], kept: np.ndarray, features: Features, source: EmbedArguments
-) -> Iterator[pa.Table]:
-    """The rows of the file, part by part. kept: which images of the source are in `split` still."""
-    root, start = local_folder(source.dataset), 0
-    images = split.images.with_format("arrow")
-    for number in range(stores[0].num_parts):
+def _tables(extracted: _Extracted, features: Features) -> Iterator[pa.Table]:
+    """The rows of the file, part by part, without broken images."""
+    kept = np.ones(extracted.count, dtype=bool)
+    kept[extracted.broken] = False
+    for number in range(extracted.stores[0].num_parts):
         chosen = kept[number * cache.CHUNK : (number + 1) * cache.CHUNK]
-        rows = np.flatnonzero(chosen) + number * cache.CHUNK
-        part = slice(start, start := start + len(rows))
-        columns = [names_of(images.select_columns("image")[part]["image"], rows, root), rows]
+        places = np.flatnonzero(chosen)
+        names, labels = extracted.about(number)
+        columns = [[names[place] for place in places], places + number * cache.CHUNK]
         if "label" in features:
-            labels = images.select_columns("label")[part]["label"].to_pylist()
+            labels = [labels[place] for place in places]
             columns.append([None if label is None or label < 0 else label for label in labels])
         arrays = [pa.array(column, field.type) for column, field in zip(columns, features.arrow_schema, strict=False)]
-        arrays += [_lists(store.read(number)[chosen]) for store in stores]
+        arrays += [_lists(store.read(number)[chosen]) for store in extracted.stores]
         yield pa.Table.from_arrays(arrays, schema=features.arrow_schema)
 
 
@@ -234,5 +287,9 @@ def names_of(column: pa.ChunkedArray, rows: Sequence[int], root: Path | None) ->
             column = pa.compute.struct_field(column, [0])
         values = pa.compute.struct_field(column, "path").to_pylist()
     names = (image_name({"path": path}, f"image {row}") for path, row in zip(values, rows, strict=True))
-    start = "" if root is None else f"{root}{os.sep}"
-    return [name.removeprefix(start) for name in names]
+    return [below(root, name) for name in names]
+
+
+def below(root: Path | None, name: str) -> str:
+    """The name of an image without the folder of the source."""
+    return name if root is None else name.removeprefix(f"{root}{os.sep}")

@@ -51,15 +51,15 @@ def write(search: Search, found: Sequence[Sequence[Found]], rows: list[dict], qu
         lines = csv.DictWriter(file, list(rows[0]))
         lines.writeheader()
         lines.writerows(rows)
-    images = search.collection.images()
+    shown = [group[:MOST_TILES] for group in found[:MOST_LINES]]
+    images = search.collection.images([image.row for group in shown for image in group])
     tiles = []
-    for number, group in enumerate(found[:MOST_LINES]):
-        line = (
-            [Tile(search.picture(search.query(queries[number])), ["query", Path(queries[number]).name], True)]
-            if queries
-            else []
-        )
-        for image in group[:MOST_TILES]:
+    for number, group in enumerate(shown):
+        line = []
+        if queries:
+            query = queries[number]
+            line.append(Tile(search.picture(search.query(query)), ["query", Path(query).name], True))
+        for image in group:
             caption = [image.name, *([image.label] if image.label else []), f"cosine {image.cosine:.3f}"]
             line.append(Tile(search.picture(images[image.row]["image"]), caption))
         tiles.append(line)
@@ -74,7 +74,7 @@ class Thumbnails(Sequence):
     """The pictures of some images of a collection, opened when they are asked for."""
 
     def __init__(self, search: Search, rows: Sequence[int]):
-        self.search, self.rows, self.images = search, rows, search.collection.images()
+        self.search, self.rows, self.images = search, rows, search.collection.images(rows)
 
     def __len__(self) -> int:
         return len(self.rows)

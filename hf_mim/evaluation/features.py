@@ -109,7 +109,7 @@ class FeatureExtractor:
         """Extract the chunks of these numbers, and write them to the stores, one for each spec."""
         chunks = [range(number * CHUNK, min((number + 1) * CHUNK, len(split))) for number in missing]
         batches = [rows[i : i + self.batch_size] for rows in chunks for i in range(0, len(rows), self.batch_size)]
-        images = _Decoded(split.images, self.encoder, self.crop, self.kept)
+        images = _Decoded(split.images, Decoder(self.encoder, self.crop, self.kept))
         images.decode_first(batches[0][0])  # raises before the bar if they have other channels than the encoder
         loader = DataLoader(
             images,
@@ -123,20 +123,24 @@ class FeatureExtractor:
         text = self.progress if isinstance(self.progress, str) else "features"
         with progress_bar(bool(self.progress), text, sum(map(len, chunks)), " images") as bar:
             for rows, (pixels, decoded) in zip(batches, loader, strict=True):
-                features = self.encoder.extract(self.encoder.preprocess(pixels), specs)
-                for spec, store, tensor in zip(specs, stores, features, strict=True):
-                    if not tensor.isfinite().all():
-                        raise ValueError(
-                            f"features {spec} of {self.encoder.name} hold numbers that are not finite: the checkpoint "
-                            f"is broken, or they overflow in {self.encoder.dtype}"
-                        )
-                    store.write(rows, tensor)
+                self.write(pixels, rows, specs, stores)
                 broken += [row for row, good in zip(rows, decoded.tolist(), strict=True) if not good]
                 if (rows[-1] + 1) % CHUNK == 0 or rows[-1] + 1 == len(split):
                     for store in stores:
                         store.commit(rows[-1] // CHUNK, broken)
                     broken = []
                 bar.update(len(rows))
+
+    def write(self, pixels: Tensor, rows: Sequence[int], specs: Sequence[FeatureSpec], stores: Sequence[FeatureStore]):
+        """Write the features of decoded images `[B, C, h, w]` to the stores, one for each spec."""
+        features = self.encoder.extract(self.encoder.preprocess(pixels), specs)
+        for spec, store, tensor in zip(specs, stores, features, strict=True):
+            if not tensor.isfinite().all():
+                raise ValueError(
+                    f"features {spec} of {self.encoder.name} hold numbers that are not finite: the checkpoint is "
+                    f"broken, or they overflow in {self.encoder.dtype}"
+                )
+            store.write(rows, tensor)
 
     def leave_out(self, split, broken: list[int]):
         """Drop images that could not be decoded from the split, with a warning. Raises as `__call__`."""
@@ -166,22 +170,15 @@ class FeatureExtractor:
         return Path(self.cache) / fingerprint(about)
 
 
-class _Decoded(Dataset):
-    """Image → (uint8 or float32 in 0..255 [C, h, w], whether it could be decoded), for DataLoader."""
+class Decoder:
+    """`decoder(row, value)`: a value of an image column, of this row of the source → (uint8 or float32 in 0..255
+    [C, h, w] as the encoder takes it, whether it could be decoded)."""
 
-    def __init__(self, images, encoder: FrozenEncoder, crop, kept=None):
-        self.images, self.crop, self.kept, self.first = images.select_columns("image"), crop, kept, {}
+    def __init__(self, encoder: FrozenEncoder, crop, kept=None):
+        self.crop, self.kept = crop, kept
         self.size, self.num_channels, self.value_range = encoder.image_size, encoder.num_channels, encoder.value_range
 
-    def decode_first(self, row: int):
-        self.first = {row: self.__getitems__([row])[0]}
-
-    def __getitems__(self, rows: Sequence[int]) -> list[tuple[Tensor, bool]]:
-        return [self._decode(row, value) for row, value in zip(rows, self.images[rows]["image"], strict=True)]
-
-    def _decode(self, row: int, value) -> tuple[Tensor, bool]:
-        if row in self.first:
-            return self.first[row]
+    def __call__(self, row: int, value) -> tuple[Tensor, bool]:
         try:
             with decoding(image_name(value, f"image {row}")):
                 return scale_pixels(self._load(row, value), self.value_range), True
@@ -192,3 +189,17 @@ class _Decoded(Dataset):
         if self.kept is not None:
             return self.kept.load(value, self.crop, self.size, self.num_channels, row, self.value_range)
         return load_crop(value, self.crop, self.size, self.num_channels, crop_rng(0, 0, row), self.value_range)
+
+
+class _Decoded(Dataset):
+    """The decoded images of a dataset, for DataLoader."""
+
+    def __init__(self, images, decoder: Decoder):
+        self.images, self.decoder, self.first = images.select_columns("image"), decoder, {}
+
+    def decode_first(self, row: int):
+        self.first = {row: self.__getitems__([row])[0]}
+
+    def __getitems__(self, rows: Sequence[int]) -> list[tuple[Tensor, bool]]:
+        values = zip(rows, self.images[rows]["image"], strict=True)
+        return [self.first[row] if row in self.first else self.decoder(row, value) for row, value in values]

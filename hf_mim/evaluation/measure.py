@@ -113,7 +113,7 @@ class EncoderArguments:
 # Options that change no number. The names of files have the data anyway.
 UNDECIDING = {"device", "extract_batch_size", "num_workers", "cache", "output", "output_dir", "beside"}
 UNNAMED = UNDECIDING | {"dataset", "test"}
-OF_THE_WRITER = ("_name_or_path", "transformers_version")  # in a config: who wrote it and where
+OF_THE_WRITER = ("_name_or_path", "transformers_version", "auto_map")  # in a config: who wrote it, where and with what
 
 
 class Evaluation:

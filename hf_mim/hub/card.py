@@ -131,12 +131,29 @@ def write_card(folder: str | Path, repo_id: str | None = None, license: str | No
     return path
 
 
+def unedited(folder: str | Path) -> bool:
+    """Whether a checkpoint has the card that `write_card` would write now, so that a new one loses nobody's words."""
+    path = Path(folder) / CARD
+    if not path.is_file():
+        return False
+    return ModelCard.load(path).content.strip() == model_card(folder, _pushed_as(folder)).content.strip()
+
+
+def refresh_card(folder: str | Path) -> Path:
+    """Write the card anew, under the name on the Hub that the recipe has."""
+    return write_card(folder, _pushed_as(folder))
+
+
+def _pushed_as(folder: str | Path) -> str | None:
+    return RunFacts.read(folder).recipe.get("hub_model_id")
+
+
 def _metadata(name: str, facts: RunFacts, method: Method, dataset: str, license: str | None) -> ModelCardData:
     tags = ["hf_mim", "masked-image-modeling", "self-supervised-learning", method.title.lower().replace(" ", "-")]
     results = [eval_result(result) for result in facts.own_results.values() if result.value is not None]
     return ModelCardData(
         model_name=name,
-        library_name="transformers",
+        library_name="transformers" if getattr(facts.config, "auto_map", None) else "hf_mim",
         pipeline_tag="image-classification" if facts.is_classifier else "image-feature-extraction",
         license=license,
         datasets=[dataset] if is_hub_name(dataset) else None,

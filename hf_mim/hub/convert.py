@@ -83,7 +83,7 @@ class Conversion:
     @classmethod
     def of(cls, checkpoint: Checkpoint, method: str | None = None, prefix: str | None = None, **settings):
         """As `read`, of a checkpoint that is read already."""
-        layout = recognise(checkpoint, method, prefix)
+        layout = recognise(checkpoint, method, prefix, settings.get("image_size"))
         given = check_settings(settings, layout.method)
         told, assumed = infer(layout, given)
         config = layout.config_class(**told | assumed | given)

@@ -22,7 +22,7 @@ from hf_mim.evaluation.checkpoint import (
 )
 from hf_mim.files import check_destination, new_folder
 from hf_mim.hub.onnx import check_onnx, write_onnx
-from hf_mim.hub.remote_code import write_remote_code
+from hf_mim.hub.remote_code import processor_map, write_remote_code
 from hf_mim.hub.space import MODEL, write_space
 from hf_mim.hub.timm_vit import write_timm
 from hf_mim.hub.transformers_vit import write_transformers
@@ -125,6 +125,5 @@ def write_processor(path: Path | None, folder: Path, to: str):
     elif to == "transformers":
         transformers_processor(MIMImageProcessor.from_dict(settings)).save_pretrained(folder)
     else:
-        code = MIMImageProcessor.__module__.rpartition(".")[2]
-        settings["auto_map"] = {"AutoImageProcessor": f"{code}.{MIMImageProcessor.__name__}"}
+        settings["auto_map"] = processor_map()
         (folder / FILES[0]).write_text(json.dumps(settings, indent=2) + "\n")

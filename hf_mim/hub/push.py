@@ -9,7 +9,7 @@ import time
 from concurrent import futures
 from pathlib import Path
 
-from huggingface_hub import set_client_factory, upload_folder
+from huggingface_hub import constants, set_client_factory, upload_folder
 from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
 from huggingface_hub.utils import _http
 from transformers.trainer_utils import HubStrategy
@@ -17,7 +17,9 @@ from transformers.utils import logging
 
 from hf_mim.files import PARTIAL, replacing
 from hf_mim.hub.card import write_card
-from hf_mim.run_folder import CHECKPOINT
+from hf_mim.hub.remote_code import add_code
+from hf_mim.methods import of_config
+from hf_mim.run_folder import CHECKPOINT, CONFIG
 
 logger = logging.get_logger(__name__)
 
@@ -80,7 +82,7 @@ class HubTrainer:
 
     def push_to_hub(
         self,
-        commit_message: str = "End of training",
+        commit_message: str | None = None,
         blocking: bool = True,
         token: str | None = None,
         revision: str | None = None,
@@ -89,15 +91,17 @@ class HubTrainer:
     ):
         """Save the model and upload the folder without its checkpoints, as Trainer does. Call it on every process.
 
-        The folder is complete before anything is sent. Returns None if the upload failed. `kwargs` go to
+        The folder is complete before anything is sent, with the model's code. The address is printed. Returns None if
+        the upload failed. commit_message: default: the method, the step, and what goes up. `kwargs` go to
         `create_model_card`. What is raised while this waits, such as by a signal, ends the wait at once.
         """
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
         self.save_model(_internal_call=True)
         self.save_state()
-        self.create_model_card(**kwargs)
+        self._complete(**kwargs)
         if not self.is_world_process_zero():
             return None
+        commit_message = commit_message or self._message("weights, card, results and pictures")
         try:
             if self.hub_model_id is None:
                 self.init_hf_repo(token, private)
@@ -106,7 +110,9 @@ class HubTrainer:
             settings |= {"run_as_future": not blocking, "ignore_patterns": NOT_UPLOADED}
             # In a thread: the client waits for its own threads before it lets an exception through.
             upload = futures.ThreadPoolExecutor(1).submit
-            return upload(self._upload, self.args.output_dir, commit_message, **settings).result()
+            done = upload(self._upload, self.args.output_dir, commit_message, **settings).result()
+            print(f"The model {'is' if blocking else 'goes'} up at {constants.ENDPOINT}/{self.hub_model_id}")
+            return done
         except UPLOAD_ERRORS as error:
             self._warn(error)
             return None
@@ -128,20 +134,32 @@ class HubTrainer:
                 with replacing(Path(self.args.output_dir) / path.name) as aside:
                     shutil.copy(path, aside)
         self.save_state()
-        self.create_model_card()
+        self._complete()
         try:
             if self.hub_model_id is None:
                 self.init_hf_repo()
-            message = f"Training in progress, step {self.state.global_step}"
+            message = self._message("weights, card and logs, during the training")
             settings = {"run_as_future": True, "ignore_patterns": NOT_UPLOADED}
             self.uploads += (self._upload(self.args.output_dir, message, **settings),)
             if self.args.hub_strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
                 last = self.args.hub_strategy == HubStrategy.CHECKPOINT
                 name = "last-checkpoint" if last else Path(checkpoint_folder).name
                 settings = {"run_as_future": True, "path_in_repo": name, "ignore_patterns": UNFINISHED}
-                self.uploads += (self._upload(checkpoint_folder, f"{message}, checkpoint", **settings),)
+                message = self._message(f"the checkpoint to resume from, as {name}")
+                self.uploads += (self._upload(checkpoint_folder, message, **settings),)
         except UPLOAD_ERRORS as error:
             self._warn(error)
+
+    def _complete(self, **kwargs):
+        """Put the model's code and a new card beside the checkpoint. The card says whether the code is there."""
+        if self.is_world_process_zero() and (Path(self.args.output_dir) / CONFIG).is_file():
+            add_code(Path(self.args.output_dir))
+        self.create_model_card(**kwargs)
+
+    def _message(self, what: str) -> str:
+        """What a commit holds, for those who read the history of the repository."""
+        model = self.accelerator.unwrap_model(self.model)
+        return f"{of_config(model.config).title}, step {self.state.global_step:,} of {self.state.max_steps:,}: {what}"
 
     def _upload(self, folder: str, message: str, **kwargs):
         settings = {"token": self.args.hub_token, "revision": self.args.hub_revision} | kwargs

@@ -22,7 +22,7 @@ from hf_mim.hub.prefixes import choose_prefix
 from hf_mim.hub.reading import Checkpoint, check_plain
 from hf_mim.hub.timm_vit import ACTIVATIONS
 from hf_mim.hub.transformers_vit import SHARED
-from hf_mim.models.configuration_vit import MIMConfig
+from hf_mim.models.configuration_vit import MIMConfig, pair
 
 # Dictionaries of the authors' files beside their networks.
 BESIDE = ("opt", "optimizer", "scaler", "loss_scaler", "args", "epoch", "loss")
@@ -85,8 +85,9 @@ class Layout:
         return "" if self.role == "encoder" else f"{self.model_class.base_model_prefix}."
 
 
-def recognise(checkpoint: Checkpoint, method: str | None = None, prefix: str | None = None) -> Layout:
-    """Recognise a checkpoint. `prefix` chooses one of several networks in it (`prefixes.py`).
+def recognise(checkpoint: Checkpoint, method: str | None = None, prefix: str | None = None, image_size=None) -> Layout:
+    """Recognise a checkpoint. `prefix` chooses one of several networks in it (`prefixes.py`). image_size: if it is
+    given, a side or (height, width).
 
     Raises ValueError if it is none that we know, cannot be of this method, or holds several equal networks.
     """
@@ -98,7 +99,7 @@ def recognise(checkpoint: Checkpoint, method: str | None = None, prefix: str | N
     if prefix == "":  # an optimizer and the like lie beside networks that have no name of their own
         inside = {key: x for key, x in inside.items() if key.partition(".")[0] not in BESIDE}
     state, folded = fold_layer_scale(check_plain(inside, checkpoint.name))
-    state, tokens = with_settled_tokens(state, checkpoint.config)
+    state, tokens = with_settled_tokens(state, checkpoint.config, image_size)
     layout = _layout(dataclasses.replace(checkpoint, state=state), method)
     layout.prefix, layout.others, layout.tokens, layout.folded = prefix, tuple(others), tokens, tuple(folded)
     layout.taken = tuple(f"{prefix}{key}" for key in inside if key not in {*layout.unread, *tokens})
@@ -106,13 +107,15 @@ def recognise(checkpoint: Checkpoint, method: str | None = None, prefix: str | N
 
 
 def with_settled_tokens(
-    state: dict[str, torch.Tensor], config: dict[str, Any]
+    state: dict[str, torch.Tensor], config: dict[str, Any], image_size=None
 ) -> tuple[dict[str, torch.Tensor], tuple[str, ...]]:
     """(the tensors of a ViT as ours has them, the names of those of a distillation token, which are left out).
 
     The position table keeps a row for the CLS token, of zeros if it had none, and rows for the patches. A row for the
     distillation token is dropped. Rows for registers are added to the registers themselves, named as in timm. `config`
     is that of timm.
+
+    Raises ValueError if nothing tells how many rows of the table are for patches: timm's has rows for registers or not.
     """
     positions = state.get("pos_embed")
     registers = next((key for key in REGISTERS if key in state), None)
@@ -123,7 +126,12 @@ def with_settled_tokens(
     count = state[registers].shape[-2] if registers and state[registers].ndim == 3 else 0
     all_prefix = has_cls + len(distilled) + count
     possible = [positions.shape[1] - num_prefix for num_prefix in (has_cls, all_prefix, 0)]
-    told = _num_patches(state, config)
+    told = _num_patches(state, config, image_size)
+    if told is None and registers == REGISTERS[0]:
+        raise ValueError(
+            f"image_size must be given (--set image_size=HEIGHT,WIDTH): beside {count} registers, the "
+            f"{positions.shape[1]} rows of pos_embed do not tell the grid, and there is no config.json that does"
+        )
     right = (number for number in possible if (_is_square(number) if told is None else number == told))
     num_prefix = positions.shape[1] - next(right, possible[0])
     cls = positions[:, :has_cls] if num_prefix else positions.new_zeros(1, has_cls, positions.shape[2])
@@ -139,10 +147,11 @@ def _is_square(number: int) -> bool:
     return number > 0 and math.isqrt(number) ** 2 == number
 
 
-def _num_patches(state: dict[str, torch.Tensor], config: dict[str, Any]) -> int | None:
-    """How many patches a timm folder's `config.json` tells; None if it does not."""
+def _num_patches(state: dict[str, torch.Tensor], config: dict[str, Any], image_size=None) -> int | None:
+    """How many patches the image size or a timm folder's `config.json` tells; None if neither does."""
     arguments = config.get("model_args")
     size = arguments.get("img_size") if isinstance(arguments, dict) else None
+    size = size if image_size is None else pair(image_size)
     filters = state.get("patch_embed.proj.weight")
     if not isinstance(size, list | tuple) or len(size) != 2 or filters is None or filters.ndim != 4:
         return None

@@ -153,7 +153,8 @@ class MIMPreTrainedModel(PreTrainedModel):
         """Also upload the files beside the weights, from the folder that the model was loaded from. transformers alone
         would write an empty card and leave out the image processor."""
         source = Path(self.name_or_path or working_dir)
-        for path in (path for pattern in BESIDE_WEIGHTS for path in source.glob(pattern)):
+        code = ["*.py"] if getattr(self.config, "auto_map", None) else []
+        for path in (path for pattern in (*BESIDE_WEIGHTS, *code) for path in source.glob(pattern)):
             if path.name.startswith("_"):  # it has paths of this machine
                 continue
             copy = Path(working_dir) / path.relative_to(source)

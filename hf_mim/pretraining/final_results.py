@@ -71,6 +71,11 @@ def load_split(
     except ValueError as error:
         kind = SplitNotFound if isinstance(error, SplitNotFound) else ValueError
         raise kind(named(error)) from error
+    if argument == "dataset" and account.absent:
+        raise ValueError(
+            f"dataset must have images in each folder that image_column names, to learn from, and split {split} has "
+            f"none in {' and '.join(account.absent)}"
+        )
     if account.revision is not None:
         setattr(run, f"{argument}_fingerprint", f"commit {account.revision}")
     return images, account

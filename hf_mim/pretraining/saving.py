@@ -177,7 +177,7 @@ class CheckpointTrainer:
         with self._gathered(), disk_errors(), aside as folder:
             super().save_model(folder and str(folder), _internal_call=True)
         if self.args.push_to_hub and not _internal_call:
-            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+            self.push_to_hub(revision=self.args.hub_revision)
 
     @contextlib.contextmanager
     def _gathered(self):

@@ -171,7 +171,11 @@ class FirstSteps(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.said = not state.is_world_process_zero
-        self.begun, self.start = (time.perf_counter(), state.global_step), None
+        self.begun = self.start = None
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        # Not when the training begins, because a probe may still measure then.
+        self.begun = self.begun or (time.perf_counter(), state.global_step)
 
     def on_step_end(self, args, state, control, **kwargs):
         if args.device.type == "cpu":

@@ -181,15 +181,17 @@ def test_features_are_hinted_at_if_they_are_no_better_than_untrained_ones_or_cha
         ("cuda", 147, ["about 1.5 days to go: 147 s a step"]),
     ],
 )
-def test_the_time_is_told_once_and_a_slow_cpu_is_hinted_at(device, seconds, lines, capsys, monkeypatch):
+def test_the_time_of_steps_is_told_once_and_a_slow_cpu_is_hinted_at(device, seconds, lines, capsys, monkeypatch):
     now = [0.0]
     monkeypatch.setattr(telling.time, "perf_counter", lambda: now[0])
     args = SimpleNamespace(device=SimpleNamespace(type=device), torch_compile=False)
     state = SimpleNamespace(is_world_process_zero=True, global_step=0, max_steps=1000)
     first = FirstSteps()
     first.on_train_begin(args, state, None)
-    for state.global_step in range(1, 201):
-        now[0] += seconds
+    now[0] = 1000.0  # a probe measures the features
+    for step in range(1, 201):
+        first.on_step_begin(args, state, None)
+        state.global_step, now[0] = step, now[0] + seconds
         first.on_step_end(args, state, None)
         if state.global_step % 50 == 0:
             first.on_log(args, state, None, logs={"loss": 1.0})

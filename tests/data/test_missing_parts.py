@@ -1,5 +1,7 @@
 """Images that lack a part (`missing_modality`)."""
 
+import shutil
+
 import numpy as np
 import pytest
 from datasets import Dataset, Features
@@ -14,6 +16,8 @@ from hf_mim.data.masks import load_masks
 from hf_mim.data.stacks import image_parts
 from hf_mim.data.value_range import find_value_range
 from hf_mim.models.pixels import EIGHT_BITS, ImageFormatError, ValueRange
+from hf_mim.pretraining.final_results import load_split
+from hf_mim.pretraining.recipe import RunArguments
 
 NAN = ValueRange((0.0,), (255.0,), "uint8", float("nan"))
 
@@ -36,9 +40,20 @@ def test_without_missing_modality_the_error_names_a_few_files(folder):
     with pytest.raises(ValueError, match="rgb/cat/2.png, rgb/dog/1.png, rgb/dog/3.png have no file .* 3 of 4 images"):
         load_images(folder, image_column="rgb,ir")
     (folder / "ir/cat/0.tif").unlink()
-    for missing in ("error", "zero"):
-        with pytest.raises(ValueError, match="there is no image in a folder ir, which image_column names"):
-            load_images(folder, image_column=image_parts("rgb,ir", missing))
+    with pytest.raises(ValueError, match="there is no image in a folder ir, which image_column names"):
+        load_images(folder, image_column="rgb,ir")
+
+
+def test_a_part_that_no_image_has_is_missing_in_each(folder):
+    """As in a test set of another instrument. A pretraining refuses it: there would be nothing to learn from."""
+    shutil.rmtree(folder / "ir")
+    images = load_images(folder, image_column=image_parts("rgb,ir", "zero"))
+    assert len(images) == 4 and all([*value.values()][1] is None for value in images["image"])
+    run = RunArguments(dataset=str(folder), image_column="rgb,ir", missing_modality="zero")
+    with pytest.raises(ValueError, match="^dataset must have images in each folder .* split train has none in ir"):
+        load_split(run, "dataset", "train")
+    run.test_dataset = str(folder)
+    assert len(load_split(run, "test_dataset", "train")[0]) == 4
 
 
 @pytest.mark.parametrize("streaming", [False, True])

@@ -12,8 +12,6 @@ from sklearn.metrics import jaccard_score, top_k_accuracy_score
 from transformers import Trainer, TrainingArguments, ViTConfig, ViTForImageClassification
 
 from hf_mim.evaluation.metrics import (
-    MeanIoU,
-    TopKAccuracy,
     boundary_f,
     boundary_map,
     class_iou,
@@ -24,6 +22,7 @@ from hf_mim.evaluation.metrics import (
     region_similarity,
     top_k_accuracy,
 )
+from hf_mim.evaluation.running_metrics import MeanIoU, TopKAccuracy
 
 
 def square(top, left, side=20, size=(60, 80)) -> np.ndarray:

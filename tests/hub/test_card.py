@@ -22,7 +22,7 @@ def test_a_card_of_each_method_parses_and_cites_its_papers(method, tmp_path):
     card = ModelCard.load(write_card(folder))
     title, papers = methods.get(method).title, list(methods.get(method).papers)
     data = card.data.to_dict()
-    assert (data["library_name"], data["pipeline_tag"]) == ("transformers", "image-feature-extraction")
+    assert (data["library_name"], data["pipeline_tag"]) == ("hf_mim", "image-feature-extraction")
     assert card.data.datasets == ["owner/photos"] and card.data.license is None
     assert title in section(card, method)
     assert {tag.removeprefix("arxiv:") for tag in card.data.tags if tag.startswith("arxiv:")} == set(papers)

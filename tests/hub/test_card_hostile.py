@@ -76,7 +76,7 @@ def test_hostile_text_in_every_field_stays_in_its_place(tmp_path, kind):
     for title, columns in {"Results": 4, "Results in full": 3, "Compute": 3}.items():
         assert {line.count("|") for line in section(card, title).splitlines() if "|" in line} == {columns}, title
     metadata = yaml.safe_load(card.content.split("\n---\n")[0].removeprefix("---\n"))
-    assert "license" not in metadata and metadata["library_name"] == "transformers"
+    assert "license" not in metadata and metadata["library_name"] == "hf_mim"
 
 
 def test_hostile_names_of_a_folder_and_a_repository_stay_in_their_strings(tmp_path):

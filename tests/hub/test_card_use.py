@@ -115,3 +115,19 @@ def test_the_list_of_cards_is_complete_and_the_template_is_the_one_in_use():
     listed = re.findall(r"\]\((\w+)/README\.md\)", (CARDS / "README.md").read_text())
     assert sorted(listed) == PUBLISHED and len(PUBLISHED) >= 4
     assert (CARDS / "template.md").read_text() == TEMPLATE.read_text()
+
+
+def test_an_evaluation_writes_the_card_again_unless_somebody_has_edited_it(tmp_path, monkeypatch):
+    import hf_mim
+    from hf_mim.hub.card import write_card
+
+    monkeypatch.setenv("HF_MIM_CACHE", str(tmp_path / "cache"))
+    folder = make_folder(tmp_path / "run", "mae", num_channels=1, image_mean=[0.5], image_std=[0.5])
+    options = dict(dataset="digits", train_images=40, test_images=20, beside=False)
+    card = write_card(folder)
+    assert hf_mim.evaluate("knn", folder, **options, k=3).value is not None
+    assert "3-NN" in card.read_text() or "| k | 3 |" in card.read_text()
+    edited = card.read_text() + "\nMy own words.\n"
+    card.write_text(edited)
+    hf_mim.evaluate("knn", folder, **options, k=5)
+    assert card.read_text() == edited

@@ -157,7 +157,9 @@ def test_registers_are_taken_with_their_rows_of_the_position_table_added(tmp_pat
     with_rows = torch.cat([positions[:, :1], rows, positions[:, 1:]], dim=1)
     for table, expected in ((positions, tokens), (with_rows, tokens + rows), (positions[:, 1:], tokens)):
         torch.save({"model": state | {"reg_token": tokens, "pos_embed": table}}, tmp_path / "reg.pth")
-        model = convert(tmp_path / "reg.pth", **HEADS)
+        with pytest.raises(ValueError, match=rf"image_size must be given .* 4 registers, the {table.shape[1]} rows"):
+            convert(tmp_path / "reg.pth", **HEADS)
+        model = convert(tmp_path / "reg.pth", **HEADS, image_size=32)
         assert model.config.num_register_tokens == 4 and model.config.num_prefix_tokens == 5
         assert torch.equal(model.embeddings.register_tokens, expected)
         held = model.embeddings.position_embeddings.table

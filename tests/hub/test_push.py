@@ -104,7 +104,9 @@ def test_every_checkpoint_goes_up_though_the_run_folder_keeps_only_the_last(hub,
     assert [path.name for path in run.glob("checkpoint-*")] == ["checkpoint-4"]
     files = hub.files("tester/digits")
     assert {"checkpoint-2/optimizer.pt", "checkpoint-4/optimizer.pt"} <= files.keys()
-    assert hub.messages[0] == "Training in progress, step 2" and hub.messages[-1] == "End of training"
+    assert hub.messages[0] == "MAE, step 2 of 4: weights, card and logs, during the training"
+    assert hub.messages[1] == "MAE, step 2 of 4: the checkpoint to resume from, as checkpoint-2"
+    assert hub.messages[-1] == "MAE, step 4 of 4: weights, card, results and pictures"
     early = hub.repos["tester/digits"][1][1]
     halfway = load(files["checkpoint-2/model.safetensors"])
     assert all(torch.equal(tensor, halfway[name]) for name, tensor in load(early["model.safetensors"]).items())
@@ -200,7 +202,10 @@ def test_uploads_that_fail_during_training_are_told_and_the_last_one_makes_up_fo
     hub.failing = None
     process.communicate("\n")
     assert process.returncode == 0
-    assert hub.messages[-1] == "End of training" and hub.files("tester/patchy").keys() >= WHOLE
+    assert (
+        hub.messages[-1].endswith("step 4 of 4: weights, card, results and pictures")
+        and hub.files("tester/patchy").keys() >= WHOLE
+    )
 
 
 @pytest.mark.slow
@@ -227,6 +232,21 @@ PUSH_FOLDER = "import sys; from huggingface_hub import *; create_repo(sys.argv[1
 
 
 PUSH_FOLDER += "folder_path=sys.argv[2])"
+
+
+@pytest.mark.slow
+def test_a_pushed_run_loads_where_hf_mim_is_not_by_the_lines_that_the_hub_shows(hub, pushed, tmp_path):
+    """For `library_name: transformers` and an `auto_map`, these are `from_pretrained(name, trust_remote_code=True)`."""
+    from transformers import AutoModel
+
+    run, done = pushed
+    assert f"The model is up at {hub.address}/tester/digits" in done.stdout
+    assert ModelCard(hub.files("tester/digits")["README.md"].decode()).data.library_name == "transformers"
+    pull = start(hub, tmp_path, "-c", PULL_REMOTE_CODE, "tester/digits", tmp_path / "features.pt")
+    assert pull.returncode == 0, pull.stderr
+    pulled = torch.load(tmp_path / "features.pt")
+    ours = AutoModel.from_pretrained(run).eval()(torch.linspace(-1, 1, 1024).reshape(1, 1, 32, 32)).pooler_output
+    torch.testing.assert_close(pulled, ours, atol=1e-6, rtol=0)
 
 
 @pytest.mark.slow

@@ -161,6 +161,7 @@ def test_a_signal_ends_the_last_upload_at_once(tmp_path, told):
     trainer = Refused(tmp_path)
     trainer.callback_handler, trainer.state, trainer.control = mock.Mock(), None, None
     trainer.save_model = trainer.save_state = trainer.create_model_card = trainer.init_hf_repo = mock.Mock()
+    trainer._message = mock.Mock(return_value="MAE, step 3 of 3")
     over = threading.Event()
     trainer._upload = mock.Mock(side_effect=lambda *words, **more: over.wait(20))
     threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGTERM)).start()

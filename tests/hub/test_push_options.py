@@ -1,5 +1,6 @@
 """The options of the Hub reach the calls that make the repository and upload, in this process."""
 
+import json
 import types
 from concurrent import futures
 from pathlib import Path
@@ -69,6 +70,20 @@ def test_a_push_waits_for_no_other_if_all_are_asked_for(hub, tmp_path, always, u
     hub.done = False
     train(tmp_path, hub_always_push=always)
     assert len(hub.uploaded) == uploads
+
+
+def test_the_history_of_the_repository_says_what_each_commit_holds(hub, tmp_path):
+    train(tmp_path, hub_strategy="checkpoint")
+    messages = [settings["commit_message"] for _, settings in hub.uploaded]
+    assert messages[0] == "MAE, step 1 of 3: weights, card and logs, during the training"
+    assert messages[-1] == "MAE, step 3 of 3: the checkpoint to resume from, as last-checkpoint"
+
+
+def test_the_code_lies_beside_the_weights_before_they_go_up(hub, tmp_path):
+    train(tmp_path, hub_strategy="every_save")
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert config["auto_map"]["AutoModel"] == "modeling_mae.MAEModel"
+    assert (tmp_path / "run" / "modeling_mae.py").is_file() and (tmp_path / "run" / "vit.py").is_file()
 
 
 def test_nothing_goes_up_unless_that_is_asked_for(hub, tmp_path):

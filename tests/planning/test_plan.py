@@ -158,6 +158,13 @@ def test_a_size_is_planned_with_its_own_parts(method):
         (["tiny", "--images_per_step", "100", "--devices", "64"], "images_per_step 100 is no multiple"),
         (["tiny", "--image_size", "225"], "image_size must be divisible"),
         (["digits_mae"], "images must be given"),
+        (
+            ["tiny", "--nodes", "2"],
+            "give devices, the number of all, and devices_per_node (default: 8): two nodes of 8",
+        ),
+        (["tiny", "--gpus-per-node", "4"], "plan has no option gpus_per_node; give devices"),
+        (["tiny", "--link_gbps", "0"], "link_gbps must be two rates in Gbit/s, inside a node and between two"),
+        (["tiny", "--link_gbps", "0,400"], "link_gbps must be above 0"),
     ],
 )
 def test_a_mistake_is_one_line_and_status_2(capsys, arguments, message):
