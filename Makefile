@@ -5,7 +5,7 @@ INSTALLED := .venv/installed
 # The models here are too small to gain from threads, which wait for each other as soon as the machine has other work.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: pretrain test test-slow test-oldest lint types docs format
+.PHONY: pretrain test test-slow test-browser test-oldest lint types docs format
 pretrain: $(INSTALLED)
 	$(BIN)/hf-mim pretrain training/recipes/textures_mae.yaml
 
@@ -14,6 +14,12 @@ test: $(INSTALLED)
 
 test-slow: $(INSTALLED)
 	$(BIN)/python -m pytest -m slow -n auto --timeout 3600
+
+# The demo and the report in a browser. PyPI has none; any Chromium or Chrome on the PATH will do.
+CHROMIUM := $(shell command -v chromium || command -v chromium-browser || command -v google-chrome)
+test-browser: .venv-browser/installed
+	@test -n "$(CHROMIUM)" || { echo "no Chromium here; on Debian: apt-get install chromium" >&2; exit 1; }
+	.venv-browser/bin/python -m pytest -m slow --timeout 900 tests/demo/test_browser.py tests/report/test_in_browser.py
 
 # The same fast tests with the oldest releases that setup.cfg allows.
 test-oldest: .venv-oldest/installed
@@ -43,6 +49,13 @@ $(INSTALLED): setup.cfg pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install torch==2.13.0
 	$(BIN)/python -m pip install -c constraints.txt -e .[dev]
+	touch $@
+
+# Without constraints.txt: gradio takes older releases of Pillow than the other tests do.
+.venv-browser/installed: setup.cfg pyproject.toml
+	test -x .venv-browser/bin/python || $(PYTHON) -m venv .venv-browser
+	.venv-browser/bin/python -m pip install torch==2.13.0
+	.venv-browser/bin/python -m pip install -e .[browser]
 	touch $@
 
 .venv-oldest/installed: setup.cfg pyproject.toml constraints-oldest.txt

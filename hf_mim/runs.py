@@ -17,6 +17,7 @@ from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from hf_mim.comparison import COLORS, MARKERS
+from hf_mim.data.stacks import ZERO
 from hf_mim.evaluation.result import Result, format_number, format_table
 from hf_mim.files import replacing
 from hf_mim.hub.card import OF_THE_MACHINE
@@ -230,12 +231,21 @@ class RunComparison:
         return paths
 
 
+def _setting(recipe: dict, name: str):
+    """A setting as it is compared. NaN is text, for it is not equal to itself; None where it only says that parts of
+    images may be missing."""
+    value = recipe.get(name)
+    if name != "nodata" or value == value:
+        return value
+    return None if recipe.get("missing_modality") == ZERO else "values that are not finite"
+
+
 def compare(runs: Sequence[Run]) -> RunComparison:
     """The settings in which runs differ, what the training took, and the results that one of them has at least."""
     names = _short_names([run.folder for run in runs])
     known = dict.fromkeys(name for run in runs for name in run.recipe)
     compared = [name for name in known if not name.startswith((*OF_THE_MACHINE, *NOT_COMPARED))]
-    settings = {name: [run.recipe.get(name) for run in runs] for name in compared}
+    settings = {name: [_setting(run.recipe, name) for run in runs] for name in compared}
     settings = {name: values for name, values in settings.items() if any(x != values[0] for x in values)}
     for name in settings.keys() & {"dataset", "test_dataset"}:
         settings[name] = [None if value is None else last_name(value) for value in settings[name]]

@@ -4,6 +4,7 @@ import importlib
 import json
 import shutil
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ from hf_mim.data import ImageDataset, WholeImage, load_images
 from hf_mim.data.processor import image_processor
 from hf_mim.data.stacks import image_parts
 from hf_mim.demo.actions import Demo
+from hf_mim.embeddings.search import Search
 from hf_mim.evaluation.encoder import FrozenEncoder
 from hf_mim.models.modeling_interactive_mim import InteractiveMIMForPreTraining
 from hf_mim.models.pixels import ValueRange
@@ -143,6 +145,8 @@ def test_show_and_the_demo_read_images_of_parts(script, source, tmp_path):
     (run / RECIPE).write_text(json.dumps(settings))
     demo = Demo.load(run)
     assert len(demo.thumbnails()) == 8 and {*demo.examples[0]} == {"luma:", "chroma:"}
+    picked, told = demo.pick(str(next(two.rglob("chroma/**/*.npy"))))
+    assert picked is None and "This model takes one file with the channels of luma and chroma." in told
     words = ["show", str(run), str(two), "--image_column", "luma,chroma", "--what", "pca", "--count", "2"]
     assert main([*words, "--output", str(tmp_path / "pictures")]) == 0
     assert (tmp_path / "pictures" / "pca.png").exists()
@@ -238,6 +242,31 @@ def test_a_run_on_8_bit_rgb_and_16_bit_infrared_and_what_its_checkpoint_makes_of
     stack = load_images(two, image_column="rgb,ir")[7]["image"]
     read = encoder.preprocess(Viewer(encoder).read([stack]).pixels)
     torch.testing.assert_close(read[0], pixels, rtol=1e-4, atol=1e-4)
+
+
+def test_a_query_is_found_by_the_file_of_one_of_its_parts(script, source, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_MIM_CACHE", str(tmp_path / "cache"))
+    run, two = tmp_path / "run", tmp_path / "two"
+    script.main(str(source), str(two))
+    config = Recipe.resolve(SETTINGS | {"dataset": str(two), "output_dir": str(run)}).config()
+    InteractiveMIMForPreTraining(config).save_pretrained(run)
+    nodata = ValueRange((0.0,), (255.0,), "uint8", float("nan"))
+    image_processor((16, 16), [0.5] * 3, [0.5] * 3, nodata).save_pretrained(run)
+    parts = {"image_column": "luma,chroma", "missing_modality": "zero"}
+    search = Search(run, two / "train", k=1, cache="none", **parts)
+    file = sorted((two / "train/luma").rglob("*.npy"))[3]
+    for query in (file, Path(str(file).replace("luma", "chroma"))):
+        ((nearest,),) = search.nearest([query])
+        assert nearest.cosine > 0.9999 and nearest.name == str(file.relative_to(two / "train"))
+    (alone := tmp_path / "alone" / "luma").mkdir(parents=True)
+    shutil.copy(file, alone / "1.npy")
+    assert {key: bool(held) for key, held in search.query(str(alone / "1.npy")).items()} == {
+        "luma::zero": True,
+        "chroma::zero": False,
+    }
+    shutil.copy(str(file).replace("luma", "chroma"), tmp_path / "1.npy")
+    with pytest.raises(ValueError, match="with --image_column luma,chroma, a file in a folder with the name of its"):
+        search.nearest([tmp_path / "1.npy"])
 
 
 def test_a_modality_is_predicted_from_the_other_alone_and_compared_with_the_mean_of_the_training_images(

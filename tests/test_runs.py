@@ -96,6 +96,15 @@ def test_places_and_times_of_a_run_are_no_settings_that_differ(tmp_path):
     assert compare([Run.read(run) for run in runs]).settings == {}
 
 
+def test_a_value_that_is_not_a_number_is_equal_to_itself_and_told_in_words(tmp_path):
+    lacking = {"missing_modality": "zero", "nodata": float("nan")}  # the run has set it, not the user
+    runs = [Run.read(make_run(tmp_path / str(n), **about)) for n, about in enumerate((lacking, lacking, {}))]
+    assert compare(runs[:2]).settings == {}
+    assert "nodata" not in compare(runs).settings
+    stripes = Run.read(make_run(tmp_path / "stripes", nodata=float("nan")))
+    assert compare([runs[2], stripes]).settings == {"nodata": [None, "values that are not finite"]}
+
+
 def test_markdown_of_names_from_outside_stays_text(tmp_path):
     runs = [make_run(tmp_path / name, method=name) for name in ("a", "<b>|")]
     assert "<b>" not in compare(find_runs(tmp_path)).markdown() and len(runs) == 2

@@ -134,7 +134,8 @@ def _parsed(file) -> Header:
         raise ValueError(f"a DICOM file without pixels (modality {head.get('Modality', 'unknown')})")
     frames = int(head.get("NumberOfFrames") or 1)
     if frames * _frame_bytes(head, syntax) > file.seek(0, os.SEEK_END):
-        raise ValueError(f"its header says {frames} frames of {head.Columns} x {head.Rows}, and the file ends before")
+        told = f"{frames} frame{'' if frames == 1 else 's'} of {head.Columns} x {head.Rows}"
+        raise ValueError(f"its header says {told}, and the file ends before")
     bits, is_signed = head.get("BitsStored"), bool(head.get("PixelRepresentation", 0))
     if bits is not None and not 1 <= bits <= 32:
         raise ValueError(f"its BitsStored is {bits}")

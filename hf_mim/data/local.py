@@ -1,6 +1,7 @@
 """Files on this machine as a dataset: folders of images, tables, tars and `save_to_disk` folders, by split."""
 
 import contextlib
+import glob
 import os
 import tarfile
 from collections import Counter
@@ -27,7 +28,7 @@ from .folders import (
 from .frames import frames_of
 from .metadata import is_metadata, metadata_files, read_metadata
 from .names import canonical_split, group_folder
-from .stacks import Incomplete, files_of_parts, parts_of
+from .stacks import Incomplete, files_of_parts, keys_of, parts_of
 from .tars import look_into, read_tars
 
 
@@ -145,6 +146,26 @@ def _load_folder(
     elif labels == FOLDER:
         raise ValueError(f"labels={FOLDER!r} needs a folder for each of two classes at least, in {str(folder)!r}")
     return dataset, account
+
+
+def stack_beside(file: str, image_column: str | Incomplete) -> dict | None:
+    """The image that a file is a part of, as a value of the image column: with the files of the same name in the
+    folders of the other parts, or None where there is none. None for a file that is in no folder of a part.
+
+    Raises ValueError for a part that is there twice.
+    """
+    path, names = Path(file), list(parts_of(image_column))
+    places = [place for place, part in enumerate(path.parts[:-1]) if part in names]
+    if len(places) != 1 or not path.is_file():
+        return None
+    stack, pattern = {}, f"{glob.escape(path.stem)}.*"
+    for key, name in zip(keys_of(image_column), names, strict=True):
+        folder = Path(*path.parts[: places[0]], name, *path.parts[places[0] + 1 : -1])
+        found = [str(one) for one in sorted(folder.glob(pattern)) if file_type(str(one)) in IMAGE_EXTENSIONS]
+        if len(found) > 1:
+            raise ValueError(f"{found[0]} and {found[1]} are two files of one image; keep one of them")
+        stack[key] = {"bytes": None, "path": found[0]} if found else None
+    return stack
 
 
 def _without(files: list[dict[str, str | None]]) -> list[str]:

@@ -160,7 +160,7 @@ def _opened(stack: dict, num_channels: int | None, open_image: Callable) -> tupl
         else:
             raise ImageFormatError(
                 f"the row holds no {name}; leave such rows out, or give --missing_modality {ZERO}, which masks the "
-                "missing part as a whole"
+                "missing part as a whole (a cache cannot hold them)"
             )
     sizes = {name: f"{part.shape[1]}×{part.shape[0]}" for name, (part, _) in parts.items() if part is not None}
     if len(set(sizes.values())) > 1:
@@ -239,7 +239,7 @@ def files_of_parts(
             raise ValueError(
                 f"{first} {'have' if len(without) > 1 else 'has'} no file of the same name in a folder {name}; "
                 f"{some:,} of {len(images):,} images lack a part; --missing_modality {ZERO} takes them, with that part "
-                "masked as a whole"
+                "masked as a whole (a cache cannot hold them)"
             )
     ordered = sorted(images) if isinstance(image_column, Incomplete) else images  # or those without ir would be last
     return {image: {name: images[image].get(name) for name in names} for image in ordered}, left_out

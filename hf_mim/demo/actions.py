@@ -16,6 +16,7 @@ from hf_mim.demo.markup import enlarged, figure_html, message, panel, picture_of
 from hf_mim.embeddings.search import Search
 from hf_mim.methods import of_config
 from hf_mim.models.configuration_vit import MIMConfig
+from hf_mim.models.pixel_types import ImageFormatError
 from hf_mim.pretraining.layers import layered, settings_in
 from hf_mim.visualize.features import patch_box, place, plot_pca, plot_similarity
 from hf_mim.visualize.pictures import PICTURES, chosen_images, fitting_pictures
@@ -131,7 +132,10 @@ class Demo:
             self.viewer.read([image])
             frames = getattr(open_image(image, self.viewer.encoder.num_channels), "n_frames", 1)
         except REFUSED as error:
-            return None, message(reason(error, image))
+            modalities = getattr(self.viewer.encoder.model.config, "modality_channels", {})
+            parts = f". This model takes one file with the channels of {' and '.join(modalities)}."
+            several = isinstance(error, ImageFormatError) and len(modalities) > 1
+            return None, message(reason(error, image) + parts * several)
         rows, columns = self.viewer.grid
         note = message(f"The file holds {frames} pictures. The first is taken.") if frames > 1 else ""
         return Picked(image, (rows // 2 + 1, columns // 2 + 1)), note

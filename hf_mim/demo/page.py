@@ -47,7 +47,7 @@ class Page:
                         self.patch = clickable("Click on a patch", "patch")
                         with gr.Column(scale=2, min_width=240):
                             self.features = gr.HTML(min_height=120)
-                with gr.Tab("Nearest images", visible=demo.search is not None):
+                with gr.Tab("Nearest", visible=demo.search is not None):
                     self.nearest = gr.HTML(min_height=120)
         self.react(blocks)
 

@@ -55,7 +55,10 @@ def write(search: Search, found: Sequence[Sequence[Found]], rows: list[dict], qu
     images = search.collection.images([image.row for group in shown for image in group])
     tiles = []
     for number, group in enumerate(shown):
-        line = [Tile(search.picture(queries[number]), ["query", Path(queries[number]).name], True)] if queries else []
+        line = []
+        if queries:
+            query = queries[number]
+            line.append(Tile(search.picture(search.query(query)), ["query", Path(query).name], True))
         for image in group:
             caption = [image.name, *([image.label] if image.label else []), f"cosine {image.cosine:.3f}"]
             line.append(Tile(search.picture(images[image.row]["image"]), caption))

@@ -19,7 +19,9 @@ from hf_mim.data import CenterCrop, CenterWindow
 from hf_mim.data.crop import crop_rng, load_crop
 from hf_mim.data.decode import BrokenImage, decoding, image_name
 from hf_mim.data.images import Images
+from hf_mim.data.local import stack_beside
 from hf_mim.data.sources import load_images, source_name
+from hf_mim.data.stacks import is_stack, parts_of
 from hf_mim.embeddings.collection import EmbeddedCollection, Found, ImageCollection, Whitening, found
 from hf_mim.embeddings.embed import divided
 from hf_mim.embeddings.formats import Embeddings, read_about
@@ -28,6 +30,7 @@ from hf_mim.evaluation.features import LARGEST_TABLE
 from hf_mim.evaluation.knn import ROUNDING, nearest_neighbours, unit_vectors
 from hf_mim.evaluation.measure import EncoderArguments
 from hf_mim.evaluation.probe_training import parse_features
+from hf_mim.models.pixel_types import ImageFormatError
 from hf_mim.models.pixels import scale_pixels
 
 THUMBNAIL = 128  # pixels
@@ -106,27 +109,34 @@ class Search:
         if embedded is not None:
             embedded.check(self.features)
             self.collection = EmbeddedCollection(embedded, self.features, self.source.dataset, *place)
+            self.image_column = self.collection.image_column
         else:
             if self.source.dataset is not None:
                 raise ValueError(f"dataset tells where the images of embeddings are, and {where} holds none")
-            images = load_images(where, place[0] or "train", image_column=place[1])
+            images, self.image_column = load_images(where, place[0] or "train", image_column=place[1]), place[1]
             split = Images(images, f"{source_name(where)}, split {place[0] or 'train'}")
             self.collection = ImageCollection(split, where, self.extract, self.features)
         least(2, images=len(self.collection))
 
     def nearest(self, images: Sequence[str | Path | dict]) -> list[list[Found]]:
-        """For each image, a file or `{"bytes", "path"}`, the k nearest images of the collection, the nearest first.
+        """For each image, a file or a value of an image column, the k nearest images of the collection, the nearest
+        first.
 
         Raises:
-            ValueError: one is no image, or k is more than the images of the collection.
+            ValueError: one is no image, or lacks channels, or k is more than the images of the collection.
         """
         k = self.source.k
         if k > len(self.collection):
             raise ValueError(f"k must be at most the {len(self.collection)} images of the collection, not {k}")
-        rows = [image if isinstance(image, dict) else {"bytes": None, "path": str(image)} for image in images]
+        rows = [image if isinstance(image, dict) else self.query(str(image)) for image in images]
         for row in rows:
-            self.picture(row)  # raises
-        queries = Dataset.from_dict({"image": rows}, features=Features(image=ImageFeature(decode=False)))
+            self.check(row)
+        stacked = is_stack(rows[0])
+        if any(is_stack(row) != stacked for row in rows):
+            raise ValueError("queries must all be in folders of the parts of an image, or none of them")
+        feature = ImageFeature(decode=False)
+        features = Features(image={key: feature for key in rows[0]} if stacked else feature)
+        queries = Dataset.from_dict({"image": rows}, features=features)
         extract = self.extract.replace(cache=None, progress=False)
         whiten = Whitening.of(self.collection)
         features = whiten(extract(Images(queries), [self.features])[0])
@@ -138,6 +148,26 @@ class Search:
             cosines, order = cosines.sort(dim=1, descending=True, stable=True)
             best, start = (cosines[:, :k], places.gather(1, order)[:, :k]), start + len(part)
         return [found(self.collection, *pair) for pair in zip(best[1].tolist(), best[0].tolist(), strict=True)]
+
+    def query(self, file: str) -> dict:
+        """A file as a value of the image column. If it is in a folder of a part of the image, such as ir/, the files of
+        the other parts belong to it."""
+        stack = stack_beside(file, self.image_column) if parts_of(self.image_column) else None
+        return stack or {"bytes": None, "path": file}
+
+    def check(self, query: dict):
+        """Raise ValueError for a query that the encoder cannot take."""
+        try:
+            self.picture(query)
+        except ImageFormatError as error:
+            modalities = getattr(self.extract.encoder.model.config, "modality_channels", {})
+            if len(modalities) < 2 or is_stack(query):
+                raise
+            parts = ",".join(modalities)
+            raise ValueError(
+                f"{error}. An image of {parts} is one array of all channels; or, with --image_column {parts}, a file "
+                "in a folder with the name of its part (docs/modalities.md)"
+            ) from error
 
     def duplicates(self) -> list[list[Found]]:
         """Groups of near-duplicates, those with the highest cosine first.

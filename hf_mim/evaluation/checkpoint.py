@@ -8,7 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    StrictDataclassError,
+)
 from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoModel
@@ -22,6 +29,35 @@ LOADING_ERRORS = (OSError, ValueError, KeyError, RuntimeError, EOFError, Safeten
 LOADING_ERRORS += (StrictDataclassError,)
 # The names under which a config tells transformers what code it may run.
 NAMES_OF_CODE = ("auto_map", "custom_pipelines")
+NAME_ON_HUB = re.compile(r"[\w.-]+(/[\w.-]+)?")
+
+
+def from_hub(name: str, files: Sequence[str], kind: str = "folder") -> Path:
+    """The folder into which these files (patterns) at the top of a repository of the Hub were downloaded.
+
+    The Hub is asked once, while loaders of transformers ask for half a minute. Raises ValueError, in one line, if there
+    is neither a `kind` here nor a repository of this name.
+    """
+    here = f"there is no {kind} {name}"
+    if not NAME_ON_HUB.fullmatch(name):
+        raise ValueError(here)
+    try:
+        return Path(snapshot_download(name, allow_patterns=list(files), ignore_patterns=["*/*"]))
+    except RepositoryNotFoundError as error:
+        raise ValueError(f"{here}, and the Hub has no model of this name that you may see") from error
+    except LocalEntryNotFoundError as error:
+        raise ValueError(f"{here}, and the Hub cannot be reached") from error
+    except (HfHubHTTPError, HFValidationError, OSError) as error:
+        raise ValueError(f"{here}, and the Hub did not give it: {one_line(error, 200)}") from error
+
+
+def check_there(checkpoint: str | Path, argument: str = "checkpoint"):
+    """Raise ValueError, in one line that begins with `argument`, if there is no such folder and the Hub gives none."""
+    if not Path(checkpoint).exists():
+        try:
+            from_hub(str(checkpoint), ["config.json"])
+        except ValueError as error:
+            raise ValueError(f"{argument}: {error}") from error
 
 
 def load_whole(
@@ -49,6 +85,7 @@ def load_whole(
         ValueError: in one line: it is no such checkpoint, it is damaged, it needs code that is not trusted, or it lacks
             weights.
     """
+    check_there(checkpoint)
     if model_class.__module__.startswith("transformers.models.auto"):
         options["trust_remote_code"] = trust_remote_code
     try:

@@ -13,7 +13,14 @@ from transformers import AutoConfig, AutoModelForImageClassification
 
 import hf_mim  # noqa: F401 (registers the models)
 from hf_mim.checks import share
-from hf_mim.evaluation.checkpoint import LOADING_ERRORS, blocks_of, forget_code, load_whole, loading_failure
+from hf_mim.evaluation.checkpoint import (
+    LOADING_ERRORS,
+    blocks_of,
+    check_there,
+    forget_code,
+    load_whole,
+    loading_failure,
+)
 from hf_mim.models.configuration_vit import pair
 from hf_mim.trainer_utils import decayed_parameters
 
@@ -48,6 +55,7 @@ def load_classifier(
     """
     share("[0, 1)", drop_path=drop_path)
     checkpoint = str(checkpoint)
+    check_there(checkpoint)
     try:
         config = AutoConfig.from_pretrained(checkpoint, trust_remote_code=trust_remote_code)
         if not trust_remote_code:

@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoModelForImageClassification
 from hf_mim.data import CenterCrop
 from hf_mim.data.processor import InputSpec
 from hf_mim.data.sources import source_name
-from hf_mim.evaluation.checkpoint import LOADING_ERRORS, load_whole, loading_failure
+from hf_mim.evaluation.checkpoint import LOADING_ERRORS, check_there, load_whole, loading_failure
 from hf_mim.evaluation.encoder import FeatureSpec, FrozenEncoder
 from hf_mim.evaluation.inputs import forward_arguments, unmasked
 
@@ -36,6 +36,7 @@ class TrainedClassifier(FrozenEncoder):
 
     @staticmethod
     def _read(checkpoint: str, trust_remote_code: bool) -> nn.Module:
+        check_there(checkpoint, "CLASSIFIER")
         try:
             config = AutoConfig.from_pretrained(checkpoint, trust_remote_code=trust_remote_code)
         except LOADING_ERRORS as error:

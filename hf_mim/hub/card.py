@@ -18,6 +18,7 @@ from PIL import Image
 
 from hf_mim.checks import check_license
 from hf_mim.data.nodata import IGNORE_TAGS
+from hf_mim.data.stacks import ZERO
 from hf_mim.evaluation import PROTOCOLS
 from hf_mim.evaluation.result import Result
 from hf_mim.files import one_line, replacing
@@ -112,6 +113,7 @@ def model_card(folder: str | Path, repo_id: str | None = None, license: str | No
         bibtex_block=fenced(method.bibtex, "bibtex") if method.bibtex else "",
         steps=shown(facts.compute["Optimizer steps"]),
         data=shown(training_data(recipe, dataset, training)),
+        lacking=shown(_lacking_text(recipe, training)),
     )
 
 
@@ -249,7 +251,7 @@ def _augmentation(recipe: dict) -> dict[str, str]:
     for name in ("vertical_flip_probability", "rotate90", "color_jitter", "crop_pixels"):  # older recipes lack them
         value = recipe.get(name)
         told[name] = (size_text(value) if name == "crop_pixels" else shown(str(value))) if value else ""
-    told["value_range"], told["nodata"] = _range_text(recipe.get("value_range")), _nodata_text(recipe.get("nodata"))
+    told["value_range"], told["nodata"] = _range_text(recipe.get("value_range")), _nodata_text(recipe)
     return told if recipe else {}
 
 
@@ -263,11 +265,24 @@ def _range_text(value_range) -> str:
     return f"the values {', '.join(pairs)}{' of its channels, in this order,' if len(pairs) > 1 else ''}"
 
 
-def _nodata_text(nodata) -> str:
-    """The value of pixels without data in words; "" for none."""
-    if nodata in (None, IGNORE_TAGS):
+def _nodata_text(recipe: dict) -> str:
+    """Where an image has no data, in words; "" if it has data everywhere."""
+    nodata, places = recipe.get("nodata"), []
+    lacking = recipe.get("missing_modality") == ZERO
+    if nodata not in (None, IGNORE_TAGS):
+        finite = str(nodata) == "nan"
+        if not (finite and lacking):
+            places = ["a value is not finite" if finite else f"a value is {shown(nodata)} or not finite"]
+    return " and where ".join([*(["it lacks a modality"] if lacking else []), *places])
+
+
+def _lacking_text(recipe: dict, training: Result | None) -> str:
+    """How many images lacked a modality, in a sentence; "" if none could."""
+    if recipe.get("missing_modality") != ZERO:
         return ""
-    return "not finite" if str(nodata) == "nan" else f"{shown(nodata)} or not finite"
+    found = training.data.get("nodata") if training else None
+    count = "how many is not recorded" if found is None else f"without data are {words(found)}"
+    return f"Some of the images lack a modality, which is masked as a whole there: {count}."
 
 
 def recipe_text(recipe: dict, dataset: str) -> str:

@@ -12,6 +12,7 @@ from hf_mim.checks import one_of
 from hf_mim.data.processor import FILES, transformers_processor
 from hf_mim.evaluation.checkpoint import (
     LOADING_ERRORS,
+    check_there,
     check_unchanged,
     forget_code,
     load_whole,
@@ -85,6 +86,7 @@ def load_ours(checkpoint: str | Path) -> MIMPreTrainedModel:
     """The model of a checkpoint, in float32 and evaluation mode. Raises ValueError if it is not one of ours, or if its
     weights do not fit its config."""
     checkpoint = str(checkpoint)
+    check_there(checkpoint)
     try:
         config = AutoConfig.from_pretrained(checkpoint, trust_remote_code=False)
     except LOADING_ERRORS as error:

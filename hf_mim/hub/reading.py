@@ -9,10 +9,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-from hf_mim.files import listed, one_line, sha256
+from hf_mim.evaluation.checkpoint import from_hub
+from hf_mim.files import listed, sha256
 from hf_mim.hub.loading import load
 
 PICKLES = (".pth", ".pt", ".bin", ".tar", ".ckpt", ".th", ".pkl")
@@ -79,18 +78,13 @@ def read_checkpoint(source: str | Path) -> Checkpoint:
 
 def _download(repository: str) -> Path:
     """Download the files at the top of a repository: its safetensors, or its pickles if it has none."""
-    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", repository) or repository.endswith(EXTENSIONS):
+    if repository.endswith(EXTENSIONS):
         raise ValueError(f"there is no file or folder {repository}")
-    try:
-        for extensions in ((".safetensors",), PICKLES):
-            patterns = ["*.json", *(f"*{extension}" for extension in extensions)]
-            folder = Path(snapshot_download(repository, allow_patterns=patterns, ignore_patterns=["*/*"]))
-            if any(path.name.endswith(extensions) for path in folder.iterdir()):
-                break
-        return folder
-    except (HfHubHTTPError, LocalEntryNotFoundError, HFValidationError, OSError) as error:
-        reason = one_line(error)
-        raise ValueError(f"there is no file or folder {repository}, and the Hub did not give it: {reason}") from error
+    for extensions in ((".safetensors",), PICKLES):
+        folder = from_hub(repository, ["*.json", *(f"*{extension}" for extension in extensions)], "file or folder")
+        if any(path.name.endswith(extensions) for path in folder.iterdir()):
+            break
+    return folder
 
 
 def weight_files(folder: Path, name: str) -> list[Path]:

@@ -13,11 +13,10 @@ from typing import Any
 
 import torch
 from transformers import PreTrainedModel
-from transformers.utils import cached_file
 
 from hf_mim import methods
 from hf_mim.data.processor import read_processor
-from hf_mim.evaluation.checkpoint import checkpoint_sha256, load_encoder, load_whole
+from hf_mim.evaluation.checkpoint import checkpoint_sha256, from_hub, load_encoder, load_whole
 from hf_mim.files import listed
 from hf_mim.hub.convert import NORMALISATION, Conversion, setting_types
 from hf_mim.hub.fit import fit_tensor
@@ -197,8 +196,8 @@ def _config(name: str) -> dict[str, Any]:
     if Path(name).is_file():
         return {}
     with contextlib.suppress(OSError, ValueError):  # `read_checkpoint` says what is wrong
-        path = cached_file(name, "config.json", _raise_exceptions_for_missing_entries=False)
-        return read_json(Path(path)) if path else {}
+        folder = Path(name) if Path(name).is_dir() else from_hub(name, ["config.json"])
+        return read_json(folder / "config.json")
     return {}
 
 

@@ -131,6 +131,8 @@ def _facts(run: Run, facts: RunFacts | None) -> Iterator[tuple[str, str]]:
         yield "Input", words(f"{size_text(size)} pixels, channels: {channels}, patches of {size_text(patch)}")
     if recipe.get("dataset"):
         yield "Images", training_data(recipe, dataset_name(recipe, training), training)
+    if training and training.data.get("nodata"):
+        yield "Without data", words(training.data["nodata"])
     for name, title in {"init_from": "Started from", "target_from": "Frozen target"}.items():
         if recipe.get(name):
             yield title, source_text(recipe, name)

@@ -15,7 +15,7 @@ from hf_mim.run_folder import picture_path, read_recipe
 from hf_mim.visualize.features import plot_attention, plot_clusters, plot_pca, plot_similarity
 from hf_mim.visualize.neighbours import plot_map, plot_nearest, pooled
 from hf_mim.visualize.predictions import plot_masks, plot_noise, plot_prediction, plot_reconstructions
-from hf_mim.visualize.style import Picture
+from hf_mim.visualize.style import Picture, draw_rows
 from hf_mim.visualize.viewer import Viewer
 
 
@@ -25,6 +25,21 @@ def plot_map_of_images(model, images, seed: int = 0) -> Picture:
     features, view = pooled(viewer, rows)
     labels = [row.get("label", -1) if isinstance(row, dict) else -1 for row in rows]
     return plot_map(features, view.shown(), [-1 if label is None else label for label in labels], seed=seed)
+
+
+def plot_overview(model, images, seed: int = 0, position: bool = True) -> Picture:
+    """What a model predicts of images, and below it the features of their patches in colours, on one page.
+
+    The arguments are those of `plot_reconstructions` and `plot_pca`. Raises ValueError for an encoder alone.
+    """
+    viewer, images = Viewer.of(model), list(images)
+    if viewer.pretraining is None:
+        raise ValueError(f"overview needs the whole pretraining model, and {viewer.name} is an encoder alone")
+    plot_task = plot_reconstructions if viewer.predicts_pixels else plot_prediction
+    _, task, note, scales = plot_task(viewer, images, seed).drawn
+    _, features, about, _ = plot_pca(viewer, images, position=position).drawn
+    note = f"{note} Last row: {about[0].lower()}{about[1:]}"
+    return draw_rows(f"What {viewer.name} predicts, and its features", [*task, features[-1]], note, scales)
 
 
 @dataclass(frozen=True)
@@ -42,6 +57,7 @@ class Kind:
 
 
 PICTURES = {
+    "overview": Kind(plot_overview, "predictions and patch features on one page", ("seed", "position")),
     "reconstructions": Kind(plot_reconstructions, "pixels that MAE, SymMIM and Interactive MIM predict", ("seed",)),
     "prediction": Kind(plot_prediction, "how well the others predict features, and the nearest patches", ("seed",)),
     "noise": Kind(plot_noise, "how predictions of StoP-JEPA differ under its noise", ("seed",)),

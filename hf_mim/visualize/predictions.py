@@ -78,8 +78,8 @@ def plot_prediction(model, images, seed: int = 0, hidden: Tensor | None = None) 
     ]
     note = (
         f"{STRIPES} The mean target is taken off before the cosine, so that a constant prediction has 0 and a perfect "
-        f"one has 1; with it, the mean cosine is {plain:.2f}. Last row: each target patch is replaced by the other "
-        f"target patch, of any of these images, whose features are nearest to the prediction.{task.view.note}"
+        f"one has 1; with it, the mean cosine is {plain:.2f}. Nearest patch: each target patch is replaced by the "
+        f"other target patch, of any of these images, whose features are nearest to the prediction.{task.view.note}"
     )
     return draw_rows("Predicted features of target patches", rows, note, [scale])
 

@@ -41,7 +41,9 @@ class View:
 
     @property
     def note(self) -> str:
-        return " Violet: no data." if self.pixels.isnan().any() else ""
+        pairs = zip(self.displays, self.pixels, strict=True)
+        shown = any(image[list(display.bands)].isnan().any() for display, image in pairs)
+        return " Violet: no data." if shown else ""
 
 
 class Viewer:

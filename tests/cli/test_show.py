@@ -58,7 +58,7 @@ def test_the_bands_are_those_of_the_recipe_or_of_the_option(run, files, monkeypa
 @pytest.mark.parametrize(
     ("words", "told"),
     [
-        (["--what", "picture"], "what must be of reconstructions, prediction, "),
+        (["--what", "picture"], "what must be of overview, reconstructions, prediction, "),
         (["--what", "pca", "--clusters", "3"], "clusters is an option of clusters, and what is pca"),
         (["--what", "prediction"], "prediction needs a method that predicts features"),
         (["--what", "pca,similarity", "--patch", "3,1"], "patch must be row,column in 1..2 and 1..2, not 3,1"),

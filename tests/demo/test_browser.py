@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from browser import CHROMIUM, FLAGS, HOW
 from demos import bad_uploads, photo, tiny_demo
 from tiny import METHODS
 
@@ -21,13 +22,12 @@ from hf_mim.data.processor import image_processor
 from hf_mim.demo.app import LARGEST_IMAGE, serve
 from hf_mim.embeddings.search import Search
 
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 MISSING = [name for name in ("gradio", "playwright") if importlib.util.find_spec(name) is None]
 MISSING += [] if CHROMIUM else ["chromium"]
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.timeout(900),
-    pytest.mark.skipif(bool(MISSING), reason=f"not installed: {', '.join(MISSING)}"),
+    pytest.mark.skipif(bool(MISSING), reason=f"not installed: {', '.join(MISSING)}; {HOW}"),
 ]
 WINDOWS = {"desktop": (1280, 1000), "phone": (390, 844)}
 PATIENCE = 120_000  # milliseconds
@@ -54,7 +54,7 @@ def opened(address, window="desktop"):
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as driver:
-        browser = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        browser = driver.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
         width, height = WINDOWS[window]
         page = browser.new_page(viewport={"width": width, "height": height})
         page.set_default_timeout(PATIENCE)
@@ -157,7 +157,7 @@ def test_the_nearest_images_are_shown_with_their_names_as_text(tmp_path, monkeyp
     demo.search = Search(tmp_path / "model", tmp_path / "photos", k=4)
     with served(demo) as address, opened(address) as page:
         upload(page, photo(tmp_path, seed=2))
-        page.get_by_role("tab", name="Nearest images").click()
+        page.get_by_role("tab", name="Nearest").click()
         first = page.locator("figcaption").filter(has_text="cosine").first
         first.wait_for()
         assert first.inner_text().split("\n") == [f"{NASTY}a/2 <b>.png", f"{NASTY}a", "cosine 1.00"]

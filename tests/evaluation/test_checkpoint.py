@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from huggingface_hub.errors import LocalEntryNotFoundError
 from other_encoders import TINY, build
 from transformers import (
     BertConfig,
@@ -16,6 +17,10 @@ from transformers import (
 
 from hf_mim.evaluation.classifier import load_classifier
 from hf_mim.evaluation.encoder import FrozenEncoder
+from hf_mim.evaluation.trained_classifier import TrainedClassifier
+from hf_mim.hub.export import load_ours
+from hf_mim.hub.reading import read_checkpoint
+from hf_mim.hub.start import Source
 from hf_mim.models.configuration_mae import MAEConfig
 from hf_mim.models.configuration_stop_jepa import StopJepaConfig
 from hf_mim.models.modeling_mae import MAEForPreTraining
@@ -110,3 +115,32 @@ def test_a_network_whose_config_has_no_size_gets_that_of_its_processor_or_224(tm
 def test_a_folder_without_checkpoint_is_refused(tmp_path):
     with pytest.raises(ValueError, match="holds no encoder that can be loaded"):
         FrozenEncoder.load(tmp_path)
+
+
+LOADERS = {
+    "evaluate, embed, search, show and demo": (FrozenEncoder.load, "checkpoint: there is no folder "),
+    "evaluate finetune": (lambda name: load_classifier(name, ["a", "b"]), "checkpoint: there is no folder "),
+    "predict": (TrainedClassifier.load, "CLASSIFIER: there is no folder "),
+    "export": (load_ours, "checkpoint: there is no folder "),
+    "convert": (read_checkpoint, "there is no file or folder "),
+    "pretrain --init_from": (Source.read, "init_from: there is no file or folder "),
+}
+
+
+@pytest.mark.parametrize("command", LOADERS)
+def test_a_checkpoint_that_is_not_there_is_one_plain_line_and_the_hub_is_not_asked_again_and_again(
+    command, monkeypatch, caplog
+):
+    load, told = LOADERS[command]
+    asked = []
+
+    def unreachable(name, **_):
+        asked.append(name)
+        raise LocalEntryNotFoundError("An error happened while trying to locate the files on the Hub.\nCheck it.")
+
+    monkeypatch.setattr("hf_mim.evaluation.checkpoint.snapshot_download", unreachable)
+    for name, more in (("runs/nope", ", and the Hub cannot be reached"), ("./runs/mine/nope", "")):
+        with pytest.raises(ValueError) as error:
+            load(name)
+        assert str(error.value) == f"{told}{name}{more}"
+    assert 0 < len(asked) <= 2 and set(asked) == {"runs/nope"} and not caplog.records

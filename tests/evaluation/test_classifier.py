@@ -165,7 +165,7 @@ def test_a_checkpoint_without_an_encoder_is_refused_in_one_line(tmp_path):
     for name, message in (
         ("vit_mae", "holds no encoder"),
         ("no_weights", "holds no encoder"),
-        ("nothing", "holds no encoder"),
+        ("nothing", "checkpoint: there is no folder "),
         ("half", "lacks 16 weights of its encoder, such as vit.layers.1."),
     ):
         with pytest.raises(ValueError) as error:

@@ -252,6 +252,26 @@ def test_the_range_of_the_values_and_pixels_without_data_are_told(folder, value_
     assert ("scaled from its own depth" in told) == (len(value_range) > 1)
 
 
+def test_a_card_says_that_images_lacked_a_modality_and_how_many(folder):
+    recipe = yaml.safe_load((folder / "recipe.yaml").read_text()) | {"missing_modality": "zero", "nodata": float("nan")}
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    told = "Some of the images lack a modality, which is masked as a whole there:"
+    assert f"{told} how many is not recorded." in model_card(folder).content
+    edit(
+        folder / "results" / "training.json",
+        data={"source": "x, split train", "images": 4321, "nodata": "6.2 % of the pixels, in 270 of 4,321 images"},
+    )
+    content = model_card(folder).content
+    assert f"{told} without data are 6.2 % of the pixels, in 270 of 4,321 images." in content.split("## Results")[0]
+    assert "- without data where it lacks a modality: there it is the mean" in content
+    assert "lacks a modality and where a value is -1 or not finite" in _with_nodata(folder, recipe, -1)
+
+
+def _with_nodata(folder, recipe, nodata) -> str:
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe | {"nodata": nodata}))
+    return model_card(folder).content
+
+
 def test_files_of_odd_content_make_a_card(folder):
     (folder / "recipe.yaml").write_text("dataset: /x\nimage_mean: 3\n1: 2\n")
     state = {"log_history": [1, {"loss": "low"}], "global_step": [3]}

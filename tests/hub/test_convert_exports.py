@@ -156,6 +156,8 @@ def test_a_name_on_the_hub_is_fetched_without_what_is_not_needed(hub, tmp_path):
 
 
 def test_a_name_that_the_hub_does_not_have_is_one_line(hub):
-    with pytest.raises(ValueError, match="no file or folder tester/nothing, and the Hub did not give it") as error:
+    with pytest.raises(
+        ValueError, match="no file or folder tester/nothing, and the Hub has no model of this name"
+    ) as error:
         convert("tester/nothing")
     assert "\n" not in str(error.value)

@@ -64,6 +64,12 @@ def test_the_page_of_a_run_says_what_was_trained_and_measured(digits, logs):
     assert len(page.all("details")) == 3  # two results and the recipe
 
 
+def test_the_page_says_how_much_had_no_data(digits):
+    path = digits / "results" / "training.json"
+    edit(path, data=json.loads(path.read_text())["data"] | {"nodata": "6.2 % of the pixels, in 40 of 160 images"})
+    assert "Without data 6.2 % of the pixels, in 40 of 160 images" in page_of(digits).text
+
+
 def test_a_run_that_trains_and_one_that_has_stopped_have_pages(tmp_path):
     stopped = make_run(tmp_path / "stopped", (1, 10), ended=False)
     (stopped / "checkpoint-10").mkdir()

@@ -11,6 +11,7 @@ from PIL import Image
 from hf_mim.data import load_images
 from hf_mim.models.pixels import ValueRange
 from hf_mim.visualize.display import NO_DATA, PERCENTILES, Display
+from hf_mim.visualize.viewer import View
 
 
 def levels(picture) -> np.ndarray:
@@ -103,3 +104,10 @@ def test_no_image_is_distorted():
 def test_bands_that_cannot_be_shown_are_refused(bands, told):
     with pytest.raises(ValueError, match=told):
         viewer(bands=bands)
+
+
+def test_only_bands_that_are_shown_are_said_to_lack_data():
+    pixels = torch.rand(1, 4, 8, 8)
+    pixels[0, 3] = torch.nan
+    assert View(pixels, [Display.of(pixels[0])]).note == ""
+    assert View(pixels, [Display.of(pixels[0], [4])]).note == " Violet: no data."

@@ -13,9 +13,12 @@ from hf_mim.visualize import (
     plot_map,
     plot_nearest,
     plot_pca,
+    plot_prediction,
+    plot_reconstructions,
     plot_similarity,
 )
 from hf_mim.visualize.features import ENDS, pca_colors, place_share
+from hf_mim.visualize.pictures import plot_overview
 
 
 def known_tokens(width=16):
@@ -162,3 +165,14 @@ def test_features_that_are_not_finite_are_refused():
     next(view.encoder.model.parameters()).data.fill_(torch.nan)
     with pytest.raises(ValueError, match="not finite"):
         plot_pca(view, images(1))
+
+
+@pytest.mark.parametrize("method", ["mae", "latent_mim"])
+def test_an_overview_has_the_rows_of_the_task_and_of_the_features_for_the_same_images(method):
+    model, few = viewer(method), images(2)
+    plot_task = plot_reconstructions if model.predicts_pixels else plot_prediction
+    rows = plot_overview(model, few, seed=2, position=False).drawn[1]
+    expected = [*plot_task(model, few, seed=2).drawn[1], plot_pca(model, few, position=False).drawn[1][-1]]
+    assert [row.label for row in rows] == [row.label for row in expected]
+    for row, right in zip(rows, expected, strict=True):
+        assert np.array_equal(np.stack(row.pictures), np.stack(right.pictures), equal_nan=True)

@@ -13,6 +13,7 @@ from hf_mim.models.masking import gather
 from hf_mim.models.pixels import ValueRange
 from hf_mim.models.vit import patchify
 from hf_mim.visualize import plot_masks, plot_noise, plot_prediction, plot_reconstructions, predictions
+from hf_mim.visualize.pictures import plot_overview
 from hf_mim.visualize.task import Task
 
 FEATURE_METHODS = [name for name in METHODS if not methods.get(name).predicts_pixels]
@@ -183,6 +184,6 @@ def test_a_picture_that_a_model_cannot_give_is_refused():
         plot_prediction(viewer("mae"), images())
     alone = viewer("mae")
     alone.pretraining = None
-    for plot in (plot_reconstructions, plot_prediction, plot_masks, plot_noise):
+    for plot in (plot_reconstructions, plot_prediction, plot_masks, plot_noise, plot_overview):
         with pytest.raises(ValueError, match="needs the whole pretraining model, and tiny is an encoder alone"):
             plot(alone, images())
