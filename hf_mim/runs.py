@@ -231,7 +231,7 @@ class RunComparison:
         return paths
 
 
-def _setting(recipe: dict, name: str):
+def _setting(recipe: dict, name: str) -> Any:
     """A setting as it is compared. NaN is text, for it is not equal to itself; None where it only says that parts of
     images may be missing."""
     value = recipe.get(name)
