@@ -1,16 +1,22 @@
 """The commands of the README and of the pages in docs/: all have options that exist, and some pages run as a whole."""
 
 import importlib
+import os
 import re
 import shlex
+import subprocess
 import sys
+import zlib
 from pathlib import Path
 
 import click
+import numpy as np
 import pytest
+import tifffile
+from PIL import Image
 from transformers import HfArgumentParser
 
-from hf_mim.cli import pretrain, program, split_imports
+from hf_mim.cli import main, pretrain, program, split_imports
 from hf_mim.cli.options import Command, Menu
 from hf_mim.pretraining.recipe import Recipe
 from hf_mim.pretraining.recipe_files import recipe_names
@@ -56,7 +62,7 @@ def check_hf_mim(words: list[str]):
         names, given = command.read(words)
         readable = not modules and not given.keys() & READ_OTHER_RUNS and set(names) <= set(recipe_names())
         if command is pretrain.command and readable:
-            Recipe.read(names[0] if names else None, given)
+            Recipe.read(names[0] if names else None, given).config()
 
 
 def check(words: list[str], scripts, monkeypatch):
@@ -88,4 +94,116 @@ def test_the_commands_of_a_page_have_only_options_that_exist(page, scripts, monk
         except click.exceptions.Exit as asked_for_help:
             assert asked_for_help.exit_code == 0
         except (ValueError, click.ClickException, SystemExit) as error:
-            pytest.fail(f"{command}\n{getattr(error, 'message', error)} {capsys.readouterr().err}")
+            last_line = capsys.readouterr().err.rpartition("error: ")[2]
+            pytest.fail(f"{command}\n{getattr(error, 'message', error)} {last_line}")
+
+
+# ---- whole pages
+
+# (the beginning of a command, what is added to it): budgets of seconds, and encoders that do not learn in them.
+TINY = "--hidden_size 16 --num_hidden_layers 1 --num_attention_heads 2 --decoder_hidden_size 16 --max_steps 2 --use_cpu"
+TINY += " --decoder_num_hidden_layers 1 --per_device_train_batch_size 4"
+ADDED = [
+    ("hf-mim pretrain", TINY),
+    ("hf-mim evaluate linear", "--epochs 1"),
+    ("python training/compare.py training", "--images 64 --seeds 0 --only MAE"),
+]
+# (page, a text of its commands, what stands for it here).
+REPLACED = [
+    ("modalities", "my_scenes --output_dir runs/both", "my_scenes --output_dir runs/again"),
+    ("modalities", "recipe.yaml --image_column", "recipe.yaml --dataset my_parts --image_column"),
+    ("modalities", "my_scenes --image_column", "my_parts --image_column"),
+]
+# Command → why it cannot run in a test. All others of PAGES_THAT_RUN do.
+NOT_RUN = {}
+
+
+def image(path: Path, side: int, bands: int = 3, kind: str = "uint8"):
+    """Noise, in the format that the end of the path says."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    values = np.random.default_rng(zlib.crc32(str(path).encode())).integers(0, 256, (side, side, bands)).astype(kind)
+    if path.suffix == ".npy":
+        np.save(path, values)
+    elif path.suffix == ".tif":
+        tifffile.imwrite(path, values, photometric="minisblack", planarconfig="contig")
+    else:
+        Image.fromarray(values.squeeze()).save(path)
+
+
+def classes(folder: str, names: str, side: int, *about, ending="png"):
+    """24 images of each class for training, and 4 for the test."""
+    for name in names.split():
+        for split, count in (("train", 24), ("test", 4)):
+            for number in range(count):
+                image(Path(folder, split, name, f"{number}.{ending}"), side, *about)
+
+
+def for_histology():
+    for number in range(2):
+        image(Path(f"slides/{number}.jpg"), 520)
+    classes("tissue_labelled", "tumour stroma", 224)
+
+
+def for_satellite():
+    for number in range(2):
+        image(Path(f"scenes/{number}.tif"), 260, 4, "uint16")
+    classes("land_use", "field forest", 128, 4, "uint16", ending="tif")
+    for number in range(10):
+        image(Path(f"water/images/{number}.tif"), 128, 4, "uint16")
+        image(Path(f"water/masks/{number}.png"), 128, 1)
+
+
+def for_inspection():
+    for number in range(2):
+        image(Path(f"parts/{number}.png"), 260, 1)
+    classes("defects_labelled", "good scratch", 128, 1)
+
+
+def for_compare():
+    classes("path/to/cifar10", "cat dog", 32)
+
+
+def for_modalities():
+    text = PAGES["modalities"].read_text(encoding="utf-8")
+    Path("recipe.yaml").write_text(re.search(r"```yaml\n(# recipe.yaml\n.*?)```", text, re.DOTALL)[1])
+    classes("my_scenes", "field forest", 32, 4, ending="npy")
+    for modality, bands in (("rgb", 3), ("ir", 1)):
+        for split in ("train", "test"):
+            for number in range(24):
+                image(Path("my_parts", split, modality, "ab"[number % 2], f"{number}.png"), 32, bands)
+    Path("my_parts/train/ir/a/8.png").unlink()
+    classes("path/to/cifar10", "cat dog", 32)
+
+
+PAGES_THAT_RUN = {
+    "histology": for_histology,
+    "satellite": for_satellite,
+    "inspection": for_inspection,
+    "compare": for_compare,
+    "modalities": for_modalities,
+}
+
+
+def run(command: str) -> int:
+    words = shlex.split(command)
+    if words[0] == "hf-mim":
+        return main(words[1:])
+    assert words[0] == "python", f"{command} is neither run nor in NOT_RUN"
+    environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
+    return subprocess.run([sys.executable, *words[1:]], env=environment, check=False).returncode
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", PAGES_THAT_RUN)
+def test_the_commands_of_a_page_run_one_after_the_other(page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_MIM_CACHE", str(tmp_path / "cache"))
+    Path("training").symlink_to(REPOSITORY / "training")
+    PAGES_THAT_RUN[page]()
+    for command in commands(page):
+        if command in NOT_RUN:
+            continue
+        for where, text, replacement in REPLACED:
+            command = command.replace(text, replacement) if where == page else command
+        added = [more for beginning, more in ADDED if command.startswith(beginning)]
+        assert run(" ".join([command, *added])) == 0, command
