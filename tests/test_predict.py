@@ -198,7 +198,7 @@ def test_mistakes_are_one_line_and_nothing_is_written(photos, classifier, tmp_pa
         ([classifier, "--output", "a.txt"], "output must end with .csv or .parquet, not a.txt$"),
         ([bands], "num_channels=5, but the image has 3 "),
         ([one], "CLASSIFIER must choose one of several classes, and .*one gives one answer$"),
-        ([tmp_path / "nothing"], "CLASSIFIER .*nothing cannot be loaded: "),
+        ([tmp_path / "nothing"], "CLASSIFIER: there is no folder .*nothing$"),
         ([classifier, "--datset", "photos"], "predict has no option datset; did you mean dataset\\?$"),
     ):  # fmt: skip
         assert main(["predict", *map(str, words), "--dataset", "photos", "--device", "cpu"]) == 2

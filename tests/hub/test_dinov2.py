@@ -77,12 +77,13 @@ def test_a_folder_of_transformers_converts_with_its_features(theirs, tmp_path):
 
 @pytest.mark.parametrize("names", ["authors", "timm"])
 def test_a_file_of_the_authors_or_of_timm_converts_with_its_features(theirs, tmp_path, names):
-    state = authors_state(theirs)
+    state, size = authors_state(theirs), {}
     if names == "timm":
         del state["mask_token"]
+        size = {"image_size": SIZES["image_size"]}  # registers hide the grid
         state = {key.replace("register_tokens", "reg_token"): x for key, x in state.items()}
     torch.save(state, tmp_path / "dinov2.pth")
-    model = convert(tmp_path / "dinov2.pth", num_attention_heads=2)
+    model = convert(tmp_path / "dinov2.pth", num_attention_heads=2, **size)
     close(model(images()).last_hidden_state, theirs(images()).last_hidden_state)
 
 

@@ -58,7 +58,7 @@ def others(tmp_path_factory, root):
         ("deeper", "lacks 12 weights of its model, such as encoder.layers.2."),
         ("shallower", "has no place in its config for 12 weights of its model, such as encoder.layers.1."),
         ("many-channels", "has other shapes than its config for 3 weights of its model, such as decoder.head.bias"),
-        ("absent", "absent cannot be read"),
+        ("absent", "checkpoint: there is no folder "),
     ],
 )
 def test_a_checkpoint_that_is_not_ours_or_not_whole_is_one_line(others, tmp_path, capsys, folder, message):
