@@ -81,6 +81,17 @@ def test_the_numbers_of_the_kept_weights_are_those_of_their_results():
     assert all(f"{value} %" in head for values in shares.values() for value in values[:1])
 
 
+def test_the_numbers_of_latent_mim_are_in_the_readme_and_in_its_recipe():
+    rows = json.loads((REPOSITORY / "docs" / "comparisons" / "cifar10_latent_mim.json").read_text())["rows"]
+    (knn, linear), (bare_knn, bare_linear) = (
+        [as_text(row["values"][name], percent=True) for name in ("20-NN", "linear")] for row in rows
+    )
+    readme = (REPOSITORY / "README.md").read_text()
+    assert f"has {knn} % and {linear} % in these columns, untrained {bare_knn} % and {bare_linear} %" in readme
+    head = " ".join((REPOSITORY / "training/recipes/cifar10_latent_mim.yaml").read_text().split("\n# "))
+    assert f"probe {linear} %, untrained {bare_linear} %; 20-NN {knn} %, untrained {bare_knn} %" in head
+
+
 def test_what_fine_tuning_with_few_labels_gains_is_in_the_readme_and_the_log():
     record = REPOSITORY / "docs" / "comparisons" / "cifar10_finetune_1_percent.json"
     results = json.loads(record.read_text())["results"]
