@@ -78,7 +78,6 @@ def model_card(folder: str | Path, repo_id: str | None = None, license: str | No
     rows, measured = health.table if health else [], measurements(facts)
     own = [row for row in measured if not row.note]
     drawn = {name: CAPTIONS[name] for name in pictures(facts.folder) if name in CAPTIONS}
-    first = next(iter(drawn), "")
     return ModelCard.from_template(
         _metadata(name, facts, method, dataset, license),
         template_str=TEMPLATE.read_text(encoding="utf-8"),
@@ -94,7 +93,7 @@ def model_card(folder: str | Path, repo_id: str | None = None, license: str | No
         training_size=size_text(config.training_size),
         overview=_overview(config, recipe, facts.trainer_state, dataset, license),
         pictures=drawn,
-        first=first,
+        first=(first := next(iter(drawn), "")),
         picture_width=_width_to_show(picture_path(facts.folder, first)) if first else None,
         results=markdown_table([{x.capitalize(): shown(y) for x, y in row.items()} for row in table(own[:LONGEST])]),
         num_folded=len(own[LONGEST:]),
