@@ -48,6 +48,10 @@ def test_the_numbers_in_the_docs_of_evaluation_are_those_of_the_results_files():
         ("README.md", "cifar10_mae"),
         ("docs/log.md", "cifar10_mae"),
         ("docs/log.md", "cifar10_latent_mim"),
+        ("docs/log.md", "cifar10_interactive_mim"),
+        ("docs/start.md", "start_fashion"),
+        ("docs/start.md", "start_imagenette_gray"),
+        ("docs/start.md", "start_imagenette_bands"),
     ],
 )
 def test_the_table_of_a_comparison_is_that_of_its_record(page, comparison):
