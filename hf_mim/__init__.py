@@ -33,66 +33,28 @@ if TYPE_CHECKING:  # the same names for type checkers, which do not run `__getat
     from hf_mim.models.configuration_stop_jepa import StopJepaConfig as StopJepaConfig
     from hf_mim.models.configuration_sym_mim import SymMIMConfig as SymMIMConfig
     from hf_mim.models.image_processing_mim import MIMImageProcessor as MIMImageProcessor
-    from hf_mim.models.modeling_interactive_mim import (
-        InteractiveMIMBackbone as InteractiveMIMBackbone,
-    )
+    from hf_mim.models.modeling_interactive_mim import InteractiveMIMBackbone as InteractiveMIMBackbone
     from hf_mim.models.modeling_interactive_mim import (
         InteractiveMIMForImageClassification as InteractiveMIMForImageClassification,
     )
-    from hf_mim.models.modeling_interactive_mim import (
-        InteractiveMIMForPreTraining as InteractiveMIMForPreTraining,
-    )
-    from hf_mim.models.modeling_interactive_mim import (
-        InteractiveMIMModel as InteractiveMIMModel,
-    )
-    from hf_mim.models.modeling_latent_mim import (
-        LatentMIMBackbone as LatentMIMBackbone,
-    )
-    from hf_mim.models.modeling_latent_mim import (
-        LatentMIMForImageClassification as LatentMIMForImageClassification,
-    )
-    from hf_mim.models.modeling_latent_mim import (
-        LatentMIMForPreTraining as LatentMIMForPreTraining,
-    )
-    from hf_mim.models.modeling_latent_mim import (
-        LatentMIMModel as LatentMIMModel,
-    )
-    from hf_mim.models.modeling_mae import (
-        MAEBackbone as MAEBackbone,
-    )
-    from hf_mim.models.modeling_mae import (
-        MAEForImageClassification as MAEForImageClassification,
-    )
-    from hf_mim.models.modeling_mae import (
-        MAEForPreTraining as MAEForPreTraining,
-    )
-    from hf_mim.models.modeling_mae import (
-        MAEModel as MAEModel,
-    )
-    from hf_mim.models.modeling_stop_jepa import (
-        StopJepaBackbone as StopJepaBackbone,
-    )
-    from hf_mim.models.modeling_stop_jepa import (
-        StopJepaForImageClassification as StopJepaForImageClassification,
-    )
-    from hf_mim.models.modeling_stop_jepa import (
-        StopJepaForPreTraining as StopJepaForPreTraining,
-    )
-    from hf_mim.models.modeling_stop_jepa import (
-        StopJepaModel as StopJepaModel,
-    )
-    from hf_mim.models.modeling_sym_mim import (
-        SymMIMBackbone as SymMIMBackbone,
-    )
-    from hf_mim.models.modeling_sym_mim import (
-        SymMIMForImageClassification as SymMIMForImageClassification,
-    )
-    from hf_mim.models.modeling_sym_mim import (
-        SymMIMForPreTraining as SymMIMForPreTraining,
-    )
-    from hf_mim.models.modeling_sym_mim import (
-        SymMIMModel as SymMIMModel,
-    )
+    from hf_mim.models.modeling_interactive_mim import InteractiveMIMForPreTraining as InteractiveMIMForPreTraining
+    from hf_mim.models.modeling_interactive_mim import InteractiveMIMModel as InteractiveMIMModel
+    from hf_mim.models.modeling_latent_mim import LatentMIMBackbone as LatentMIMBackbone
+    from hf_mim.models.modeling_latent_mim import LatentMIMForImageClassification as LatentMIMForImageClassification
+    from hf_mim.models.modeling_latent_mim import LatentMIMForPreTraining as LatentMIMForPreTraining
+    from hf_mim.models.modeling_latent_mim import LatentMIMModel as LatentMIMModel
+    from hf_mim.models.modeling_mae import MAEBackbone as MAEBackbone
+    from hf_mim.models.modeling_mae import MAEForImageClassification as MAEForImageClassification
+    from hf_mim.models.modeling_mae import MAEForPreTraining as MAEForPreTraining
+    from hf_mim.models.modeling_mae import MAEModel as MAEModel
+    from hf_mim.models.modeling_stop_jepa import StopJepaBackbone as StopJepaBackbone
+    from hf_mim.models.modeling_stop_jepa import StopJepaForImageClassification as StopJepaForImageClassification
+    from hf_mim.models.modeling_stop_jepa import StopJepaForPreTraining as StopJepaForPreTraining
+    from hf_mim.models.modeling_stop_jepa import StopJepaModel as StopJepaModel
+    from hf_mim.models.modeling_sym_mim import SymMIMBackbone as SymMIMBackbone
+    from hf_mim.models.modeling_sym_mim import SymMIMForImageClassification as SymMIMForImageClassification
+    from hf_mim.models.modeling_sym_mim import SymMIMForPreTraining as SymMIMForPreTraining
+    from hf_mim.models.modeling_sym_mim import SymMIMModel as SymMIMModel
     from hf_mim.pretraining.trainer import MIMTrainer as MIMTrainer
     from hf_mim.pretraining.trainer import MIMTrainingArguments as MIMTrainingArguments
     from hf_mim.runs import Run as Run

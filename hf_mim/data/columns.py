@@ -5,20 +5,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
-from datasets import (
-    Array2D,
-    Array3D,
-    ClassLabel,
-    Dataset,
-    Features,
-    IterableDataset,
-    LargeList,
-    List,
-    Value,
-)
-from datasets import (
-    Image as ImageFeature,
-)
+from datasets import Array2D, Array3D, ClassLabel, Dataset, Features, IterableDataset, LargeList, List, Value
+from datasets import Image as ImageFeature
 from datasets.utils import disable_progress_bars, enable_progress_bars, is_progress_bar_enabled
 
 from .stacks import Incomplete, keys_of, parts_of

@@ -115,8 +115,8 @@ def _decoder(syntax, header: Header) -> str:
 
     try:
         found = pydicom.pixels.get_decoder(syntax).available_plugins
-    except NotImplementedError:
-        raise ImageFormatError(f"a DICOM file of {syntax.name}, which is not read; save it uncompressed") from None
+    except NotImplementedError as error:  # what pydicom raises for a syntax that it does not know
+        raise ImageFormatError(f"a DICOM file of {syntax.name}, which is not read; save it uncompressed") from error
     if header.syntax == _LOSSY_12_BITS and header.bits != 8 and "pylibjpeg" not in found:
         raise ImageFormatError("a DICOM file of lossy JPEG with 12 bits needs pip install pylibjpeg-libjpeg (GPL)")
     if not found:

@@ -12,7 +12,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from datasets import IterableDataset
-from torch.utils.data import DataLoader
 from torch.utils.data import IterableDataset as TorchIterableDataset
 
 from hf_mim.data import BrokenImagesError
@@ -21,7 +20,6 @@ from hf_mim.data.contents import DIGEST, digest, short_hash
 from hf_mim.data.damage import rows_of
 from hf_mim.data.dataset import MAX_BROKEN, MIN_STREAMED
 from hf_mim.data.decode import image_name
-from hf_mim.data.workers import leave_signals_to_the_main_process
 from hf_mim.embeddings.parts import Parts
 from hf_mim.evaluation.cache import CHUNK
 from hf_mim.evaluation.encoder import FeatureSpec
@@ -95,17 +93,9 @@ def extract_stream(
     done, row_bytes = len(parts), 4 * sum(torch.Size(extract.row_shape(spec)).numel() for spec in specs)
     skip = sum(len(parts.read(number)["names"]) for number in range(done))
     reader = _Batches(images, Decoder(extract.encoder, extract.crop), extract.batch_size, skip)
-    loader = DataLoader(
-        reader,
-        batch_size=None,
-        num_workers=extract.num_workers,
-        pin_memory=extract.encoder.device.type != "cpu",
-        worker_init_fn=leave_signals_to_the_main_process,
-        generator=torch.Generator(),  # as in `FeatureExtractor.fill`
-    )
     seen, part = 0, _new_part()
     with progress_bar(bool(extract.progress), "features", None, " images") as bar:
-        for batch in loader:
+        for batch in extract.loader(reader, batch_size=None):
             number, start = divmod(batch["row"], CHUNK)
             if start == 0 and seen:
                 _finish(parts, stores, number - 1, part, done)

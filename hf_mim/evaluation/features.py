@@ -112,14 +112,7 @@ class FeatureExtractor:
         batches = [rows[i : i + self.batch_size] for rows in chunks for i in range(0, len(rows), self.batch_size)]
         images = _Decoded(split.images, Decoder(self.encoder, self.crop, self.kept))
         images.decode_first(batches[0][0])  # raises before the bar if they have other channels than the encoder
-        loader = DataLoader(
-            images,
-            batch_sampler=batches,
-            num_workers=self.num_workers,
-            pin_memory=self.encoder.device.type != "cpu",
-            worker_init_fn=leave_signals_to_the_main_process,
-            generator=torch.Generator(),  # without it, DataLoader draws from torch's generator, which a training uses
-        )
+        loader = self.loader(images, batch_sampler=batches)
         broken: list[int] = []
         text = self.progress if isinstance(self.progress, str) else "features"
         with progress_bar(bool(self.progress), text, sum(map(len, chunks)), " images") as bar:
@@ -131,6 +124,17 @@ class FeatureExtractor:
                         store.commit(rows[-1] // CHUNK, broken)
                     broken = []
                 bar.update(len(rows))
+
+    def loader(self, images: Dataset, **batches: Any) -> DataLoader:
+        """A `DataLoader` of decoded images. `batches` are the arguments that say how they are divided."""
+        return DataLoader(
+            images,
+            num_workers=self.num_workers,
+            pin_memory=self.encoder.device.type != "cpu",
+            worker_init_fn=leave_signals_to_the_main_process,
+            generator=torch.Generator(),  # without it, DataLoader draws from torch's generator, which a training uses
+            **batches,
+        )
 
     def write(self, pixels: Tensor, rows: Sequence[int], specs: Sequence[FeatureSpec], stores: Sequence[FeatureStore]):
         """Write the features of decoded images `[B, C, h, w]` to the stores, one for each spec."""

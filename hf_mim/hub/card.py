@@ -136,10 +136,8 @@ def write_card(folder: str | Path, repo_id: str | None = None, license: str | No
 def unedited(folder: str | Path) -> bool:
     """Whether a checkpoint has the card that `write_card` would write now, so that a new one loses nobody's words."""
     try:
-        return (
-            ModelCard.load(Path(folder) / CARD).content.strip()
-            == model_card(folder, _pushed_as(folder)).content.strip()
-        )
+        there, new = ModelCard.load(Path(folder) / CARD), model_card(folder, _pushed_as(folder))
+        return there.content.strip() == new.content.strip()
     except (ValueError, OSError):  # there is no card, the model is none of ours, or a file is damaged
         return False
 
