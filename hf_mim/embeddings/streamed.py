@@ -24,6 +24,7 @@ from hf_mim.embeddings.parts import Parts
 from hf_mim.evaluation.cache import CHUNK
 from hf_mim.evaluation.encoder import FeatureSpec
 from hf_mim.evaluation.features import Decoder, FeatureExtractor
+from hf_mim.evaluation.memory import freed_memory_kept
 from hf_mim.files import free_space, replacing
 from hf_mim.progress import progress_bar
 
@@ -76,6 +77,7 @@ class _Batches(TorchIterableDataset):
             row += len(batch)
 
 
+@freed_memory_kept()
 def extract_stream(
     extract: FeatureExtractor,
     images: IterableDataset,

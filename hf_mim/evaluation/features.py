@@ -28,6 +28,7 @@ from hf_mim.evaluation.cache import (
     warn_of_no_cache,
 )
 from hf_mim.evaluation.encoder import FeatureSpec, FrozenEncoder
+from hf_mim.evaluation.memory import freed_memory_kept
 from hf_mim.evaluation.raw_pixels import RawPixels
 from hf_mim.evaluation.result import installed_versions
 from hf_mim.files import one_line
@@ -106,6 +107,7 @@ class FeatureExtractor:
         check_room([shape for shape, path in zip(shapes, paths, strict=True) if not path.exists()], self.cache)
         return [FeatureStore(shape, path) for shape, path in zip(shapes, paths, strict=True)]
 
+    @freed_memory_kept()
     def fill(self, split, specs: Sequence[FeatureSpec], stores: Sequence[FeatureStore], missing: list[int]):
         """Extract the chunks of these numbers, and write them to the stores, one for each spec."""
         chunks = [range(number * CHUNK, min((number + 1) * CHUNK, len(split))) for number in missing]

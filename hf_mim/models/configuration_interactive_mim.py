@@ -23,6 +23,8 @@ class InteractiveMIMConfig(MIMConfig):
         modalities_seen: the modalities that the encoder reads in an ordinary pass; default: all.
         modality_masking: "independent" masks each modality by itself, so that a place can be visible in one and masked
             in another; "shared" masks the same places in all.
+        modality_dropout: share of the images of a training of which the encoder sees a single modality, drawn at random,
+            so that it learns to do without the others; only with independent masks.
         mask_ratio: share of the patches of each modality that is masked; `int(N · (1 - mask_ratio))` stay visible.
         norm_pix_loss: reconstruct each patch of a modality standardised by its own mean and variance.
         interaction_num_layers: cross-attention blocks in which the masked tokens read the visible ones; 0: none.
@@ -37,6 +39,7 @@ class InteractiveMIMConfig(MIMConfig):
     modalities: dict | list | None = None
     modalities_seen: list[str] | None = None
     modality_masking: Literal["independent", "shared"] = "independent"
+    modality_dropout: float | int = 0.0
     mask_ratio: float | int = 0.75
     norm_pix_loss: bool = True
     interaction_num_layers: int = 2
@@ -58,6 +61,10 @@ class InteractiveMIMConfig(MIMConfig):
         check_decoder(self)
         self.check_modalities()
         self.num_visible(self.grid_size)
+        if not 0 <= self.modality_dropout <= 1:
+            raise ValueError(f"modality_dropout must be between 0 and 1, not {self.modality_dropout}")
+        if self.modality_dropout and (len(self.modalities) == 1 or self.modality_masking == "shared"):
+            raise ValueError("modality_dropout needs two modalities and modality_masking=independent")
         if self.interaction_num_layers < 0:
             raise ValueError(f"interaction_num_layers must be 0 or more, not {self.interaction_num_layers}")
 

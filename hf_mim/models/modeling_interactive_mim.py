@@ -210,7 +210,8 @@ class InteractiveMIMForPreTraining(PixelTargets, InteractiveMIMPreTrainedModel):
         Returns the arguments of `forward`: `context_ids [B, U]`, `target_ids [B, M, Nm]` (`[B, Nm]` for one modality),
         int64, and for independent masks `visible`, bool `[B, U, M]`, all on `device`. With `noise [B, N]`, the patches
         of the first modality with the smallest noise stay visible. For each image, the masks of the modalities are
-        independent and uniform. How many places they share is drawn once for the batch, because its tensors have to be
+        independent and uniform. In a training, `modality_dropout` hides all but one modality of some images, whose
+        targets stay. How many places they share is drawn once for the batch, because its tensors have to be
         rectangular. Raises ValueError if only one kind of ids is given, or if the grid has too few patches to mask.
         """
         count, places = self.config.num_visible(grid), grid[0] * grid[1]
@@ -221,11 +222,19 @@ class InteractiveMIMForPreTraining(PixelTargets, InteractiveMIMPreTrainedModel):
         noise = torch.rand(batch_size, places, device=device) if noise is None else noise
         if number > 1 and self.config.modality_masking == "independent":
             context_ids, target_ids, visible = split_modalities(noise, count, number)
+            if self.training and self.config.modality_dropout:
+                visible = visible & self._draw_seen(batch_size, visible.device)
             return {"context_ids": context_ids, "target_ids": target_ids, "visible": visible}
         context_ids, target_ids = split_at_random(noise, count)
         if number > 1:
             target_ids = target_ids[:, None].expand(-1, number, -1)
         return {"context_ids": context_ids, "target_ids": target_ids}
+
+    def _draw_seen(self, batch_size: int, device: torch.device) -> Tensor:
+        """Which modalities of an image the encoder may see, bool `[B, 1, M]`: all, or after `modality_dropout` one."""
+        number = len(self.config.modalities)
+        one = torch.randint(number, (batch_size, 1, 1), device=device) == torch.arange(number, device=device)
+        return one | (torch.rand(batch_size, 1, 1, device=device) >= self.config.modality_dropout)
 
     def step_flops(self, images: int, grid: tuple[int, int], masks: Mapping[str, Tensor]) -> float:
         config, context, masked = self.config, masks["context_ids"].shape[1], masks["target_ids"].shape[-1]

@@ -157,7 +157,8 @@ def to_channels(
         image = np.asarray(image)
     if isinstance(image, np.ndarray):
         return _array_to_channels(image, num_channels, channels_last, value_range)
-    if num_channels not in MODES:
+    has_alpha = image.getbands()[-1] in "Aa" or "transparency" in image.info
+    if num_channels not in MODES or num_channels in (2, 4) and not has_alpha:  # PIL would add an opaque alpha
         raise ImageFormatError(f"num_channels={num_channels}, but the image has {len(image.getbands())} ({image.mode})")
     mode = MODES[num_channels]
     if image.mode == "P" and "transparency" in image.info:

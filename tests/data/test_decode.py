@@ -13,7 +13,7 @@ from PIL import Image
 
 from hf_mim.data.crop import WholeImage, crop_rng, load_crop
 from hf_mim.data.decode import BrokenImage, decoding
-from hf_mim.models.pixels import ImageFormatError, ValueRange, as_pixels, scale_pixels
+from hf_mim.models.pixels import ImageFormatError, ValueRange, as_pixels, scale_pixels, to_channels
 
 COLOUR = np.array([[[250, 10, 30], [0, 200, 100]], [[5, 6, 7], [90, 90, 240]]], dtype=np.uint8)
 GREY = np.array([[0, 100], [180, 255]], dtype=np.uint8)
@@ -65,7 +65,6 @@ CASES = {
     "RGBA to 3": (encoded(Image.fromarray(np.dstack([COLOUR, ALPHA]))), 3, COLOUR),
     "RGBA to 1": (encoded(Image.fromarray(np.dstack([COLOUR, ALPHA]))), 1, LUMINANCE[..., None]),
     "RGBA to 4": (encoded(Image.fromarray(np.dstack([COLOUR, ALPHA]))), 4, np.dstack([COLOUR, ALPHA])),
-    "RGB to 4": (encoded(Image.fromarray(COLOUR)), 4, np.dstack([COLOUR, GREY * 0 + 255])),
     "P to 3": (palette(), 3, COLOUR),
     "P with transparency to 3": (palette(transparent=True), 3, COLOUR),
     "P to 1": (palette(), 1, LUMINANCE[..., None]),
@@ -263,3 +262,10 @@ def test_damaged_images_are_broken_and_named(picture, damage):
     with pytest.raises(BrokenImage, match="^it.jpg: [^\n]+$"):
         with decoding("it.jpg"):
             pixels(value, 3)
+
+
+@pytest.mark.parametrize(("mode", "count"), [("RGB", 4), ("L", 4), ("CMYK", 4), ("L", 2), ("P", 2)])
+def test_no_band_is_made_up_for_a_picture_without_alpha(mode, count):
+    image = Image.fromarray(COLOUR).convert(mode)
+    with pytest.raises(ImageFormatError, match=f"num_channels={count}, but the image has"):
+        to_channels(image, count)

@@ -288,3 +288,40 @@ def test_the_infrared_that_an_image_lacks_has_no_share_in_the_loss():
     assert output.metrics["reconstruction_ir"].isnan()
     output.loss.backward()
     assert model.decoder.heads[1].weight.grad.abs().sum() == 0
+
+
+def test_modality_dropout_shows_one_modality_of_that_share_of_the_images_and_each_as_often():
+    model = interactive(MODALITIES, modality_dropout=0.5).train()
+    visible = model.draw_masks(3000, (8, 8))["visible"].any(dim=1)
+    alone = visible[visible.sum(dim=1) == 1]
+    assert len(alone) / 3000 == pytest.approx(0.5, abs=0.05) and visible.sum(dim=1).unique().tolist() == [1, 3]
+    torch.testing.assert_close(alone.float().mean(dim=0), torch.full((3,), 1 / 3), rtol=0, atol=0.05)
+
+
+def test_a_modality_that_dropout_hides_is_predicted_and_never_reaches_the_encoder():
+    model = interactive(modality_dropout=1).train()
+    pictures, masks = images(model), model.draw_masks(4, (8, 8))
+    rgb, ir = masks["visible"].any(dim=1).unbind(dim=1)
+    assert torch.equal(rgb, ~ir)
+    hidden = ~torch.stack([rgb, rgb, rgb, ir], dim=1)[..., None, None].expand_as(pictures)
+    one = model(pictures, **masks)
+    two = model(torch.where(hidden, torch.randn_like(pictures), pictures), **masks)
+    assert torch.equal(one.predictions, two.predictions) and not torch.equal(one.targets, two.targets)
+
+
+def test_without_a_training_no_modality_drops_out():
+    model = interactive(modality_dropout=1).eval()
+    assert model.draw_masks(4, (8, 8))["visible"].any(dim=1).all()
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        (dict(modality_dropout=1.5), "modality_dropout must be between 0 and 1, not 1.5"),
+        (dict(modality_dropout=0.1, modality_masking="shared"), "modality_dropout needs two modalities"),
+        (dict(modality_dropout=0.1, modalities=None), "modality_dropout needs two modalities"),
+    ],
+)
+def test_modality_dropout_that_can_do_nothing_is_refused(changes, told):
+    with pytest.raises(ValueError, match=told):
+        interactive(**changes)
