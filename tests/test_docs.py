@@ -96,6 +96,21 @@ def test_the_numbers_of_latent_mim_are_in_the_readme_and_in_its_recipe():
     assert f"probe {linear} %, untrained {bare_linear} %; 20-NN {knn} %, untrained {bare_knn} %" in head
 
 
+def test_the_numbers_of_two_modalities_are_those_of_their_record():
+    record = json.loads((REPOSITORY / "docs" / "comparisons" / "cifar10_luma_chroma.json").read_text())
+    page = (REPOSITORY / "docs" / "modalities.md").read_text()
+    with_dropout, without = record["cross_modal"].values()
+    for title, predicted in (("brightness from colour", "luma"), ("colour from brightness", "chroma")):
+        rows = [row for rows in (with_dropout, without) for row in rows if row["predicted"] == predicted]
+        assert [row["places_seen"] for row in rows] == [64, 16, 64, 16]
+        values = " | ".join(f"{row['ratio']:.3f}".removeprefix("0") for row in rows)
+        assert f"| {title} | {values} |" in page
+    for title, seen in (("both", "luma,chroma"), ("brightness", "luma"), ("colour", "chroma")):
+        row = record["20-NN, modality_dropout 0.5"][seen]
+        values = " | ".join(f"{100 * row[name]:.1f} %" for name in ("trained", "untrained", "raw pixels"))
+        assert f"| {title} | {values} |" in page
+
+
 def test_what_fine_tuning_with_few_labels_gains_is_in_the_readme_and_the_log():
     record = REPOSITORY / "docs" / "comparisons" / "cifar10_finetune_1_percent.json"
     results = json.loads(record.read_text())["results"]
