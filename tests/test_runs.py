@@ -76,6 +76,9 @@ def test_a_comparison_has_what_differs_the_curves_over_images_and_the_results(tm
     assert found.results == {"knn_photos: accuracy": [None, 0.75]}
     (top, *_) = found.figure().axes
     assert [list(line.get_xdata()) for line in top.lines] == [[32, 320, 640, 960], [64, 640, 960]]
+    (*_, lowest) = found.figure().axes
+    lowest.set_xlim(4, 8)
+    assert not (lowest.get_xticks() % 1).any()  # images are counted
     output = tmp_path / "both"
     assert main(["compare", *map(str, folders), "--output", str(output), "--format", "json"]) == 0
     printed = json.loads(capsys.readouterr().out)

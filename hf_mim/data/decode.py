@@ -141,6 +141,8 @@ def header_size(value) -> tuple[int, int] | None:
         file.seek(0)
         if is_dicom(head) or is_heif(head):
             return dicom_size(file) if is_dicom(head) else heif_size(file)
+        if is_tiff(head) and not is_plain_tiff(file.read()):  # PIL would complain of it on stderr
+            return None
     with contextlib.suppress(UnidentifiedImageError, Image.DecompressionBombError):
         with Image.open(value if isinstance(value, str) else io.BytesIO(value), formats=_pil_formats()) as image:
             return image.size[::-1] if exif_orientation(image)[2] else image.size

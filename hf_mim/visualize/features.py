@@ -65,6 +65,16 @@ def place_share(tokens: Tensor) -> float:
     return (1 - within / varying).clamp(0, 1).item()
 
 
+def about_place(tokens: Tensor) -> str:
+    """A sentence on how much of a picture of the tokens `[B, N, D]` is the place of the patches."""
+    if len(tokens) > 1:
+        return f" The place of a patch alone explains {place_share(tokens):.0%} of what differs between patches."
+    return (
+        " Features also know where a patch is, and one image cannot tell how much of the picture that explains: "
+        "what changes smoothly from edge to edge may be the place alone."
+    )
+
+
 def plot_pca(model, images, foreground: float | None = None, position: bool = True) -> Picture:
     """The features of each patch as a colour: like colours, like features. One basis for all images.
 
@@ -93,8 +103,8 @@ def plot_pca(model, images, foreground: float | None = None, position: bool = Tr
     )
     if not position:
         note += " What all images have in common at a place was taken off."
-    elif len(view) > 1:
-        note += f" The place of a patch alone explains {place_share(tokens):.0%} of what differs between patches."
+    else:
+        note += about_place(tokens)
     note += "" if foreground is None else " Stripes: background."
     return draw_rows("Patch features in colours", rows, note + view.note)
 
@@ -125,7 +135,7 @@ def plot_clusters(model, images, clusters: int = 6) -> Picture:
     from sklearn.cluster import KMeans
 
     viewer, view = _view(model, images)
-    tokens = F.normalize(viewer.tokens(view), dim=-1)
+    tokens = F.normalize(found := viewer.tokens(view), dim=-1)
     if not 2 <= clusters <= min(len(COLORS), tokens.shape[0] * tokens.shape[1]):
         raise ValueError(f"clusters must lie in 2..{len(COLORS)}, and not above the number of patches, not {clusters}")
     groups = KMeans(clusters, n_init=4, random_state=0).fit_predict(tokens.flatten(0, 1).numpy())
@@ -137,7 +147,8 @@ def plot_clusters(model, images, clusters: int = 6) -> Picture:
         0.5 * colors + 0.5 * picture.mean(axis=2, keepdims=True)
         for colors, picture in zip(maps, view.shown(), strict=True)
     ]
-    note = f"{clusters} groups, found by k-means on the patch features of all these images together.{view.note}"
+    whose = "all these images together" if len(view) > 1 else "this image"
+    note = f"{clusters} groups, found by k-means on the patch features of {whose}.{about_place(found)}{view.note}"
     rows = [Row("image", view.shown()), Row("group of each patch", maps), Row("on the image", mixed)]
     return draw_rows("Groups of like patches", rows, note)
 

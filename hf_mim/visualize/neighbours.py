@@ -52,7 +52,8 @@ def plot_nearest(model, images, gallery: Iterable | None = None, count: int = 6)
             zip(best.indices.tolist(), best.values.tolist(), strict=True), start=1
         )
     ]
-    note = f"At the left the image, then the nearest of {len(found)}, with the cosine of the mean patch features."
+    shelf_size = f"the other {len(found) - 1:,}" if gallery is None else f"{len(found):,}"
+    note = f"At the left the image, then the nearest of {shelf_size}, with the cosine of the mean patch features."
     return draw_rows("Nearest images", rows, note + view.note)
 
 
@@ -88,10 +89,10 @@ def plot_map(
     classes = [] if labels is None else sorted(set(labels) - {-1})
     colored = 2 <= len(classes) <= len(COLORS)
     colors = [COLORS[classes.index(x)] if colored and x in classes else MUTED for x in (labels or [-1] * len(places))]
-    # Beside thumbnails, the points are only those that found no place.
-    axes.scatter(*places.T, s=8, c=colors, linewidths=0, alpha=1.0 if pictures is None or colored else 0.3)
-    if pictures is not None:
-        _thumbnails(axes, places, pictures, colors if colored else None)
+    placed = [] if pictures is None else _thumbnails(axes, places, pictures, colors if colored else None)
+    rest = [index for index in range(len(places)) if index not in placed]  # a thumbnail stands for its point
+    alpha = 1.0 if pictures is None or colored else 0.3
+    axes.scatter(*places[rest].T, s=8, c=[colors[index] for index in rest], linewidths=0, alpha=alpha)
     if colored:
         for index, label in enumerate(classes):
             name = names[label] if names is not None else str(label)
@@ -107,8 +108,8 @@ def plot_map(
     return figure
 
 
-def _thumbnails(axes, places: np.ndarray, pictures: Sequence[np.ndarray], colors: Sequence[str] | None):
-    """The pictures at their places, at most one in each cell of a grid, so that none hides another."""
+def _thumbnails(axes, places: np.ndarray, pictures: Sequence[np.ndarray], colors: Sequence[str] | None) -> set[int]:
+    """The pictures at their places, at most one in each cell of a grid, so that none hides another. Returns which."""
     from matplotlib.patches import Rectangle
 
     cells = np.minimum((places * CELLS).astype(int), CELLS - 1)
@@ -125,3 +126,4 @@ def _thumbnails(axes, places: np.ndarray, pictures: Sequence[np.ndarray], colors
         if colors is not None:
             frame = dict(fill=False, edgecolor=colors[index], linewidth=2, zorder=3)
             axes.add_patch(Rectangle((extent[0], extent[2]), width, height, **frame))
+    return set(taken.values())

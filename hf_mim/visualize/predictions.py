@@ -38,6 +38,11 @@ def plot_reconstructions(model, images, seed: int = 0, hidden: Tensor | None = N
             " This model predicts patches without their mean and contrast (norm_pix_loss). The picture takes both from "
             "the true patch: the brightness and colour of a hidden patch are given, its structure is predicted."
         )
+    if len(names := list(getattr(viewer.pretraining.config, "modality_channels", ()))) > 1:
+        note += (
+            f" The bands of these images are {' and '.join(names)}, each hidden by a mask of its own. Stripes in the "
+            f"second row: all of them are hidden; in the third: {names[0]} is not hidden."
+        )
     rows = [
         Row("original", task.view.shown()),
         Row("what the encoder sees", task.seen()),

@@ -43,7 +43,18 @@ class View:
     def note(self) -> str:
         pairs = zip(self.displays, self.pixels, strict=True)
         shown = any(image[list(display.bands)].isnan().any() for display, image in pairs)
-        return " Violet: no data." if shown else ""
+        return self._bands + (" Violet: no data." if shown else "")
+
+    @property
+    def _bands(self) -> str:
+        """Which bands are shown, where it does not go without saying."""
+        channels, bands = self.pixels.shape[1], self.displays[0].bands
+        if bands == tuple(range(channels)):
+            return ""
+        named = ", ".join(str(band + 1) for band in bands)
+        if len(bands) == 1:
+            return f" Shown in grey: band {named} of {channels}."
+        return f" Red, green and blue of an image are its bands {named} of {channels}."
 
 
 class Viewer:

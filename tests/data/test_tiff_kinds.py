@@ -9,7 +9,7 @@ import tifffile
 from PIL import Image
 
 from hf_mim.data.crop import WholeImage, crop_rng, load_crop
-from hf_mim.data.decode import open_image
+from hf_mim.data.decode import header_size, open_image
 from hf_mim.data.masks import read_mask_ids
 from hf_mim.data.nodata import tagged_nodata, unused_pages
 from hf_mim.models.pixels import ImageFormatError
@@ -216,3 +216,10 @@ def test_smaller_copies_of_the_image_are_no_pages():
         writer.write(COLOUR[::2, ::2].copy(), photometric="rgb", subfiletype=1, metadata=None)
     file.seek(0)
     assert unused_pages(file, 3) == 1
+
+
+def test_a_file_of_many_bands_leaves_no_line_of_the_decoder_on_stderr(capfd):
+    file = io.BytesIO()
+    tifffile.imwrite(file, np.zeros((4, 6, 13), np.uint16), photometric="minisblack", planarconfig="contig")
+    assert header_size({"bytes": file.getvalue(), "path": None}) is None
+    assert capfd.readouterr().err == ""

@@ -62,6 +62,20 @@ def test_the_share_of_the_place_is_0_for_noise_and_1_for_features_of_the_place_a
     assert place_share(noise + noise[:1]) == pytest.approx(0.5, abs=0.1)
 
 
+def note_of(figure):
+    return figure.drawn[2]
+
+
+@pytest.mark.parametrize("plot", [plot_pca, plot_clusters])
+def test_a_picture_says_how_much_of_it_is_the_place_and_of_one_image_that_it_cannot_be_told(plot, monkeypatch):
+    view = viewer()
+    same = torch.randn(1, 24, 8, generator=torch.Generator().manual_seed(0)).expand(3, -1, -1)
+    monkeypatch.setattr(type(view), "tokens", lambda self, shown: same[: len(shown)])
+    assert "The place of a patch alone explains 100% " in note_of(plot(view, images(3)))
+    one = note_of(plot(view, images(1)))
+    assert "one image cannot tell" in one and "%" not in one and "these images" not in one
+
+
 def test_without_position_features_of_the_place_alone_show_nothing(monkeypatch):
     view, rows = viewer(), drawn(monkeypatch, features)
     same = torch.randn(1, 24, 8, generator=torch.Generator().manual_seed(0)).expand(3, -1, -1)
@@ -128,7 +142,7 @@ def test_attention_of_a_model_without_a_cls_token_is_that_of_a_patch():
 def test_the_nearest_image_is_the_copy(monkeypatch):
     view, rows = viewer(), drawn(monkeypatch, neighbours)
     shown = images(4)
-    plot_nearest(view, [*shown, shown[1]], count=2)
+    assert "nearest of the other 4," in note_of(plot_nearest(view, [*shown, shown[1]], count=2))
     np.testing.assert_array_equal(rows[0]["image 2"][1], rows[0]["image 5"][0])
     plot_nearest(view, shown[:1], gallery=shown[::-1], count=3)
     np.testing.assert_array_equal(rows[1]["image 1"][1], rows[1]["image 1"][0])
@@ -144,10 +158,14 @@ def test_on_the_map_images_with_like_features_are_neighbours(monkeypatch):
     random = np.random.default_rng(0)
     labels = np.arange(60) % 3
     points = np.eye(3)[labels] + 0.05 * random.standard_normal((60, 3))
-    figure = plot_map(points, images(60), labels.tolist(), ["a", "b$", "c"])
+    plot_map(points, labels=labels.tolist())
     places = np.stack(found[0], axis=1)
     distance = np.linalg.norm(places[:, None] - places, axis=2) + 9 * np.eye(60)
     assert (labels[distance.argmin(axis=1)] == labels).mean() > 0.95
+    found.clear()
+    figure = plot_map(points, images(60), labels.tolist(), ["a", "b$", "c"])
+    thumbnails = sum(len(axes.images) for axes in figure.axes)
+    assert thumbnails and len(found[0][0]) == 60 - thumbnails  # no point beside its thumbnail
     assert figure._repr_png_() == plot_map(points, images(60), labels.tolist(), ["a", "b$", "c"])._repr_png_()
     with pytest.raises(ValueError, match="5 images at least"):
         plot_map(points[:4])

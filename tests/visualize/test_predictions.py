@@ -187,3 +187,9 @@ def test_a_picture_that_a_model_cannot_give_is_refused():
     for plot in (plot_reconstructions, plot_prediction, plot_masks, plot_noise, plot_overview):
         with pytest.raises(ValueError, match="needs the whole pretraining model, and tiny is an encoder alone"):
             plot(alone, images())
+
+
+def test_a_picture_of_several_modalities_says_what_is_hidden_in_which():
+    of_two = viewer("interactive_mim", num_channels=3, modalities={"luma": 1, "chroma": 2})
+    assert "are luma and chroma, each hidden by a mask of its own" in plot_reconstructions(of_two, images(1)).drawn[2]
+    assert "mask of its own" not in plot_reconstructions(viewer("mae"), images(1)).drawn[2]
