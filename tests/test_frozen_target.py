@@ -151,7 +151,7 @@ def test_a_run_takes_target_from_a_checkpoint_and_resumes_to_the_bit(method, tea
     [
         (
             {"method": "mae"},
-            "target_from is for methods that predict a target network .latent_mim, stop_jepa., not for mae",
+            "target_from is for methods that predict a target network .latent_mim, stop_jepa, ijepa., not for mae",
         ),
         (
             {"method": "stop_jepa", "image_size": 32, "patch_size": 8},

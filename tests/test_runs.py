@@ -118,6 +118,7 @@ def test_markdown_of_names_from_outside_stays_text(tmp_path):
     [
         ("runs nowhere", "FOLDER must be a folder with runs, and there is no folder nowhere"),
         ("runs empty", "FOLDER must hold runs of hf-mim pretrain, and there is no recipe.yaml in empty"),
+        ("runs run --format json", "runs has no option format; there is none"),
         ("compare", ""),
         ("compare empty", "RUN must be a folder that hf-mim pretrain has written, and empty holds no recipe.yaml"),
         ("compare run run", "RUN must be different folders, and one is given twice"),

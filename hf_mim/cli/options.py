@@ -175,7 +175,7 @@ class Command(click.Command):
         name, known = option.lstrip("-") or option, [setting.name for setting in self.settings if not setting.hidden]
         hint = suggestion(name, known)
         if not hint and len(known) < 5:
-            hint = f"; there is {' and '.join(known)}"
+            hint = f"; there is {' and '.join(known) or 'none'}"
         return self.complaint.format(command=self.name, name=name) + hint
 
     def read(self, arguments: list[str]) -> tuple[list[str], dict[str, Any]]:

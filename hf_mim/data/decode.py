@@ -46,6 +46,8 @@ def decoding(name: str):
         raise ImageFormatError(f"{name}: {error}") from None
     except UnidentifiedImageError as error:
         raise BrokenImage(f"{name}: not an image, or of an unknown format") from error
+    except FileNotFoundError as error:
+        raise BrokenImage(f"{name}: there is no such file") from error
     except _DECODE_ERRORS as error:
         raise BrokenImage(f"{name}: {one_line(error)}") from error
 

@@ -135,12 +135,11 @@ def embed(checkpoint: str | Path, **options: Any) -> Embedded:
     about = describe(checkpoint, extract, source) | {"labels": account.labels}
     partial = formats.partial_of(output)
     begun = about | {"device": extract.encoder.device.type}
-    if source.streaming:
-        check_first(images, extract)
-    else:
+    if not source.streaming:
         images = Images(images, f"{source_name(source.dataset)}, split {source.split}").images
         _check_room(output, extract, specs, 2 * len(images))
         begun |= {"contents": _contents(images)}
+    check_first(images, extract)
     partial.mkdir(exist_ok=True)
     with locked(partial, "output"):
         _begin(partial, begun, output)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from datasets import IterableDataset
+from datasets import Dataset, IterableDataset
 from torch.utils.data import IterableDataset as TorchIterableDataset
 
 from hf_mim.data import BrokenImagesError
@@ -121,7 +121,7 @@ def extract_stream(
     return seen
 
 
-def check_first(images: IterableDataset, extract: FeatureExtractor):
+def check_first(images: Dataset | IterableDataset, extract: FeatureExtractor):
     """Raise ValueError if the first image is not of the kind that the encoder takes."""
     sample = next(iter(images))
     Decoder(extract.encoder, extract.crop)(0, typed(sample["image"], images.features["image"]))

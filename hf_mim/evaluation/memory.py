@@ -16,10 +16,10 @@ def freed_memory_kept() -> Iterator[None]:
 
     Each batch of a forward on the CPU frees activations of many megabytes. glibc returns them to the system, and the
     next batch pays a page fault for every 4 KiB: a quarter of the time of a small encoder. On other C libraries this
-    does nothing.
+    does nothing. The limits are those of the process: the first block that ends restores them for all.
     """
     libc = ctypes.CDLL(None) if sys.platform == "linux" else None
-    if not hasattr(libc, "mallopt"):
+    if not (hasattr(libc, "mallopt") and hasattr(libc, "malloc_trim")):  # Android's library has the first alone
         yield
         return
     libc.mallopt(MMAP_MAX, 0)

@@ -94,8 +94,9 @@ class Source:
             try:
                 row.config_class(use_cls_token=True)
             except ValueError as error:
+                takes = "it can be a frozen target (--target_from), or start another method, such as latent_mim"
                 raise ValueError(
-                    f"init_from {self.name} has a CLS token, and method {method} takes none: {error}"
+                    f"init_from {self.name} has a CLS token, and method {method} takes none ({error}); {takes}"
                 ) from error
         if self.is_whole(method):
             names = setting_types(method).keys() - NORMALISATION.keys()

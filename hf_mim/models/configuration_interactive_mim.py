@@ -23,8 +23,8 @@ class InteractiveMIMConfig(MIMConfig):
         modalities_seen: the modalities that the encoder reads in an ordinary pass; default: all.
         modality_masking: "independent" masks each modality by itself, so that a place can be visible in one and masked
             in another; "shared" masks the same places in all.
-        modality_dropout: share of the images of a training of which the encoder sees a single modality, drawn at
-            random, so that it learns to do without the others; only with independent masks.
+        modality_dropout: share of the images in training of which the encoder sees a single modality, drawn at random,
+            so that it learns to do without the others; only with independent masks.
         mask_ratio: share of the patches of each modality that is masked; `int(N · (1 - mask_ratio))` stay visible.
         norm_pix_loss: reconstruct each patch of a modality standardised by its own mean and variance.
         interaction_num_layers: cross-attention blocks in which the masked tokens read the visible ones; 0: none.

@@ -4,7 +4,8 @@ Training, evaluation and the image processor all call `crop_image`, so that they
 
 - 8-bit images stay uint8. 16-bit ones stay uint16 or int16, floats float32; wider integers become int32.
 - Palette, CMYK, YCbCr, LAB, HSV and 1-bit images go through PIL's `convert`; boolean arrays become 0 and 255.
-- Alpha is dropped, as `convert("RGB")` and transformers' `load_image` do. It is kept if `num_channels` is 2 or 4.
+- Alpha is dropped, as `convert("RGB")` and transformers' `load_image` do. It is kept if `num_channels` is 2 or 4,
+  and a picture without alpha is refused then.
 - Grey becomes 3 channels by replication; colour becomes 1 channel by luminance, .299 R + .587 G + .114 B.
 - Any other number of channels must be `num_channels`.
 - EXIF orientation is applied.
@@ -157,11 +158,12 @@ def to_channels(
         image = np.asarray(image)
     if isinstance(image, np.ndarray):
         return _array_to_channels(image, num_channels, channels_last, value_range)
-    has_alpha = image.getbands()[-1] in "Aa" or "transparency" in image.info
-    if num_channels not in MODES or num_channels in (2, 4) and not has_alpha:  # PIL would add an opaque alpha
-        raise ImageFormatError(f"num_channels={num_channels}, but the image has {len(image.getbands())} ({image.mode})")
+    lacks_alpha = num_channels in (2, 4) and not image.has_transparency_data  # PIL would add an opaque one
+    if num_channels not in MODES or lacks_alpha:
+        found = f"num_channels={num_channels}, but the image has {len(image.getbands())} ({image.mode})"
+        raise ImageFormatError(found + " and no alpha; save it with alpha, or as an array of its bands" * lacks_alpha)
     mode = MODES[num_channels]
-    if image.mode == "P" and "transparency" in image.info:
+    if image.mode == "P" and image.has_transparency_data:
         image = image.convert("RGBA")
     return image if image.mode == mode else image.convert(mode)
 

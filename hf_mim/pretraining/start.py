@@ -39,6 +39,7 @@ def settings_of_sources(*layers: dict[str, Any]) -> list[dict[str, Any]]:
     if given.get("init_from"):
         sources.append(source := Source.read(given["init_from"]))
         found |= source.settings(method)
+        _check_width(source, given)
     if given.get("target_from"):
         sources.append(target := Source.read(given["target_from"], "target_from"))
         found |= _settings_of_target(target, method, layers[-1])
@@ -49,12 +50,23 @@ def settings_of_sources(*layers: dict[str, Any]) -> list[dict[str, Any]]:
     return [found] if found else []
 
 
+def _check_width(source: Source, given: dict[str, Any]):
+    """Raise ValueError for a width that the heads of the source do not divide: no model has both."""
+    width, heads = source.config.hidden_size, source.config.num_attention_heads
+    wanted = to_type("hidden_size", given.get("hidden_size", width), int)
+    if "num_attention_heads" not in given and wanted % heads:
+        raise ValueError(
+            f"init_from {source.name} does not fit the settings: its tensors have a width of {width}, not {wanted}; "
+            f"--hidden_size {width} would fit, or leave it out"
+        )
+
+
 def _settings_of_target(target: Source, method: str, given: dict[str, Any]) -> dict[str, Any]:
     """The settings that follow from a frozen target: its own sizes, those of its images, and no pull on similarities,
     which is there against a collapse."""
     known = setting_types(method)
     if "target_config" not in known:
-        others = ", ".join(row.name for row in methods.rows() if "target_config" in setting_types(row.name))
+        others = ", ".join(name for name in methods.names() if "target_config" in setting_types(name))
         raise ValueError(f"target_from is for methods that predict a target network ({others}), not for {method}")
     for name in given:
         if name.startswith("momentum_"):

@@ -139,6 +139,8 @@ def test_settings_that_do_not_fit_are_one_line_before_anything_is_written(source
     options = ["--init_from", source, *FEW, "--num_attention_heads", 4, "--output_dir", tmp_path / "run"]
     message = fails_with(capsys, *options)
     assert message.endswith("though its tensors do; --num_attention_heads 2 would fit, or leave out these settings")
+    options = ["--init_from", source, *FEW, "--hidden_size", 33, "--output_dir", tmp_path / "run"]
+    assert "33; --hidden_size" in fails_with(capsys, *options)
     assert not (tmp_path / "run").exists()
 
 

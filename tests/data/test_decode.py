@@ -267,5 +267,11 @@ def test_damaged_images_are_broken_and_named(picture, damage):
 @pytest.mark.parametrize(("mode", "count"), [("RGB", 4), ("L", 4), ("CMYK", 4), ("L", 2), ("P", 2)])
 def test_no_band_is_made_up_for_a_picture_without_alpha(mode, count):
     image = Image.fromarray(COLOUR).convert(mode)
-    with pytest.raises(ImageFormatError, match=f"num_channels={count}, but the image has"):
+    with pytest.raises(ImageFormatError, match=f"num_channels={count}, but the image has .* and no alpha; save it"):
         to_channels(image, count)
+
+
+def test_the_alpha_of_a_palette_is_kept():
+    image = Image.fromarray(np.dstack([COLOUR, ALPHA])).quantize(4)
+    assert image.mode == "P" and "transparency" not in image.info  # as of a TGA file
+    np.testing.assert_array_equal(np.asarray(to_channels(image, 4)), np.asarray(image.convert("RGBA")))

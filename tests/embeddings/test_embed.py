@@ -188,6 +188,14 @@ def test_a_mistake_is_one_line_and_nothing_is_written(words, message, checkpoint
     assert sorted(photos.parent.iterdir()) == before
 
 
+def test_images_of_other_channels_are_refused_before_anything_is_written(checkpoint, photos, capsys):
+    (photos.parent / "bands").mkdir()
+    np.save(photos.parent / "bands" / "0.npy", np.zeros((16, 16, 5), np.uint8))
+    assert main(["embed", str(checkpoint), "--dataset", "bands", "--output", "x.npy"]) == 2
+    assert "0.npy: num_channels=3, but the image has 5" in capsys.readouterr().err
+    assert not [path for path in photos.parent.iterdir() if "x.npy" in path.name]
+
+
 def test_a_full_disk_is_found_before_the_work(checkpoint, photos, monkeypatch):
     monkeypatch.setattr("shutil.disk_usage", lambda *args: SimpleNamespace(free=100))
     with pytest.raises(ValueError, match=r"output embeddings.parquet needs 0.0 GiB while it is written"):

@@ -125,7 +125,7 @@ def test_images_of_a_table_have_pictures_too(checkpoint, photos):
         ("q.png", "in must be given: a file or folder of hf-mim embed"),
         ("--in photos", "search needs an image to search for, --duplicates or --map"),
         ("q.png --in photos --duplicates", "duplicates needs the collection alone; leave out the query q.png"),
-        ("no.png --in photos", "no.png"),
+        ("no.png --in photos", "no.png: there is no such file"),
         ("broken.png --in photos", "broken.png: not an image"),
         ("q.png --in photos --k 41", "k must be at most the 40 images of the collection, not 41"),
         ("q.png --in photos --output near.txt", "output must be a picture"),
