@@ -335,16 +335,19 @@ class InteractiveMIMForPreTraining(PixelTargets, InteractiveMIMPreTrainedModel):
     def reconstruct(
         self, pixel_values: Tensor, valid_pixels: Tensor | None = None, **masks: Any
     ) -> tuple[Tensor, Tensor]:
-        """As `PixelTargets.reconstruct`, of all modalities. The mask is that of the first one."""
+        """As `PixelTargets.reconstruct`, of all modalities. The mask is `[B, C, H, W]` for several modalities."""
         output = self(pixel_values, valid_pixels=valid_pixels, **masks)
         patches, grid = self.encoder.cut(pixel_values)
         valid, size = self.valid_values(valid_pixels), self.config.patch_height_width
         places = self._of_each_modality(output.target_ids)
-        images, parts = [], (self._parts(output.predictions), places.unbind(dim=1))
+        images, hidden, parts = [], [], (self._parts(output.predictions), places.unbind(dim=1))
         for name, predicted, ids in zip(self.config.modality_channels, *parts, strict=True):
             about = predicted, self._modality(valid, name), self.config.norm_pix_loss
             images.append(unpatchify(fill_patches(self._modality(patches, name), ids, *about), size, grid))
-        return torch.cat(images, dim=1), masked_pixels(places[:, 0], size, grid)
+            hidden.append(masked_pixels(ids, size, grid))
+            if len(self.config.modalities) > 1:
+                hidden[-1] = hidden[-1].expand(-1, self.config.modality_channels[name], -1, -1)
+        return torch.cat(images, dim=1), torch.cat(hidden, dim=1)
 
 
 class InteractiveMIMForImageClassification(ClassificationHead, InteractiveMIMPreTrainedModel):

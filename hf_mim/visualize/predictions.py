@@ -30,26 +30,48 @@ def plot_reconstructions(model, images, seed: int = 0, hidden: Tensor | None = N
         raise ValueError(f"reconstructions needs a method that predicts pixels, and {viewer.name} does not")
     task = Task.make("reconstructions", viewer, images, seed, hidden)
     pixels, gone = task.reconstruct()
-    pixels[task.view.pixels.isnan() & ~gone[:, None]] = torch.nan
-    restored = task.view.shown(pixels)
-    note = STRIPES + task.view.note
+    pixels[task.view.pixels.isnan() & ~gone] = torch.nan
+    if len(getattr(viewer.pretraining.config, "modality_channels", ())) > 1:
+        rows, note = _rows_of_modalities(task, pixels, gone)
+    else:
+        rows, note = _rows_of_images(task, pixels, gone[:, 0]), STRIPES + task.view.note
     if getattr(viewer.pretraining.config, "norm_pix_loss", False):
         note += (
             " This model predicts patches without their mean and contrast (norm_pix_loss). The picture takes both from "
             "the true patch: the brightness and colour of a hidden patch are given, its structure is predicted."
         )
-    if len(names := list(getattr(viewer.pretraining.config, "modality_channels", ()))) > 1:
-        note += (
-            f" The bands of these images are {' and '.join(names)}, each hidden by a mask of its own. Stripes in the "
-            f"second row: all of them are hidden; in the third: {names[0]} is not hidden."
-        )
-    rows = [
+    shown = task.context() if task.visible() is None else task.visible()
+    return draw_rows(f"Reconstructions, with {1 - shown.float().mean():.0%} of the patches hidden", rows, note)
+
+
+def _rows_of_images(task: Task, pixels: Tensor, gone: Tensor) -> list[Row]:
+    """Rows for reconstructed `pixels` `[B, C, h, w]`, which were hidden where `gone`, bool [B, h, w]."""
+    restored = task.view.shown(pixels)
+    return [
         Row("original", task.view.shown()),
         Row("what the encoder sees", task.seen()),
         Row("prediction of hidden patches", masked(restored, gone)),
         Row("prediction and visible patches", masked(restored, gone | task.pixels_of(task.context()))),
     ]
-    return draw_rows(f"Reconstructions, with {1 - task.context().float().mean():.0%} of the patches hidden", rows, note)
+
+
+def _rows_of_modalities(task: Task, pixels: Tensor, gone: Tensor) -> tuple[list[Row], str]:
+    """As `_rows_of_images`, for each modality by itself; gone: bool [B, C, h, w]. Also a note on them."""
+    visible, rows, told = task.visible(), [], []
+    for number, (name, part) in enumerate(task.viewer.pretraining.config.channels_of_modalities.items()):
+        own = range(part.start + 1, part.stop + 1)
+        bands = [band for band in task.viewer.bands or own if band in own] or own
+        view = task.view.of_bands(bands[:3] if len(bands) >= 3 else bands[:1])
+        seen = task.pixels_of(task.context() if visible is None else visible[:, number])
+        restored = view.shown(pixels)
+        rows += [
+            Row(name, view.shown()),
+            Row(f"{name} that the encoder sees", masked(view.shown(), seen)),
+            Row(f"{name}, predicted and seen", masked(restored, gone[:, part.start] | seen)),
+        ]
+        told.append(f"{name} {', '.join(str(band + 1) for band in view.displays[0].bands)}")
+    own_masks = "" if visible is None else " Each modality has a mask of its own."
+    return rows, f"{STRIPES}{own_masks} Shown bands: {'; '.join(told)}."
 
 
 def plot_prediction(model, images, seed: int = 0, hidden: Tensor | None = None) -> Picture:

@@ -57,14 +57,24 @@ class Task:
         return output
 
     def reconstruct(self) -> tuple[Tensor, Tensor]:
-        """(pixels in 0..255 with the hidden patches predicted, bool [B, h, w] of what was hidden), on the CPU."""
+        """(pixels in 0..255 with the hidden patches predicted, bool [B, C, h, w] or [B, 1, h, w] of what was hidden),
+        on the CPU."""
         pixels, hidden = self.viewer.pretraining.reconstruct(**self.inputs())
         check_finite(pixels, self.viewer.name)
-        return self.viewer.encoder.normalize.denormalize(pixels).cpu(), hidden[:, 0].cpu()
+        return self.viewer.encoder.normalize.denormalize(pixels).cpu(), hidden.cpu()
 
     def context(self) -> Tensor:
         """bool [B, rows, columns]: the patches that the encoder sees."""
         return self.patches(self.masks["context_ids"])
+
+    def visible(self) -> Tensor | None:
+        """bool [B, M, rows, columns]: the patches of each modality that the encoder sees; None: the same of each."""
+        if "visible" not in self.masks:
+            return None
+        ids, visible = self.masks["context_ids"].cpu(), self.masks["visible"].cpu()
+        found = torch.zeros(len(ids), self.viewer.num_patches, visible.shape[-1], dtype=torch.bool)
+        found.scatter_(1, ids[..., None].expand_as(visible), visible)
+        return found.transpose(1, 2).unflatten(2, self.viewer.grid)
 
     def targets(self) -> Tensor:
         """bool [B, rows, columns]: the patches that are to be predicted."""

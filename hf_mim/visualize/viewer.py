@@ -22,10 +22,24 @@ from hf_mim.visualize.display import Display
 
 @dataclass
 class View:
-    """Images `[B, C, h, w]` in the range 0..255 (float32; NaN: no data), and how each of them is shown."""
+    """Images `[B, C, h, w]` in the range 0..255 (float32; NaN: no data), and how each of them is shown.
+
+    stretched: whether black and white are taken from the values of an image, see `Display.of`.
+    """
 
     pixels: Tensor
     displays: list[Display]
+    stretched: list[bool]
+
+    @classmethod
+    def of(cls, pixels: Tensor, stretched: list[bool], bands: Sequence[int] | None) -> "View":
+        """bands: those that are shown, from 1; default: as `Display.of`."""
+        pairs = zip(pixels, stretched, strict=True)
+        return cls(pixels, [Display.of(image, bands, stretch) for image, stretch in pairs], stretched)
+
+    def of_bands(self, bands: Sequence[int]) -> "View":
+        """The same images, of which other bands are shown."""
+        return View.of(self.pixels, self.stretched, bands)
 
     def __len__(self) -> int:
         return len(self.pixels)
@@ -110,7 +124,7 @@ class Viewer:
         crop = encoder.crop
         if isinstance(crop, CenterWindow):
             crop = CenterWindow.for_size(crop.pixels, size, encoder.image_size)
-        pixels, displays = [], []
+        pixels, stretched = [], []
         for number, image in enumerate(images, start=1):
             image = image["image"] if isinstance(image, dict) and "image" in image else image
             image = str(image) if isinstance(image, Path) else image
@@ -119,10 +133,10 @@ class Viewer:
                 scaled = scale_pixels(stored, encoder.value_range).float()
             deep = stored.dtype != torch.uint8 and getattr(encoder.value_range, "pixel_type", None) != "uint8"
             pixels.append(scaled)
-            displays.append(Display.of(scaled, self.bands, stretch=deep))
+            stretched.append(deep)
         if not pixels:
             raise ValueError("images must be at least one")
-        return View(torch.stack(pixels), displays)
+        return View.of(torch.stack(pixels), stretched, self.bands)
 
     def readable(self, images: Iterable, count: int) -> list:
         """The first `count` of the images that can be decoded."""

@@ -109,8 +109,8 @@ def test_bands_that_cannot_be_shown_are_refused(bands, told):
 def test_only_bands_that_are_shown_are_said_to_lack_data():
     pixels = torch.rand(1, 4, 8, 8)
     pixels[0, 3] = torch.nan
-    assert "Violet" not in View(pixels, [Display.of(pixels[0])]).note
-    assert View(pixels, [Display.of(pixels[0], [4])]).note == " Shown in grey: band 4 of 4. Violet: no data."
+    assert "Violet" not in View.of(pixels, [True], None).note
+    assert View.of(pixels, [True], [4]).note == " Shown in grey: band 4 of 4. Violet: no data."
 
 
 def test_the_bands_that_are_shown_are_named_where_they_are_not_all_in_their_order():
@@ -122,4 +122,4 @@ def test_the_bands_that_are_shown_are_named_where_they_are_not_all_in_their_orde
         (3, [3, 2, 1], " Red, green and blue of an image are its bands 3, 2, 1 of 3."),
     ):
         pixels = torch.rand(1, channels, 8, 8)
-        assert View(pixels, [Display.of(pixels[0], bands)]).note == told
+        assert View.of(pixels, [True], bands).note == told

@@ -189,7 +189,27 @@ def test_a_picture_that_a_model_cannot_give_is_refused():
             plot(alone, images())
 
 
-def test_a_picture_of_several_modalities_says_what_is_hidden_in_which():
+def test_each_modality_is_drawn_by_its_own_bands_and_masks():
     of_two = viewer("interactive_mim", num_channels=3, modalities={"luma": 1, "chroma": 2})
-    assert "are luma and chroma, each hidden by a mask of its own" in plot_reconstructions(of_two, images(1)).drawn[2]
-    assert "mask of its own" not in plot_reconstructions(viewer("mae"), images(1)).drawn[2]
+    title, rows, note = plot_reconstructions(of_two, images(2)).drawn[:3]
+    task = Task.make("reconstructions", of_two, images(2))
+    assert "75%" in title and "Shown bands: luma 1; chroma 2." in note
+    assert [row.label for row in rows[::3]] == ["luma", "chroma"]
+    for number, (whole, seen, predicted) in enumerate((rows[:3], rows[3:])):
+        shown = task.view.of_bands([number + 1])
+        hidden = task.patches(task.masks["target_ids"][:, number])
+        for index, pixels in enumerate(shown.shown()):
+            np.testing.assert_array_equal(whole.pictures[index], pixels)
+            opaque = ~task.pixels_of(hidden)[index].numpy()
+            np.testing.assert_array_equal(seen.pictures[index][..., 3], opaque)
+            assert predicted.pictures[index][..., 3].all()
+            np.testing.assert_allclose(predicted.pictures[index][opaque][:, :3], pixels[opaque], atol=1e-6)
+
+
+def test_a_mask_by_hand_hides_the_same_patches_of_each_modality():
+    of_two = viewer("interactive_mim", num_channels=3, modalities={"luma": 1, "chroma": 2})
+    hidden = torch.zeros(of_two.grid, dtype=torch.bool)
+    hidden[0] = True
+    rows, note = plot_reconstructions(of_two, images(1), hidden=hidden).drawn[1:3]
+    assert "mask of its own" not in note
+    np.testing.assert_array_equal(rows[1].pictures[0][..., 3], rows[4].pictures[0][..., 3])
