@@ -19,7 +19,7 @@ test-slow: $(INSTALLED)
 CHROMIUM := $(shell command -v chromium || command -v chromium-browser || command -v google-chrome)
 test-browser: .venv-browser/installed
 	@test -n "$(CHROMIUM)" || { echo "no Chromium here; on Debian: apt-get install chromium" >&2; exit 1; }
-	.venv-browser/bin/python -m pytest -m slow --timeout 900 tests/demo/test_browser.py tests/report/test_in_browser.py
+	.venv-browser/bin/python -m pytest -m slow --timeout 900 tests/demo/test_browser.py tests/report/test_in_browser.py tests/hub/test_card_in_browser.py
 
 # The same fast tests with the oldest releases that setup.cfg allows.
 test-oldest: .venv-oldest/installed
