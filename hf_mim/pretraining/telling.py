@@ -64,8 +64,9 @@ def images_in_words(images, num_channels: int, value_range: ValueRange | None) -
     sizes = sampled_sizes(images, num_channels) if isinstance(images, Dataset) else []
     if not sizes:
         return f"{count}, read as {kind}"
+    comma = "," * kind[0].isdigit()
     ends = [(fit(side[0] for side in sizes), fit(side[1] for side in sizes)) for fit in (min, max)]
-    return f"{count}, {' to '.join(dict.fromkeys(f'{width}×{height}' for width, height in ends))} {kind}"
+    return f"{count}, {' to '.join(dict.fromkeys(f'{width}×{height}' for width, height in ends))}{comma} {kind}"
 
 
 def count_folders(images) -> int:

@@ -129,6 +129,8 @@ def _facts(run: Run, facts: RunFacts | None) -> Iterator[tuple[str, str]]:
     if recipe.get("image_size"):
         channels, size, patch = recipe.get("num_channels"), recipe["image_size"], recipe.get("patch_size")
         yield "Input", words(f"{size_text(size)} pixels, channels: {channels}, patches of {size_text(patch)}")
+    if modalities := recipe.get("modalities"):
+        yield "Channels of modalities", words(dict(modalities))
     if recipe.get("dataset"):
         yield "Images", training_data(recipe, dataset_name(recipe, training), training)
     if training and training.data.get("nodata"):

@@ -77,7 +77,8 @@ def plot_map(
 
     features = np.asarray(features, dtype=np.float32)
     if features.ndim != 2 or len(features) < 5:
-        raise ValueError(f"map needs the features of 5 images at least, [n, D], not {list(features.shape)}")
+        given = f"those of {len(features)}" if features.ndim == 2 else list(features.shape)
+        raise ValueError(f"map needs the features of 5 images at least, [n, D], not {given}")
     perplexity = min(30, (len(features) - 1) / 3)
     unit = features / np.linalg.norm(features, axis=1, keepdims=True).clip(1e-12)
     places = TSNE(perplexity=perplexity, init="pca", random_state=seed).fit_transform(unit)

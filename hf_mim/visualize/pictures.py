@@ -106,7 +106,7 @@ def draw_pictures(
     Raises ValueError, in one line, before anything is written, for what no picture can be made of.
     """
     if unknown := [name for name in what or () if name not in PICTURES]:
-        raise ValueError(f"what must be of {', '.join(PICTURES)}, not {unknown[0]}")
+        raise ValueError(f"what must be of {', '.join(PICTURES)}, not {unknown[0] or 'nothing'}")
     least(1, count=count)
     check_writable(output, "output")
     if bands is None and Path(checkpoint).is_dir():

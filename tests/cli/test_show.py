@@ -59,6 +59,8 @@ def test_the_bands_are_those_of_the_recipe_or_of_the_option(run, files, monkeypa
     ("words", "told"),
     [
         (["--what", "picture"], "what must be of overview, reconstructions, prediction, "),
+        (["--what", ""], "not nothing"),
+        (["--what", "map"], "map needs the features of 5 images at least, [n, D], not those of 1"),
         (["--what", "pca", "--clusters", "3"], "clusters is an option of clusters, and what is pca"),
         (["--what", "prediction"], "prediction needs a method that predicts features"),
         (["--what", "pca,similarity", "--patch", "3,1"], "patch must be row,column in 1..2 and 1..2, not 3,1"),

@@ -135,6 +135,12 @@ def test_weights_and_a_resume_exclude_each_other(source, capsys, tmp_path):
     assert message.startswith("init_from cannot be given with resume: the run goes on from its own checkpoint")
 
 
+def test_an_empty_name_is_no_checkpoint(capsys, tmp_path):
+    for name in ("init_from", "target_from"):
+        message = fails_with(capsys, "--method", "latent_mim", f"--{name}", "", "--output_dir", tmp_path / "run")
+        assert message == f"{name} must be a checkpoint: a folder, or a name on the Hub; for none leave it out"
+
+
 def test_settings_that_do_not_fit_are_one_line_before_anything_is_written(source, capsys, tmp_path):
     options = ["--init_from", source, *FEW, "--num_attention_heads", 4, "--output_dir", tmp_path / "run"]
     message = fails_with(capsys, *options)

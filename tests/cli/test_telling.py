@@ -211,5 +211,5 @@ def test_images_of_several_sizes_depths_and_sources_are_described(tmp_path):
     assert images_in_words(images, 1, None) == "3 images in 3 folders, 20×10 to 40×30 grey"
     in_bytes = Dataset.from_dict({"image": [{"bytes": path.read_bytes(), "path": None} for path in paths[:1]]})
     deep = ValueRange((0.0,), (1.0,), "uint16")
-    assert images_in_words(in_bytes, 13, deep) == "1 image, 20×30 13 bands of uint16"
+    assert images_in_words(in_bytes, 13, deep) == "1 image, 20×30, 13 bands of uint16"
     assert images_in_words(iter(()), 3, None) == "a stream of images, read as RGB"

@@ -70,6 +70,11 @@ def test_the_page_says_how_much_had_no_data(digits):
     assert "Without data 6.2 % of the pixels, in 40 of 160 images" in page_of(digits).text
 
 
+def test_the_page_names_the_modalities_with_their_channels(tmp_path):
+    folder = make_run(tmp_path / "run", method="interactive_mim", modalities=[["luma", 1], ["chroma", 2]])
+    assert "Channels of modalities luma 1, chroma 2" in page_of(folder).text
+
+
 def test_a_run_that_trains_and_one_that_has_stopped_have_pages(tmp_path):
     stopped = make_run(tmp_path / "stopped", (1, 10), ended=False)
     (stopped / "checkpoint-10").mkdir()
