@@ -116,14 +116,14 @@ def plot_similarity(model, images, patch: tuple[int, int] | None = None) -> Pict
     """
     viewer, view = _view(model, images)
     row, column = place(viewer, patch)
-    tokens = F.normalize(viewer.tokens(view), dim=-1)
+    tokens = F.normalize(found := viewer.tokens(view), dim=-1)
     cosine = tokens @ tokens[0, row * viewer.grid[1] + column]
     scale = Scale("cosine with the marked patch", cosine.min().item(), 1.0)
     boxes = [[patch_box(viewer, row, column)], *[[]] * (len(view) - 1)]
     maps = on_patches(cosine, viewer.grid, viewer.encoder.patch_size, scale)
     rows = [Row("image", view.shown(), boxes), Row("similarity to the marked patch", maps, boxes)]
     whose, others = (" of the first image", "all patches of all images") if len(view) > 1 else ("", "all others")
-    note = f"The marked patch{whose} is compared with {others}.{view.note}"
+    note = f"The marked patch{whose} is compared with {others}.{about_place(found)}{view.note}"
     return draw_rows("Which patches are like this one", rows, note, [scale])
 
 

@@ -66,7 +66,7 @@ def note_of(figure):
     return figure.drawn[2]
 
 
-@pytest.mark.parametrize("plot", [plot_pca, plot_clusters])
+@pytest.mark.parametrize("plot", [plot_pca, plot_similarity, plot_clusters])
 def test_a_picture_says_how_much_of_it_is_the_place_and_of_one_image_that_it_cannot_be_told(plot, monkeypatch):
     view = viewer()
     same = torch.randn(1, 24, 8, generator=torch.Generator().manual_seed(0)).expand(3, -1, -1)
