@@ -235,3 +235,9 @@ def test_a_run_that_has_begun_is_resumed_and_what_is_done_is_left_out(scripts, t
         step.file.parent.mkdir(exist_ok=True)
         step.file.touch()
     assert [words[2:4] for words in launcher.commands(job)] == [["evaluate", "knn"]]
+
+
+def test_the_help_is_no_error(scripts, capsys):
+    assert scripts.compare.main(["--help"]) == 0
+    printed = capsys.readouterr()
+    assert "--only" in printed.out and not printed.err

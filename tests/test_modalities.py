@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import runpy
 import shutil
 import sys
 from pathlib import Path
@@ -294,3 +295,15 @@ def test_a_modality_is_predicted_from_the_other_alone_and_compared_with_the_mean
     train, test = (x.float()[..., 0] / 127.5 - 1 for x in (train, test))
     assert rows[0]["error"] == pytest.approx(test.square().mean().item(), rel=1e-5)
     assert rows[0]["mean_predictor"] == pytest.approx((test - train.mean(0)).square().mean().item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("name", ["modalities", "cross_modal", "bands"])
+@pytest.mark.parametrize("words", [[], ["--help"], ["nowhere", "nowhere", "luma,chroma"]])
+def test_a_script_says_how_it_is_called_and_what_is_wrong(name, words, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", [f"{name}.py", *words])
+    with pytest.raises(SystemExit) as stopped:
+        runpy.run_path(str(TRAINING / f"{name}.py"), run_name="__main__")
+    told = stopped.value.code
+    assert told.startswith("error: ") and "\n" not in told if words[1:] else f"python training/{name}.py " in told
+    assert not list(tmp_path.iterdir())

@@ -13,6 +13,7 @@ import numpy as np
 from hf_mim.data import load_images
 from hf_mim.data.decode import open_image
 from hf_mim.data.sources import fixed_sample
+from hf_mim.files import one_line
 
 
 def mixtures(bands: int) -> np.ndarray:
@@ -37,4 +38,9 @@ def main(source: str, dest: str, count: str = "2000", bands: str = "10"):
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    if len(sys.argv) not in (3, 4, 5):
+        sys.exit(__doc__)
+    try:
+        main(*sys.argv[1:])
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {one_line(error)}")

@@ -78,8 +78,9 @@ def main(argv: list[str] | None = None) -> int:
     try:
         with ended_at_once():
             arguments, modules = split_imports(argv)
+            words, given = COMMAND.read(arguments)
             with told_in_one_line("nothing was written"):
-                report = prepare(*COMMAND.read(arguments), modules, argv)
+                report = prepare(words, given, modules, argv)
             return compare(report, modules)
     except Ended as ended:
         say(f"{ended.signal.name} has ended the comparison; the same command goes on")

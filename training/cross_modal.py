@@ -14,6 +14,7 @@ import torch
 
 from hf_mim.data import load_images
 from hf_mim.data.sources import fixed_sample
+from hf_mim.files import one_line
 from hf_mim.models.masking import gather, split_at_random
 from hf_mim.visualize.viewer import Viewer
 
@@ -71,4 +72,9 @@ def main(run: str, dataset: str, image_column: str, count: str = "2000"):
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    if len(sys.argv) not in (4, 5):
+        sys.exit(__doc__)
+    try:
+        main(*sys.argv[1:])
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {one_line(error)}")

@@ -54,6 +54,8 @@ class Source:
             ValueError: in one line that names the argument: there is none, it is damaged, or it has what our encoders
                 do not have (a distillation token, RoPE, SwiGLU).
         """
+        if not name:
+            raise ValueError(f"{argument} must be a checkpoint: a folder, or a name on the Hub; for none leave it out")
         try:
             return cls._read(name)
         except ValueError as error:

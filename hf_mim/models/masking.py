@@ -58,12 +58,15 @@ def patches_of_units(ids: Tensor, grid: tuple[int, int], unit: int) -> Tensor:
     return (corners[..., None] + (inside[:, None] * grid[1] + inside).flatten()).flatten(1)
 
 
-def split_modalities(noise: Tensor, num_kept: int, num_modalities: int) -> tuple[Tensor, Tensor, Tensor]:
+def split_modalities(
+    noise: Tensor, num_kept: int, num_modalities: int, dropout: float = 0.0
+) -> tuple[Tensor, Tensor, Tensor]:
     """Keep `num_kept` patches of each modality of each image, at other places in each modality.
 
     For each image the masks of the modalities are independent and uniform. At how many places several modalities are
     visible is drawn once for the batch, because its tensors have to be rectangular. The first modality keeps the
-    patches with the smallest noise `[B, N]`.
+    patches with the smallest noise `[B, N]`. With the probability `dropout`, an image keeps one modality, drawn at
+    random; the masked places of the others stay as they are.
 
     Returns the places where something is visible `[B, U]`, the masked places of each modality `[B, M, N - num_kept]`,
     and which modalities are visible at the former, bool `[B, U, M]`.
@@ -77,6 +80,10 @@ def split_modalities(noise: Tensor, num_kept: int, num_modalities: int) -> tuple
     some = shown.any(dim=0)
     masked = (~shown).nonzero()[:, 1].unflatten(0, (num_modalities, -1))
     visible = _on(device, shown[:, some].T.contiguous()).expand(len(noise), -1, -1)
+    if dropout:
+        one = torch.randint(num_modalities, (len(noise), 1, 1), device=device)
+        one = one == torch.arange(num_modalities, device=device)
+        visible = visible & (one | (torch.rand(len(noise), 1, 1, device=device) >= dropout))
     return order[:, _on(device, some.nonzero()[:, 0])], order[:, _on(device, masked)], visible
 
 

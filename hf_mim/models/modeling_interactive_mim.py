@@ -214,27 +214,19 @@ class InteractiveMIMForPreTraining(PixelTargets, InteractiveMIMPreTrainedModel):
         targets stay. How many places they share is drawn once for the batch, because its tensors have to be
         rectangular. Raises ValueError if only one kind of ids is given, or if the grid has too few patches to mask.
         """
-        count, places = self.config.num_visible(grid), grid[0] * grid[1]
-        number = len(self.config.modalities)
+        count, places, number = self.config.num_visible(grid), grid[0] * grid[1], len(self.config.modalities)
         if not are_ids_absent(context_ids, target_ids):
             given = {"context_ids": context_ids, "target_ids": target_ids}
             return given if visible is None else given | {"visible": visible}
         noise = torch.rand(batch_size, places, device=device) if noise is None else noise
         if number > 1 and self.config.modality_masking == "independent":
-            context_ids, target_ids, visible = split_modalities(noise, count, number)
-            if self.training and self.config.modality_dropout:
-                visible = visible & self._draw_seen(batch_size, visible.device)
+            dropout = self.config.modality_dropout if self.training else 0.0
+            context_ids, target_ids, visible = split_modalities(noise, count, number, dropout)
             return {"context_ids": context_ids, "target_ids": target_ids, "visible": visible}
         context_ids, target_ids = split_at_random(noise, count)
         if number > 1:
             target_ids = target_ids[:, None].expand(-1, number, -1)
         return {"context_ids": context_ids, "target_ids": target_ids}
-
-    def _draw_seen(self, batch_size: int, device: torch.device) -> Tensor:
-        """Which modalities of an image the encoder may see, bool `[B, 1, M]`: all, or after `modality_dropout` one."""
-        number = len(self.config.modalities)
-        one = torch.randint(number, (batch_size, 1, 1), device=device) == torch.arange(number, device=device)
-        return one | (torch.rand(batch_size, 1, 1, device=device) >= self.config.modality_dropout)
 
     def step_flops(self, images: int, grid: tuple[int, int], masks: Mapping[str, Tensor]) -> float:
         config, context, masked = self.config, masks["context_ids"].shape[1], masks["target_ids"].shape[-1]
@@ -290,12 +282,11 @@ class InteractiveMIMForPreTraining(PixelTargets, InteractiveMIMPreTrainedModel):
         }
         targets = torch.cat([own for own, _ in pairs], dim=-1)
         kept = None if valid is None else torch.cat([own for _, own in pairs], dim=-1)
+        loss, more = self._mean_of_modalities(losses, None if valid is None else [own for _, own in pairs])
         metrics = {
             "feature_std": spread(tokens[:, num_prefix:]),
             "error_over_constant": error_over_constant(predictions[..., None], targets[..., None], kept),
-        }
-        loss, metrics_of = self._mean_of_modalities(losses, None if valid is None else [own for _, own in pairs])
-        metrics |= metrics_of
+        } | more
         return InteractiveMIMOutput(loss=loss, predictions=predictions, targets=targets, metrics=metrics, **masks)
 
     @staticmethod
@@ -316,8 +307,7 @@ class InteractiveMIMForPreTraining(PixelTargets, InteractiveMIMPreTrainedModel):
 
     def _of_each_modality(self, target_ids: Tensor) -> Tensor:
         """`[B, M, Nm]`, for ids `[B, Nm]` or `[B, 1, Nm]` too."""
-        target_ids = target_ids[:, None] if target_ids.ndim == 2 else target_ids
-        return target_ids.expand(-1, len(self.config.modalities), -1)
+        return (target_ids[:, None] if target_ids.ndim == 2 else target_ids).expand(-1, len(self.config.modalities), -1)
 
     def _parts(self, predictions: Tensor) -> tuple[Tensor, ...]:
         """Predictions `[B, Nm, P]` of all modalities → those of each."""
@@ -344,10 +334,8 @@ class InteractiveMIMForPreTraining(PixelTargets, InteractiveMIMPreTrainedModel):
         for name, predicted, ids in zip(self.config.modality_channels, *parts, strict=True):
             about = predicted, self._modality(valid, name), self.config.norm_pix_loss
             images.append(unpatchify(fill_patches(self._modality(patches, name), ids, *about), size, grid))
-            hidden.append(masked_pixels(ids, size, grid))
-            if len(self.config.modalities) > 1:
-                hidden[-1] = hidden[-1].expand(-1, self.config.modality_channels[name], -1, -1)
-        return torch.cat(images, dim=1), torch.cat(hidden, dim=1)
+            hidden.append(masked_pixels(ids, size, grid).expand_as(images[-1]))
+        return torch.cat(images, dim=1), torch.cat(hidden, dim=1) if len(hidden) > 1 else hidden[0][:, :1]
 
 
 class InteractiveMIMForImageClassification(ClassificationHead, InteractiveMIMPreTrainedModel):

@@ -165,9 +165,6 @@ class RunArguments:
         methods.get(self.method)
         if not self.dataset:
             raise ValueError('dataset must be given: a folder, files, the name of a dataset on the Hub, or "textures"')
-        for name in ("init_from", "target_from"):
-            if getattr(self, name) == "":
-                raise ValueError(f"{name} must be a checkpoint: a folder, or a name on the Hub; for none leave it out")
         if self.crop_pixels is not None:
             window_pixels(self.crop_pixels)
         check_statistics(self.image_mean, self.image_std)

@@ -36,11 +36,11 @@ def settings_of_sources(*layers: dict[str, Any]) -> list[dict[str, Any]]:
     if given.get("continue_from"):
         return []  # all settings and weights are those of the other run
     method, found, sources = methods.get(given.get("method", methods.rows()[0].name)).name, {}, []
-    if given.get("init_from"):
+    if given.get("init_from") is not None:
         sources.append(source := Source.read(given["init_from"]))
         found |= source.settings(method)
         _check_width(source, given)
-    if given.get("target_from"):
+    if given.get("target_from") is not None:
         sources.append(target := Source.read(given["target_from"], "target_from"))
         found |= _settings_of_target(target, method, layers[-1])
     for source in sources:
