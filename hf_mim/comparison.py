@@ -110,7 +110,7 @@ def plot_curves(
     ax.set_xlabel("images seen in pretraining", color=INK)
     ax.set_ylabel(f"{measure} (%)", color=INK)
     ax.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
-    ax.xaxis.get_major_locator().set_params(integer=True)
+    ax.locator_params(axis="x", integer=True)
     ax.grid(color=GRID, linewidth=0.6)
     ax.spines[["top", "right"]].set_visible(False)
     ax.tick_params(colors=MUTED)

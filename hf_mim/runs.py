@@ -215,7 +215,7 @@ class RunComparison:
             axes[0].set_title("losses of different methods cannot be compared", color=MUTED, fontsize=9)
         axes[-1].set_xlabel("images seen in pretraining", color=INK)
         axes[-1].xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
-        axes[-1].xaxis.get_major_locator().set_params(integer=True)
+        axes[-1].locator_params(axis="x", integer=True)
         figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper left", frameon=False, labelcolor=INK)
         return figure
 
