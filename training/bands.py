@@ -5,15 +5,14 @@ one is a grey in which green counts most. DEST gets .npy files in class folders,
 (2,000) training images, the same each time, and all test images.
 """
 
-import sys
 from pathlib import Path
 
 import numpy as np
 
+from hf_mim.cli.errors import run_script
 from hf_mim.data import load_images
 from hf_mim.data.decode import open_image
 from hf_mim.data.sources import fixed_sample
-from hf_mim.files import one_line
 
 
 def mixtures(bands: int) -> np.ndarray:
@@ -38,9 +37,4 @@ def main(source: str, dest: str, count: str = "2000", bands: str = "10"):
 
 
 if __name__ == "__main__":
-    if len(sys.argv) not in (3, 4, 5):
-        sys.exit(__doc__)
-    try:
-        main(*sys.argv[1:])
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {one_line(error)}")
+    run_script(main, __doc__)

@@ -7,14 +7,13 @@ training loss. Beside it stands that of the mean predictor, which gives the mean
 """
 
 import json
-import sys
 from collections.abc import Iterator
 
 import torch
 
+from hf_mim.cli.errors import run_script
 from hf_mim.data import load_images
 from hf_mim.data.sources import fixed_sample
-from hf_mim.files import one_line
 from hf_mim.models.masking import gather, split_at_random
 from hf_mim.visualize.viewer import Viewer
 
@@ -72,9 +71,4 @@ def main(run: str, dataset: str, image_column: str, count: str = "2000"):
 
 
 if __name__ == "__main__":
-    if len(sys.argv) not in (4, 5):
-        sys.exit(__doc__)
-    try:
-        main(*sys.argv[1:])
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {one_line(error)}")
+    run_script(main, __doc__)

@@ -8,17 +8,16 @@ modality, `train/luma/CLASS/00000.npy` and `train/chroma/CLASS/00000.npy`: at mo
 time, and all test images. `hf-mim pretrain --image_column luma,chroma` reads them.
 """
 
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
+from hf_mim.cli.errors import run_script
 from hf_mim.data import load_images
 from hf_mim.data.decode import open_image
 from hf_mim.data.sources import SplitNotFound, fixed_sample
-from hf_mim.files import one_line
 
 
 def luma_chroma(image: Image.Image) -> dict[str, np.ndarray]:
@@ -59,9 +58,4 @@ def main(source: str, dest: str, kind: str = "luma_chroma", count: str | None = 
 
 
 if __name__ == "__main__":
-    if len(sys.argv) not in (3, 4, 5):
-        sys.exit(__doc__)
-    try:
-        main(*sys.argv[1:])
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {one_line(error)}")
+    run_script(main, __doc__)

@@ -1,9 +1,10 @@
 """How users learn of mistakes: one line on stderr, from the first process alone, and exit status 2."""
 
 import errno
+import inspect
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import click
@@ -43,6 +44,22 @@ def place_for_files(error: BaseException | None) -> str:
             return "; the variable HF_HOME names another folder for such files"
         error = error.__cause__ or error.__context__
     return ""
+
+
+def run_script(main: Callable[..., object], about: str | None):
+    """Call the `main` of a small script with the words of its command line.
+
+    Another number of words than it takes ends the program with the text `about`; a mistake of the user, with one line.
+    """
+    words = sys.argv[1:]
+    try:
+        inspect.signature(main).bind(*words)
+    except TypeError:
+        sys.exit(about)
+    try:
+        main(*words)
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {one_line(error)}")
 
 
 def fail(message: str) -> int:

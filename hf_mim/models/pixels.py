@@ -160,8 +160,9 @@ def to_channels(
         return _array_to_channels(image, num_channels, channels_last, value_range)
     lacks_alpha = num_channels in (2, 4) and not image.has_transparency_data  # PIL would add an opaque one
     if num_channels not in MODES or lacks_alpha:
-        found = f"num_channels={num_channels}, but the image has {len(image.getbands())} ({image.mode})"
-        raise ImageFormatError(found + " and no alpha; save it with alpha, or as an array of its bands" * lacks_alpha)
+        advice = " and no alpha; save it with alpha, or as an array of its bands" if lacks_alpha else ""
+        found = f"{len(image.getbands())} ({image.mode})"
+        raise ImageFormatError(f"num_channels={num_channels}, but the image has {found}{advice}")
     mode = MODES[num_channels]
     if image.mode == "P" and image.has_transparency_data:
         image = image.convert("RGBA")

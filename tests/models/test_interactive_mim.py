@@ -291,6 +291,7 @@ def test_the_infrared_that_an_image_lacks_has_no_share_in_the_loss():
 
 
 def test_modality_dropout_shows_one_modality_of_that_share_of_the_images_and_each_as_often():
+    torch.manual_seed(0)
     model = interactive(MODALITIES, modality_dropout=0.5).train()
     visible = model.draw_masks(3000, (8, 8))["visible"].any(dim=1)
     alone = visible[visible.sum(dim=1) == 1]
