@@ -8,7 +8,7 @@ from torch import Tensor
 from hf_mim.models.vit import patchify, unpatchify
 from hf_mim.visualize.style import Picture, Row, Scale, draw_rows
 from hf_mim.visualize.task import Task, masked, on_patches
-from hf_mim.visualize.viewer import Viewer
+from hf_mim.visualize.viewer import NO_DATA_NOTE, Viewer
 
 NUM_MASKS = 512  # on which the frequency of a patch is measured
 STRIPES = "Stripes: hidden from the encoder."
@@ -57,7 +57,7 @@ def _rows_of_images(task: Task, pixels: Tensor, gone: Tensor) -> list[Row]:
 
 def _rows_of_modalities(task: Task, pixels: Tensor, gone: Tensor) -> tuple[list[Row], str]:
     """As `_rows_of_images`, for each modality by itself; gone: bool [B, C, h, w]. Also a note on them."""
-    visible, rows, told = task.visible(), [], []
+    visible, rows, told, lacking = task.visible(), [], [], ""
     for number, (name, part) in enumerate(task.viewer.pretraining.config.channels_of_modalities.items()):
         own = range(part.start + 1, part.stop + 1)
         bands = [band for band in task.viewer.bands or own if band in own] or own
@@ -70,8 +70,9 @@ def _rows_of_modalities(task: Task, pixels: Tensor, gone: Tensor) -> tuple[list[
             Row(f"{name}, predicted and seen", masked(restored, gone[:, part.start] | seen)),
         ]
         told.append(f"{name} {', '.join(str(band + 1) for band in view.displays[0].bands)}")
+        lacking = NO_DATA_NOTE if view.lacks_data() else lacking
     own_masks = "" if visible is None else " Each modality has a mask of its own."
-    return rows, f"{STRIPES}{own_masks} Shown bands: {'; '.join(told)}."
+    return rows, f"{STRIPES}{own_masks} Shown bands: {'; '.join(told)}.{lacking}"
 
 
 def plot_prediction(model, images, seed: int = 0, hidden: Tensor | None = None) -> Picture:

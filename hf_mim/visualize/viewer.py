@@ -19,6 +19,8 @@ from hf_mim.models.pixels import scale_pixels
 from hf_mim.trainer_utils import seeded
 from hf_mim.visualize.display import Display
 
+NO_DATA_NOTE = " Violet: no data."
+
 
 @dataclass
 class View:
@@ -55,9 +57,12 @@ class View:
 
     @property
     def note(self) -> str:
+        return self._bands + (NO_DATA_NOTE if self.lacks_data() else "")
+
+    def lacks_data(self) -> bool:
+        """Whether a pixel without data is shown."""
         pairs = zip(self.displays, self.pixels, strict=True)
-        shown = any(image[list(display.bands)].isnan().any() for display, image in pairs)
-        return self._bands + (" Violet: no data." if shown else "")
+        return any(image[list(display.bands)].isnan().any() for display, image in pairs)
 
     @property
     def _bands(self) -> str:

@@ -213,3 +213,12 @@ def test_a_mask_by_hand_hides_the_same_patches_of_each_modality():
     rows, note = plot_reconstructions(of_two, images(1), hidden=hidden).drawn[1:3]
     assert "mask of its own" not in note
     np.testing.assert_array_equal(rows[1].pictures[0][..., 3], rows[4].pictures[0][..., 3])
+
+
+def test_the_note_on_modalities_says_what_violet_is_where_one_lacks_data():
+    of_two = viewer("interactive_mim", num_channels=3, modalities={"luma": 1, "chroma": 2})
+    whole = Task.make("reconstructions", of_two, images(1))
+    pixels, gone = whole.reconstruct()
+    assert "Violet" not in predictions._rows_of_modalities(whole, pixels, gone)[1]
+    whole.view.pixels[:, 1] = torch.nan
+    assert predictions._rows_of_modalities(whole, pixels, gone)[1].endswith(" Violet: no data.")
