@@ -16,6 +16,7 @@ from transformers.trainer_utils import has_length
 
 from hf_mim.data.dataset import MAX_BROKEN, BrokenImagesError, ImageStream, check_broken
 from hf_mim.data.workers import leaving_signals
+from hf_mim.memory import freed_memory_kept
 from hf_mim.models.target_encoder import cosine, linear
 from hf_mim.scrub import scrubbed_all
 
@@ -65,8 +66,15 @@ class ProcessArguments(TrainingArguments):
             self.dataloader_pin_memory = False  # torch warns that there is nothing to pin for
 
 
-class QuietWorkers:
-    """A mixin before `transformers.Trainer`: its data workers leave signals to the main process."""
+class ProcessTrainer:
+    """A mixin before `transformers.Trainer`: its data workers leave signals to the main process.
+
+    On the CPU a step takes the memory that the step before has freed (`freed_memory_kept`).
+    """
+
+    def train(self, *args, **kwargs):
+        with freed_memory_kept(self.args.device.type == "cpu"):
+            return super().train(*args, **kwargs)
 
     def get_train_dataloader(self):
         return leaving_signals(super().get_train_dataloader())

@@ -11,7 +11,7 @@ PACKAGE = Path(run_folder.__file__).parent
 # Each room imports from its own floor and from those below.
 FLOORS = {
     "models": 0,
-    **dict.fromkeys(("methods", "data", "files", "scrub", "checks", "lock", "progress", "trainer_utils"), 1),
+    **dict.fromkeys(("methods", "data", "files", "scrub", "checks", "lock", "progress", "memory", "trainer_utils"), 1),
     "evaluation": 2,
     **dict.fromkeys(("run_folder", "visualize", "hub", "comparison", "embeddings"), 3),
     **dict.fromkeys(("runs", "companions", "classification"), 3),

@@ -24,8 +24,8 @@ from hf_mim.embeddings.parts import Parts
 from hf_mim.evaluation.cache import CHUNK
 from hf_mim.evaluation.encoder import FeatureSpec
 from hf_mim.evaluation.features import Decoder, FeatureExtractor
-from hf_mim.evaluation.memory import freed_memory_kept
 from hf_mim.files import free_space, replacing
+from hf_mim.memory import freed_memory_kept
 from hf_mim.progress import progress_bar
 
 

@@ -28,10 +28,10 @@ from hf_mim.evaluation.cache import (
     warn_of_no_cache,
 )
 from hf_mim.evaluation.encoder import FeatureSpec, FrozenEncoder
-from hf_mim.evaluation.memory import freed_memory_kept
 from hf_mim.evaluation.raw_pixels import RawPixels
 from hf_mim.evaluation.result import installed_versions
 from hf_mim.files import one_line
+from hf_mim.memory import freed_memory_kept
 from hf_mim.models.pixels import scale_pixels
 from hf_mim.progress import progress_bar
 

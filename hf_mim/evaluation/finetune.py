@@ -28,7 +28,7 @@ from hf_mim.trainer_utils import (
     BrokenImages,
     DatasetEpoch,
     ProcessArguments,
-    QuietWorkers,
+    ProcessTrainer,
     StepSeeds,
     gpu_has_bfloat16,
     seeded,
@@ -94,7 +94,7 @@ def training_images(images, encoder, crop_scale=(0.08, 1.0), magnitude=9.0, magn
     return RandAugmentedImages(images, encoder.image_size, encoder.num_channels, **arguments, randaugment=randaugment)
 
 
-class FinetuningTrainer(QuietWorkers, Trainer):
+class FinetuningTrainer(ProcessTrainer, Trainer):
     """A plain Trainer."""
 
 

@@ -47,7 +47,7 @@ from hf_mim.pretraining.rates import RatesTrainer
 from hf_mim.pretraining.saving import CheckpointTrainer
 from hf_mim.pretraining.signals import SHARED_MEMORY, Ended, NoImagesError, free_shared_memory
 from hf_mim.pretraining.trainer_options import check_optimizer
-from hf_mim.trainer_utils import BrokenImages, DatasetEpoch, QuietWorkers, StepSeeds, seeded
+from hf_mim.trainer_utils import BrokenImages, DatasetEpoch, ProcessTrainer, StepSeeds, seeded
 
 
 class ScalarMeans:
@@ -79,7 +79,7 @@ class ScalarMeans:
         return dict(zip(names, (totals / counts).tolist(), strict=True))
 
 
-class MIMTrainer(CheckpointTrainer, RatesTrainer, HubTrainer, QuietWorkers, Trainer):
+class MIMTrainer(CheckpointTrainer, RatesTrainer, HubTrainer, ProcessTrainer, Trainer):
     """Pretrains a model whose `forward(pixel_values, **ids)` returns `loss`, `predictions` and `metrics`.
 
     Args:

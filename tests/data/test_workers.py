@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 from transformers import Trainer, TrainingArguments
 
 from hf_mim.data.workers import leave_signals_to_the_main_process, leaving_signals
-from hf_mim.trainer_utils import QuietWorkers
+from hf_mim.trainer_utils import ProcessTrainer
 
 
 class Signalled(Dataset):
@@ -27,7 +27,7 @@ class Signalled(Dataset):
         return {"index": torch.tensor(index)}
 
 
-class Tried(QuietWorkers, Trainer):
+class Tried(ProcessTrainer, Trainer):
     pass
 
 
