@@ -45,6 +45,13 @@ def test_a_method_is_measured_with_the_numbers_of_masks_that_it_takes():
     assert ("mae", 1) in step.contestants(args) and ("stop_jepa", 4) in step.contestants(args)
 
 
+def test_each_method_gets_the_fields_of_config_that_it_has():
+    given = {"context_scale": [0.4, 0.6], "mask_ratio": 0.5}
+    args = step.Benchmark(["mae", "stop_jepa"], size="tiny", image_size=32, patch_size=4, config=given)
+    mae, stop_jepa = (step.make_config(method, args) for method in args.methods)
+    assert mae.mask_ratio == 0.5 and stop_jepa.context_scale == [0.4, 0.6]
+
+
 def test_counted_flops_are_those_of_the_formula():
     sizes = dict(size="tiny", image_size=64, patch_size=8)
     with torch.device("meta"):
@@ -58,6 +65,10 @@ def test_counted_flops_are_those_of_the_formula():
     [
         (["--methods", "mae", "--masks_per_image", "1,4"], "masks_per_image must be numbers that one of the methods"),
         (["--device", "gpu"], "device must be one of cpu, cuda, not 'gpu'"),
+        (["--config", "{context_scal: 1}"], "config must have fields of mae, latent_mim, stop_jepa, "),
+        (["--config", "{size: tiny}"], "config must have fields of mae, latent_mim, stop_jepa, sym_mim, "),
+        (["--config", "{mask_ratio: x}"], "mask_ratio must be a number, not 'x'"),
+        (["--config", "{mask_ratio: 2}"], "mask_ratio must leave between 1 and 195 of the 196 patches visible"),
         (["--json", "."], "json must be a file, and . is a folder"),
         pytest.param(
             ["--device", "cuda"],

@@ -5,10 +5,11 @@ import contextlib
 import statistics
 import time
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from hf_mim import methods
 from hf_mim.checks import least
+from hf_mim.pretraining.settings import suggestion, to_type
 
 THEIRS = "transformers_mae"
 
@@ -36,6 +37,7 @@ class Benchmark:
         dtype: precision of the autocast
         masks_per_image: numbers of masks, as 1,4; each method is measured with those that it takes (SymMIM takes 1 and
             2, I-JEPA and StoP-JEPA any, the others 1), and masks/s compares them
+        config: other fields of the config, as {context_scale: [0.4, 0.6]}; each method gets those that it has
         compile: torch.compile the model
         steps: timed steps
         warmup: steps before the timed ones
@@ -50,6 +52,7 @@ class Benchmark:
     device: Literal["cpu", "cuda"] = "cpu"
     dtype: Literal["float32", "bfloat16"] = "float32"
     masks_per_image: list[int] = field(default_factory=lambda: [1])
+    config: dict = field(default_factory=dict)
     compile: bool = False
     steps: int = 10
     warmup: int = 2
@@ -59,6 +62,12 @@ class Benchmark:
         least(1, batch_size=self.batch_size, steps=self.steps, mask_draws=self.mask_draws)
         least(1, masks_per_image=min(self.masks_per_image))
         least(0, warmup=self.warmup)
+        known = {name for method in self.methods for name in config_fields(method)}
+        for name in self.config.keys() - (known - {"size", "image_size", "patch_size", "masks_per_image"}):
+            told = f": give it as --{name}" if name in known else suggestion(name, known)
+            raise ValueError(f"config must have fields of {', '.join(self.methods)}, not {name!r}{told}")
+        for method in self.methods:
+            make_config(method, self)  # raises for mistakes
         for number in self.masks_per_image:
             if not any(takes_masks(method, self, number) for method in self.methods):
                 told = f"numbers that one of the methods takes ({', '.join(self.methods)})"
@@ -124,19 +133,31 @@ def takes_masks(method: str, args, number: int) -> bool:
     """Whether a method can have so many masks of an image."""
     if number == 1:
         return True
-    if method == THEIRS or "masks_per_image" not in methods.get(method).config_class.__dataclass_fields__:
+    if method == THEIRS or "masks_per_image" not in config_fields(method):
         return False
-    make_config(method, args)  # raises for other mistakes
     with contextlib.suppress(ValueError):
         return bool(make_config(method, args, number))
     return False
 
 
+def row_of(method: str) -> methods.Method:
+    return methods.MAE if method == THEIRS else methods.get(method)
+
+
+def config_fields(method: str) -> dict[str, Any]:
+    """Name → type of what `config` may hold for a method."""
+    from hf_mim.pretraining.recipe import model_fields
+
+    return model_fields(row_of(method).name)
+
+
 def make_config(method: str, args, masks_per_image: int = 1):
-    row = methods.MAE if method == THEIRS else methods.get(method)
+    row, hints = row_of(method), config_fields(method)
+    given = {name: to_type(name, value, hints[name]) for name, value in args.config.items() if name in hints}
+    if masks_per_image > 1:
+        given["masks_per_image"] = masks_per_image
     sizes = dict(size=args.size, image_size=args.image_size, patch_size=args.patch_size)
-    several = {"masks_per_image": masks_per_image} if masks_per_image > 1 else {}
-    return row.config_class(**sizes, **row.settings, **several)
+    return row.config_class(**sizes, **row.settings | given)
 
 
 def contestant(method: str, args, masks_per_image: int = 1):
