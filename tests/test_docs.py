@@ -45,10 +45,10 @@ def test_the_numbers_in_the_docs_of_evaluation_are_those_of_the_results_files():
     [
         ("docs/compare.md", "digits"),
         ("README.md", "textures"),
-        ("README.md", "cifar10_mae"),
         ("docs/log.md", "cifar10_mae"),
         ("docs/log.md", "cifar10_latent_mim"),
         ("docs/log.md", "cifar10_interactive_mim"),
+        ("docs/log.md", "cifar10_sym_mim"),
         ("docs/start.md", "start_fashion"),
         ("docs/start.md", "start_imagenette_gray"),
         ("docs/start.md", "start_imagenette_bands"),
@@ -85,15 +85,42 @@ def test_the_numbers_of_the_kept_weights_are_those_of_their_results():
     assert all(f"{value} %" in head for values in shares.values() for value in values[:1])
 
 
-def test_the_numbers_of_latent_mim_are_in_the_readme_and_in_its_recipe():
-    rows = json.loads((REPOSITORY / "docs" / "comparisons" / "cifar10_latent_mim.json").read_text())["rows"]
-    (knn, linear), (bare_knn, bare_linear) = (
-        [as_text(row["values"][name], percent=True) for name in ("20-NN", "linear")] for row in rows
-    )
-    readme = (REPOSITORY / "README.md").read_text()
-    assert f"has {knn} % and {linear} % in these columns, untrained {bare_knn} % and {bare_linear} %" in readme
-    head = " ".join((REPOSITORY / "training/recipes/cifar10_latent_mim.yaml").read_text().split("\n# "))
-    assert f"probe {linear} %, untrained {bare_linear} %; 20-NN {knn} %, untrained {bare_knn} %" in head
+METHODS = {"MAE": "cifar10_mae", "Interactive MIM": "cifar10_interactive_mim", "SymMIM": "cifar10_sym_mim"}
+METHODS |= {"Latent MIM": "cifar10_latent_mim"}
+
+
+def rows_of(comparison):
+    rows = json.loads((REPOSITORY / "docs" / "comparisons" / f"{comparison}.json").read_text())["rows"]
+    return {row["name"]: row for row in rows}
+
+
+def shares(row):
+    return [as_text(row["values"][name], percent=True) for name in ("20-NN", "linear")]
+
+
+def methods_on_cifar10():
+    """The table of the README: one row from each record."""
+    lines = ["| | 20-NN (%) | linear (%) | images seen | minutes | all values |", "|---|---|---|---|---|---|"]
+    for name, file in METHODS.items():
+        row = rows_of(file)[name]
+        minutes = sum(row["minutes"]) / len(row["minutes"])
+        known = *shares(row), f"{row['images_seen'][0]:,}", f"{minutes:.0f}", f"[{file}](docs/comparisons/{file}.json)"
+        lines.append(f"| {name} | {' | '.join(known)} |")
+    for name in ("untrained encoder of MAE", "raw pixels"):
+        lines.append(f"| {name} | {' | '.join(shares(rows_of(METHODS['MAE'])[name]))} | | | |")
+    return "\n".join(lines)
+
+
+def test_the_table_of_methods_in_the_readme_is_that_of_the_records():
+    assert methods_on_cifar10() in (REPOSITORY / "README.md").read_text()
+
+
+@pytest.mark.parametrize("name", ["Interactive MIM", "SymMIM", "Latent MIM"])
+def test_the_numbers_of_a_recipe_of_cifar10_are_those_of_the_record(name):
+    rows, recipe = rows_of(METHODS[name]), REPOSITORY / f"training/recipes/{METHODS[name]}.yaml"
+    (knn, linear), (bare_knn, bare_linear) = shares(rows[name]), shares(rows[f"untrained encoder of {name}"])
+    told = f"probe {linear} %, untrained {bare_linear} %; 20-NN {knn} %, untrained {bare_knn} %"
+    assert told in " ".join(recipe.read_text().split("\n# "))
 
 
 def test_the_numbers_of_two_modalities_are_those_of_their_record():

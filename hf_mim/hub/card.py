@@ -23,6 +23,7 @@ from hf_mim.evaluation import PROTOCOLS
 from hf_mim.evaluation.result import Result
 from hf_mim.files import one_line, replacing
 from hf_mim.hub.card_text import (
+    counted,
     eval_result,
     fenced,
     is_hub_name,
@@ -110,7 +111,7 @@ def model_card(folder: str | Path, repo_id: str | None = None, license: str | No
         example_image="image.tif" if config.num_channels > 4 or recipe.get("value_range") else "image.png",
         recipe_block=fenced(recipe_text(recipe, dataset), "yaml"),
         bibtex_block=fenced(method.bibtex, "bibtex") if method.bibtex else "",
-        steps=shown(facts.compute["Optimizer steps"]),
+        steps=shown(counted(facts.compute["Optimizer steps"])),
         data=shown(training_data(recipe, dataset, training)),
         lacking=shown(_lacking_text(recipe, training)),
     )
@@ -229,7 +230,7 @@ def dataset_name(recipe: dict, training: Result | None) -> str:
 def training_data(recipe: dict, dataset: str, training: Result | None) -> str:
     """The images that a run was trained on, in words."""
     count = training.data.get("images") if training else None
-    number = "the number of images is not recorded" if count is None else f"{words(count)} images"
+    number = "the number of images is not recorded" if count is None else f"{counted(count)} images"
     return f"{dataset}, split {words(recipe.get('train_split', NOT_RECORDED))} ({number})"
 
 

@@ -40,6 +40,11 @@ def words(value) -> str:
     return plain(f"{value:.6g}" if isinstance(value, float) else "none" if value is None else value)
 
 
+def counted(value) -> str:
+    """A number of things as `50,000`; anything else in words."""
+    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else words(value)
+
+
 def shown_number(value) -> str:
     """`shown`, after `format_number`."""
     return shown(format_number(value))

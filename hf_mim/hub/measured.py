@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 from hf_mim.evaluation import PROTOCOLS
 from hf_mim.evaluation.result import Result, format_number
-from hf_mim.hub.card_text import plain, words
+from hf_mim.hub.card_text import counted, plain, words
 from hf_mim.run_folder import AT_START, RunFacts
 from hf_mim.scrub import last_name
 
@@ -192,7 +192,7 @@ def data_in_words(data: dict) -> str:
         known.pop("copies_of_training_images", None)
     known |= {"folder": last_name(known["folder"])} if "folder" in known else {}
     parts = [words(data.get("source", "images"))]
-    parts += [f"{words(data['images'])} images"] if "images" in data else []
+    parts += [f"{counted(data['images'])} images"] if "images" in data else []
     return ", ".join(parts + [f"{words(name.replace('_', ' '))}: {words(value)}" for name, value in known.items()])
 
 
@@ -213,7 +213,7 @@ def _images(result: Result) -> dict:
 def _counts(data: dict) -> str:
     """`1000 → 400 images`."""
     parts = [data[name] for name in ("train", "test") if name in data] or [data]
-    return f"{' → '.join(words(part.get('images', '?')) for part in parts)} images"
+    return f"{' → '.join(counted(part.get('images', '?')) for part in parts)} images"
 
 
 def _tell_apart(rows: list[Measured]):

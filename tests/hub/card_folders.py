@@ -107,4 +107,5 @@ def assert_numbers_have_a_source(card: ModelCard, folder: Path):
     told, limits = card.text.split("## How to use")[0], section(card, "Limits")
     told = html.unescape(re.sub(r"```python\n.*?```| width=\"\d+\"|k-NN|1-NN", "", told, flags=re.DOTALL))
     text = re.sub(r"\[[^]]*\]\(https:[^)]*\)|\]\([^)]*\)|in 0\.\.1", "", told + limits).replace(folder.name, "")
+    text = re.sub(r"(?<=\d),(?=\d{3}\b)", "", text)
     assert not (unknown := numbers(text) - known_numbers(sources)), f"{unknown} in the card are in none of its sources"

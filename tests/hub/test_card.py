@@ -110,7 +110,7 @@ def test_a_worry_of_the_health_check_is_among_the_limits(folder):
 
 
 def test_every_shape_of_data_is_told(folder):
-    before = "| images | owner/photos, split train, 4321 images → owner/photos, split test, 765 images |"
+    before = "| images | owner/photos, split train, 4,321 images → owner/photos, split test, 765 images |"
     assert before in model_card(folder).text
     edit(folder / "results" / "knn.json", data={"test": {"source": "a/b, split val", "images": 9, "seen": False}})
     assert "| a/b, split val, 9 images, seen: no |" in model_card(folder).text

@@ -49,7 +49,7 @@ def log(folder: Path, *entries: dict):
 def test_the_page_of_a_run_says_what_was_trained_and_measured(digits, logs):
     page = page_of(digits)
     assert_readable(page)
-    told = "MAE", "digits, split train (1437 images)", "The training has ended, after step 880", "width 128"
+    told = "MAE", "digits, split train (1,437 images)", "The training has ended, after step 880", "width 128"
     told += (
         "Measured on digits: k-NN, accuracy 90.8 % (untrained 59.2 %, raw pixels 97.5 %).",
         "No measure is past its limit.",
