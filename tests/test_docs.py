@@ -47,6 +47,7 @@ def test_the_numbers_in_the_docs_of_evaluation_are_those_of_the_results_files():
         ("README.md", "textures"),
         ("docs/log.md", "cifar10_mae"),
         ("docs/log.md", "cifar10_latent_mim"),
+        ("docs/log.md", "cifar10_latent_mim_370k"),
         ("docs/log.md", "cifar10_interactive_mim"),
         ("docs/log.md", "cifar10_sym_mim"),
         ("docs/start.md", "start_fashion"),
@@ -136,6 +137,17 @@ def test_the_numbers_of_two_modalities_are_those_of_their_record():
         row = record["20-NN, modality_dropout 0.5"][seen]
         values = " | ".join(f"{100 * row[name]:.1f} %" for name in ("trained", "untrained", "raw pixels"))
         assert f"| {title} | {values} |" in page
+
+
+@pytest.mark.parametrize(("context", "file"), [(".4 to .6", "_small_context"), (".85 to 1 (default)", "")])
+def test_what_several_masks_gain_is_in_the_log_as_in_its_record(context, file):
+    record = json.loads((REPOSITORY / f"docs/benchmarks/step_stop_jepa_masks{file}_cpu.json").read_text())
+    one, four = record["methods"]["stop_jepa"], record["methods"]["stop_jepa, 4 masks"]
+    rates = [x["masks_per_second"] for x in (one, four)]
+    flops = 4 * one["gflop_per_image"] / four["gflop_per_image"]
+    (row,) = re.findall(rf"^\| {re.escape(context)} \|(.*)", (REPOSITORY / "docs/log.md").read_text(), re.MULTILINE)
+    told = re.findall(r"\d\.\d+", row)
+    assert told[:3] + told[4:] == [f"{x:.2f}" for x in (*rates, rates[1] / rates[0], flops)]
 
 
 def test_what_fine_tuning_with_few_labels_gains_is_in_the_readme_and_the_log():

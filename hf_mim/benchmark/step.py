@@ -63,7 +63,7 @@ class Benchmark:
         least(1, masks_per_image=min(self.masks_per_image))
         least(0, warmup=self.warmup)
         known = {name for method in self.methods for name in config_fields(method)}
-        for name in self.config.keys() - (known - {"size", "image_size", "patch_size", "masks_per_image"}):
+        for name in sorted(self.config.keys() - (known - {"size", "image_size", "patch_size", "masks_per_image"})):
             told = f": give it as --{name}" if name in known else suggestion(name, known)
             raise ValueError(f"config must have fields of {', '.join(self.methods)}, not {name!r}{told}")
         for method in self.methods:
