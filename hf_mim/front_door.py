@@ -95,8 +95,8 @@ def train(pretraining: "Pretraining") -> "Run":
 
 
 def evaluate(protocol: str, checkpoint: str | os.PathLike, **options: Any) -> "Result":
-    """Measure the features of a checkpoint, and save the result, as `hf-mim evaluate` does. The card of the checkpoint
-    is written anew if nobody has edited it.
+    """Measure the features of a checkpoint, and save the result, as `hf-mim evaluate` does. If the result is saved in
+    `results/` of the checkpoint, and nobody has edited its card, the card is written anew.
 
     Args:
         protocol: knn, linear, attentive, lowshot, finetune, health, ...: `hf_mim.evaluation.PROTOCOLS`.
@@ -115,7 +115,7 @@ def evaluate(protocol: str, checkpoint: str | os.PathLike, **options: Any) -> "R
     from hf_mim.evaluation.measure import Evaluation, option_types
     from hf_mim.evaluation.result import NotKept, check_result_path
     from hf_mim.hub.card import refresh_card, unedited
-    from hf_mim.run_folder import evaluation_path
+    from hf_mim.run_folder import RESULTS, evaluation_path
 
     checkpoint = os.fspath(checkpoint)
     with _one_exception():
@@ -128,8 +128,9 @@ def evaluate(protocol: str, checkpoint: str | os.PathLike, **options: Any) -> "R
         except NotKept as error:
             result, failure = error.result, error
         try:
-            refresh = chosen is None and unedited(checkpoint)
-            result.path = result.save(chosen or evaluation_path(checkpoint, evaluation.names, evaluation.key))
+            path = chosen or evaluation_path(checkpoint, evaluation.names, evaluation.key)
+            refresh = path.parent.resolve() == (Path(checkpoint) / RESULTS).resolve() and unedited(checkpoint)
+            result.path = result.save(path)
             result.beside = save_beside(result, result.path)
             if refresh:
                 refresh_card(checkpoint)
