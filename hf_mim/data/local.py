@@ -252,7 +252,9 @@ def _load_tables(
             dataset = _read_tars(files, split if within else None, streaming, account, labels)
         else:
             data_files = {"train": [str(file) for file in files]}
-            dataset = datasets.load_dataset(kind, data_files=data_files, split="train", streaming=streaming)
+            # By default a batch has the rows of the first row group, and 0 of them is an error.
+            settings = {"batch_size": 1000} if kind == "parquet" else {}
+            dataset = datasets.load_dataset(kind, data_files=data_files, split="train", streaming=streaming, **settings)
     account.taken = f"{len(chosen):,} {_extension(chosen[0])} file{'s' * (len(chosen) > 1)}"
     account.taken += f", {len(dataset):,} images" if isinstance(dataset, Dataset) else ""
     return dataset, account

@@ -11,6 +11,7 @@ import pytest
 from datasets import Array3D, ClassLabel, Dataset, DatasetDict, Features, IterableDataset, IterableDatasetDict, Value
 from datasets import Image as ImageFeature
 from PIL import Image
+from pyarrow import parquet
 
 import hf_mim.data
 from hf_mim.data import ImageDataset, ImageStream, WholeImage, digits, load_images, textures
@@ -289,6 +290,19 @@ def test_streamed_labels_that_are_names_are_left_out_or_where_asked_for_refused(
     assert load_images(tmp_path)["label"] == [0, 1] * 3
     with pytest.raises(ValueError, match="labels='label' holds names.*streaming=False"):
         load_images(tmp_path, streaming=True, labels="label")
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_parquet_file_without_rows_and_a_row_group_without_rows_are_no_damage(tmp_path, table, streaming):
+    """Programs that write in parallel leave such files."""
+    rows = table.data.table
+    none = rows.slice(0, 0)
+    parquet.write_table(none, tmp_path / "part-0.parquet")
+    with parquet.ParquetWriter(tmp_path / "part-1.parquet", rows.schema) as writer:
+        for part in (none, rows, none):
+            writer.write_table(part)
+    assert parquet.ParquetFile(tmp_path / "part-1.parquet").metadata.row_group(0).num_rows == 0
+    assert [row["label"] for row in load_images(tmp_path, streaming=streaming, labels="label")] == [0, 1] * 3
 
 
 def test_the_pictures_of_runs_are_no_data(tmp_path, pictures):
