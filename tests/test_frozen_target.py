@@ -155,7 +155,7 @@ def test_a_run_takes_target_from_a_checkpoint_and_resumes_to_the_bit(method, tea
         ),
         (
             {"method": "stop_jepa", "image_size": 32, "patch_size": 8},
-            "target_from .* sees 6×6 patches of 4×4 pixels, 1 ",
+            "target_from .* sees 6×6 patches of 4×4 pixels, 1 channel, ",
         ),
         ({"method": "stop_jepa", "momentum_start": 0.9}, "momentum_start does nothing with target_from"),
         ({"method": "stop_jepa", "resume": True}, "target_from cannot be given with resume"),

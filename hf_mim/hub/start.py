@@ -132,7 +132,8 @@ class Source:
         wrong = [name for name in ADAPTED if pair(getattr(config, name)) != pair(getattr(self.config, name))]
         if wrong:
             theirs, ours = (
-                f"{_by(one.grid_size)} patches of {_by(one.patch_height_width)} pixels, {one.num_channels} channels"
+                f"{_by(one.grid_size)} patches of {_by(one.patch_height_width)} pixels, {one.num_channels} channel"
+                f"{'s' * (one.num_channels != 1)}"
                 for one in (self.config, config)
             )
             right = " ".join(f"--{name} {_option(getattr(self.config, name))}" for name in wrong)
