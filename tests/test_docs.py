@@ -150,6 +150,19 @@ def test_what_several_masks_gain_is_in_the_log_as_in_its_record(context, file):
     assert told[:3] + told[4:] == [f"{x:.2f}" for x in (*rates, rates[1] / rates[0], flops)]
 
 
+def test_the_search_of_i_jepa_in_the_log_is_that_of_its_record():
+    record = json.loads((REPOSITORY / "docs" / "comparisons" / "cifar10_jepa_search.json").read_text())
+    log, rows = (REPOSITORY / "docs" / "log.md").read_text().replace("**", ""), rows_of("cifar10_jepa_search")
+    assert rows.keys() == record["probes"].keys()
+    for name, probes in record["probes"].items():
+        told = " | ".join([*shares(rows[name]), f"{probes[-1]['probe_rank_me']:.1f}"])
+        settings = record["comparison"]["runs"][name]
+        batch, rate = settings["per_device_train_batch_size"], f"{settings['learning_rate'] * 1e4:g}e-4"
+        learned = ", learned positions" * ("position_embedding" in settings)
+        steps = record["comparison"]["images"] // batch
+        assert f"| {batch}, {steps:,}, {rate}{learned} | {told} |" in log
+
+
 def test_what_fine_tuning_with_few_labels_gains_is_in_the_readme_and_the_log():
     record = REPOSITORY / "docs" / "comparisons" / "cifar10_finetune_1_percent.json"
     results = json.loads(record.read_text())["results"]

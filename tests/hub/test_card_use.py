@@ -127,9 +127,6 @@ def test_an_evaluation_writes_the_card_again_unless_somebody_has_edited_it(tmp_p
     card = write_card(folder)
     assert hf_mim.evaluate("knn", folder, **options, k=3).value is not None
     assert "3-NN" in card.read_text() or "| k | 3 |" in card.read_text()
-    before = card.read_text()
-    hf_mim.evaluate("knn", folder, **options, k=4, output=tmp_path / "mine.json")
-    assert card.read_text() == before
     hf_mim.evaluate("knn", folder, **options, k=4, output=folder / "results" / "mine.json")
     assert "results/mine.json" in card.read_text()
     edited = card.read_text() + "\nMy own words.\n"
