@@ -46,6 +46,7 @@ def test_the_numbers_in_the_docs_of_evaluation_are_those_of_the_results_files():
         ("docs/compare.md", "digits"),
         ("README.md", "textures"),
         ("docs/log.md", "cifar10_mae"),
+        ("docs/log.md", "cifar10_ijepa"),
         ("docs/log.md", "cifar10_latent_mim"),
         ("docs/log.md", "cifar10_latent_mim_300k"),
         ("docs/log.md", "cifar10_interactive_mim"),
