@@ -92,6 +92,37 @@ def test_a_run_takes_its_learning_rate_in_place_of_the_shared_one(scripts, tmp_p
     assert low.options["base_lr"] == 1e-5 and "learning_rate" not in low.options
 
 
+def test_a_file_has_what_it_extends_and_its_own_settings_beside_those_of_the_other(scripts, tmp_path):
+    write(tmp_path)
+    (tmp_path / "more").mkdir()
+    for name, lines in (
+        ("a", "extends: ../tiny.yaml\nseeds: [3]"),
+        ("b", "extends: a.yaml\nsettings: {hidden_size: 32}"),
+    ):
+        (tmp_path / f"more/{name}.yaml").write_text(f"{lines}\n")
+    found, base = (scripts.plan.Comparison.read(tmp_path / name, {}) for name in ("more/b.yaml", "tiny.yaml"))
+    assert found.settings == base.settings | {"hidden_size": 32} and found.seeds == [3] and found.runs == base.runs
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("extends: b.yaml", "extends must name another file, and .*a.yaml extends itself"),
+        ("extends: c.yaml", "there is no comparison .*c.yaml"),
+        ("extends: [b.yaml]", r"extends must be text, not \['b.yaml'\]"),
+        ("extend: b.yaml", "unknown argument extend of a comparison; did you mean extends?"),
+        ("extends: tiny.yaml\nsettings: 5", "settings must be a mapping"),
+    ],
+)
+def test_a_mistake_in_what_is_extended_is_one_line(line, message, scripts, tmp_path):
+    write(tmp_path)
+    (tmp_path / "a.yaml").write_text(line)
+    (tmp_path / "b.yaml").write_text("extends: a.yaml")
+    with pytest.raises(ValueError, match=message) as error:
+        scripts.plan.Comparison.read(tmp_path / "a.yaml", {})
+    assert "\n" not in str(error.value)
+
+
 def test_only_the_named_runs_of_the_file_are_made(scripts, tmp_path):
     path = write(tmp_path, runs=JEPA | {"Latent MIM": {"method": "latent_mim"}})
     found = scripts.plan.Comparison.read(path, {}, ["Latent_MIM", "MAE"])

@@ -37,7 +37,7 @@ EQUAL = (*(name for name in RUN_FIELDS if name not in FREE), *ENCODER)
 
 @dataclass
 class Comparison:
-    """What is compared, and how. The arguments are those of the YAML file.
+    """What is compared, and how. The arguments are those of the YAML file, without its `extends` (see `read_file`).
 
     Args:
         runs: name → the settings of hf-mim pretrain that are this run's own
@@ -70,10 +70,11 @@ class Comparison:
     def read(cls, path: str | Path, given: dict[str, Any], only: Sequence[str] | None = None) -> "Comparison":
         """A file's comparison. What is `given` stands in place of what the file says; `only` are the runs it has,
         by the names of their folders."""
-        values, types = read_yaml(path, "comparison") | given, get_type_hints(cls)
+        values, types = read_file(Path(path)) | given, get_type_hints(cls)
         for name in values:
             if name not in types:
-                raise ValueError(f"unknown argument {name} of a comparison{suggestion(name, types)}")
+                meant = suggestion(name, [*types, "extends"])
+                raise ValueError(f"unknown argument {name} of a comparison{meant}")
         for name in ("runs", "images", "dataset"):
             if name not in values:
                 raise ValueError(f"{name} must be given in the comparison {path}")
@@ -190,6 +191,20 @@ class Comparison:
         found |= {"device": "cpu" if self.first.training.get("use_cpu") else None}
         offered, usual = option_types(load_protocol(protocol)), (None, "train", "error")
         return {name: value for name, value in found.items() if name in offered and value not in usual}
+
+
+def read_file(path: Path, *extending: Path) -> dict[str, Any]:
+    """The arguments in a file. It has those of the file that it `extends` too, unless it gives them itself; `settings`
+    are joined name by name. `extending` are the files that extend this one."""
+    values = read_yaml(path, "comparison")
+    if "extends" not in values:
+        return values
+    base = path.parent / to_type("extends", values.pop("extends"), str)
+    if base.resolve() in (one.resolve() for one in (path, *extending)):
+        raise ValueError(f"extends must name another file, and {base} extends itself")
+    both = (read_file(base, path, *extending), values)
+    settings = [to_type("settings", one.get("settings", {}), dict[str, Any]) for one in both]
+    return both[0] | both[1] | {"settings": settings[0] | settings[1]}
 
 
 @contextlib.contextmanager
