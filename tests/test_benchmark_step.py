@@ -52,6 +52,11 @@ def test_each_method_gets_the_fields_of_config_that_it_has():
     assert mae.mask_ratio == 0.5 and stop_jepa.context_scale == [0.4, 0.6]
 
 
+def test_config_does_not_make_another_method_of_a_variant():
+    args = step.Benchmark(["ijepa", "stop_jepa"], image_size=32, patch_size=4, config={"position_noise_std": 0.5})
+    assert [step.make_config(method, args).position_noise_std for method in args.methods] == [0.0, 0.5]
+
+
 def test_counted_flops_are_those_of_the_formula():
     sizes = dict(size="tiny", image_size=64, patch_size=8)
     with torch.device("meta"):
@@ -67,6 +72,7 @@ def test_counted_flops_are_those_of_the_formula():
         (["--device", "gpu"], "device must be one of cpu, cuda, not 'gpu'"),
         (["--config", "{context_scal: 1}"], "config must have fields of mae, latent_mim, stop_jepa, "),
         (["--config", "{size: tiny}"], "config must have fields of mae, latent_mim, stop_jepa, sym_mim, "),
+        (["--methods", "ijepa", "--config", "{position_noise_std: 1}"], "config must have fields of ijepa, not "),
         (["--config", "{mask_ratio: x}"], "mask_ratio must be a number, not 'x'"),
         (["--config", "{mask_ratio: 2}"], "mask_ratio must leave between 1 and 195 of the 196 patches visible"),
         (["--json", "."], "json must be a file, and . is a folder"),

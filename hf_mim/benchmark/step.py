@@ -37,7 +37,8 @@ class Benchmark:
         dtype: precision of the autocast
         masks_per_image: numbers of masks, as 1,4; each method is measured with those that it takes (SymMIM takes 1 and
             2, I-JEPA and StoP-JEPA any, the others 1), and masks/s compares them
-        config: other fields of the config, as {context_scale: [0.4, 0.6]}; each method gets those that it has
+        config: other fields of the config, as {context_scale: [0.4, 0.6]}; each method gets those that it has and that
+            do not make it what it is: I-JEPA gets no position_noise_std
         compile: torch.compile the model
         steps: timed steps
         warmup: steps before the timed ones
@@ -145,10 +146,11 @@ def row_of(method: str) -> methods.Method:
 
 
 def config_fields(method: str) -> dict[str, Any]:
-    """Name → type of what `config` may hold for a method."""
+    """Name → type of what `config` may hold for a method: its fields without those that make it this variant."""
     from hf_mim.pretraining.recipe import model_fields
 
-    return model_fields(row_of(method).name)
+    row = row_of(method)
+    return {name: hint for name, hint in model_fields(row.name).items() if name not in row.settings}
 
 
 def make_config(method: str, args, masks_per_image: int = 1):
