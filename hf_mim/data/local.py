@@ -2,14 +2,23 @@
 
 import contextlib
 import glob
+import json
 import os
 import tarfile
 from collections import Counter
 from pathlib import Path
 
-import datasets
 import pyarrow
-from datasets import ClassLabel, Dataset, Features, IterableDataset, Value, concatenate_datasets
+from datasets import (
+    ClassLabel,
+    Dataset,
+    Features,
+    IterableDataset,
+    Value,
+    concatenate_datasets,
+    load_dataset,
+    load_from_disk,
+)
 from datasets import Image as ImageFeature
 
 from .account import Account
@@ -73,10 +82,7 @@ def load_local(
 ) -> tuple[Dataset | IterableDataset, Account]:
     """A split of a file or folder, with all its columns. `labels`, `image_column`: as in `load_images`."""
     if path.is_dir() and ((path / "dataset_dict.json").exists() or (path / "state.json").exists()):
-        with naming_the_source(path):
-            check_saved(path)
-            saved = datasets.load_from_disk(str(path))
-        return picked(saved, split, path) if isinstance(saved, dict) else (saved, Account())
+        return _load_saved(path, split)
     if path.is_file():
         if path.suffix.lower() not in TABLE_EXTENSIONS:
             known = ", ".join(TABLE_EXTENSIONS)
@@ -95,6 +101,21 @@ def load_local(
         f"; there are {', '.join(f'{count:,} {what}' for what, count in left_out.most_common(6))}" if left_out else ""
     )
     raise ValueError(f"source {str(path)!r} holds no images, nor {', '.join(TABLE_EXTENSIONS)} files{found}")
+
+
+def _load_saved(folder: Path, split: str) -> tuple[Dataset, Account]:
+    """What `save_to_disk` has written. It writes no data for an empty split, which the datasets library cannot read."""
+    with naming_the_source(folder):
+        check_saved(folder)
+        folders = {split: folder}
+        if not (folder / "state.json").exists():
+            splits = json.loads((folder / "dataset_dict.json").read_bytes())["splits"]
+            folders = {name: folder / name for name in splits}
+        saved = {name: load_from_disk(str(path)) if any(path.glob("*.arrow")) else () for name, path in folders.items()}
+        dataset, account = picked(saved, split, folder)
+        if not len(dataset):
+            raise ValueError("it is empty")
+        return dataset, account
 
 
 def _load_folder(
@@ -254,7 +275,12 @@ def _load_tables(
             data_files = {"train": [str(file) for file in files]}
             # By default a batch has the rows of the first row group, and 0 of them is an error.
             settings = {"batch_size": 1000} if kind == "parquet" else {}
-            dataset = datasets.load_dataset(kind, data_files=data_files, split="train", streaming=streaming, **settings)
+            try:
+                dataset = load_dataset(kind, data_files=data_files, split="train", streaming=streaming, **settings)
+            except ValueError as error:
+                if "corresponds to no data" not in str(error):
+                    raise
+                raise ValueError("it is empty") from None
     account.taken = f"{len(chosen):,} {_extension(chosen[0])} file{'s' * (len(chosen) > 1)}"
     account.taken += f", {len(dataset):,} images" if isinstance(dataset, Dataset) else ""
     return dataset, account

@@ -7,7 +7,7 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
-from datasets import Dataset, Features, Image, Value
+from datasets import Dataset, DatasetDict, Features, Image, Value, load_from_disk
 from PIL import Image as PILImage
 from torch.utils.data import DataLoader
 
@@ -105,6 +105,23 @@ def test_a_damaged_file_is_named(whole, tmp_path, kind, damage, streaming):
     message = str(error.value)
     assert f"{file} is damaged (" in message and message.endswith("copy or make it again, or leave it out")
     assert "\n" not in message
+
+
+@pytest.mark.parametrize("streaming", [False, True], ids=["whole", "streamed"])
+@pytest.mark.parametrize("kind", ["parquet", "saved"])
+def test_a_dataset_without_images_is_told_to_be_empty(tmp_path, kind, streaming):
+    images = Dataset.from_dict({"image": []}, Features(image=Image()))
+    images.save_to_disk(tmp_path) if kind == "saved" else images.to_parquet(tmp_path / "train.parquet")
+    with pytest.raises(ValueError, match="^source '.*empty$"):
+        load_images(tmp_path, streaming=streaming)
+
+
+def test_a_split_without_images_hides_no_other_split(whole, tmp_path):
+    images = load_from_disk(whole / "saved")
+    DatasetDict(train=images, test=images.select([])).save_to_disk(tmp_path)
+    assert len(load_images(tmp_path)) == len(images)
+    with pytest.raises(ValueError, match="it is empty"):
+        load_images(tmp_path, "test")
 
 
 @pytest.mark.parametrize("name", ["state.json", "dataset_info.json"])
