@@ -10,6 +10,7 @@ from tiny import METHODS, fields, make_model
 from tiny_runs import AtEachStep, Images, arguments, image_column, snapshot
 
 from hf_mim.data import DeviceAugment, ImageDataset
+from hf_mim.pretraining.arguments import MIMTrainingArguments
 from hf_mim.pretraining.checkpoints import is_whole
 from hf_mim.pretraining.guard import NonFiniteError
 from hf_mim.pretraining.trainer import MIMTrainer, ScalarMeans
@@ -220,8 +221,13 @@ def test_a_second_interrupt_ends_the_run_at_once(tmp_path):
 
 
 def test_bfloat16_is_on_a_cpu_only_if_asked_for(tmp_path):
-    assert arguments(tmp_path).bf16 is False  # it is 20 times slower there
+    assert arguments(tmp_path).bf16 is False  # it is 20 times slower on one that has no instructions for it
     assert arguments(tmp_path, bf16=True).bf16 is True
+
+
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="needs a machine without an accelerator")
+def test_bfloat16_on_a_machine_without_an_accelerator_needs_no_other_option(tmp_path):
+    assert MIMTrainingArguments(str(tmp_path), bf16=True).use_cpu
 
 
 @pytest.mark.parametrize("generation, has_it", [(7, False), (8, True)])

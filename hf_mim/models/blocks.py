@@ -27,6 +27,16 @@ def eager_attention(
     return (weights @ value).transpose(1, 2), weights
 
 
+def sdpa_in_float32(
+    module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *args: Any, **kwargs: Any
+) -> tuple[torch.Tensor, None]:
+    """`sdpa` for training in bfloat16 on a CPU, where the backward pass of its own kernel takes ten times as long."""
+    sdpa = ALL_ATTENTION_FUNCTIONS["sdpa"]
+    with torch.autocast("cpu", enabled=False):
+        output, _ = sdpa(module, query.float(), key.float(), value.float(), *args, **kwargs)
+    return output.to(query.dtype), None
+
+
 class MultiHeadAttention(nn.Module):
     """Splits the width into heads and calls the attention backend; subclasses make queries, keys and values."""
 
@@ -43,7 +53,11 @@ class MultiHeadAttention(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Three `[B, tokens, D]` → `[B, Q, D]` and the attention weights, where the backend gives them."""
         query, key, value = (x.unflatten(-1, (self.heads, -1)).transpose(1, 2) for x in (query, key, value))
-        interface = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
+        implementation = self.config._attn_implementation
+        interface = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention)
+        slow = query.device.type == "cpu" and query.dtype == torch.bfloat16 and query.requires_grad
+        if slow and implementation == "sdpa":
+            interface = sdpa_in_float32
         output, weights = interface(self, query, key, value, None, dropout=0.0, scaling=self.scaling, **kwargs)
         return self.proj(output.flatten(2)), weights
 

@@ -12,10 +12,14 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoModelForPreTraining
 from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from hf_mim.testing import counted_flops
 
 MASK_DRAWS = 300
+# Attention as on a GPU: under the name `sdpa`, the blocks would take the CPU's way with bfloat16.
+ANY_DEVICE = "sdpa_of_any_device"
+ALL_ATTENTION_FUNCTIONS.register(ANY_DEVICE, ALL_ATTENTION_FUNCTIONS["sdpa"])
 
 
 @dataclasses.dataclass
@@ -80,7 +84,7 @@ def examine(config, batch_size: int, devices: int, bf16: bool = True, checkpoint
     """
     config = copy.deepcopy(config)  # counting FLOPs changes it
     with torch.device("meta"):
-        model = AutoModelForPreTraining.from_config(config)
+        model = AutoModelForPreTraining.from_config(config, attn_implementation=ANY_DEVICE)
     mean_shapes, largest_shapes = mask_shapes(model, batch_size)
     for target, _ in model.target_pairs() if hasattr(model, "target_pairs") else ():
         target.requires_grad_(False)  # as initialisation does, which the meta device skips

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+import torch
 from accelerate.utils import get_cpu_distributed_information
 from transformers.utils import logging
 
@@ -104,6 +105,8 @@ class MIMTrainingArguments(ProcessArguments):
         check_arguments(self)
         if self.bf16 is None:
             self.bf16 = not (self.fp16 or self.use_cpu) and trainer_utils.gpu_has_bfloat16()
+        if self.bf16 and not torch.accelerator.is_available():
+            self.use_cpu = True  # or transformers refuses bfloat16
         default_accelerator = self.accelerator_config is None
         if isinstance(self.report_to, str):
             self.report_to = self.report_to.replace(" ", "").split(",")

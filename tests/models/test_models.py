@@ -122,6 +122,26 @@ def test_eager_attention_equals_sdpa(case, monkeypatch):
         torch.testing.assert_close(eager_grads[name], grads[name], rtol=1e-3, atol=1e-6)
 
 
+def test_training_in_bfloat16_on_a_cpu_computes_attention_in_float32(monkeypatch):
+    """Forward in bfloat16 is fast there, and backward is slow."""
+    sdpa, given = torch.nn.functional.scaled_dot_product_attention, []
+
+    def record(query, *args, **kwargs):
+        given.append((query.dtype, torch.is_autocast_enabled("cpu")))
+        return sdpa(query, *args, **kwargs)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", record)
+    attention = blocks.SelfAttention(make("mae").config, width=32, heads=2)
+    tokens = torch.randn(2, 5, 32)
+    with torch.autocast("cpu", torch.bfloat16):
+        output, _ = attention(tokens)
+        with torch.no_grad():
+            without, _ = attention(tokens)
+    assert given == [(torch.float32, False), (torch.bfloat16, True)]
+    assert output.dtype == without.dtype == torch.bfloat16
+    torch.testing.assert_close(output, without, rtol=0.02, atol=0.02)
+
+
 def test_gradient_checkpointing_changes_nothing(case):
     model, images = case
     loss, grads = gradients(model, images)
