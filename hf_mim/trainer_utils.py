@@ -36,6 +36,12 @@ def gpu_has_bfloat16() -> bool:
     return torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
 
 
+def cpu_has_bfloat16() -> bool:
+    """Whether the CPU computes in bfloat16, as far as torch tells: of other processors than x86 it is believed."""
+    known = torch.cpu.get_capabilities()
+    return known.get("architecture") != "x86_64" or bool(known.get("avx512_bf16") or known.get("amx_bf16"))
+
+
 class ProcessArguments(TrainingArguments):
     """What the arguments of pretraining and of fine-tuning share: one GPU per process, and options for loaders."""
 

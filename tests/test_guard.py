@@ -225,6 +225,15 @@ def test_bfloat16_is_on_a_cpu_only_if_asked_for(tmp_path):
     assert arguments(tmp_path, bf16=True).bf16 is True
 
 
+@pytest.mark.parametrize(("instructions", "told"), [({"avx512_f": True}, True), ({"avx512_bf16": True}, False)])
+def test_a_cpu_that_only_emulates_bfloat16_is_told_of(tmp_path, monkeypatch, caplog, instructions, told):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"architecture": "x86_64"} | instructions)
+    arguments(tmp_path, bf16=True)
+    assert ("only emulates it" in caplog.text) is told
+    arguments(tmp_path)
+    assert caplog.text.count("emulates") == told
+
+
 @pytest.mark.skipif(torch.accelerator.is_available(), reason="needs a machine without an accelerator")
 def test_bfloat16_on_a_machine_without_an_accelerator_needs_no_other_option(tmp_path):
     assert MIMTrainingArguments(str(tmp_path), bf16=True).use_cpu

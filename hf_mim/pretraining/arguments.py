@@ -115,6 +115,8 @@ class MIMTrainingArguments(ProcessArguments):
         super().__post_init__()
         if self.fp16 and self.device.type == "cpu":
             raise ValueError("fp16 needs a GPU: on a CPU it would do nothing; bf16 works on both")
+        if self.bf16 and self.device.type == "cpu" and not trainer_utils.cpu_has_bfloat16():
+            logger.warning("bf16 is many times slower than float32 on this CPU, which only emulates it; leave it out.")
         if self.learning_rate is None:
             self.learning_rate = self.base_lr * self.images_per_step / 256
         if (gpus := self.visible_gpus) > 1:
