@@ -151,6 +151,20 @@ def test_what_several_masks_gain_is_in_the_log_as_in_its_record(context, file):
     assert told[:3] + told[4:] == [f"{x:.2f}" for x in (*rates, rates[1] / rates[0], flops)]
 
 
+def test_what_bfloat16_gains_on_a_cpu_is_in_the_log_as_in_its_records():
+    folder, log = REPOSITORY / "docs" / "benchmarks", (REPOSITORY / "docs" / "log.md").read_text()
+    kinds = ("float32", "bfloat16_before", "bfloat16")
+    records = [json.loads((folder / f"step_width_192_{kind}_cpu.json").read_text())["methods"] for kind in kinds]
+    for title, method in (
+        ("MAE", "mae"),
+        ("Latent MIM", "latent_mim"),
+        ("StoP-JEPA", "stop_jepa"),
+        ("SymMIM", "sym_mim"),
+    ):
+        rates = [record[method]["images_per_second"] for record in records]
+        assert f"| {title} | {' | '.join(f'{x:.0f}' for x in rates)} | {rates[2] / rates[0]:.2f} |" in log
+
+
 def test_the_search_of_i_jepa_in_the_log_is_that_of_its_record():
     record = json.loads((REPOSITORY / "docs" / "comparisons" / "cifar10_jepa_search.json").read_text())
     log, rows = (REPOSITORY / "docs" / "log.md").read_text().replace("**", ""), rows_of("cifar10_jepa_search")
