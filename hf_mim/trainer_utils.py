@@ -37,9 +37,10 @@ def gpu_has_bfloat16() -> bool:
 
 
 def cpu_has_bfloat16() -> bool:
-    """Whether the CPU computes in bfloat16, as far as torch tells: of other processors than x86 it is believed."""
+    """Whether the CPU has instructions for bfloat16. Where torch does not say, the answer is yes."""
     known = torch.cpu.get_capabilities()
-    return known.get("architecture") != "x86_64" or bool(known.get("avx512_bf16") or known.get("amx_bf16"))
+    told = [known[name] for name in ("avx512_bf16", "amx_bf16", "bf16") if name in known]
+    return any(told) or not told
 
 
 class ProcessArguments(TrainingArguments):

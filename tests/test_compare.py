@@ -92,23 +92,24 @@ def test_a_run_takes_its_learning_rate_in_place_of_the_shared_one(scripts, tmp_p
     assert low.options["base_lr"] == 1e-5 and "learning_rate" not in low.options
 
 
-def test_a_file_has_what_it_extends_and_its_own_settings_beside_those_of_the_other(scripts, tmp_path):
+def test_a_comparison_takes_from_the_file_that_it_extends_what_it_lacks(scripts, tmp_path):
     write(tmp_path)
     (tmp_path / "more").mkdir()
     for name, lines in (
-        ("a", "extends: ../tiny.yaml\nseeds: [3]"),
+        ("a", "extends: ../tiny.yaml\nseeds: [3]\nsettings:\nevaluate: {linear: {epochs: 1}}"),
         ("b", "extends: a.yaml\nsettings: {hidden_size: 32}"),
     ):
         (tmp_path / f"more/{name}.yaml").write_text(f"{lines}\n")
     found, base = (scripts.plan.Comparison.read(tmp_path / name, {}) for name in ("more/b.yaml", "tiny.yaml"))
     assert found.settings == base.settings | {"hidden_size": 32} and found.seeds == [3] and found.runs == base.runs
+    assert found.evaluate == {"linear": {"epochs": 1}} and "linear" not in base.evaluate
 
 
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("extends: b.yaml", "extends must name another file, and .*a.yaml extends itself"),
-        ("extends: c.yaml", "there is no comparison .*c.yaml"),
+        ("extends: b.yaml", "extends must not lead back to the same file: .*b.yaml extends .*a.yaml"),
+        ("extends: c.yaml", "extends must name a file, and there is no .*c.yaml, which .*a.yaml extends"),
         ("extends: [b.yaml]", r"extends must be text, not \['b.yaml'\]"),
         ("extend: b.yaml", "unknown argument extend of a comparison; did you mean extends?"),
         ("extends: tiny.yaml\nsettings: 5", "settings must be a mapping"),

@@ -221,15 +221,25 @@ def test_a_second_interrupt_ends_the_run_at_once(tmp_path):
 
 
 def test_bfloat16_is_on_a_cpu_only_if_asked_for(tmp_path):
-    assert arguments(tmp_path).bf16 is False  # it is 20 times slower on one that has no instructions for it
+    assert arguments(tmp_path).bf16 is False  # 20 times slower on a CPU without instructions for it
     assert arguments(tmp_path, bf16=True).bf16 is True
 
 
-@pytest.mark.parametrize(("instructions", "told"), [({"avx512_f": True}, True), ({"avx512_bf16": True}, False)])
-def test_a_cpu_that_only_emulates_bfloat16_is_told_of(tmp_path, monkeypatch, caplog, instructions, told):
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"architecture": "x86_64"} | instructions)
+@pytest.mark.parametrize(
+    ("instructions", "told"),
+    [
+        ({"avx512_bf16": False, "amx_bf16": False}, True),
+        ({"avx512_bf16": True, "amx_bf16": False}, False),
+        ({"avx512_bf16": False, "amx_bf16": True}, False),
+        ({"bf16": False}, True),  # ARM
+        ({"bf16": True}, False),
+        ({}, False),
+    ],
+)
+def test_a_warning_tells_that_a_cpu_only_emulates_bfloat16(tmp_path, monkeypatch, caplog, instructions, told):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: instructions)
     arguments(tmp_path, bf16=True)
-    assert ("only emulates it" in caplog.text) is told
+    assert ("only emulates bfloat16" in caplog.text) is told
     arguments(tmp_path)
     assert caplog.text.count("emulates") == told
 

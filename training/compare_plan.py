@@ -194,17 +194,19 @@ class Comparison:
 
 
 def read_file(path: Path, *extending: Path) -> dict[str, Any]:
-    """The arguments in a file. It has those of the file that it `extends` too, unless it gives them itself; `settings`
-    are joined name by name. `extending` are the files that extend this one."""
+    """The arguments of a file, and those of the file that it `extends`. If both give one, the file's own stands;
+    `settings` are joined name by name. `extending`: the files that led here."""
     values = read_yaml(path, "comparison")
     if "extends" not in values:
         return values
     base = path.parent / to_type("extends", values.pop("extends"), str)
     if base.resolve() in (one.resolve() for one in (path, *extending)):
-        raise ValueError(f"extends must name another file, and {base} extends itself")
-    both = (read_file(base, path, *extending), values)
-    settings = [to_type("settings", one.get("settings", {}), dict[str, Any]) for one in both]
-    return both[0] | both[1] | {"settings": settings[0] | settings[1]}
+        raise ValueError(f"extends must not lead back to the same file: {path} extends {base}")
+    if not base.is_file():
+        raise ValueError(f"extends must name a file, and there is no {base}, which {path} extends")
+    inherited = read_file(base, path, *extending)
+    settings = [to_type("settings", one.get("settings") or {}, dict[str, Any]) for one in (inherited, values)]
+    return inherited | values | {"settings": settings[0] | settings[1]}
 
 
 @contextlib.contextmanager

@@ -73,6 +73,23 @@ def check_saved(folder: Path):
                 Features.from_arrow_schema(table.schema)
 
 
+def saved_splits(folder: Path) -> list[str] | None:
+    """The names of the splits that `save_to_disk` has written here; None if it has written one dataset."""
+    if (folder / "state.json").exists():
+        return None
+    with _naming(file := folder / "dataset_dict.json"):
+        names = json.loads(file.read_bytes())["splits"]
+        if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
+            raise ValueError("splits must be a list of names")
+    return names
+
+
+def is_saved_empty(folder: Path) -> bool:
+    """Whether `save_to_disk` has written a dataset without images here. It writes no data then."""
+    state = folder / "state.json"
+    return state.exists() and not json.loads(state.read_bytes())["_data_files"]
+
+
 @contextlib.contextmanager
 def _naming(file: Path):
     try:

@@ -2,7 +2,6 @@
 
 import contextlib
 import glob
-import json
 import os
 import tarfile
 from collections import Counter
@@ -23,7 +22,7 @@ from datasets import Image as ImageFeature
 
 from .account import Account
 from .columns import FILE, FOLDER
-from .damage import READING_ERRORS, check_saved, damaged, file_being_read, first_cause
+from .damage import READING_ERRORS, check_saved, damaged, file_being_read, first_cause, is_saved_empty, saved_splits
 from .folders import (
     IMAGE_EXTENSIONS,
     TABLE_EXTENSIONS,
@@ -43,6 +42,13 @@ from .tars import look_into, read_tars
 
 class SplitNotFound(ValueError):
     """The source can be read, but it has no such split."""
+
+
+class EmptySplit(SplitNotFound):
+    """There is such a split, and it has no images."""
+
+    def __init__(self, split: str, source: str | Path):
+        super().__init__(f"split {split!r} of source {str(source)!r} is empty")
 
 
 def pick_split(splits: dict, split: str, source):
@@ -104,18 +110,19 @@ def load_local(
 
 
 def _load_saved(folder: Path, split: str) -> tuple[Dataset, Account]:
-    """What `save_to_disk` has written. It writes no data for an empty split, which the datasets library cannot read."""
+    """A split of what `save_to_disk` has written. The datasets library cannot load an empty one."""
     with naming_the_source(folder):
         check_saved(folder)
-        folders = {split: folder}
-        if not (folder / "state.json").exists():
-            splits = json.loads((folder / "dataset_dict.json").read_bytes())["splits"]
-            folders = {name: folder / name for name in splits}
-        saved = {name: load_from_disk(str(path)) if any(path.glob("*.arrow")) else () for name, path in folders.items()}
+        names = saved_splits(folder)
+        folders = {split: folder} if names is None else {name: folder / name for name in names}
+        saved = {
+            name: Dataset.from_dict({}) if is_saved_empty(path) else load_from_disk(str(path))
+            for name, path in folders.items()
+        }
         dataset, account = picked(saved, split, folder)
         if not len(dataset):
-            raise ValueError("it is empty")
-        return dataset, account
+            raise EmptySplit(split, folder)
+    return dataset, account
 
 
 def _load_folder(
@@ -280,7 +287,7 @@ def _load_tables(
             except ValueError as error:
                 if "corresponds to no data" not in str(error):
                     raise
-                raise ValueError("it is empty") from None
+                raise EmptySplit(split, folder / paths[0] if len(paths) == 1 else folder) from None
     account.taken = f"{len(chosen):,} {_extension(chosen[0])} file{'s' * (len(chosen) > 1)}"
     account.taken += f", {len(dataset):,} images" if isinstance(dataset, Dataset) else ""
     return dataset, account

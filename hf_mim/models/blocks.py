@@ -30,7 +30,7 @@ def eager_attention(
 def sdpa_in_float32(
     module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *args: Any, **kwargs: Any
 ) -> tuple[torch.Tensor, None]:
-    """`sdpa` for training in bfloat16 on a CPU, where the backward pass of its own kernel takes ten times as long."""
+    """`sdpa` in float32, for training in bfloat16 on a CPU: the backward pass in bfloat16 is ten times as slow."""
     sdpa = ALL_ATTENTION_FUNCTIONS["sdpa"]
     with torch.autocast("cpu", enabled=False):
         output, _ = sdpa(module, query.float(), key.float(), value.float(), *args, **kwargs)
@@ -56,7 +56,7 @@ class MultiHeadAttention(nn.Module):
         implementation = self.config._attn_implementation
         interface = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention)
         slow = query.device.type == "cpu" and query.dtype == torch.bfloat16 and query.requires_grad
-        if slow and implementation == "sdpa":
+        if implementation == "sdpa" and slow:
             interface = sdpa_in_float32
         output, weights = interface(self, query, key, value, None, dropout=0.0, scaling=self.scaling, **kwargs)
         return self.proj(output.flatten(2)), weights

@@ -17,7 +17,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from hf_mim.testing import counted_flops
 
 MASK_DRAWS = 300
-# Attention as on a GPU: under the name `sdpa`, the blocks would take the CPU's way with bfloat16.
+# A plan is for GPUs. Under the name `sdpa`, the blocks would compute attention in float32, because the fake tensors are
+# on the CPU.
 ANY_DEVICE = "sdpa_of_any_device"
 ALL_ATTENTION_FUNCTIONS.register(ANY_DEVICE, ALL_ATTENTION_FUNCTIONS["sdpa"])
 

@@ -106,7 +106,7 @@ class MIMTrainingArguments(ProcessArguments):
         if self.bf16 is None:
             self.bf16 = not (self.fp16 or self.use_cpu) and trainer_utils.gpu_has_bfloat16()
         if self.bf16 and not torch.accelerator.is_available():
-            self.use_cpu = True  # or transformers refuses bfloat16
+            self.use_cpu = True  # without it, transformers refuses bfloat16 on a CPU
         default_accelerator = self.accelerator_config is None
         if isinstance(self.report_to, str):
             self.report_to = self.report_to.replace(" ", "").split(",")
@@ -116,7 +116,9 @@ class MIMTrainingArguments(ProcessArguments):
         if self.fp16 and self.device.type == "cpu":
             raise ValueError("fp16 needs a GPU: on a CPU it would do nothing; bf16 works on both")
         if self.bf16 and self.device.type == "cpu" and not trainer_utils.cpu_has_bfloat16():
-            logger.warning("bf16 is many times slower than float32 on this CPU, which only emulates it; leave it out.")
+            logger.warning(
+                "This CPU only emulates bfloat16, so bf16 is many times slower than float32; leave bf16 out."
+            )
         if self.learning_rate is None:
             self.learning_rate = self.base_lr * self.images_per_step / 256
         if (gpus := self.visible_gpus) > 1:

@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader
 from hf_mim.cli import main
 from hf_mim.data import ImageDataset, ImageStream, load_images
 from hf_mim.data.damage import DamagedFile, check_saved, file_being_read
+from hf_mim.data.sources import first_split
 
 COUNT, GROUP = 60, 20  # images of a file, and of a group of rows in it
 
@@ -112,7 +113,7 @@ def test_a_damaged_file_is_named(whole, tmp_path, kind, damage, streaming):
 def test_a_dataset_without_images_is_told_to_be_empty(tmp_path, kind, streaming):
     images = Dataset.from_dict({"image": []}, Features(image=Image()))
     images.save_to_disk(tmp_path) if kind == "saved" else images.to_parquet(tmp_path / "train.parquet")
-    with pytest.raises(ValueError, match="^source '.*empty$"):
+    with pytest.raises(ValueError, match="^(split 'train' of )?source '.*empty$"):
         load_images(tmp_path, streaming=streaming)
 
 
@@ -120,8 +121,25 @@ def test_a_split_without_images_hides_no_other_split(whole, tmp_path):
     images = load_from_disk(whole / "saved")
     DatasetDict(train=images, test=images.select([])).save_to_disk(tmp_path)
     assert len(load_images(tmp_path)) == len(images)
-    with pytest.raises(ValueError, match="it is empty"):
+    with pytest.raises(ValueError, match="^split 'test' of source '.*' is empty$"):
         load_images(tmp_path, "test")
+    assert first_split(("test", "train"), lambda name: load_images(tmp_path, name))[1] == "train"
+
+
+def test_a_lost_folder_of_a_split_is_not_taken_for_an_empty_split(whole, tmp_path):
+    images = load_from_disk(whole / "saved")
+    DatasetDict(train=images, test=images).save_to_disk(tmp_path)
+    shutil.rmtree(tmp_path / "test")
+    with pytest.raises(ValueError, match="test not found"):
+        load_images(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["{}", "[]", "null", '{"splits": "train"}', '{"splits": []}', '{"splits": [1]}', "no"])
+def test_a_damaged_list_of_splits_is_named(whole, tmp_path, text):
+    DatasetDict(train=load_from_disk(whole / "saved")).save_to_disk(tmp_path)
+    (tmp_path / "dataset_dict.json").write_text(text)
+    with pytest.raises(ValueError, match=r"dataset_dict.json is damaged \("):
+        load_images(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["state.json", "dataset_info.json"])

@@ -123,7 +123,7 @@ def test_eager_attention_equals_sdpa(case, monkeypatch):
 
 
 def test_training_in_bfloat16_on_a_cpu_computes_attention_in_float32(monkeypatch):
-    """Forward in bfloat16 is fast there, and backward is slow."""
+    """Its forward pass in bfloat16 takes no longer there, and its backward pass ten times as long."""
     sdpa, given = torch.nn.functional.scaled_dot_product_attention, []
 
     def record(query, *args, **kwargs):
@@ -135,8 +135,7 @@ def test_training_in_bfloat16_on_a_cpu_computes_attention_in_float32(monkeypatch
     tokens = torch.randn(2, 5, 32)
     with torch.autocast("cpu", torch.bfloat16):
         output, _ = attention(tokens)
-        with torch.no_grad():
-            without, _ = attention(tokens)
+        without, _ = attention.requires_grad_(False)(tokens)
     assert given == [(torch.float32, False), (torch.bfloat16, True)]
     assert output.dtype == without.dtype == torch.bfloat16
     torch.testing.assert_close(output, without, rtol=0.02, atol=0.02)
