@@ -127,7 +127,8 @@ def test_the_table_of_methods_in_the_readme_is_that_of_the_records():
 
 @pytest.mark.parametrize("title", [title for title in METHODS if title not in ("MAE", "Latent MIM, 22 epochs")])
 def test_the_numbers_of_a_recipe_of_cifar10_are_those_of_the_record(title):
-    rows, recipe = rows_of(METHODS[title]), REPOSITORY / f"training/recipes/{METHODS[title]}.yaml"
+    file = {"MAE, 30 epochs": "cifar10_30_epochs_mae"}.get(title, METHODS[title])
+    rows, recipe = rows_of(METHODS[title]), REPOSITORY / f"training/recipes/{file}.yaml"
     name = title.partition(",")[0]
     (knn, linear), (bare_knn, bare_linear) = shares(rows[name]), shares(rows[f"untrained encoder of {name}"])
     told = f"probe {linear} %, untrained {bare_linear} %; 20-NN {knn} %, untrained {bare_knn} %"
