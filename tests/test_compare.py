@@ -109,6 +109,7 @@ def test_a_comparison_takes_from_the_file_that_it_extends_what_it_lacks(scripts,
     ("line", "message"),
     [
         ("extends: b.yaml", "extends must not lead back to the same file: .*b.yaml extends .*a.yaml"),
+        ("extends: other/../a.yaml", "extends must not lead back to the same file"),
         ("extends: c.yaml", "extends must name a file, and there is no .*c.yaml, which .*a.yaml extends"),
         ("extends: [b.yaml]", r"extends must be text, not \['b.yaml'\]"),
         ("extend: b.yaml", "unknown argument extend of a comparison; did you mean extends?"),

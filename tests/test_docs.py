@@ -125,7 +125,10 @@ def test_the_table_of_methods_in_the_readme_is_that_of_the_records():
     assert methods_on_cifar10() in (REPOSITORY / "README.md").read_text()
 
 
-@pytest.mark.parametrize("title", [title for title in METHODS if title not in ("MAE", "Latent MIM, 22 epochs")])
+NO_RECIPE = ("MAE", "Latent MIM, 22 epochs")  # whose head has these numbers in these words
+
+
+@pytest.mark.parametrize("title", [title for title in METHODS if title not in NO_RECIPE])
 def test_the_numbers_of_a_recipe_of_cifar10_are_those_of_the_record(title):
     file = {"MAE, 30 epochs": "cifar10_30_epochs_mae"}.get(title, METHODS[title])
     rows, recipe = rows_of(METHODS[title]), REPOSITORY / f"training/recipes/{file}.yaml"

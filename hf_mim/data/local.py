@@ -6,18 +6,11 @@ import os
 import tarfile
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
+import datasets
 import pyarrow
-from datasets import (
-    ClassLabel,
-    Dataset,
-    Features,
-    IterableDataset,
-    Value,
-    concatenate_datasets,
-    load_dataset,
-    load_from_disk,
-)
+from datasets import ClassLabel, Dataset, Features, IterableDataset, Value, concatenate_datasets
 from datasets import Image as ImageFeature
 
 from .account import Account
@@ -116,7 +109,7 @@ def _load_saved(folder: Path, split: str) -> tuple[Dataset, Account]:
         names = saved_splits(folder)
         folders = {split: folder} if names is None else {name: folder / name for name in names}
         saved = {
-            name: Dataset.from_dict({}) if is_saved_empty(path) else load_from_disk(str(path))
+            name: Dataset.from_dict({}) if is_saved_empty(path) else datasets.load_from_disk(str(path))
             for name, path in folders.items()
         }
         dataset, account = picked(saved, split, folder)
@@ -279,11 +272,11 @@ def _load_tables(
         if kind == "webdataset":
             dataset = _read_tars(files, split if within else None, streaming, account, labels)
         else:
-            data_files = {"train": [str(file) for file in files]}
-            # By default a batch has the rows of the first row group, and 0 of them is an error.
-            settings = {"batch_size": 1000} if kind == "parquet" else {}
+            given: dict[str, Any] = {"data_files": {"train": [str(file) for file in files]}, "split": "train"}
+            if kind == "parquet":
+                given["batch_size"] = 1000  # by default that of the first row group, and 0 rows are an error
             try:
-                dataset = load_dataset(kind, data_files=data_files, split="train", streaming=streaming, **settings)
+                dataset = datasets.load_dataset(kind, streaming=streaming, **given)
             except ValueError as error:
                 if "corresponds to no data" not in str(error):
                     raise

@@ -137,7 +137,7 @@ def test_training_in_bfloat16_on_a_cpu_computes_attention_in_float32(monkeypatch
         output, _ = attention(tokens)
         without, _ = attention.requires_grad_(False)(tokens)
     assert given == [(torch.float32, False), (torch.bfloat16, True)]
-    assert output.dtype == without.dtype == torch.bfloat16
+    assert output.dtype == without.dtype == torch.bfloat16 and output.requires_grad
     torch.testing.assert_close(output, without, rtol=0.02, atol=0.02)
 
 
